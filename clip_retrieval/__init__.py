@@ -1,0 +1,1 @@
+"""Finetune and evaluate CLIP models for image-text retrieval."""

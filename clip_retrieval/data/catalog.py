@@ -1,0 +1,62 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+
+# The module below `readers` that reads each; imported when asked for: coco alone needs pycocotools.
+READERS = {
+    "coco": "coco",
+    "flickr30k": "karpathy",
+    "flickr8k": "karpathy",
+    "karpathy": "karpathy",
+    "csv": "csv_file",
+    "shapes": "shapes",
+}
+
+# (images, captions) of the splits that published numbers are about. COCO's id lists have five captions an image,
+# Karpathy's JSON all of them; train may do without restval.
+KNOWN_SIZES = {
+    ("coco", "train"): ((113_287, 566_435), (113_287, 566_747), (82_783, 413_915), (82_783, 414_113)),
+    ("coco", "val"): ((5_000, 25_000), (5_000, 25_010)),
+    ("coco", "test"): ((5_000, 25_000), (5_000, 25_010)),
+    ("flickr30k", "train"): ((29_000, 145_000),),
+    ("flickr30k", "val"): ((1_014, 5_070),),
+    ("flickr30k", "test"): ((1_000, 5_000),),
+    ("flickr8k", "train"): ((6_000, 30_000),),
+    ("flickr8k", "val"): ((1_000, 5_000),),
+    ("flickr8k", "test"): ((1_000, 5_000),),
+}
+
+
+def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read the "train", "val" or "test" split; None where the data set has no such split.
+
+    Images are located, not opened. Raises UserError where the data set is unknown, or its files are not as they
+    should be.
+    """
+    name = options.dataset
+    if name not in READERS:
+        near = difflib.get_close_matches(name.lower(), READERS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(READERS)}"
+        raise UserError(f"--dataset {name}: no such data set; {hint}")
+    reader = importlib.import_module(f"clip_retrieval.data.readers.{READERS[name]}")
+    return reader.read(options, split)
+
+
+def size_warning(dataset: RetrievalDataset) -> str | None:
+    """A warning where a known data set has other than its known sizes, else None."""
+    known = KNOWN_SIZES.get((dataset.name, dataset.split))
+    found = (len(dataset.images), len(dataset.captions))
+    if known is None or found in known:
+        return None
+    usual = known[0]
+    return (
+        f"{dataset.name} {dataset.split} has {found[0]:,} images and {found[1]:,} captions here; usual are "
+        f"{usual[0]:,} and {usual[1]:,}. Its numbers do not compare with published ones"
+    )

@@ -1,0 +1,89 @@
+"""The one type every reader makes and everything else takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from clip_retrieval.errors import UserError
+
+
+class Images(Protocol):
+    """Images by index, opened when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """The image as RGB. Raises UserError, naming it, where it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages: its path, or its id."""
+        ...
+
+
+@dataclass(frozen=True)
+class RetrievalDataset:
+    """Images, captions, and which belong together.
+
+    Attributes:
+        name: the data set, e.g. "coco".
+        split: "train", "val" or "test".
+        images: the images, opened when asked for.
+        captions: the captions.
+        pairs: int64 (pairs, 2): (image index, caption index) of every caption that describes an image.
+            Many-to-many. Kept unique and sorted by image, then caption.
+    """
+
+    name: str
+    split: str
+    images: Images
+    captions: Sequence[str]
+    pairs: np.ndarray
+
+    def __post_init__(self) -> None:
+        pairs = np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2)
+        if len(pairs) == 0:
+            raise UserError(f"{self.name}, {self.split} split: no image has a caption")
+        if pairs.min() < 0 or pairs[:, 0].max() >= len(self.images) or pairs[:, 1].max() >= len(self.captions):
+            raise ValueError("pairs point outside the images or captions")
+        keys = np.unique(pairs[:, 0] * len(self.captions) + pairs[:, 1])
+        pairs = np.stack(np.divmod(keys, len(self.captions)), axis=1)
+        object.__setattr__(self, "pairs", pairs)
+
+    @cached_property
+    def first_pair(self) -> np.ndarray:
+        """int64 (images + 1,): the pairs of image i are rows first_pair[i] to first_pair[i + 1] of `pairs`."""
+        return np.searchsorted(self.pairs[:, 0], np.arange(len(self.images) + 1))
+
+    def positives(self, images: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """Which captions describe which images, within a batch.
+
+        Args:
+            images: int (n,) image indices, repeats allowed.
+            captions: int (m,) caption indices, repeats allowed.
+
+        Returns:
+            bool (n, m).
+        """
+        first = self.first_pair
+        count = first[images + 1] - first[images]
+        rows = np.repeat(np.arange(len(images)), count)
+        # The captions of each batch image, one after the other.
+        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        described = self.pairs[np.repeat(first[images], count) + position, 1]
+        order = np.argsort(captions, kind="stable")
+        begin = np.searchsorted(captions, described, "left", sorter=order)
+        repeats = np.searchsorted(captions, described, "right", sorter=order) - begin
+        found = np.zeros((len(images), len(captions)), dtype=bool)
+        # A caption that stands several times in the batch is found at each of its places.
+        while len(rows := rows[repeats > 0]):
+            begin, repeats = begin[repeats > 0], repeats[repeats > 0]
+            found[rows, order[begin]] = True
+            begin, repeats = begin + 1, repeats - 1
+        return found

@@ -1,0 +1,245 @@
+"""COCO captions in the Karpathy split: CLIP_ITM's layout, the official 2014 folders, or the 2017 folders.
+
+The split is given by lists of caption (annotation) ids, `coco_{train,dev,test,restval}_ids.npy`: train indexes
+captions_train2014.json, the other three captions_val2014.json. They are taken from {root}/annotations, from
+{root}, or from the project's datasets/annotations, whichever has them first. The 2017 files carry the same
+captions under the same ids, dealt out anew to captions_train2017.json and captions_val2017.json, and the same
+images under shorter names. Images may lie in {root}/images or {root} itself, or in train2014, val2014, train2017
+or val2017 below either, in any mixture. Where there are no captions files but a dataset_coco.json, that is read.
+
+With --annotations FILE, one captions file in COCO's format is used instead. If it is COCO's own, or a part of it,
+each split is what the file holds of the lists. Anything else has no splits: all of it is to train on, and all of
+it is what `--eval` scores (as test), like a CSV without a split column. A dataset_*.json is read as Karpathy's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import image_files
+from clip_retrieval.data.readers import files, karpathy
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+
+# The id lists of a split, and where COCO had their images and captions in 2014.
+LISTS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
+FOLDERS = {"train": "train2014", "restval": "val2014", "dev": "val2014", "test": "val2014"}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The content of a captions file.
+
+    Attributes:
+        source: the file, for messages.
+        ids: int64 (captions,): annotation ids, ascending.
+        image_ids: int64 (captions,): the image of each.
+        texts: the captions, in the order of `ids`.
+        names: image id -> file name.
+    """
+
+    source: str
+    ids: np.ndarray
+    image_ids: np.ndarray
+    texts: list[str]
+    names: dict[int, str]
+
+    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (ids,), bool (ids,): the row each of `ids` has here, and whether it has one."""
+        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return rows, self.ids[rows] == ids
+
+
+def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read one split; None where the data set has no such split."""
+    root = Path(options.dataset_root)
+    if options.annotations:
+        path = Path(options.annotations)
+        if path.name.startswith("dataset_"):
+            return karpathy.read(options, split)
+        captions = read_captions(path)
+        if not is_coco(captions):
+            return _without_splits(options, split, captions)
+        parts = []
+        for name in _lists(options, split):
+            rows, found = captions.find(files.read_ids(_id_file(root, name)))
+            parts.append((name, captions, rows[found]))
+        return _dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
+    files.check_root(root)
+    if not _captions_files(root, "val2014") and karpathy.json_file(root, "coco"):
+        return karpathy.read(options, split)
+    parts = []
+    for name in _lists(options, split):
+        captions = _list_captions(root, FOLDERS[name])
+        id_file = _id_file(root, name)
+        ids = files.read_ids(id_file)
+        rows, found = captions.find(ids)
+        if not found.all():
+            raise UserError(
+                f"{id_file}: {np.sum(~found):,} of its {len(ids):,} caption ids are not in {captions.source}, the "
+                f"first is {ids[~found][0]}; both must be of the same data set"
+            )
+        parts.append((name, captions, rows))
+    return _dataset(options, split, parts)
+
+
+def _lists(options: DataOptions, split: str) -> tuple[str, ...]:
+    return ("train",) if split == "train" and options.no_restval else LISTS[split]
+
+
+def _id_file(root: Path, name: str) -> Path:
+    file = f"coco_{name}_ids.npy"
+    return files.first_file([root / "annotations" / file, root / file]) or files.ANNOTATIONS / file
+
+
+def _captions_files(root: Path, folder: str) -> list[Path]:
+    """The captions file of `folder`, or else 2017's, either of which may hold the same captions."""
+    for names in ([folder], ["train2017", "val2017"]):
+        files_of = [[base / f"captions_{name}.json" for base in (root / "annotations", root)] for name in names]
+        if found := [path for candidates in files_of if (path := files.first_file(candidates))]:
+            return found
+    return []
+
+
+def _list_captions(root: Path, folder: str) -> Captions:
+    paths = _captions_files(root, folder)
+    if not paths:
+        expected = root / "annotations" / f"captions_{folder}.json"
+        raise UserError(
+            f"{expected}: no such file, nor 2017's; unpack COCO's annotations there, or name one with --annotations"
+        )
+    found = [read_captions(path) for path in paths]
+    if len(found) == 1:
+        return found[0]
+    order = np.argsort(np.concatenate([captions.ids for captions in found]), kind="stable")
+    texts = [text for captions in found for text in captions.texts]
+    return Captions(
+        source=" and ".join(captions.source for captions in found),
+        ids=np.concatenate([captions.ids for captions in found])[order],
+        image_ids=np.concatenate([captions.image_ids for captions in found])[order],
+        texts=[texts[i] for i in order.tolist()],
+        names={image_id: name for captions in found for image_id, name in captions.names.items()},
+    )
+
+
+# val2014 holds three of the four lists; kept are plain arrays and texts, not pycocotools' many dicts.
+@functools.lru_cache(maxsize=4)
+def read_captions(path: Path) -> Captions:
+    """Read a captions file in COCO's format. Raises UserError where it is not one."""
+    coco = COCO()
+    coco.dataset = files.read_json(path)
+    _check(coco.dataset, path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    if len(coco.anns) < len(coco.dataset["annotations"]):
+        raise UserError(f"{path}: some captions have the same id; ids must differ")
+    names = {image_id: image["file_name"] for image_id, image in coco.imgs.items()}
+    ids = np.array(sorted(coco.anns), dtype=np.int64)
+    annotations = [coco.anns[i] for i in ids.tolist()]
+    image_ids = np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64)
+    for i, image_id in zip(ids.tolist(), image_ids.tolist()):
+        if image_id not in names:
+            raise UserError(f"{path}: caption {i} belongs to image {image_id}, which the file does not list")
+    texts = [files.clean_caption(annotation["caption"]) for annotation in annotations]
+    return Captions(str(path), ids, image_ids, texts, names)
+
+
+def _check(data: Any, path: Path) -> None:
+    """Raise UserError unless `data` is what a captions file holds."""
+    kind = f"{path}: not a captions file in COCO's format"
+    if not isinstance(data, dict):
+        raise UserError(f"{kind} (it holds a {type(data).__name__}, not images and annotations)")
+    for key, fields in (
+        ("images", {"id": int, "file_name": str}),
+        ("annotations", {"id": int, "image_id": int, "caption": str}),
+    ):
+        if not isinstance(data.get(key), list):
+            raise UserError(f'{kind} (no list "{key}")')
+        for number, item in enumerate(data[key]):
+            for name, of in fields.items():
+                if not isinstance(item, dict) or not isinstance(item.get(name), of):
+                    what = {int: "whole number", str: "text"}[of]
+                    raise UserError(f'{kind} ({key}[{number}] has no "{name}" that is a {what})')
+    if not data["annotations"]:
+        raise UserError(f"{path}: holds no captions")
+
+
+def is_coco(captions: Captions) -> bool:
+    """Whether the file is COCO's own or a part of it: own captions of other photographs also have low ids.
+
+    Its images must be named as COCO names them, and captions that the id lists have for one image (five each, one
+    after the other) must belong to one image in the file as well, which tells COCO's own captions from others of
+    the same photographs.
+    """
+    named = re.compile(r"(?:.*/)?(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
+    for image_id, name in captions.names.items():
+        match = named.fullmatch(name)
+        if not match or int(match[1]) != image_id:
+            return False
+    lists = [files.read_ids(files.ANNOTATIONS / f"coco_{name}_ids.npy") for name in FOLDERS]
+    rows, found = captions.find(np.concatenate(lists))
+    listed_images = np.flatnonzero(found) // 5
+    file_images, index = np.unique(captions.image_ids[rows[found]], return_inverse=True)
+    together = np.unique(listed_images * (len(file_images) + 1) + index)
+    return 0 < len(together) == len(file_images) == len(np.unique(listed_images))
+
+
+def _dataset(options: DataOptions, split: str, parts: list[tuple[str, Captions, np.ndarray]]) -> RetrievalDataset:
+    """Gather (list name, captions, rows of it): images in the order in which their captions come."""
+    images: dict[int, int] = {}  # image id -> index
+    names, names_2014 = [], []
+    for name, captions, rows in parts:
+        for image_id in captions.image_ids[rows].tolist():
+            if image_id not in images:
+                images[image_id] = len(images)
+                names.append(captions.names[image_id])
+                names_2014.append(f"COCO_{FOLDERS[name]}_{image_id:012d}.jpg")
+    names_2017 = [f"{image_id:012d}.jpg" for image_id in images]
+    texts = [captions.texts[row] for _, captions, rows in parts for row in rows.tolist()]
+    image_ids = np.concatenate([captions.image_ids[rows] for _, captions, rows in parts]).tolist()
+    pairs = np.stack([[images[image_id] for image_id in image_ids], np.arange(len(texts))], axis=1)
+    source = " and ".join(dict.fromkeys(captions.source for _, captions, _ in parts))
+    found = image_files(_places(options, names, names_2014, names_2017), source)
+    return RetrievalDataset(options.dataset, split, found, texts, pairs)
+
+
+def _folders(options: DataOptions) -> list[Path]:
+    if options.image_dir:
+        return [Path(options.image_dir)]
+    roots = [Path(options.dataset_root), *([Path(options.annotations).parent] if options.annotations else [])]
+    return [folder for root in roots for folder in (root / "images", root)]
+
+
+def _places(
+    options: DataOptions, names: list[str], names_2014: list[str], names_2017: list[str]
+) -> Iterator[tuple[Path, list[str]]]:
+    """Where the images may be, and under which names there: the captions file's, 2014's and 2017's."""
+    for folder in _folders(options):
+        yield folder, names
+    for folder in _folders(options):
+        for place in (folder / "train2014", folder / "val2014", folder):
+            yield place, names_2014
+        for place in (folder / "train2017", folder / "val2017", folder):
+            yield place, names_2017
+
+
+def _without_splits(options: DataOptions, split: str, captions: Captions) -> RetrievalDataset | None:
+    """All of the file as train or test; an image without captions stays as one that no caption describes."""
+    if split == "val":
+        return None
+    indices = {image_id: i for i, image_id in enumerate(captions.names)}
+    pairs = np.array([(indices[image_id], i) for i, image_id in enumerate(captions.image_ids.tolist())])
+    names = list(captions.names.values())
+    images = image_files([(folder, names) for folder in _folders(options)], captions.source)
+    return RetrievalDataset(options.dataset, split, images, captions.texts, pairs)

@@ -1,0 +1,148 @@
+"""A CSV or TSV of one's own: a column of image paths, one of captions, optionally one of splits.
+
+Without a split column all rows are to train on (train) and all rows are what `--eval` scores (test); there is no
+val. An image path in several rows is one image; the same caption for the same image again counts once; the same
+caption for different images stays several captions, each a query of its own, as in COCO.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import image_files
+from clip_retrieval.data.readers import files
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+
+DELIMITERS = ",;\t|"
+
+
+class Row(NamedTuple):
+    image: str
+    caption: str
+    split: str | None  # as written; None where there is no split column
+    line: int
+
+
+def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read one split; None where the file has no such split."""
+    if options.annotations:
+        path = Path(options.annotations)
+    else:
+        path = files.only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
+    rows, has_splits = _read_rows(path, options.image_column, options.caption_column, options.split_column)
+    if has_splits:
+        rows = [row for row in rows if row.split == split]
+    if not rows or (split == "val" and not has_splits):
+        return None
+    images: dict[str, int] = {}
+    captions: dict[tuple[int, str], int] = {}
+    for row in rows:
+        # ./a.jpg and a.jpg are the same image.
+        image = images.setdefault(os.path.normpath(row.image), len(images))
+        captions.setdefault((image, row.caption), len(captions))
+    pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
+    folder = Path(options.image_dir) if options.image_dir else path.parent
+    found = image_files([(folder, list(images))], path)
+    return RetrievalDataset(options.dataset, split, found, [text for _, text in captions], pairs)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_rows(path: Path, image_column: str, caption_column: str, split_column: str) -> tuple[list[Row], bool]:
+    """All rows, captions clean and splits in our words, and whether there is a split column."""
+    # A split column that was asked for by name must be there.
+    required = split_column != DataOptions.split_column
+    rows = []
+    for row in read_table(path, (image_column,), (caption_column,), split_column, required):
+        caption = files.clean_caption(row.caption)
+        if not row.image or not caption:
+            empty = image_column if not row.image else caption_column
+            raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or take the line out")
+        split = row.split
+        if split is not None and (split := files.SPLITS.get(row.split.lower())) is None:
+            raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(files.SPLITS)}")
+        rows.append(Row(row.image, caption, split, row.line))
+    if not rows:
+        raise UserError(f"{path}: holds no captions")
+    return rows, rows[0].split is not None
+
+
+def read_table(
+    path: Path,
+    image_columns: Sequence[str],
+    caption_columns: Sequence[str],
+    split_column: str | None = None,
+    split_required: bool = False,
+) -> Iterator[Row]:
+    """The rows of a CSV or TSV with a header, cells stripped, empty lines left out.
+
+    The image and caption columns are the first of the given ones that the header has. Raises UserError, naming
+    the line, where a row has other than the header's columns.
+    """
+    text = files.read_text(path)
+    header_line = text.lstrip().partition("\n")[0]
+    delimiter = _delimiter(path, header_line, image_columns, caption_columns)
+    # strict: a stray quote is an error, where it would swallow the lines up to the next one.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = ([cell.strip() for cell in cells] for cells in reader)
+    rows = (cells for cells in rows if any(cells))
+    try:
+        header = next(rows, [])
+        image = _column(path, header, image_columns, "image_column")
+        caption = _column(path, header, caption_columns, "caption_column")
+        split = None
+        if split_required or split_column in header:
+            split = _column(path, header, (split_column,), "split_column")
+        for cells in rows:
+            if not (cells := _fit(cells, len(header), caption, delimiter)):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: not the {len(header)} columns of the header; a caption that "
+                    f"holds a {delimiter!r} goes in double quotes"
+                )
+            yield Row(cells[image], cells[caption], None if split is None else cells[split], reader.line_num)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: not well-formed ({error}); a double quote within a quoted caption is "
+            "written twice"
+        ) from None
+
+
+def _delimiter(path: Path, header: str, image_columns: Sequence[str], caption_columns: Sequence[str]) -> str:
+    """The delimiter: a tab in a .tsv, else the one that brings out the columns, else the most frequent one."""
+    if path.name.endswith((".tsv", ".tsv.gz")):
+        return "\t"
+    for delimiter in DELIMITERS:
+        columns = {name.strip(' "\r') for name in header.split(delimiter)}
+        if not columns.isdisjoint(image_columns) and not columns.isdisjoint(caption_columns):
+            return delimiter
+    return max(DELIMITERS, key=header.count)
+
+
+def _column(path: Path, header: list[str], names: Sequence[str], option: str) -> int:
+    for name in names:
+        if name in header:
+            return header.index(name)
+    found = ", ".join(header) or "none"
+    raise UserError(
+        f"{path}: no column {' or '.join(names)} (the columns found: {found}); --dataset csv with --{option} names it"
+    )
+
+
+def _fit(cells: list[str], columns: int, caption: int, delimiter: str) -> list[str] | None:
+    """The cells as `columns` many; None where that cannot be told."""
+    while len(cells) > columns and not cells[-1]:
+        cells = cells[:-1]
+    if len(cells) > columns == 2 and caption == 1:
+        # An unquoted comma in the last of two columns can only be the caption's own.
+        space = " " if delimiter == "," else ""
+        cells = [cells[0], (delimiter + space).join(cells[1:])]
+    return cells if len(cells) == columns else None

@@ -1,0 +1,64 @@
+"""The evaluation run: a model, a split, exact recalls, results.json.
+
+python main.py --eval --resume logs/ex0/best.pt
+python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.evaluation.protocols import score
+from clip_retrieval.models.build import known_tags
+from clip_retrieval.options import Options
+from clip_retrieval.reporting.log import log, start_log
+from clip_retrieval.reporting.results import write_json, write_options
+from clip_retrieval.reporting.table import results_table
+from clip_retrieval.start import load_model, load_split, make_folder, settle_options
+from clip_retrieval.training.precision import choose_device
+
+
+def evaluate(typed: dict[str, Any]) -> None:
+    """Score a model on a split and write what was found."""
+    start_log()
+    options, checkpoint = settle_options(typed)
+    device = choose_device(options.run.device)
+    model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
+    if built.weights == "none":
+        tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
+        log.warning(f"THE WEIGHTS ARE RANDOM: the numbers below are chance. Give --pretrained ({tags}) or --resume")
+    split = load_split(options, options.evaluation.eval_split, tokenizer)
+    if split is None:
+        raise UserError(f"--eval_split {options.evaluation.eval_split}: {options.data.dataset} has no such split here")
+
+    folder = evaluation_folder(options, built.name, checkpoint is not None)
+    make_folder(folder)
+    start_log(folder)
+    write_options(folder, options, device)
+    block = score(
+        model.to(device),
+        split.dataset,
+        split.tokens,
+        options.evaluation,
+        num_workers=options.data.num_workers,
+        device=device,
+    )
+    write_json(folder / "results.json", {**block, "model": built.name, "weights": built.weights})
+    log.info(results_table({options.evaluation.eval_split: block}))
+    log.info(f"wrote {folder / 'results.json'}")
+
+
+def evaluation_folder(options: Options, model_name: str, of_checkpoint: bool) -> Path:
+    """Where an evaluation writes: never among a training run's files, unless --experiments names a folder."""
+    suffix = f"{options.data.dataset}_{options.evaluation.eval_split}"
+    if options.run.experiments is not None:
+        folder = Path(options.run.checkpoint_path) / options.run.experiments
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
+        return folder
+    if of_checkpoint:
+        return Path(options.run.resume).parent / f"eval_{suffix}"
+    return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"

@@ -1,0 +1,149 @@
+"""Scores (inner products) of images and captions: exact ones in float64, fast ones in float32 with a proven bound."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_retrieval.errors import UserError
+
+
+class Side:
+    """The features of one side: as given, their float32 form for the fast product, and their norms.
+
+    All are understood times `scale`, a power of two (so exact) that keeps every product within the range of
+    float32, whatever the unit of the features. For the usual lengths it is 1, and float32 features need no copy.
+    """
+
+    def __init__(self, features: Tensor | np.ndarray, device: torch.device, kind: str, name: Callable[[int], str]):
+        self.kind = kind
+        self.features = _as_tensor(features, kind).to(device)
+        count, self.dim = self.features.shape
+        low, high = (float(bound) for bound in torch.aminmax(self.features))
+        largest = max(-low, high)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self._refuse(name)
+        exponent = math.frexp(largest)[1] + math.ceil(math.log2(self.dim) / 2) if largest else 0
+        self.scale = 1.0 if abs(exponent) <= 20 else 2.0 ** -min(max(exponent, -1020), 1020)
+        copied = self.scale != 1 or self.features.dtype != torch.float32
+        self.float32 = torch.empty_like(self.features, dtype=torch.float32) if copied else self.features
+        self.norms = torch.empty(count, dtype=torch.float64, device=device)
+        step = self.chunk()
+        for rows in (slice(start, start + step) for start in range(0, count, step)):
+            exact = self.exact(rows)
+            self.norms[rows] = torch.linalg.vector_norm(exact, dim=1)
+            if copied:
+                self.float32[rows] = exact
+
+    def __len__(self) -> int:
+        return len(self.norms)
+
+    def exact(self, rows: slice | Tensor) -> Tensor:
+        """The scaled features of these rows in float64, (rows, dim)."""
+        exact = self.features[rows].double()
+        return exact if self.scale == 1 else exact * self.scale
+
+    def chunk(self) -> int:
+        """How many features to convert to float64 at a time: on a CPU, what stays in the cache."""
+        return max(1, (2**16 if self.norms.device.type == "cpu" else 2**26) // self.dim)
+
+    def _refuse(self, name: Callable[[int], str]) -> None:
+        row = next(i for i, feature in enumerate(self.features) if not feature.isfinite().all())
+        called = "" if name(row) == str(row) else f' ("{name(row)}")'
+        raise UserError(f"{self.kind} {row}{called}: feature is not finite; nothing can be scored against it")
+
+
+def exact_scores(left: Side, i: Tensor, right: Side, j: Tensor) -> Tensor:
+    """Float64 scores of left[i] with right[j], (len(i),)."""
+    chunks = zip(i.split(left.chunk()), j.split(left.chunk()))
+    return torch.cat([(left.exact(a) * right.exact(b)).sum(1) for a, b in chunks])
+
+
+@dataclass
+class Tile:
+    """A block of images x captions: float32 scores (rows, columns), -inf at the relevant pairs."""
+
+    rows: slice
+    columns: slice
+    positives: tuple[Tensor, Tensor]
+    """(row, column) of the relevant pairs, within the tile."""
+    scores: Tensor
+    space: Tensor
+    """Working space of the scores' shape. The next tile overwrites both."""
+
+
+def fast_tiles(images: Side, texts: Side, image: Tensor, text: Tensor, size: tuple[int, int]) -> Iterator[Tile]:
+    """All scores, in blocks of `size` images x captions; image, text (P,) are the relevant pairs."""
+    height, width = min(size[0], len(images)), min(size[1], len(texts))
+    across = math.ceil(len(texts) / width)
+    number, order = (image // height * across + text // width).sort()
+    image, text = image[order], text[order]
+    numbers = torch.arange(math.ceil(len(images) / height) * across + 1, device=number.device)
+    starts = torch.searchsorted(number, numbers).tolist()
+    memory = images.float32.new_empty(2, height * width)
+    for index, (start, end) in enumerate(pairwise(starts)):
+        top, left = index // across * height, index % across * width
+        rows, columns = slice(top, min(top + height, len(images))), slice(left, min(left + width, len(texts)))
+        shape = rows.stop - top, columns.stop - left
+        scores, space = memory[:, : math.prod(shape)].view(2, *shape)
+        with _true_float32():
+            torch.mm(images.float32[rows], texts.float32[columns].T, out=scores)
+        positives = image[start:end] - top, text[start:end] - left
+        scores[positives] = -torch.inf
+        yield Tile(rows, columns, positives, scores, space)
+
+
+def rounding_bound(dim: int) -> tuple[float, float]:
+    """How far a float32 score may be from the exact one: relative * |image| |text| + absolute.
+
+    With u = 2**-24, summing dim products in any order, fused or not, multiplies each of them by at most dim factors
+    (1 + e), |e| <= u; rounding the two inputs to float32 adds two more. So the error is at most
+    gamma(dim + 2) * sum |x_k y_k| <= gamma(dim + 2) |x| |y|, with gamma(n) = n u / (1 - n u) (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1, and Cauchy-Schwarz). Two more factors cover the rounding of the
+    norms and of the margin itself. What underflows, in an input, a product or a sum, is off by at most 2**-126 even
+    where the hardware flushes subnormal numbers to zero: at most 4 dim times, and times a number that is about 1
+    (at most 2**26: see Side.scale).
+    """
+    steps = (dim + 4) * 2.0**-24
+    return steps / (1 - steps), dim * 2.0**-96
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Float32 products are float32 products: no TF32 or bfloat16 passes (torch.set_float32_matmul_precision).
+
+    The rounding bound holds for nothing less. (Autocast leaves products alone that write to `out`.)
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+def tile_size(device: torch.device) -> tuple[int, int]:
+    """CPU: tiles that stay in the last-level cache between passes. GPU: enough work to hide the launches."""
+    return (1024, 1024) if device.type == "cpu" else (8192, 8192)
+
+
+def _as_tensor(features: Tensor | np.ndarray, kind: str) -> Tensor:
+    """features as a detached floating tensor (items, dim)."""
+    if isinstance(features, np.ndarray) and features.dtype.kind == "f":
+        known = features.dtype.itemsize in (2, 4, 8)
+        native = features.dtype.newbyteorder("=") if known else np.float64
+        features = torch.from_numpy(np.require(features, native, ("C", "W")))
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise UserError(f"{kind} features are of type {features.dtype}: they must be floating-point numbers")
+    if features.ndim != 2 or 0 in features.shape:
+        shape = tuple(features.shape)
+        raise UserError(f"{kind} features have shape {shape}: expected (items, dimensions), none of them 0")
+    return features.detach()

@@ -1,0 +1,231 @@
+"""From options to a model: its config, its weights, and the tokenizer that goes with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.coca_model import CoCa
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.pretrained import list_pretrained_tags_by_model
+from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import chinese_clip, hub, names
+from clip_retrieval.models.chinese_clip import ChineseTokenizer
+from clip_retrieval.models.source import ModelSource, find_source
+from clip_retrieval.models.towers import text_part
+from clip_retrieval.models.weights import load_into
+from clip_retrieval.options import ModelOptions
+
+# Where SigLIP starts, https://arxiv.org/abs/2303.15343.
+SIGLIP_SCALE = math.log(10)
+SIGLIP_BIAS = -10.0
+DEFAULT_CONTEXT_LENGTH = 77
+DEFAULT_IMAGE_SIZE = 224
+RESNET_STRIDE = 32
+ADAPTOR = "adaptor."
+
+
+@dataclass
+class BuiltModel:
+    """A model, and what is needed to make it again.
+
+    Attributes:
+        clip: open_clip's CLIP, CustomTextCLIP or CoCa, float32, on the CPU, in evaluation mode.
+        config: open_clip's model config, and the text tower's own config where it is a Hugging Face one
+            (`text_cfg.hf_config`): all that `rebuild_model` needs, without a network. Plain JSON.
+        preprocess: open_clip's PreprocessCfg. Plain JSON.
+        name: canonical name.
+        weights: an open_clip tag, "none" for random ones, "own" for a hub id's, or the file.
+        adaptor_state: weights of an adaptor (`0.weight`, `2.weight`) found in the file.
+    """
+
+    clip: torch.nn.Module
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    name: str
+    weights: str
+    adaptor_state: dict[str, torch.Tensor] | None = None
+
+
+def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias: bool = False) -> BuiltModel:
+    """The model that `options` name, with its weights.
+
+    Args:
+        options: see there.
+        typed_model: the user named --vision_model, so a checkpoint that holds another model is an error; otherwise
+            the checkpoint decides.
+        logit_bias: give the model a logit bias (SigLIP loss). Where the weights have none, scale and bias start
+            where SigLIP's do.
+
+    Raises:
+        UserError: an unknown name or tag, weights that cannot be fetched or read or do not fit.
+    """
+    source = find_source(options, typed_model)
+    return _build(source, options.image_size, options.context_length, logit_bias)
+
+
+def rebuild_model(
+    config: dict[str, Any],
+    preprocess: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    name: str,
+    source: str,
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    logit_bias: bool = False,
+) -> BuiltModel:
+    """The model of a checkpoint of ours: what `BuiltModel` held, and the state dict.
+
+    Raises UserError, naming `source`, where the parts do not fit.
+    """
+    if chinese_clip.is_chinese_clip(config):
+        name = chinese_clip.model_name(config)
+    return _build(ModelSource(name, config, preprocess, source, state), image_size, context_length, logit_bias)
+
+
+def known_tags(name: str) -> list[str]:
+    """The tags of open_clip's pretrained weights for a model; none for a name that open_clip does not know."""
+    return list_pretrained_tags_by_model(names.OPENAI.get(name, name.replace("/", "-")))
+
+
+def _build(source: ModelSource, image_size: int | None, context_length: int | None, logit_bias: bool) -> BuiltModel:
+    config = deepcopy(source.config)
+    _set_sizes(config, source.name, image_size, context_length)
+    state = source.state or {}
+    if logit_bias or "logit_bias" in state:
+        config.setdefault("init_logit_bias", SIGLIP_BIAS)
+    clip = _instantiate(config, source.name)
+    adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
+    if source.state is not None:
+        state = {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}
+        # timm fits the position embeddings itself, and needs the weights at their own size for it.
+        if _holds_other_size(clip, state):
+            _resize_timm(clip, config, source.name)
+        load_into(clip, state, source.weights, source.name)
+    _resize_timm(clip, config, source.name)
+    if logit_bias and "logit_bias" not in state:
+        torch.nn.init.constant_(clip.logit_scale, SIGLIP_SCALE)
+        torch.nn.init.constant_(clip.logit_bias, SIGLIP_BIAS)
+    preprocess = {**source.preprocess, "size": config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)}
+    return BuiltModel(clip.float().eval(), config, preprocess, source.name, source.weights, adaptor or None)
+
+
+def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, context_length: int | None) -> None:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if image_size:
+        unit = RESNET_STRIDE if isinstance(vision.get("layers"), (list, tuple)) else vision.get("patch_size") or 1
+        if image_size % unit:
+            raise UserError(f"--image_size {image_size}: {name} takes multiples of {unit}")
+        vision["image_size"] = image_size
+    if context_length:
+        limit = text.get("hf_config", {}).get("max_position_embeddings") or context_length
+        if context_length > limit:
+            raise UserError(f"--context_length {context_length}: {name} takes up to {limit} tokens")
+        text["context_length"] = context_length
+
+
+def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
+    """The open_clip module of `config`, with random weights; completes `config` with what it took to build it."""
+    if config["vision_cfg"].get("timm_model_name"):
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    text = config["text_cfg"]
+    if text.get("hf_model_name"):
+        text["hf_model_pretrained"] = False
+    arguments = deepcopy(config)
+    hf_config = arguments["text_cfg"].pop("hf_config", None)
+    custom_text = arguments.pop("custom_text", False) or bool(text.get("hf_model_name"))
+    model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
+    with ExitStack() as stack:
+        if hf_config:
+            # open_clip reads a Hugging Face config from a name or a folder only.
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            (Path(folder) / "config.json").write_text(json.dumps(hf_config))
+            arguments["text_cfg"]["hf_model_name"] = folder
+        stack.enter_context(hub.hub_access() if text.get("hf_model_name") and not hf_config else hub.quiet())
+        try:
+            clip = model_class(**arguments)
+        except OSError as error:
+            raise UserError(
+                f"{name}: its text tower {text.get('hf_model_name')} could not be fetched from huggingface.co; is "
+                "there a network?"
+            ) from error
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{name}: its model config cannot be built: {reason}") from error
+    if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
+        text["hf_config"] = json.loads(clip.text.config.to_json_string())
+    return clip
+
+
+def _holds_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    key = "visual.trunk.pos_embed"
+    return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
+
+
+def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> None:
+    """Bring a timm image tower from timm's own image size to the config's."""
+    if not isinstance(clip.visual, TimmModel):
+        return
+    size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
+    if clip.visual.trunk.default_cfg["input_size"][-1] == size:
+        return
+    try:
+        with hub.quiet():
+            clip.visual.set_input_size(size)
+    except AssertionError as error:
+        raise UserError(f"--image_size {size}: {name} does not take it ({error})") from None
+
+
+def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | ChineseTokenizer:
+    """The tokenizer that goes with `model`; `data.captions.tokenize` runs it.
+
+    Raises UserError where it cannot be had, or has more tokens than the text tower knows.
+    """
+    text = model.config["text_cfg"]
+    length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    if chinese_clip.is_chinese_clip(model.config):
+        source = options.tokenizer or chinese_clip.HUB_TOKENIZER
+        return ChineseTokenizer(source, length, text["vocab_size"])
+    extra = text.get("tokenizer_kwargs") or {}
+    if text.get("hf_tokenizer_name"):
+        tokenizer = _hf_tokenizer(options, model, context_length=length, **extra)
+        size = len(tokenizer.tokenizer)
+    elif options.tokenizer:
+        raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; leave it out")
+    else:
+        tokenizer = SimpleTokenizer(context_length=length, **extra)
+        size = tokenizer.vocab_size
+    known = text_part(model.clip).vocab_size
+    if size > known:
+        raise UserError(
+            f"{model.name}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the tokenizer "
+            "that belongs to it"
+        )
+    return tokenizer
+
+
+def _hf_tokenizer(options: ModelOptions, model: BuiltModel, **arguments: Any) -> HFTokenizer:
+    text = model.config["text_cfg"]
+    source = options.tokenizer or text["hf_tokenizer_name"]
+    if not options.tokenizer and model.name.startswith(names.FOLDER):
+        source = model.name.removeprefix(names.FOLDER)
+    try:
+        with hub.hub_access():
+            return HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **arguments)
+    except hub.FETCH_ERRORS:
+        raise UserError(
+            f"the tokenizer {source} of {model.name} could not be read, or fetched from huggingface.co; a folder that "
+            "it was downloaded to is given as --tokenizer FOLDER"
+        ) from None

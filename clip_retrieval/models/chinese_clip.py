@@ -1,0 +1,231 @@
+"""Chinese-CLIP: its checkpoints, its models by name, and its tokenizer.
+
+The image tower is OpenAI's with QuickGELU; the text tower is BERT, and the feature is the projected last hidden state
+of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.errors import UserError
+
+CONTEXT_LENGTH = 52
+TOKENIZER_MODE = "chinese_clip"
+HUB_TOKENIZER = "bert-base-chinese"
+MIN_VOCABULARY = 6
+"""transformers gives a vocabulary of the five special tokens where it did not understand the file."""
+
+PREPROCESS = {"interpolation": "bicubic", "resize_mode": "squash"}
+
+VISION_MODELS = ("ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50")
+TEXT_MODELS = {
+    "RoBERTa-wwm-ext-base-chinese": {"hidden_size": 768, "num_hidden_layers": 12},
+    "RoBERTa-wwm-ext-large-chinese": {"hidden_size": 1024, "num_hidden_layers": 24},
+    "RBT3-chinese": {"hidden_size": 768, "num_hidden_layers": 3},
+}
+VOCABULARY = 21128
+POSITIONS = 512
+HEAD_WIDTH = 64
+
+
+def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Chinese-CLIP state dict under open_clip's names."""
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith("bert.pooler."):
+            continue
+        if name.startswith("bert."):
+            renamed["text.transformer." + name.removeprefix("bert.")] = value
+        elif name == "text_projection":
+            renamed["text.proj.weight"] = value.T.contiguous()
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+    """The model config of a checkpoint, from the shapes of its tensors (under open_clip's names).
+
+    Raises UserError, naming `source`, where tensors that tell the sizes are missing.
+    """
+    try:
+        embeddings = "text.transformer.embeddings."
+        vocabulary, width = state[f"{embeddings}word_embeddings.weight"].shape
+        layers = count_layers(state, "text.transformer.encoder.layer.")
+        text = {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "intermediate_size": state["text.transformer.encoder.layer.0.intermediate.dense.weight"].shape[0],
+            "max_position_embeddings": state[f"{embeddings}position_embeddings.weight"].shape[0],
+            "type_vocab_size": state[f"{embeddings}token_type_embeddings.weight"].shape[0],
+        }
+        return _config(state["text.proj.weight"].shape[0], _infer_vision(state), text)
+    except KeyError as error:
+        raise UserError(f"{source} is not a whole Chinese-CLIP checkpoint: it has no {error.args[0]}") from None
+
+
+def reference_config(vision: str, text: str) -> dict[str, Any]:
+    """The model config of two of Chinese-CLIP's names. Raises UserError for names that are not its."""
+    from open_clip.factory import get_model_config
+
+    if text not in TEXT_MODELS:
+        raise UserError(f"--text_model {text}: no such text tower; known are {', '.join(TEXT_MODELS)}")
+    if vision not in VISION_MODELS:
+        raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}; not with {vision}")
+    sizes = TEXT_MODELS[text]
+    size_of = {
+        "vocab_size": VOCABULARY,
+        **sizes,
+        "intermediate_size": 4 * sizes["hidden_size"],
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 2,
+    }
+    clip = get_model_config(vision)
+    return _config(clip["embed_dim"], clip["vision_cfg"], size_of)
+
+
+def model_name(config: dict[str, Any]) -> str:
+    """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or "Chinese-CLIP"."""
+    from open_clip.factory import get_model_config
+
+    text = config["text_cfg"]["hf_model_name"]
+    for name in VISION_MODELS:
+        known = get_model_config(name)
+        if text in TEXT_MODELS and same_tower(known["vision_cfg"], config["vision_cfg"]):
+            return f"{name}@{text}"
+    return "Chinese-CLIP"
+
+
+def is_chinese_clip(config: dict[str, Any]) -> bool:
+    """Whether a model config is one of those made here."""
+    return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE
+
+
+def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to."""
+    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained")
+    defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
+    a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
+    return a == b
+
+
+def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    text = {"model_type": "bert", "num_attention_heads": text["hidden_size"] // HEAD_WIDTH, "pad_token_id": 0, **text}
+    name = next((n for n, sizes in TEXT_MODELS.items() if sizes.items() <= text.items()), "bert")
+    return {
+        "embed_dim": embed_dim,
+        "quick_gelu": True,
+        "custom_text": True,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": text["vocab_size"],
+            "hf_model_name": name,
+            "hf_model_pretrained": False,
+            "hf_tokenizer_name": HUB_TOKENIZER,
+            "tokenizer_mode": TOKENIZER_MODE,
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "hf_proj_type": "linear",
+            "hf_config": text,
+        },
+    }
+
+
+def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if "visual.layer1.0.conv1.weight" in state:
+        grid = round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+        return {
+            "image_size": 32 * grid,
+            "layers": [count_layers(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+            "width": state["visual.layer1.0.conv1.weight"].shape[0],
+            "patch_size": None,
+        }
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    return {
+        "image_size": patch * grid,
+        "layers": count_layers(state, "visual.transformer.resblocks."),
+        "width": width,
+        # ViT-H alone has another: 16 heads.
+        "head_width": 80 if width == 1280 else HEAD_WIDTH,
+        "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+        "patch_size": patch,
+    }
+
+
+def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
+    """Number of layers whose names are `prefix` and a number."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+class ChineseTokenizer:
+    """BERT's word pieces as Chinese-CLIP makes them: [CLS] pieces [SEP], lower case, curly quotes straightened.
+
+    It has the attributes of open_clip's HFTokenizer, and is used as one.
+
+    Args:
+        source: a vocab.txt, a folder with one, or a hub name.
+        context_length: in tokens; longer captions are cut, keeping [SEP].
+        vocabulary: number of tokens the text tower knows.
+
+    Raises:
+        UserError: the vocabulary is not there, or is another than the text tower's.
+    """
+
+    tokenizer_mode = ""
+    strip_sep_token = False
+
+    def __init__(self, source: str, context_length: int, vocabulary: int):
+        self.tokenizer = _bert_tokenizer(source)
+        self.context_length = context_length
+        if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
+            raise UserError(
+                f"--tokenizer {source} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the "
+                "vocab.txt that belongs to the model"
+            )
+
+    @staticmethod
+    def clean_fn(text: str) -> str:
+        return text.lower().replace("“", '"').replace("”", '"')
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 (texts, context_length), padded with 0."""
+        return self.tokenizer(
+            [self.clean_fn(text) for text in texts],
+            return_tensors="pt",
+            max_length=self.context_length,
+            padding="max_length",
+            truncation=True,
+        ).input_ids
+
+
+def _bert_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    from clip_retrieval.models.hub import FETCH_ERRORS, hub_access, quiet
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / "vocab.txt"
+    if path.exists():
+        try:
+            with quiet():
+                # By position: given as vocab_file=, transformers 5 ignores it.
+                return BertTokenizer(str(path))
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise UserError(f"--tokenizer {path} is not a vocab.txt ({str(error).splitlines()[0]})") from error
+    if path.suffix or path.is_absolute() or Path(source).is_dir():
+        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
+    try:
+        with hub_access():
+            return AutoTokenizer.from_pretrained(source)
+    except FETCH_ERRORS:
+        raise UserError(
+            f"the tokenizer {source} could not be fetched from huggingface.co; give the model's word list as "
+            "--tokenizer vocab.txt"
+        ) from None

@@ -1,0 +1,101 @@
+"""What a model may be called, and which one is meant."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from clip_retrieval.errors import UserError
+
+OPENAI = {
+    "RN50": "RN50",
+    "RN101": "RN101",
+    "RN50x4": "RN50x4",
+    "RN50x16": "RN50x16",
+    "RN50x64": "RN50x64",
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
+"""OpenAI's names, and open_clip's for the same architectures."""
+
+HUB = "hf-hub:"
+FOLDER = "local-dir:"
+OWN_WEIGHTS = "own"
+NO_WEIGHTS = "none"
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name, resolved.
+
+    Attributes:
+        name: the canonical name: OpenAI's spelling where there is one.
+        config: the name of the config file in open_clip or in configs/, an `hf-hub:` or `local-dir:` id, or the
+            path of a .json.
+        kind: where the config lies: "open_clip", "ours", "hub", "folder" or "file".
+        openai_spelling: whether it was spelled as only OpenAI does (`ViT-B/32`, `RN50`); two spellings are equal.
+    """
+
+    name: str
+    config: str
+    kind: str
+    openai_spelling: bool = field(default=False, compare=False)
+
+    @property
+    def default_weights(self) -> str:
+        """What the model starts from where nothing is said: "openai", "own" (a hub id's or folder's) or "none"."""
+        if self.kind in ("hub", "folder"):
+            return OWN_WEIGHTS
+        return "openai" if self.name in OPENAI else NO_WEIGHTS
+
+
+def resolve(name: str) -> ModelName:
+    """The model that `name` means. Raises UserError, with the nearest known names, where there is none."""
+    if name in OPENAI:
+        return ModelName(name, OPENAI[name], "open_clip", openai_spelling=True)
+    for prefix, kind in ((HUB, "hub"), (FOLDER, "folder")):
+        if name.startswith(prefix):
+            if name == prefix:
+                raise UserError(f"--vision_model {name}: something must follow the colon")
+            return ModelName(name, name, kind)
+    if name in our_configs():
+        return ModelName(name, name, "ours")
+    if name.endswith(".json"):
+        return ModelName(name, name, "file")
+    # The slash is OpenAI's way: it is accepted for any model (ViT-H/14).
+    config = name.replace("/", "-")
+    if config in open_clip_names():
+        canonical = next((openai for openai, same in OPENAI.items() if same == config), config)
+        return ModelName(canonical, config, "open_clip")
+    near = nearest(name, [*OPENAI, *our_configs(), *open_clip_names()])
+    raise UserError(
+        f"--vision_model {name}: no such model{near}. It may be an OpenAI or open_clip name, hf-hub:ORG/NAME, "
+        "local-dir:PATH, or a model config .json"
+    )
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """What to add to a message: `(did you mean A, B?)` with the names of `known` that look like `name`, or nothing."""
+    by_lower = {k.lower(): k for k in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(by_lower[n] for n in near)}?)" if near else ""
+
+
+@cache
+def our_configs() -> dict[str, Path]:
+    """Our own model configs: name to file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+
+
+@cache
+def open_clip_names() -> tuple[str, ...]:
+    """The names of open_clip's model configs. open_clip is looked at but not imported: that would load torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        return ()
+    return tuple(sorted(path.stem for path in (Path(package.origin).parent / "model_configs").glob("*.json")))

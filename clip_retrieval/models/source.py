@@ -1,0 +1,188 @@
+"""Which model is meant: from names, tags and files to a config, preprocessing and weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import factory
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import chinese_clip, hub, names, weights
+from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
+from clip_retrieval.models.weights import Weights, read_weights
+from clip_retrieval.options import ModelOptions
+
+
+@dataclass
+class ModelSource:
+    """A model before it is built.
+
+    Attributes:
+        name: canonical name.
+        config: open_clip's model config.
+        preprocess: open_clip's PreprocessCfg, as plain JSON.
+        weights: where the weights are from: a tag, "none", "own" (a hub id's or folder's) or a file.
+        state: the weights, or None for random ones.
+    """
+
+    name: str
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    weights: str
+    state: dict[str, torch.Tensor] | None = None
+
+
+def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
+    """The model that `options` name, its weights read but not built yet. See `build.build_model`."""
+    name = names.resolve(options.vision_model)
+    pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
+    tag_config = get_pretrained_cfg(name.config, pretrained)
+    if pretrained == NO_WEIGHTS or (pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")):
+        return _named_source(options, name, pretrained)
+    if tag_config:
+        if options.text_model:
+            raise UserError(f"--pretrained {pretrained} has a text tower of its own; leave --text_model out")
+        config, _ = _read_config(name)
+        config["quick_gelu"] = tag_config.get("quick_gelu", config.get("quick_gelu", False))
+        path = hub.fetch_tag(name.name, pretrained, tag_config)
+        return ModelSource(name.name, config, _preprocess(tag_config), pretrained, read_weights(path).state)
+    _check_is_no_tag(pretrained, name)
+    found = read_weights(pretrained)
+    if found.kind == weights.OURS:
+        return _ours(found, options, name, typed_model)
+    if found.kind == weights.CHINESE_CLIP:
+        config = chinese_clip.infer_config(found.state, found.source)
+        _check_chinese_names(config, options, name if typed_model else None, found.source)
+        preprocess = _preprocess(chinese_clip.PREPROCESS)
+        return ModelSource(chinese_clip.model_name(config), config, preprocess, found.source, found.state)
+    source = _named_source(options, name, found.source)
+    source.state = found.state
+    if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE) or name.openai_spelling:
+        source.config["quick_gelu"] = True
+    if found.kind == weights.OPENAI_CODE:
+        _take_text_layers(source)
+    return source
+
+
+def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
+    """What is neither a tag nor a file is taken for a misspelt tag, unless it looks like a path."""
+    path = Path(pretrained)
+    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained:
+        return
+    tags = list_pretrained_tags_by_model(name.config)
+    known = f"its tags are {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
+    raise UserError(
+        f"--pretrained {pretrained} is neither a file nor a tag of {name.name}"
+        f"{names.nearest(pretrained, tags)}; {known}"
+    )
+
+
+def _named_source(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
+    """Config and preprocessing by name; weights only where a hub id or folder has its own."""
+    if options.text_model:
+        config = chinese_clip.reference_config(name.config, options.text_model)
+        return ModelSource(chinese_clip.model_name(config), config, _preprocess(chinese_clip.PREPROCESS), pretrained)
+    config, preprocess = _read_config(name)
+    source = ModelSource(name.name, config, preprocess, pretrained)
+    if pretrained == OWN_WEIGHTS:
+        location = name.config.partition(":")[2]
+        path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
+        source.state = read_weights(path).state
+    return source
+
+
+def _weights_in(folder: str) -> str:
+    with hub.quiet():
+        path = factory._find_checkpoint_in_dir(Path(folder))
+    if path is None:
+        raise UserError(f"local-dir:{folder} holds no weights; give them as --pretrained FILE, or --pretrained none")
+    return path
+
+
+def _read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model config and preprocessing of a name."""
+    if name.kind == "open_clip":
+        return factory.get_model_config(name.config), _common_preprocess(name.config)
+    if name.kind == "hub":
+        content = hub.fetch_hub_config(name.config.removeprefix(names.HUB))
+    elif name.kind == "folder":
+        content = _read_json(Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json")
+    else:
+        content = _read_json(names.our_configs()[name.config] if name.kind == "ours" else Path(name.config))
+    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if lacking:
+        raise UserError(f"--vision_model {name.name} is not a model config: it has no {', '.join(lacking)}")
+    return config, _preprocess(content.get("preprocess_cfg", {}))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such model config") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a model config: {error}") from None
+
+
+def _preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
+    """A PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out)."""
+    return json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
+
+
+def _common_preprocess(config_name: str) -> dict[str, Any]:
+    """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
+    tags = list_pretrained_tags_by_model(config_name)
+    of_tags = [_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
+    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else _preprocess({})
+
+
+def _ours(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
+    """A checkpoint of ours: its own config decides."""
+    config = found.model_config
+    if chinese_clip.is_chinese_clip(config):
+        _check_chinese_names(config, options, name if typed_model else None, found.source)
+        held = chinese_clip.model_name(config)
+    else:
+        held = found.options.get("vision_model") or "model without a name"
+        if typed_model and held not in (name.name, name.config) and not _same_model(_read_config(name)[0], config):
+            raise UserError(
+                f"--vision_model {name.name} contradicts {found.source}, which holds a {held}; leave "
+                "--vision_model out, or give another checkpoint"
+            )
+        if options.text_model not in (None, config["text_cfg"].get("hf_model_name")):
+            raise UserError(f"--text_model {options.text_model} contradicts {found.source}; leave it out")
+    return ModelSource(held, config, found.preprocess or _preprocess({}), found.source, found.state)
+
+
+def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    towers = all(chinese_clip.same_tower(a[tower], b[tower]) for tower in ("vision_cfg", "text_cfg"))
+    return towers and a["embed_dim"] == b["embed_dim"]
+
+
+def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: ModelName | None, source: str) -> None:
+    """A Chinese-CLIP checkpoint decides; names that were typed must agree with it."""
+    holds = config["text_cfg"]["hf_model_name"]
+    if options.text_model not in (None, holds):
+        raise UserError(
+            f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
+            f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
+        )
+    if typed and not chinese_clip.same_tower(_read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
+        raise UserError(
+            f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
+            "leave it out"
+        )
+
+
+def _take_text_layers(source: ModelSource) -> None:
+    """clip-training's RN50 has half of OpenAI's text layers: the file tells."""
+    layers = chinese_clip.count_layers(source.state, "transformer.resblocks.")
+    if layers:
+        source.config["text_cfg"]["layers"] = layers

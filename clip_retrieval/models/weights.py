@@ -1,0 +1,305 @@
+"""Weight files of every format: read into one form, and put into a model.
+
+Nothing here unpickles Python objects: a file that asks for them is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import chinese_clip
+
+OURS = "ours"
+OPENAI_ARCHIVE = "openai archive"
+OPENAI_CODE = "openai code"
+CHINESE_CLIP = "chinese-clip"
+STATE_DICT = "state dict"
+
+_ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
+_READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+@dataclass
+class Weights:
+    """What a weight file holds.
+
+    Attributes:
+        source: the file.
+        kind: OURS: a checkpoint of ours; OPENAI_ARCHIVE: OpenAI's TorchScript file; OPENAI_CODE: saved by a system
+            that runs OpenAI's own model (clip-training, Clip_crossmodal_retrieval's adaptor); CHINESE_CLIP;
+            STATE_DICT: any other.
+        state: float32 CPU tensors under open_clip's names, an adaptor's as `adaptor.*`.
+        model_config, preprocess, options: of a checkpoint of ours, else None.
+    """
+
+    source: str
+    kind: str
+    state: dict[str, torch.Tensor]
+    model_config: dict[str, Any] | None = None
+    preprocess: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a weight file.
+
+    OpenAI's archives, open_clip's .pt and .safetensors, Chinese-CLIP's, CLIP_ITM's, clip-training's and
+    Clip_crossmodal_retrieval's .pt, and checkpoints of ours. Raises UserError where the file is missing, damaged, no
+    checkpoint, or holds Python objects.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    if _is_safetensors(path):
+        return _from_content(path, _read_safetensors(path))
+    if _is_torchscript(path):
+        state = {name: v for name, v in _read_torchscript(path).items() if name not in _ARCHIVE_FACTS}
+        return Weights(str(path), OPENAI_ARCHIVE, _float32(state))
+    return _from_content(path, _read_tensors(path))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
+    """All of a checkpoint of ours, the state of its run included; None where the file holds something else.
+
+    Raises UserError as `read_weights` does.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    if _is_safetensors(path) or _is_torchscript(path):
+        return None
+    content = _read_tensors(path)
+    return content if _is_ours(content) else None
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and "model" in content and "model_config" in content
+
+
+def _read_tensors(path: Path) -> Any:
+    """What a file of `torch.save` holds: tensors, numbers, strings, and dicts and lists of them.
+
+    Tensors stay on the disk until they are used, where the format allows it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) or _first_bytes(path, 1) == b"\x80":
+            raise UserError(
+                f"{path} holds Python objects beside weights and is refused, as loading them can run any code; if you "
+                "trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            ) from error
+        raise _unreadable(path, "no checkpoint") from error
+    except _READ_ERRORS as error:
+        raise _unreadable(path, "damaged, cut short or no checkpoint") from error
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the weight file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such weight file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; fetch it again")
+
+
+def _unreadable(path: Path, what: str) -> UserError:
+    return UserError(f"{path} cannot be read as weights: {what}; fetch it again")
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
+
+
+def _is_safetensors(path: Path) -> bool:
+    # Eight bytes of length, then a JSON header.
+    return path.suffix == ".safetensors" or _first_bytes(path, 9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, *_READ_ERRORS) as error:
+        raise _unreadable(path, "damaged, cut short or not in the safetensors format") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        inner = [name.partition("/")[2] for name in archive.namelist()]
+    return "constants.pkl" in inner and any(name.startswith("code/") for name in inner)
+
+
+def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            code = [archive.read(entry) for entry in archive.infolist() if "/code/" in entry.filename]
+        # The one thing that runs while an archive is loaded, and it may write files. OpenAI's have none.
+        if any(b"__setstate__" in text for text in code):
+            raise UserError(f"{path} runs code of its own when it is loaded and is refused; save its state dict alone")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.load(str(path), map_location="cpu").state_dict()
+    except (zipfile.BadZipFile, *_READ_ERRORS) as error:
+        raise _unreadable(path, "a damaged TorchScript archive") from error
+
+
+def _from_content(path: Path, content: Any) -> Weights:
+    if _is_ours(content):
+        return Weights(
+            str(path),
+            OURS,
+            _float32(content["model"]),
+            content["model_config"],
+            content.get("preprocess"),
+            content.get("options") or {},
+        )
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
+    holder = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), dict)), None)
+    state = content if holder is None else content[holder]
+    state = {name: v for name, v in state.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no weights (it has {_some([str(key) for key in content])})")
+    state = _float32(_without_prefix(_without_prefix(state, "_orig_mod."), "module."))
+    if any(name.startswith("bert.") for name in state):
+        return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
+    if any(name.startswith("clip_model.") for name in state):
+        return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
+    # Only clip-training, whose model is OpenAI's, uses this key.
+    return Weights(str(path), OPENAI_CODE if holder == "model_state_dict" else STATE_DICT, state)
+
+
+def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """`state` without what DistributedDataParallel or torch.compile put before every name."""
+    if not all(name.startswith(prefix) for name in state):
+        return state
+    return {name.removeprefix(prefix): v for name, v in state.items()}
+
+
+def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Clip_crossmodal_retrieval's CLIP with an adaptor, and a logit scale of their own that was trained."""
+    clip = {name.removeprefix("clip_model."): v for name, v in state.items() if name.startswith("clip_model.")}
+    layers = "additional_layers.fc."
+    adaptor = {f"adaptor.{name.removeprefix(layers)}": v for name, v in state.items() if name.startswith(layers)}
+    rest = {name: v for name, v in state.items() if not name.startswith(("clip_model.", layers))}
+    return {**clip, **adaptor, **rest}
+
+
+def _float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+
+
+def load_into(clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
+    """Put `state` into an open_clip model, strictly; only a `logit_bias` may be missing.
+
+    Position embeddings are fitted to the model's image size and context length. Raises UserError, naming `source`,
+    `name` and the weights, where they do not fit.
+    """
+    own = clip.state_dict()
+    state = _fit(clip, state, own)
+    missing = [key for key in own if key not in state and key != "logit_bias"]
+    unexpected = [key for key in state if key not in own]
+    differing = [
+        f"{key} {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({_some(keys)})"
+        for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (differing, "of another shape"))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"{source} does not fit {name}: {', '.join(problems)}; give the model it belongs to as --vision_model"
+        )
+    clip.load_state_dict(state, strict=False)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _fit(
+    clip: torch.nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`state` with the names and sizes that this version of open_clip and this model have."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_state_dict(clip, dict(state))
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    # Buffers that older versions of open_clip and transformers saved.
+    for key in [key for key in state if key.endswith(("attn_mask", "position_ids")) and key not in own]:
+        del state[key]
+    for key in ("logit_scale", "logit_bias"):
+        if key in state and key in own and state[key].numel() == own[key].numel():
+            state[key] = state[key].reshape(own[key].shape)
+    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
+        if _differs_in_length(key, state, own):
+            state[key] = _resize_image_positions(state[key], len(own[key]))
+    for key in ("positional_embedding", "text.positional_embedding"):
+        if _differs_in_length(key, state, own):
+            state[key] = _resize_text_positions(clip, state[key], own[key])
+    return state
+
+
+def _differs_in_length(key: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
+    return (
+        key in state
+        and key in own
+        and state[key].ndim == own[key].ndim == 2
+        and state[key].shape[1] == own[key].shape[1]
+        and len(state[key]) != len(own[key])
+    )
+
+
+def _resize_image_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """The class token's position, and the grid's interpolated as open_clip does; as they are if not a square grid."""
+    from types import SimpleNamespace
+
+    from open_clip.model import resize_pos_embed
+
+    side, old_side = round((length - 1) ** 0.5), round((len(positions) - 1) ** 0.5)
+    if side**2 + 1 != length or old_side**2 + 1 != len(positions):
+        return positions
+    # open_clip knows only its ViT's name for them; a ResNet's attention pooling has the same layout.
+    state = {"visual.positional_embedding": positions}
+    resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=side)))
+    return state["visual.positional_embedding"]
+
+
+def _resize_text_positions(clip: torch.nn.Module, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Positions for another context length.
+
+    A shorter context keeps the first ones, so that captions that fit have the features they had. A longer one, or a
+    tower that pools its last position, is interpolated as open_clip does.
+    """
+    from types import SimpleNamespace
+
+    from open_clip.model import resize_text_pos_embed
+
+    text = getattr(clip, "text", clip)
+    pools_end_token = (getattr(text, "text_pool_type", None) or text.pool_type) in ("argmax", "eos")
+    if len(own) < len(positions) and pools_end_token and getattr(text, "cls_emb", None) is None:
+        return positions[: len(own)]
+    state = {"positional_embedding": positions}
+    resize_text_pos_embed(state, SimpleNamespace(positional_embedding=own))
+    return state["positional_embedding"]

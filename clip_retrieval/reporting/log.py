@@ -1,0 +1,85 @@
+"""What a run says: on the terminal, in log.txt, in metrics.jsonl and in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+log = logging.getLogger("clip_retrieval")
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes above a progress bar instead of through it; warnings go to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        return f"WARNING: {message}" if record.levelno >= logging.WARNING else message
+
+
+def start_log(folder: Path | None = None) -> None:
+    """Say everything on the terminal, and in `folder`/log.txt where there is a folder."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    terminal = _TerminalHandler()
+    terminal.setFormatter(_Formatter())
+    log.addHandler(terminal)
+    if folder is not None:
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+class MetricsLog:
+    """Numbers over steps: one line each in metrics.jsonl, and TensorBoard scalars.
+
+    Args:
+        folder: the run's folder.
+        step: the step a run goes on from; what was written after it, by a run that was killed, is taken back.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in self._read() if json.loads(line)["step"] <= step] if step else []
+        self._path.write_text("".join(kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def _read(self) -> list[str]:
+        if not self._path.is_file():
+            return []
+        # A killed run may have left half a line.
+        return [line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Record `values` (numbers, or dicts of them) of `kind` ("train", "val", ...) at `step`."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in _flatten(values, kind):
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _flatten(values: dict[str, Any], prefix: str):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}/{name}")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}/{name}", value

@@ -1,0 +1,36 @@
+"""results.json and options.json: what a run found, and what it was told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import Options
+from clip_retrieval.training.precision import device_name
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON to a temporary name, then rename it. Raises UserError where the place cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+
+
+def write_options(folder: Path, options: Options, device: torch.device) -> None:
+    """options.json: all options, then the versions and the device they ran on."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = platform.python_version()
+    content = options.flat() | {"versions": versions, "device_used": f"{device} ({device_name(device)})"}
+    write_json(folder / "options.json", content)

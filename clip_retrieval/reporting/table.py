@@ -1,0 +1,19 @@
+"""Results as a table for people; results.json keeps the unrounded numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def results_table(blocks: dict[str, dict[str, Any]]) -> str:
+    """A table with a line per block (a split, or a moment) of recalls in percent."""
+    recalls = [name for name in next(iter(blocks.values()))["i2t"] if name.startswith("R@")]
+    columns = [*recalls, "MedR", "MeanR"]
+    header = ["", *(f"i2t {c}" for c in columns), *(f"t2i {c}" for c in columns), "mean", "rsum"]
+    rows = [header]
+    for name, block in blocks.items():
+        values = [block[direction][c] for direction in ("i2t", "t2i") for c in columns]
+        rows.append([name, *(f"{v:.2f}" for v in [*values, block["mean_recall"], block["rsum"]])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,141 @@
+"""What a finetune and an evaluation begin with: settled options, a folder, data, a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.data.captions import Tokens, tokenize
+from clip_retrieval.data.catalog import read_dataset, size_warning
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
+from clip_retrieval.models.names import resolve
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.weights import OURS, read_checkpoint, read_weights
+from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
+from clip_retrieval.reporting.log import log
+
+DEFAULT_EXPERIMENT = "ex0"
+PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
+
+
+def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """The options of a run, and the checkpoint of ours that it resumes, if any.
+
+    Defaults < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives the
+    weights to start from, as --pretrained does.
+    """
+    options = Options.settle(typed)  # refuses bad values before anything is read
+    path = _resumed_file(options)
+    if path is None:
+        return options, None
+    if read_weights(path).kind != OURS:
+        if typed.get("pretrained") not in (None, str(path)):
+            raise UserError(
+                f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them"
+            )
+        log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
+        return Options.settle(typed, {"pretrained": str(path), "resume": None}), None
+    checkpoint = read_checkpoint(path)
+    stored = checkpoint["options"]
+    if "vision_model" in typed and resolve(typed["vision_model"]) != resolve(stored["vision_model"]):
+        raise UserError(
+            f"--vision_model {typed['vision_model']} contradicts {path}, which holds a {stored['vision_model']}; "
+            "leave --vision_model out"
+        )
+    return Options.settle(taken_from_checkpoint(stored), typed, {"resume": str(path)}), checkpoint
+
+
+def _resumed_file(options: Options) -> Path | None:
+    resume = options.run.resume
+    if resume is None:
+        return None
+    if resume != AUTO:
+        return Path(resume)
+    last = run_folder(options) / "last.pt"
+    if last.is_file():
+        return last
+    if options.run.eval:
+        raise UserError(f"--resume auto: there is no {last}; give the checkpoint's path")
+    return None
+
+
+def run_folder(options: Options) -> Path:
+    """The folder of a finetune."""
+    return Path(options.run.checkpoint_path) / (options.run.experiments or DEFAULT_EXPERIMENT)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and see that it can be written. Raises UserError where it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --checkpoint_path") from None
+
+
+@dataclass
+class Split:
+    """One split of a data set, its captions tokenised."""
+
+    dataset: RetrievalDataset
+    tokens: Tokens
+
+
+def load_split(options: Options, split: str, tokenizer: Any) -> Split | None:
+    """Read a split and say what is in it; None where the data set has no such split."""
+    dataset = read_dataset(options.data, split)
+    if dataset is None:
+        return None
+    tokens = tokenize(dataset.captions, tokenizer)
+    cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
+    log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
+    if warning := size_warning(dataset):
+        log.warning(warning)
+    return Split(dataset, tokens)
+
+
+def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:
+    """Say a few captions, spread over the split."""
+    for row in torch.linspace(0, len(dataset.pairs) - 1, number).long().unique().tolist():
+        image, caption = dataset.pairs[row]
+        log.info(f"  {Path(dataset.images.name(image)).name}: {dataset.captions[caption]}")
+
+
+def load_model(
+    options: Options, checkpoint: dict[str, Any] | None, *, typed_model: bool
+) -> tuple[RetrievalModel, BuiltModel, Any]:
+    """The model, on the CPU, how it was built, and its tokenizer. `typed_model`: --vision_model was typed."""
+    logit_bias = options.loss.loss == "siglip" and not options.run.eval
+    if checkpoint is None:
+        built = build_model(options.model, typed_model=typed_model, logit_bias=logit_bias)
+    else:
+        built = rebuild_model(
+            checkpoint["model_config"],
+            checkpoint["preprocess"],
+            checkpoint["model"],
+            name=resolve(checkpoint["options"]["vision_model"]).name,
+            source=options.run.resume,
+            image_size=options.model.image_size,
+            context_length=options.model.context_length,
+            logit_bias=logit_bias,
+        )
+    adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
+    model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
+    if built.adaptor_state is not None:
+        model.adaptor.load_state_dict(built.adaptor_state)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
+    return model, built, build_tokenizer(options.model, built)
+
+
+def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
+    """Options for a checkpoint: its data are found from any working directory."""
+    absolute = {name: str(Path(flat[name]).absolute()) for name in PATHS if flat[name] and Path(flat[name]).exists()}
+    return flat | absolute

@@ -1,0 +1,55 @@
+"""Devices, and the precision they compute in."""
+
+from __future__ import annotations
+
+import torch
+
+from clip_retrieval.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """The device asked for, or the best there is. Raises UserError for one that is not there."""
+    if asked is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"--device {asked}: no such kind of device; choose cuda, mps or cpu") from None
+    available = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not available.get(device.type, False):
+        raise UserError(f"--device {asked}: there is no such device here; leave --device out to take the best there is")
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """Training precision: "auto" is bf16 where the GPU has it, else fp16, and fp32 elsewhere."""
+    if asked == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if asked == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU choose fp32 or bf16")
+    return asked
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for the forward pass; the weights stay float32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler that fp16 needs; it does nothing with the other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for the record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,54 @@
+"""Write datasets/annotations: the split id lists of COCO, Flickr8K and Flickr30K. Ids and file names, no captions.
+
+    python scripts/write_annotations.py DATA
+
+DATA has coco_ids/coco_{train,dev,test,restval}_ids.npy (as CLIP_ITM gives them out), flickr8k/dataset_flickr8k.json
+and flickr30k_text/dataset_flickr30k.json.gz (Karpathy's); by default it is $CLIP_RETRIEVAL_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+ANNOTATIONS = Path(__file__).resolve().parents[1] / "datasets" / "annotations"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("CLIP_RETRIEVAL_DATA"))
+    parser.add_argument("--output", type=Path, default=ANNOTATIONS, help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.data or not Path(args.data).is_dir():
+        parser.error(f"{args.data}: no such folder; name it, or set CLIP_RETRIEVAL_DATA")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_coco(Path(args.data) / "coco_ids", args.output)
+    write_flickr("flickr8k", Path(args.data) / "flickr8k" / "dataset_flickr8k.json", args.output)
+    write_flickr("flickr30k", Path(args.data) / "flickr30k_text" / "dataset_flickr30k.json.gz", args.output)
+
+
+def write_coco(folder: Path, output: Path) -> None:
+    """Caption ids, in their order, as int32."""
+    for split in ("train", "dev", "test", "restval"):
+        ids = np.load(folder / f"coco_{split}_ids.npy", allow_pickle=False)
+        np.save(output / f"coco_{split}_ids.npy", ids.astype(np.int32))
+        print(f"coco {split}: {len(ids):,} captions")
+
+
+def write_flickr(name: str, source: Path, output: Path) -> None:
+    """Image file names, one a line, in the order of Karpathy's file."""
+    data = source.read_bytes()
+    images = json.loads(gzip.decompress(data) if source.suffix == ".gz" else data)["images"]
+    for split in ("train", "val", "test"):
+        names = [image["filename"] for image in images if image["split"] == split]
+        (output / f"{name}_{split}.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+        print(f"{name} {split}: {len(names):,} images")
+
+
+if __name__ == "__main__":
+    main()

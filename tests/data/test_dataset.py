@@ -1,0 +1,62 @@
+"""RetrievalDataset: pairs in order, and positives against looking up every pair in a set."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.errors import UserError
+
+
+def dataset(images, captions, pairs):
+    paths = [f"{i}.jpg" for i in range(images)]
+    return RetrievalDataset("csv", "train", ImageFiles(paths), [f"caption {i}" for i in range(captions)], pairs)
+
+
+@st.composite
+def many_to_many(draw):
+    images, captions = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    pair = st.tuples(st.integers(0, images - 1), st.integers(0, captions - 1))
+    return images, captions, draw(st.lists(pair, min_size=1, max_size=30))
+
+
+def test_pairs_are_unique_and_sorted():
+    data = dataset(3, 3, np.array([[2, 1], [0, 2], [2, 1], [2, 0], [0, 0]]))
+    assert data.pairs.dtype == np.int64
+    assert data.pairs.tolist() == [[0, 0], [0, 2], [2, 0], [2, 1]]
+    assert data.first_pair.tolist() == [0, 2, 2, 4]
+
+
+@given(many_to_many())
+def test_pairs_of_an_image(case):
+    images, captions, pairs = case
+    data = dataset(images, captions, np.array(pairs))
+    assert [tuple(pair) for pair in data.pairs.tolist()] == sorted(set(pairs))
+    for i in range(images):
+        rows = data.pairs[data.first_pair[i] : data.first_pair[i + 1]]
+        assert [tuple(pair) for pair in rows.tolist()] == sorted({pair for pair in pairs if pair[0] == i})
+
+
+@given(many_to_many(), st.data())
+def test_positives_are_the_pairs(case, draw):
+    images, captions, pairs = case
+    data = dataset(images, captions, np.array(pairs))
+    batch = draw.draw(st.lists(st.integers(0, images - 1), max_size=12))
+    texts = draw.draw(st.lists(st.integers(0, captions - 1), max_size=12))
+    found = data.positives(np.array(batch, dtype=np.int64), np.array(texts, dtype=np.int64))
+    relevant = set(pairs)
+    assert found.shape == (len(batch), len(texts)) and found.dtype == bool
+    assert found.tolist() == [[(i, c) in relevant for c in texts] for i in batch]
+
+
+def test_a_data_set_without_pairs_is_an_error():
+    with pytest.raises(UserError, match="csv, train split: no image has a caption"):
+        dataset(2, 2, np.empty((0, 2)))
+
+
+@pytest.mark.parametrize("pair", [[2, 0], [0, 2], [-1, 0], [0, -1]])
+def test_pairs_outside_are_a_bug(pair):
+    with pytest.raises(ValueError, match="outside"):
+        dataset(2, 2, np.array([pair]))

@@ -1,0 +1,159 @@
+"""CSV and TSV files of one's own."""
+
+import pytest
+
+from clip_retrieval.errors import UserError
+
+
+@pytest.fixture
+def table(tmp_path, photos):
+    """Writes a table beside the images a.jpg, b.jpg and sub/c.jpg."""
+    photos(tmp_path, "a.jpg", "b.jpg", "sub/c.jpg")
+
+    def write(text: str, name: str = "captions.csv", encoding: str = "utf-8"):
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        return path
+
+    return write
+
+
+def test_without_a_split_column_all_rows_are_train_and_test(table, tmp_path, read, described):
+    table("image,caption\nb.jpg,a bus\na.jpg,a dog\nb.jpg,a red bus\n")
+    for split in ("train", "test"):
+        dataset = read("csv", tmp_path, split)
+        assert (dataset.name, dataset.split) == ("csv", split)
+        assert list(described(dataset).items()) == [("b.jpg", ["a bus", "a red bus"]), ("a.jpg", ["a dog"])]
+    assert read("csv", tmp_path, "val") is None
+
+
+@pytest.mark.parametrize("word", ["val", "valid", "validation", "dev", "Val"])
+def test_split_column(table, tmp_path, read, described, word):
+    table(f"split,image,caption\ntrain,a.jpg,a dog\n{word},b.jpg,a bus\n")
+    assert described(read("csv", tmp_path, "train")) == {"a.jpg": ["a dog"]}
+    assert described(read("csv", tmp_path, "val")) == {"b.jpg": ["a bus"]}
+    assert read("csv", tmp_path, "test") is None
+
+
+def test_columns_by_option(table, tmp_path, read, described):
+    table("Filename,Text,fold,image,caption\na.jpg,a dog,test,x,y\n")
+    columns = {"image_column": "Filename", "caption_column": "Text", "split_column": "fold"}
+    assert described(read("csv", tmp_path, **columns)) == {"a.jpg": ["a dog"]}
+    assert read("csv", tmp_path, "train", **columns) is None
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", " | ", ", "])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_delimiters(table, tmp_path, read, described, delimiter, end):
+    lines = [["id", "image", "caption"], ["1", "a.jpg", "a dog"], ["2", "b.jpg", '"a bus, red; ""old""|\ttoo"'], []]
+    table(end.join(delimiter.join(line) for line in lines))
+    assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog"], "b.jpg": ['a bus, red; "old"|\ttoo']}
+
+
+def test_hidden_files_are_passed_over(table, tmp_path, read):
+    table("image,caption\na.jpg,a dog\n")
+    (tmp_path / "._captions.csv").write_bytes(b"\x00\x05\x16\x07")
+    assert len(read("csv", tmp_path).images) == 1
+
+
+def test_a_tsv_is_tab_separated(table, tmp_path, read, described):
+    table("image\tcaption\na.jpg\ta dog, brown\n", "captions.tsv")
+    assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog, brown"]}
+
+
+def test_byte_order_mark_empty_lines_and_captions_over_lines(table, tmp_path, read, described):
+    table('\ufeff\nimage,caption\n\na.jpg,"a dog\nruns"\n,\nb.jpg, ein Bär \n')
+    assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog runs"], "b.jpg": ["ein Bär"]}
+
+
+def test_unquoted_comma_in_the_last_of_two_columns_is_the_captions(table, tmp_path, read, described):
+    table("image,caption\na.jpg,a dog, running\n")
+    assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog, running"]}
+
+
+def test_repeats(table, tmp_path, read):
+    table("image,caption\na.jpg,a dog\n./a.jpg,a dog\nb.jpg,a dog\nsub/../b.jpg,a cat\n")
+    dataset = read("csv", tmp_path)
+    # One pair of the first two lines; the same words for another image are another caption.
+    assert len(dataset.images) == 2
+    assert list(dataset.captions) == ["a dog", "a dog", "a cat"]
+    assert dataset.pairs.tolist() == [[0, 0], [1, 1], [1, 2]]
+
+
+def test_paths_are_beside_the_file_or_in_image_dir_or_absolute(table, tmp_path, photos, read):
+    path = table(f"image,caption\nsub/c.jpg,a dog\n{tmp_path / 'a.jpg'},a bus\n")
+    dataset = read("csv", "nowhere", annotations=path)
+    assert dataset.images.paths == [str(tmp_path / "sub" / "c.jpg"), str(tmp_path / "a.jpg")]
+    photos(tmp_path / "other", "sub/c.jpg")
+    dataset = read("csv", "nowhere", annotations=path, image_dir=tmp_path / "other")
+    assert dataset.images.paths == [str(tmp_path / "other" / "sub" / "c.jpg"), str(tmp_path / "a.jpg")]
+    assert dataset.images[1].size == (8, 8)
+
+
+# Bad input: one line that names the file
+
+
+def fails(read, root, *parts, **options):
+    with pytest.raises(UserError) as error:
+        read("csv", root, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+def test_missing_root_and_files(tmp_path, read):
+    fails(read, tmp_path / "nowhere", tmp_path / "nowhere", "--dataset_root")
+    fails(read, tmp_path, tmp_path, "*.csv", "--annotations")
+    fails(read, tmp_path, "gone.csv", annotations="gone.csv")
+    fails(read, tmp_path, tmp_path, "a folder", annotations=tmp_path)
+
+
+def test_a_root_that_is_a_file(table, read):
+    path = table("image,caption\na.jpg,a dog\n")
+    fails(read, path, path, "not a folder")
+
+
+def test_several_files(table, tmp_path, read):
+    table("image,caption\na.jpg,a dog\n", "x.csv")
+    table("image,caption\na.jpg,a dog\n", "y.tsv")
+    fails(read, tmp_path, "x.csv, y.tsv", "--annotations")
+
+
+def test_missing_image(table, tmp_path, read):
+    path = table("image,caption\na.jpg,a dog\ngone.jpg,a bus\n")
+    fails(read, tmp_path, path, tmp_path / "gone.jpg", "1 of the 2", "--image_dir")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ["no column image", "none"]),
+        ("image,caption\n", ["no captions"]),
+        ("file,caption\na.jpg,a dog\n", ["no column image", "file, caption", "--image_column"]),
+        ("image;text\na.jpg;a dog\n", ["no column caption", "image, text", "--caption_column"]),
+        ("image,caption\na.jpg,a dog\nb.jpg\n", ["line 3", "2 columns"]),
+        ("image,caption\na.jpg,a dog\n,a bus\n", ["line 3", "column image is empty"]),
+        ("image,caption\na.jpg,a dog\nb.jpg,\n", ["line 3", "column caption is empty"]),
+        ("image,caption,split\na.jpg,a dog, running,test\n", ["line 2", "3 columns", "double quotes"]),
+        ("image,caption,split\na.jpg,a dog,exam\n", ["line 2", "'exam'", "train"]),
+        ("image,caption,split\na.jpg,a dog,test\nb.jpg,a bus,\n", ["line 3"]),
+        ('image,caption\na.jpg,"a dog\nb.jpg,a bus\n', ["line 3", "not well-formed"]),
+        ('image,caption\na.jpg,"stop" says the sign\n', ["line 2", "not well-formed"]),
+    ],
+)
+def test_bad_tables(table, tmp_path, read, text, says):
+    path = table(text)
+    fails(read, tmp_path, path, *says)
+
+
+def test_a_split_column_that_was_asked_for_must_be_there(table, tmp_path, read):
+    path = table("image,caption\na.jpg,a dog\n")
+    fails(read, tmp_path, path, "no column fold", "image, caption", split_column="fold")
+
+
+def test_wrong_encoding_names_the_line(table, tmp_path, read):
+    path = table("image,caption\na.jpg,a dog\nb.jpg,un café\n", encoding="latin-1")
+    fails(read, tmp_path, path, "line 3", "UTF-8")
+    path = table("image,caption\na.jpg,a dog\n", encoding="utf-16")
+    fails(read, tmp_path, path, "line 1", "UTF-8")

@@ -1,0 +1,115 @@
+"""The losses against plain float64 loops over their published formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_retrieval.losses import make_loss
+from clip_retrieval.losses.infonce import infonce
+from clip_retrieval.losses.margin import margin_pairwise
+from clip_retrieval.losses.siglip import siglip
+from clip_retrieval.options import LossOptions
+
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def batch(seed=0, pairs=7, dim=5, dtype=torch.float64):
+    """Features of a batch in which images 0 and 3, and captions 1 and 2, are the same items."""
+    generator = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
+    text = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
+    image[3], text[2] = image[0], text[1]
+    positives = torch.eye(pairs, dtype=torch.bool)
+    for i, j in [(0, 3), (3, 0), (1, 2), (2, 1)]:
+        positives[i, j] = True
+    return image.to(dtype), text.to(dtype), positives
+
+
+def infonce_loop(image, text, positives, scale):
+    def direction(queries, items, relevant):
+        total = 0.0
+        for q in range(len(queries)):
+            scores = [scale * float(queries[q] @ items[k]) for k in range(len(items))]
+            log_sum = math.log(sum(math.exp(s) for s in scores))
+            targets = [k for k in range(len(items)) if relevant[q, k]]
+            total += -sum(scores[k] - log_sum for k in targets) / len(targets)
+        return total / len(queries)
+
+    return (direction(image, text, positives) + direction(text, image, positives.T)) / 2
+
+
+def siglip_loop(image, text, positives, scale, bias):
+    total = 0.0
+    for i in range(len(image)):
+        for j in range(len(text)):
+            z = 1 if positives[i, j] else -1
+            total += math.log(1 / (1 + math.exp(-z * (scale * float(image[i] @ text[j]) + bias))))
+    return -total / len(image)
+
+
+def margin_loop(image, text, positives, margin):
+    total = 0.0
+    for i in range(len(image)):
+        for j in range(len(text)):
+            s = float(image[i] @ text[j])
+            total += 0.5 * (1 - s) if positives[i, j] else 0.5 * max(0.0, s - margin)
+    return total / positives.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_loss_equals_its_formula_with_repeated_items(dtype, seed):
+    image, text, positives = batch(seed, dtype=dtype)
+    plain = image.double(), text.double(), positives
+    scale, bias = torch.tensor(14.3, dtype=dtype), torch.tensor(-3.0, dtype=dtype)
+    tolerance = {"rel": DTYPES[dtype]}
+    assert infonce(image, text, positives, scale).item() == pytest.approx(infonce_loop(*plain, 14.3), **tolerance)
+    assert siglip(image, text, positives, scale, bias).item() == pytest.approx(
+        siglip_loop(*plain, 14.3, -3.0), **tolerance
+    )
+    assert margin_pairwise(image, text, positives, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
+
+
+def test_infonce_without_repeats_is_clips_symmetric_cross_entropy():
+    image, text, _ = batch()
+    logits = 20 * image @ text.T
+    labels = torch.arange(len(image))
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    assert infonce(image, text, torch.eye(7, dtype=torch.bool), torch.tensor(20.0)) == pytest.approx(expected.item())
+
+
+def test_a_row_without_positives_does_not_count():
+    image, text, positives = batch()
+    kept = torch.tensor([0, 1, 2, 3, 5, 6])
+    positives[4] = False
+    i2t_only = -(20 * image @ text.T).log_softmax(1)
+    per_row = (i2t_only * positives).sum(1) / positives.sum(1).clamp(min=1)
+    t2i = -(20 * text @ image.T).log_softmax(1)
+    per_column = (t2i * positives.T).sum(1) / positives.sum(0).clamp(min=1)
+    expected = (per_row[kept].mean() + per_column[kept].mean()) / 2
+    assert infonce(image, text, positives, torch.tensor(20.0)) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
+def test_gradients(name):
+    image, text, positives = batch(pairs=4, dim=3) if name != "margin" else batch(seed=4, pairs=4, dim=3)
+    positives = positives[:4, :4]
+    loss = make_loss(LossOptions(loss=name))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, -1.0))
+    inputs = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    assert torch.autograd.gradcheck(
+        lambda i, t, s, b: loss(i, t, positives, s, b), (*inputs, scale, bias), check_undefined_grad=False
+    )
+
+
+def test_the_options_choose_the_loss_and_its_margin():
+    image, text, positives = batch()
+    arguments = (image, text, positives, torch.tensor(10.0), torch.tensor(-5.0))
+    assert make_loss(LossOptions())(*arguments) == infonce(*arguments[:4])
+    assert make_loss(LossOptions(loss="siglip"))(*arguments) == siglip(*arguments)
+    for margin in (0.1, 0.5):
+        chosen = make_loss(LossOptions(loss="margin", margin=margin))
+        assert chosen(*arguments) == margin_pairwise(image, text, positives, margin)
+    assert margin_pairwise(image, text, positives, 0.1) != margin_pairwise(image, text, positives, 0.5)

@@ -1,0 +1,96 @@
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from clip_retrieval.data.preprocess import evaluation_transform
+from clip_retrieval.models.towers import RetrievalModel
+from tests.models.small import TEXT, small_clip, small_preprocess
+
+SOT, EOT = 49406, 49407
+
+
+def captions(lengths, context=16):
+    """Token ids as CLIP's tokenizer makes them; the first caption is all "!", whose id is that of the padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.zeros(len(lengths), context, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        words = torch.randint(1, 49000, (length - 2,), generator=generator)
+        ids[row, :length] = torch.tensor([SOT, *(words * (row > 0)).tolist(), EOT])
+    return ids
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_trimmed_text_gives_open_clips_features(custom_text):
+    model = RetrievalModel(small_clip(custom_text=custom_text), small_preprocess()).eval()
+    ids = captions([4, 3, 7, 5])
+    assert model.trims_text
+    with torch.no_grad():
+        reference = model.clip.encode_text(ids, normalize=True)
+        torch.testing.assert_close(model.encode_text(ids[:, :7]), reference, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.encode_text(ids), reference, rtol=0, atol=1e-6)
+
+
+def test_text_is_not_trimmed_where_the_tower_sees_its_padding():
+    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
+    model = RetrievalModel(small_clip(custom_text=True, text_cfg=text), small_preprocess()).eval()
+    assert not model.trims_text
+    ids = captions([4, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(ids), model.clip.encode_text(ids, normalize=True))
+        # Cutting would change the features: that is why it is not done.
+        shorter = model.clip.text.transformer(
+            model.clip.text.token_embedding(ids[:, :4]) + model.clip.text.positional_embedding[:4]
+        )
+        longer = model.clip.text.transformer(
+            model.clip.text.token_embedding(ids) + model.clip.text.positional_embedding
+        )
+        assert (shorter[:, 0] - longer[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 24), (15, 33)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_pixels_normalised_on_the_device_are_open_clips_preprocessing(size, resize_mode):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    preprocess = small_preprocess() | {"resize_mode": resize_mode}
+    reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)(image)
+    travelling = evaluation_transform(preprocess)(image)
+    assert travelling.dtype == torch.uint8
+    model = RetrievalModel(small_clip(), preprocess).eval()
+    seen = {}
+    model.clip.visual.register_forward_pre_hook(lambda module, args: seen.update(pixels=args[0]))
+    with torch.no_grad():
+        features = model.encode_image(travelling[None])
+        expected = model.clip.encode_image(reference[None], normalize=True)
+    torch.testing.assert_close(seen["pixels"][0], reference, rtol=0, atol=1e-6)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
+
+
+def test_the_adaptor_mixes_a_fifth_into_the_image_features_only():
+    torch.manual_seed(0)
+    model = RetrievalModel(small_clip(), small_preprocess(), adaptor=True).eval()
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    plain = RetrievalModel(model.clip, small_preprocess()).eval()
+    with torch.no_grad():
+        x = plain.encode_image(images)
+        down, up = model.adaptor[0].weight, model.adaptor[2].weight
+        adapted = torch.relu(torch.relu(x @ down.T) @ up.T)
+        mixed = 0.2 * adapted + 0.8 * x
+        torch.testing.assert_close(model.encode_image(images), mixed / mixed.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(model.encode_text(captions([5])), plain.encode_text(captions([5])))
+    assert down.shape == (6, 24) and up.shape == (24, 6)
+
+
+def test_weights_carry_open_clips_names_and_load_back():
+    model = RetrievalModel(small_clip(seed=1), small_preprocess(), adaptor=True)
+    state = model.weights()
+    other = RetrievalModel(small_clip(seed=2), small_preprocess(), adaptor=True)
+    other.load_weights(state)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model.eval().encode_image(images), other.eval().encode_image(images))
+    names = {n for n in state if not n.startswith("adaptor.")}
+    assert names == set(open_clip.CLIP.state_dict(model.clip))

@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.losses import make_loss
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.trainable import set_trainable
+from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.training.step import Trainer
+from tests.models.small import small_clip, small_preprocess
+
+CPU = torch.device("cpu")
+
+
+def changed_by_steps(model, size, steps=2, loss="infonce", **options):
+    """Names of the entries of the state dict that training steps change."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_options = TrainOptions(lr=1e-2, **options)
+    loss_function = make_loss(LossOptions(loss=loss))
+    trainer = Trainer(model, loss_function, train_options, clamp_scale=True, precision="fp32", device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 49000, (6, 8), generator=generator)
+    model.train()
+    for step in range(steps):
+        trainer.step(TrainBatch(images, tokens, torch.eye(6, dtype=torch.bool)), step + 1, 1e-2)
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def model_of(kind, adaptor=False):
+    size = 32 if kind == "resnet" else 16
+    return RetrievalModel(small_clip(resnet=kind == "resnet"), small_preprocess(size), adaptor=adaptor), size
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_all(kind):
+    model, size = model_of(kind)
+    set_trainable(model)
+    changed = changed_by_steps(model, size)
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters <= changed
+
+
+RESNET_HEAD = {"clip.visual.attnpool.c_proj.weight", "clip.visual.attnpool.c_proj.bias"}
+
+
+@pytest.mark.parametrize("kind, projection", [("vit", {"clip.visual.proj"}), ("resnet", RESNET_HEAD)])
+def test_linear_projection_changes_the_projections_and_the_scale_and_no_batch_statistics(kind, projection):
+    model, size = model_of(kind)
+    set_trainable(model, "linear_projection")
+    assert changed_by_steps(model, size) == projection | {"clip.text_projection", "clip.logit_scale"}
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_adaptor_changes_only_the_adaptor_and_the_scale(kind):
+    model, size = model_of(kind, adaptor=True)
+    set_trainable(model, "adaptor")
+    assert changed_by_steps(model, size) == {"adaptor.0.weight", "adaptor.2.weight", "clip.logit_scale"}
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_freezing_a_tower_leaves_all_of_it_as_it_was(kind):
+    model, size = model_of(kind)
+    set_trainable(model, freeze_vision=True)
+    assert not any("visual." in name for name in changed_by_steps(model, size))
+    model, size = model_of(kind)
+    set_trainable(model, freeze_text=True)
+    changed = changed_by_steps(model, size)
+    assert all("visual." in name or "logit_scale" in name for name in changed)
+    assert "clip.logit_scale" in changed
+
+
+def test_frozen_parts_run_in_evaluation_mode_and_build_no_graph():
+    model, _ = model_of("resnet")
+    set_trainable(model, freeze_vision=True)
+    model.train()
+    assert model.clip.transformer.training
+    assert not any(module.training for module in model.clip.visual.modules())
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert not model.encode_image(images).requires_grad
+    set_trainable(model)
+    model.train()
+    assert model.clip.visual.bn1.training and model.encode_image(images).requires_grad
+
+
+def test_a_loss_without_temperature_leaves_the_scale_alone():
+    model, size = model_of("vit")
+    set_trainable(model, learn_scale=False)
+    changed = changed_by_steps(model, size, loss="margin")
+    assert "clip.logit_scale" not in changed and "clip.visual.proj" in changed

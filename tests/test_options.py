@@ -1,0 +1,207 @@
+"""The command line is a contract: every spelling of the five systems stays valid."""
+
+import subprocess
+import sys
+
+import pytest
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import Options, parse, taken_from_checkpoint
+
+
+def options(*argv):
+    return Options.settle(parse(argv)).flat()
+
+
+SPELLINGS = {
+    "vision_model": ["--vision_model", "--model", "--image_encoder_name"],
+    "text_model": ["--text_model", "--text_encoder_name"],
+    "tokenizer": ["--tokenizer"],
+    "pretrained": ["--pretrained", "--clip_weight_path"],
+    "dataset": ["--dataset", "--dataset_name"],
+    "dataset_root": ["--dataset_root", "--dataset_path"],
+    "annotations": ["--annotations", "--train_annotation_file"],
+    "image_dir": ["--image_dir", "--train_img_dir"],
+    "eval_split": ["--eval_split"],
+    "resume": ["--resume", "--ckpt_path"],
+    "epochs": ["--epochs", "--num_epoch", "--num_epochs", "--max_epochs"],
+    "max_steps": ["--max_steps"],
+    "save_every": ["--save_every"],
+    "keep_every": ["--keep_every"],
+    "batch_size": ["--batch_size", "-b"],
+    "eval_batch_size": ["--eval_batch_size", "--valid_batch_size"],
+    "num_workers": ["--num_workers"],
+    "lr": ["--lr", "--learning_rate", "-lr"],
+    "beta1": ["--beta1"],
+    "beta2": ["--beta2"],
+    "eps": ["--eps"],
+    "weight_decay": ["--weight_decay", "--wd", "-wd"],
+    "warmup": ["--warmup"],
+    "loss": ["--loss"],
+    "margin": ["--margin"],
+    "trainable": ["--trainable"],
+    "precision": ["--precision"],
+    "eval_precision": ["--eval_precision"],
+    "context_length": ["--context_length"],
+    "display": ["--display", "--log_every_n_steps", "--log_interval"],
+    "checkpoint_path": ["--checkpoint_path", "--logs", "--save_model_dir", "-save_model_dir"],
+    "experiments": ["--experiments", "--name"],
+    "device": ["--device"],
+    "seed": ["--seed"],
+}
+VALUES = {"loss": "siglip", "trainable": "adaptor", "precision": "bf16", "eval_precision": "bf16", "eval_split": "val"}
+
+
+@pytest.mark.parametrize("name, spelling", [(n, s) for n, all_of in SPELLINGS.items() for s in all_of])
+def test_every_spelling_with_underscores_or_hyphens(name, spelling):
+    default = options()[name]
+    value = VALUES.get(name, "3" if not isinstance(default, str) else "other")
+    dashes = spelling[: len(spelling) - len(spelling.lstrip("-"))]
+    hyphened = dashes + spelling.lstrip("-").replace("_", "-")
+    expected = options(spelling, value)[name]
+    assert expected != default
+    assert str(expected) in (value, f"{value}.0")
+    assert options(hyphened, value)[name] == expected
+    if dashes == "--":
+        assert options(f"{hyphened}={value}")[name] == expected
+
+
+def test_flags_and_their_inverses():
+    flags = ["eval", "freeze_vision", "freeze_text", "overwrite", "no_restval", "no_eval_first", "grad_checkpointing"]
+    for name in [*flags, "reset_optimizer", "reset_data_offset"]:
+        assert options()[name] is False
+        assert parse([f"--{name}"])[name] is True
+        assert parse([f"--{name.replace('_', '-')}"])[name] is True
+        inverse = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
+        assert parse([f"--{inverse}"])[name] is False
+    assert options("--use_siglip")["loss"] == "siglip"
+    assert options("--fp16_precision")["precision"] == "fp16"
+
+
+def test_values_that_the_systems_spell_in_their_own_way():
+    assert options("--loss", "cross_entropy")["loss"] == "infonce"
+    assert options("--loss", "cos_embedd")["loss"] == "margin"
+    assert options("--num_workers", "auto")["num_workers"] is None
+    assert options("--device", "auto")["device"] is None
+
+
+def test_the_defaults_of_the_contract():
+    expected = {
+        "vision_model": "ViT-B/32",
+        "pretrained": None,
+        "dataset": "coco",
+        "dataset_root": "datasets",
+        "eval_split": "test",
+        "epochs": 10,
+        "batch_size": 256,
+        "lr": 1e-5,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-6,
+        "weight_decay": 0.2,
+        "warmup": 500,
+        "loss": "infonce",
+        "margin": 0.1,
+        "trainable": "all",
+        "precision": "auto",
+        "eval_precision": "fp32",
+        "display": 20,
+        "checkpoint_path": "logs",
+        "overwrite": False,
+        "seed": 99,
+    }
+    assert {name: options()[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        # CLIP_ITM
+        "--batch_size 256 --epochs 10 --lr 1e-5 --warmup 500 --vision_model ViT-B/32 --dataset_root DATA",
+        "--batch_size 128 --epochs 5 --lr 1e-5 --warmup 500 --vision_model ViT-B/16",
+        "--eval --resume MODEL --vision_model ViT-B/16",
+        # Clip_crossmodal_retrieval
+        "--batch_size 256 --trainable adaptor --dataset coco --num_epoch 1 --model ViT-L/14",
+        # clip-training
+        "--train_img_dir images --train_annotation_file captions.json",
+        # simple-clip
+        "--dataset_name yfcc7m --fp16_precision --batch_size 256 --log_every_n_steps 50 --image_size 224 "
+        "--learning_rate 1e-4 --imagenet_eval",
+        "--dataset_name combined --fp16_precision --batch_size 256 --log_every_n_steps 50 --image_size 224 "
+        "--learning_rate 1e-4 --imagenet_eval",
+        "--dataset_path D --image_encoder_name resnet50 --text_encoder_name distilbert-base-uncased -save_model_dir M "
+        "--num_epochs 3 --image_size 224 -b 64 -lr 1e-4 -wd 0.1 --imagenet_eval_steps 1000 --ckpt_path C --use_siglip",
+    ],
+)
+def test_the_commands_of_the_systems_parse(command):
+    typed = parse(command.split())
+    assert typed
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--batch_sze 3", ["--batch_sze", "--batch_size"]),
+        ("--batch_size many", ["many", "whole number"]),
+        ("--lr fast", ["fast", "number"]),
+        ("--loss infonc", ["infonc", "infonce"]),
+        ("--num_workers few", ["few", "auto"]),
+        ("--batch", ["--batch"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(command.split())
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--lr 0", ["--lr", "greater than 0"]),
+        ("--lr nan", ["--lr"]),
+        ("--batch_size 1", ["--batch_size 1", "at least 2"]),
+        ("--epochs 0", ["--epochs"]),
+        ("--warmup -1", ["--warmup"]),
+        ("--recall_k 0", ["--recall_k"]),
+        ("--batch_size 10 --accum_freq 4", ["--accum_freq 4", "--batch_size 10"]),
+        ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
+        ("--imagenet_eval", ["--imagenet_eval"]),
+        ("--overwrite --resume auto", ["--overwrite", "--resume auto"]),
+    ],
+)
+def test_bad_values_are_refused_by_name(command, words):
+    with pytest.raises(UserError) as error:
+        options(*command.split())
+    assert all(word in str(error.value) for word in words)
+
+
+def test_what_was_typed_beats_the_checkpoint_and_the_checkpoint_the_defaults():
+    stored = taken_from_checkpoint(
+        options("--lr", "5e-4", "--epochs", "3", "--device", "cuda", "--experiments", "old", "--num_workers", "7")
+        | {"an_option_of_tomorrow": 1}
+    )
+    settled = Options.settle(stored, parse(["--epochs", "5"])).flat()
+    assert settled["lr"] == 5e-4 and settled["epochs"] == 5
+    # A run's place and its machine are never taken from a checkpoint.
+    assert settled["device"] is None and settled["experiments"] is None and settled["num_workers"] is None
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['main.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('main.py', run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'open_clip', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for group in ("run options", "model options", "data options", "loss options", "training options"):
+        assert group in result.stdout
+    assert "(default: ViT-B/32)" in result.stdout

@@ -1,0 +1,25 @@
+import math
+
+import pytest
+
+from clip_retrieval.training.schedule import learning_rate, warmup_steps
+
+
+def test_warmup_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero():
+    def at(step):
+        return learning_rate(step, peak=2.0, warmup_steps=4, total_steps=12)
+
+    assert [at(s) for s in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert at(4) == pytest.approx(2.0)
+    assert at(8) == pytest.approx(1.0)
+    assert at(10) == pytest.approx(1 + math.cos(math.pi * 0.75))
+    assert at(12) == pytest.approx(0.0)
+
+
+def test_warmup_is_steps_or_a_fraction_and_never_longer_than_the_run():
+    assert warmup_steps(500, 10_000) == 500
+    assert warmup_steps(0.2, 1000) == 200
+    assert warmup_steps(500, 30) == 30
+    assert warmup_steps(0, 30) == 0
+    assert learning_rate(0, peak=1.0, warmup_steps=0, total_steps=10) == 1.0
+    assert learning_rate(29, peak=1.0, warmup_steps=30, total_steps=30) == 1.0
