@@ -14,11 +14,11 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.protocols import score
 from clip_retrieval.models.build import known_tags
 from clip_retrieval.options import Options
-from clip_retrieval.reporting.log import log, start_log
+from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.reporting.table import results_table
-from clip_retrieval.start import load_model, load_split, make_folder, settle_options
-from clip_retrieval.training.precision import choose_device
+from clip_retrieval.start import load_model, load_split, log_samples, make_folder, settle_options
+from clip_retrieval.training.precision import choose_device, device_name
 
 
 def evaluate(typed: dict[str, Any]) -> None:
@@ -33,11 +33,12 @@ def evaluate(typed: dict[str, Any]) -> None:
     split = load_split(options, options.evaluation.eval_split, tokenizer)
     if split is None:
         raise UserError(f"--eval_split {options.evaluation.eval_split}: {options.data.dataset} has no such split here")
+    log_samples(split.dataset)
 
     folder = evaluation_folder(options, built.name, checkpoint is not None)
     make_folder(folder)
-    start_log(folder)
-    write_options(folder, options, device)
+    log_to_file(folder)
+    write_options(folder, options, f"{device} ({device_name(device)})")
     block = score(
         model.to(device),
         split.dataset,

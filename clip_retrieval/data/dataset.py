@@ -12,6 +12,8 @@ from PIL import Image
 
 from clip_retrieval.errors import UserError
 
+UNSPLIT = "all"  # the split of a data set that has none: all of it is to train on, and all of it is what --eval scores
+
 
 class Images(Protocol):
     """Images by index, opened when asked for."""
@@ -33,7 +35,7 @@ class RetrievalDataset:
 
     Attributes:
         name: the data set, e.g. "coco".
-        split: "train", "val" or "test".
+        split: "train", "val" or "test", or UNSPLIT.
         images: the images, opened when asked for.
         captions: the captions.
         pairs: int64 (pairs, 2): (image index, caption index) of every caption that describes an image.

@@ -42,6 +42,11 @@ class BatchSampler:
         self.sampling = sampling
         self.seed = seed
 
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """What decides the order, under the names of the options: a run goes on only with the same."""
+        return {"batch_size": self.batch_size, "caption_sampling": self.sampling, "seed": self.seed}
+
     def __len__(self) -> int:
         """Batches in an epoch."""
         return number_of_samples(self.dataset, self.sampling) // self.batch_size

@@ -22,9 +22,9 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import chinese_clip, hub, names
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
+from clip_retrieval.models.load import load_into
 from clip_retrieval.models.source import ModelSource, find_source
 from clip_retrieval.models.towers import text_part
-from clip_retrieval.models.weights import load_into
 from clip_retrieval.options import ModelOptions
 
 # Where SigLIP starts, https://arxiv.org/abs/2303.15343.

@@ -93,12 +93,13 @@ def model_name(config: dict[str, Any]) -> str:
     """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or "Chinese-CLIP"."""
     from open_clip.factory import get_model_config
 
-    text = config["text_cfg"]["hf_model_name"]
-    for name in VISION_MODELS:
-        known = get_model_config(name)
-        if text in TEXT_MODELS and same_tower(known["vision_cfg"], config["vision_cfg"]):
-            return f"{name}@{text}"
-    return "Chinese-CLIP"
+    text, vision = config["text_cfg"]["hf_model_name"], config["vision_cfg"]
+    towers = {name: get_model_config(name)["vision_cfg"] for name in VISION_MODELS}
+    same = [name for name in towers if same_tower(towers[name], vision)]
+    if text not in TEXT_MODELS or not same:
+        return "Chinese-CLIP"
+    # ViT-L-14 and ViT-L-14-336 differ in the image size only.
+    return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
 
 
 def is_chinese_clip(config: dict[str, Any]) -> bool:
@@ -219,7 +220,7 @@ def _bert_tokenizer(source: str) -> Any:
                 return BertTokenizer(str(path))
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise UserError(f"--tokenizer {path} is not a vocab.txt ({str(error).splitlines()[0]})") from error
-    if path.suffix or path.is_absolute() or Path(source).is_dir():
+    if path.suffix == ".txt" or path.is_absolute():
         raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
     try:
         with hub_access():

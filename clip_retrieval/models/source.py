@@ -116,8 +116,8 @@ def _read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         content = _read_json(names.our_configs()[name.config] if name.kind == "ours" else Path(name.config))
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if lacking:
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    if lacking := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
         raise UserError(f"--vision_model {name.name} is not a model config: it has no {', '.join(lacking)}")
     return config, _preprocess(content.get("preprocess_cfg", {}))
 

@@ -1,4 +1,4 @@
-"""Weight files of every format: read into one form, and put into a model.
+"""Weight files of every format, read into one form.
 
 Nothing here unpickles Python objects: a file that asks for them is refused.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +138,11 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inner = [name.partition("/")[2] for name in archive.namelist()]
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        inner = [name.partition("/")[2] for name in archive.namelist()]
     return "constants.pkl" in inner and any(name.startswith("code/") for name in inner)
 
 
@@ -154,7 +156,7 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.jit.load(str(path), map_location="cpu").state_dict()
-    except (zipfile.BadZipFile, *_READ_ERRORS) as error:
+    except (zipfile.BadZipFile, zlib.error, *_READ_ERRORS) as error:
         raise _unreadable(path, "a damaged TorchScript archive") from error
 
 
@@ -174,7 +176,7 @@ def _from_content(path: Path, content: Any) -> Weights:
     state = content if holder is None else content[holder]
     state = {name: v for name, v in state.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
     if not state:
-        raise UserError(f"{path} holds no weights (it has {_some([str(key) for key in content])})")
+        raise UserError(f"{path} holds no weights (it has {some([str(key) for key in content])})")
     state = _float32(_without_prefix(_without_prefix(state, "_orig_mod."), "module."))
     if any(name.startswith("bert.") for name in state):
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
@@ -204,102 +206,7 @@ def _float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
 
 
-def load_into(clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
-    """Put `state` into an open_clip model, strictly; only a `logit_bias` may be missing.
-
-    Position embeddings are fitted to the model's image size and context length. Raises UserError, naming `source`,
-    `name` and the weights, where they do not fit.
-    """
-    own = clip.state_dict()
-    state = _fit(clip, state, own)
-    missing = [key for key in own if key not in state and key != "logit_bias"]
-    unexpected = [key for key in state if key not in own]
-    differing = [
-        f"{key} {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what} ({_some(keys)})"
-        for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (differing, "of another shape"))
-        if keys
-    ]
-    if problems:
-        raise UserError(
-            f"{source} does not fit {name}: {', '.join(problems)}; give the model it belongs to as --vision_model"
-        )
-    clip.load_state_dict(state, strict=False)
-
-
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few of `names`, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _fit(
-    clip: torch.nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`state` with the names and sizes that this version of open_clip and this model have."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    state = convert_state_dict(clip, dict(state))
-    if "positional_embedding" in state and "positional_embedding" not in own:
-        state = convert_to_custom_text_state_dict(state)
-    # Buffers that older versions of open_clip and transformers saved.
-    for key in [key for key in state if key.endswith(("attn_mask", "position_ids")) and key not in own]:
-        del state[key]
-    for key in ("logit_scale", "logit_bias"):
-        if key in state and key in own and state[key].numel() == own[key].numel():
-            state[key] = state[key].reshape(own[key].shape)
-    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
-        if _differs_in_length(key, state, own):
-            state[key] = _resize_image_positions(state[key], len(own[key]))
-    for key in ("positional_embedding", "text.positional_embedding"):
-        if _differs_in_length(key, state, own):
-            state[key] = _resize_text_positions(clip, state[key], own[key])
-    return state
-
-
-def _differs_in_length(key: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
-    return (
-        key in state
-        and key in own
-        and state[key].ndim == own[key].ndim == 2
-        and state[key].shape[1] == own[key].shape[1]
-        and len(state[key]) != len(own[key])
-    )
-
-
-def _resize_image_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """The class token's position, and the grid's interpolated as open_clip does; as they are if not a square grid."""
-    from types import SimpleNamespace
-
-    from open_clip.model import resize_pos_embed
-
-    side, old_side = round((length - 1) ** 0.5), round((len(positions) - 1) ** 0.5)
-    if side**2 + 1 != length or old_side**2 + 1 != len(positions):
-        return positions
-    # open_clip knows only its ViT's name for them; a ResNet's attention pooling has the same layout.
-    state = {"visual.positional_embedding": positions}
-    resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=side)))
-    return state["visual.positional_embedding"]
-
-
-def _resize_text_positions(clip: torch.nn.Module, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Positions for another context length.
-
-    A shorter context keeps the first ones, so that captions that fit have the features they had. A longer one, or a
-    tower that pools its last position, is interpolated as open_clip does.
-    """
-    from types import SimpleNamespace
-
-    from open_clip.model import resize_text_pos_embed
-
-    text = getattr(clip, "text", clip)
-    pools_end_token = (getattr(text, "text_pool_type", None) or text.pool_type) in ("argmax", "eos")
-    if len(own) < len(positions) and pools_end_token and getattr(text, "cls_emb", None) is None:
-        return positions[: len(own)]
-    state = {"positional_embedding": positions}
-    resize_text_pos_embed(state, SimpleNamespace(positional_embedding=own))
-    return state["positional_embedding"]

@@ -26,8 +26,19 @@ class _Formatter(logging.Formatter):
         return f"WARNING: {message}" if record.levelno >= logging.WARNING else message
 
 
-def start_log(folder: Path | None = None) -> None:
-    """Say everything on the terminal, and in `folder`/log.txt where there is a folder."""
+class _Kept(logging.Handler):
+    """Keeps what is said before there is a folder to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def start_log() -> None:
+    """Say everything on the terminal from here on."""
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):
@@ -36,10 +47,18 @@ def start_log(folder: Path | None = None) -> None:
     terminal = _TerminalHandler()
     terminal.setFormatter(_Formatter())
     log.addHandler(terminal)
-    if folder is not None:
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+    log.addHandler(_Kept())
+
+
+def log_to_file(folder: Path) -> None:
+    """Write what has been said since `start_log`, and all that follows, to `folder`/log.txt as well."""
+    file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
+        log.removeHandler(kept)
+        for record in kept.records:
+            file.handle(record)
+    log.addHandler(file)
 
 
 class MetricsLog:

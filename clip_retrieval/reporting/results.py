@@ -9,11 +9,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import Options
-from clip_retrieval.training.precision import device_name
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 
@@ -28,9 +25,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 
-def write_options(folder: Path, options: Options, device: torch.device) -> None:
+def write_options(folder: Path, options: Options, device: str) -> None:
     """options.json: all options, then the versions and the device they ran on."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
-    content = options.flat() | {"versions": versions, "device_used": f"{device} ({device_name(device)})"}
+    content = options.flat() | {"versions": versions, "device_used": device}
     write_json(folder / "options.json", content)

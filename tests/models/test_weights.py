@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.weights import load_into, read_checkpoint, read_weights
+from clip_retrieval.models.load import load_into
+from clip_retrieval.models.weights import read_checkpoint, read_weights
 from tests.models.small import RESNET, TEXT, VIT, small_clip, small_preprocess
 
 ARCHIVE_FACTS = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}

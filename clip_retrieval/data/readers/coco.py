@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images import image_files
 from clip_retrieval.data.readers import files, karpathy
 from clip_retrieval.errors import UserError
@@ -242,4 +242,4 @@ def _without_splits(options: DataOptions, split: str, captions: Captions) -> Ret
     pairs = np.array([(indices[image_id], i) for i, image_id in enumerate(captions.image_ids.tolist())])
     names = list(captions.names.values())
     images = image_files([(folder, names) for folder in _folders(options)], captions.source)
-    return RetrievalDataset(options.dataset, split, images, captions.texts, pairs)
+    return RetrievalDataset(options.dataset, UNSPLIT, images, captions.texts, pairs)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images import image_files
 from clip_retrieval.data.readers import files
 from clip_retrieval.errors import UserError
@@ -53,7 +53,9 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
     folder = Path(options.image_dir) if options.image_dir else path.parent
     found = image_files([(folder, list(images))], path)
-    return RetrievalDataset(options.dataset, split, found, [text for _, text in captions], pairs)
+    return RetrievalDataset(
+        options.dataset, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
+    )
 
 
 @functools.lru_cache(maxsize=1)

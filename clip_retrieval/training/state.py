@@ -1,0 +1,82 @@
+"""What a run needs, besides its model, to go on exactly where it stood."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import log
+from clip_retrieval.training.checkpoint import random_state, restore_random_state
+from clip_retrieval.training.step import Trainer
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what has been found on the way.
+
+    Attributes:
+        step: steps done.
+        evaluated_step: the step whose model was last scored on the val split, at an epoch's end.
+        best: of the best model on the val split: step, epoch and results block.
+        before: results block of the model that the run started from.
+        seconds: time spent in training steps.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    best: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+def training_state(trainer: Trainer, sampler: BatchSampler, progress: Progress) -> dict[str, Any]:
+    """The part of a checkpoint that lets a run go on: plain tensors and primitives."""
+    epoch, batch = divmod(progress.step, len(sampler))
+    return {
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "random": random_state(trainer.device),
+        "sampler": {"epoch": epoch, "batch": batch, **sampler.settings},
+        "progress": asdict(progress),
+    }
+
+
+def restore_training(
+    checkpoint: dict[str, Any],
+    source: str,
+    trainer: Trainer,
+    sampler: BatchSampler,
+    *,
+    reset_optimizer: bool = False,
+    reset_data_offset: bool = False,
+) -> Progress:
+    """Bring optimizer, scaler and random state to where the checkpoint stood, and return how far that was.
+
+    Raises UserError, naming `source`, where the run cannot go on as it was.
+    """
+    if "optimizer" not in checkpoint:
+        log.info(f"{source} holds a model without its optimizer: its weights start a new run")
+        return Progress()
+    stored = {name: checkpoint["sampler"][name] for name in sampler.settings}
+    if stored != sampler.settings and not reset_data_offset:
+        settings = " ".join(f"--{name} {value}" for name, value in stored.items())
+        raise UserError(
+            f"{source} was trained with {settings} and goes on only with them; to change them add --reset_data_offset, "
+            "or start a new run from its weights (--pretrained)"
+        )
+    if not reset_optimizer:
+        try:
+            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError):
+            raise UserError(
+                f"{source}: other parameters learned there; keep --trainable, --freeze_* and --loss as they were, or "
+                "add --reset_optimizer"
+            ) from None
+        trainer.scaler.load_state_dict(checkpoint["scaler"])
+    restore_random_state(checkpoint["random"], trainer.device)
+    if reset_data_offset:
+        return Progress()
+    log.info(f"going on from {source}, step {checkpoint['step']}")
+    return Progress(**checkpoint["progress"])

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import parse
+from tests.models.small import small_config
+
+ROOT = Path(__file__).parent.parent
+WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory):
+    """A folder with a CSV of 26 small images, two or three captions each, in three splits, and two model configs."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rng = np.random.default_rng(0)
+    lines = ["image,caption,split"]
+    for number, split in enumerate(["train"] * 14 + ["val"] * 6 + ["test"] * 6):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+        for _ in range(2 + number % 2):
+            lines.append(f"{number}.jpg,a {' '.join(rng.choice(WORDS, 4))} thing,{split}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    (folder / "small.json").write_text(json.dumps(small_config()))
+    (folder / "resnet.json").write_text(json.dumps(small_config(resnet=True)))
+    return folder
+
+
+@pytest.fixture
+def arguments(captioned, tmp_path):
+    """Arguments of a small finetune: 35 pairs, 6 steps of 10 in two epochs, into tmp_path/logs."""
+    return [
+        *("--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"),
+        *("--epochs", "2", "--batch_size", "10", "--lr", "1e-3", "--warmup", "2", "--display", "1"),
+        *("--num_workers", "0", "--device", "cpu", "--checkpoint_path", tmp_path / "logs"),
+    ]
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) runs main.py in this process: (exit code, standard output, standard error)."""
+
+    def run_main(*arguments):
+        def main():
+            typed = parse([str(argument) for argument in arguments])
+            if typed.get("eval"):
+                from clip_retrieval.evaluate import evaluate as program
+            else:
+                from clip_retrieval.finetune import finetune as program
+            return program(typed)
+
+        capsys.readouterr()
+        try:
+            code = run_and_exit(main)
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_main
+
+
+@pytest.fixture
+def start():
+    """start(*arguments) starts main.py as a process of its own."""
+    started = []
+
+    def start_main(*arguments):
+        command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start_main
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_lines(path):
+    """The lines of a metrics.jsonl, without what a clock measured."""
+    clock = ("pairs_per_second", "data_percent")
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]

@@ -1,0 +1,120 @@
+import gzip
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+from clip_retrieval.data.captions import tokenize
+
+TOKENIZER = SimpleTokenizer()
+
+
+def reference(captions, tokenizer=TOKENIZER):
+    return tokenizer(captions).int()
+
+
+def test_ids_are_clips_on_odd_captions():
+    captions = [
+        "Two dogs &amp; a cat.",
+        "Tom &lt;3 Jerry &amp;amp; co",
+        "it's   the dog's\tball\n",
+        "café, naïve — “quoted” …",
+        "schÃ¶n",
+        "狗 runs",
+        "",
+        "   ",
+        "A <end_of_text> B",
+        "100% <b>bold</b> \x1b[31mred\x1b[0m",
+        "x" * 300,
+        "AT&T",
+        "\x7f\x0cform\x1ffeed",
+    ]
+    assert torch.equal(tokenize(captions, TOKENIZER).ids, reference(captions))
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=127)), min_size=1, max_size=5))
+def test_ids_are_clips_on_any_ascii(captions):
+    assert torch.equal(tokenize(captions, TOKENIZER).ids, reference(captions))
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3))
+def test_ids_are_clips_on_any_text(captions):
+    assert torch.equal(tokenize(captions, TOKENIZER).ids, reference(captions))
+
+
+@pytest.mark.parametrize("data_set", ["coco_text/dataset_coco_karpathy_test", "flickr30k_text/dataset_flickr30k"])
+def test_ids_are_clips_on_real_captions(data_set, real_data):
+    with gzip.open(real_data / f"{data_set}.json.gz") as file:
+        images = json.load(file)["images"]
+    captions = [s["raw"] for image in images for s in image["sentences"]]
+    # All that could take the slow way, and a sample of the rest.
+    chosen = [c for c in captions if not c.isascii() or not c.isprintable() or "&" in c] + captions[::25]
+    tokens = tokenize(chosen, TOKENIZER)
+    assert torch.equal(tokens.ids, reference(chosen))
+    assert torch.equal(tokens.ids.argmax(1) + 1, tokens.lengths)
+
+
+def test_lengths_count_up_to_the_end_token():
+    tokens = tokenize(["!", "a dog !", "dog"], TOKENIZER)
+    assert tokens.ids[0, :4].tolist() == [49406, 256, 49407, 0]
+    assert tokens.lengths.tolist() == [3, 5, 3]
+    assert (tokens.ids.dtype, tokens.lengths.dtype, tokens.cut) == (torch.int32, torch.int64, 0)
+
+
+def test_long_captions_keep_the_end_token_and_are_counted():
+    tokenizer = SimpleTokenizer(context_length=5)
+    captions = ["a b c d e f", "a b c", "a b c d", "a b c d e f"]
+    tokens = tokenize(captions, tokenizer)
+    assert torch.equal(tokens.ids, reference(captions, tokenizer))
+    assert tokens.ids[:, 4].tolist() == [49407] * 4
+    assert tokens.lengths.tolist() == [5] * 4
+    assert tokens.cut == 3
+
+
+def test_a_caption_is_tokenised_once(monkeypatch):
+    seen = []
+    tokenizer = SimpleTokenizer(clean="whitespace")
+    clean = tokenizer.clean_fn
+    monkeypatch.setattr(tokenizer, "clean_fn", lambda text: seen.append(text) or clean(text))
+    tokens = tokenize(["dog", "cat", "dog", "dog"], tokenizer)
+    assert sorted(seen) == ["cat", "dog"]
+    assert torch.equal(tokens.ids[0], tokens.ids[3])
+
+
+def test_no_captions():
+    tokens = tokenize([], TOKENIZER)
+    assert (tokens.ids.shape, tokens.lengths.shape, tokens.cut) == ((0, 77), (0,), 0)
+
+
+@pytest.fixture
+def bert_folder(tmp_path):
+    """A Hugging Face tokenizer on disk."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    return str(tmp_path / "bert")
+
+
+def test_ids_are_those_of_a_hugging_face_tokenizer(bert_folder):
+    tokenizer = HFTokenizer(bert_folder, context_length=5)
+    captions = ["a dog runs", "A  dog", "a dog runs a dog", "", "cat", "a dog"]
+    tokens = tokenize(captions, tokenizer)
+    assert torch.equal(tokens.ids, reference(captions, tokenizer))
+    assert tokens.lengths.tolist() == [5, 4, 5, 2, 3, 4]
+    assert tokens.cut == 1
+
+
+@pytest.mark.parametrize("odd", [{"strip_sep_token": True}, {"tokenizer_mode": "clips"}])
+def test_where_padding_is_not_at_the_end_nothing_is_called_padding(odd, bert_folder):
+    tokenizer = HFTokenizer(bert_folder, context_length=8, **odd)
+    tokenizer.tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    captions = ["a dog runs", "a dog"]
+    tokens = tokenize(captions, tokenizer)
+    assert torch.equal(tokens.ids, reference(captions, tokenizer))
+    assert tokens.lengths.tolist() == [8, 8]

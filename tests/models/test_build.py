@@ -1,0 +1,343 @@
+import json
+import logging
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from open_clip import CLIP, get_model_config
+from safetensors.torch import save_file
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.build import build_model, build_tokenizer, known_tags, rebuild_model
+from clip_retrieval.models.source import find_source
+from clip_retrieval.options import ModelOptions
+from tests.models.small import TEXT, VIT, small_clip, small_config
+from tests.models.test_weights import features, jit_archive
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A small model's config, as --vision_model takes it."""
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small_config()))
+    return str(path)
+
+
+@pytest.fixture
+def weight_file(tmp_path):
+    """Weights of the small model."""
+    torch.save(small_clip(seed=1).state_dict(), tmp_path / "small.pt")
+    return str(tmp_path / "small.pt")
+
+
+def as_checkpoint(built, path, **options):
+    """What a run of ours saves."""
+    content = {
+        "model": built.clip.state_dict(),
+        "model_config": built.config,
+        "preprocess": built.preprocess,
+        "options": options,
+        "epoch": 1,
+        "step": 1,
+    }
+    torch.save(content, path)
+    return str(path)
+
+
+def test_tiny_is_built_without_weights():
+    built = build_model(ModelOptions(vision_model="tiny"))
+    assert (built.name, built.weights, built.adaptor_state) == ("tiny", "none", None)
+    assert built.preprocess["size"] == built.config["vision_cfg"]["image_size"]
+    assert all(p.dtype == torch.float32 for p in built.clip.parameters())
+    assert build_tokenizer(ModelOptions(), built).context_length == built.config["text_cfg"]["context_length"]
+
+
+def test_a_file_is_loaded_into_the_named_model(config_file, weight_file):
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))
+    assert torch.allclose(features(built.clip), features(small_clip(seed=1)), atol=1e-6)
+    assert (built.name, built.weights) == (config_file, weight_file)
+
+
+def test_config_and_preprocessing_are_plain_json_and_rebuild_the_model(config_file, weight_file):
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=weight_file, image_size=32, context_length=9))
+    config, preprocess = json.loads(json.dumps([built.config, built.preprocess]))
+    assert (config, preprocess) == (built.config, built.preprocess)
+    again = rebuild_model(config, preprocess, built.clip.state_dict(), built.name, "last.pt")
+    assert torch.equal(features(again.clip, 32), features(built.clip, 32))
+    assert (again.config, again.preprocess, again.preprocess["size"]) == (config, preprocess, 32)
+    assert build_tokenizer(ModelOptions(), again).context_length == 9
+
+
+def test_a_config_file_may_hold_preprocessing(tmp_path):
+    content = {"model_cfg": small_config(), "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    preprocess = build_model(ModelOptions(vision_model=str(tmp_path / "small.json"))).preprocess
+    assert preprocess["mean"] == [0.5, 0.5, 0.5]
+    assert preprocess["resize_mode"] == "squash"
+    assert preprocess["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"embed_dim": 4}',
+        '{"embed_dim": 4, "vision_cfg": 1, "text_cfg": 2}',
+        "[1]",
+        "{",
+        '{"embed_dim": 4, "vision_cfg": {"oops": 1}, "text_cfg": {}}',
+    ],
+)
+def test_what_is_no_config_is_refused(content, tmp_path):
+    (tmp_path / "broken.json").write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*broken.json[^\n]*$"):
+        build_model(ModelOptions(vision_model=str(tmp_path / "broken.json")))
+
+
+def activation(built):
+    return type(built.clip.visual.transformer.resblocks[0].mlp.gelu).__name__
+
+
+def test_an_openai_archive_runs_with_quick_gelu(config_file, tmp_path):
+    source = small_clip(seed=1, quick_gelu=True)
+    jit_archive(source, tmp_path / "ViT-B-32.pt")
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "ViT-B-32.pt")))
+    assert activation(built) == "QuickGELU"
+    assert torch.allclose(features(built.clip), features(source), atol=1e-6)
+
+
+def test_a_config_file_decides_the_activation_of_a_bare_state_dict(config_file, weight_file):
+    assert activation(build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))) == "GELU"
+
+
+@pytest.mark.parametrize(
+    ("name", "quick_gelu"), [("ViT-B/32", True), ("RN50", True), ("ViT-B-32", False), ("ViT-B-32-quickgelu", True)]
+)
+def test_the_spelling_decides_the_activation_of_a_bare_state_dict(name, quick_gelu, weight_file):
+    source = find_source(ModelOptions(vision_model=name, pretrained=weight_file), typed_model=True)
+    assert bool(source.config.get("quick_gelu")) == quick_gelu
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "quick_gelu"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B/32", "laion2b_s34b_b79k", False),
+        ("ViT-B/32", "metaclip-400m", True),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", True),
+    ],
+)
+def test_a_tag_decides_its_activation(name, tag, quick_gelu, weight_file, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.hub.fetch_tag", lambda *args: weight_file)
+    source = find_source(ModelOptions(vision_model=name, pretrained=tag), typed_model=True)
+    assert bool(source.config.get("quick_gelu")) == quick_gelu
+
+
+def test_a_tag_decides_the_preprocessing(weight_file, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.hub.fetch_tag", lambda *args: weight_file)
+    siglip = find_source(ModelOptions(vision_model="ViT-B-16-SigLIP", pretrained="webli"), typed_model=True)
+    assert siglip.preprocess["mean"] == [0.5, 0.5, 0.5]
+    assert siglip.preprocess["resize_mode"] == "squash"
+    # A file of a model whose tags all agree is prepared as they are.
+    from_file = find_source(ModelOptions(vision_model="ViT-B-16-SigLIP", pretrained=weight_file), typed_model=True)
+    assert from_file.preprocess == siglip.preprocess
+
+
+def test_clip_trainings_rn50_has_the_text_layers_of_its_file(tmp_path):
+    state = small_clip(True, text_cfg={**TEXT, "layers": 1}).state_dict()
+    torch.save({"epoch": 0, "model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "checkpoint_0_1.pt")
+    source = find_source(
+        ModelOptions(vision_model="RN50", pretrained=str(tmp_path / "checkpoint_0_1.pt")), typed_model=True
+    )
+    assert source.config["text_cfg"]["layers"] == 1
+    assert source.config["quick_gelu"]
+
+
+def test_clip_itms_checkpoint_loads_under_openais_name(tmp_path):
+    with torch.device("meta"):
+        shapes = {name: v.shape for name, v in CLIP(**get_model_config("ViT-B-32")).state_dict().items()}
+    state = {name: torch.tensor(0.5).half().expand(shape) for name, shape in shapes.items()}
+    torch.save({"epoch": 1, "name": "ex0", "state_dict": state, "optimizer": {}}, tmp_path / "epoch1.pt")
+    built = build_model(ModelOptions(vision_model="ViT-B/32", pretrained=str(tmp_path / "epoch1.pt")))
+    assert (built.name, built.preprocess["size"], activation(built)) == ("ViT-B/32", 224, "QuickGELU")
+    assert all((v == 0.5).all() for v in built.clip.state_dict().values())
+
+
+def test_a_checkpoint_of_ours_decides_the_model(config_file, tmp_path):
+    trained = build_model(ModelOptions(vision_model=config_file))
+    path = as_checkpoint(trained, tmp_path / "best.pt", vision_model=config_file)
+    built = build_model(ModelOptions(pretrained=path))
+    assert torch.equal(features(built.clip), features(trained.clip))
+    assert (built.name, built.config) == (config_file, trained.config)
+
+
+def test_a_typed_model_that_contradicts_the_checkpoint_is_named_with_it(config_file, tmp_path):
+    path = as_checkpoint(
+        build_model(ModelOptions(vision_model=config_file)), tmp_path / "best.pt", vision_model=config_file
+    )
+    build_model(ModelOptions(vision_model=config_file, pretrained=path), typed_model=True)
+    same = tmp_path / "same.json"
+    shutil.copy(config_file, same)
+    build_model(ModelOptions(vision_model=str(same), pretrained=path), typed_model=True)
+    with pytest.raises(UserError, match=r"--vision_model tiny contradicts .*best.pt, which holds a .*small.json"):
+        build_model(ModelOptions(vision_model="tiny", pretrained=path), typed_model=True)
+
+
+def test_an_adaptor_is_handed_over(config_file, tmp_path):
+    built = build_model(ModelOptions(vision_model=config_file))
+    adaptor = {"adaptor.0.weight": torch.randn(6, 24), "adaptor.2.weight": torch.randn(24, 6)}
+    again = rebuild_model(built.config, built.preprocess, {**built.clip.state_dict(), **adaptor}, "small", "last.pt")
+    assert again.adaptor_state.keys() == {"0.weight", "2.weight"}
+
+
+def test_siglip_starts_scale_and_bias_where_the_weights_have_no_bias(config_file, weight_file, tmp_path):
+    for pretrained in ("none", weight_file):
+        built = build_model(ModelOptions(vision_model=config_file, pretrained=pretrained), logit_bias=True)
+        assert built.clip.logit_scale.item() == pytest.approx(math.log(10))
+        assert built.clip.logit_bias.item() == -10
+    built.clip.logit_bias.data.fill_(-7)
+    built.clip.logit_scale.data.fill_(4)
+    again = build_model(ModelOptions(pretrained=as_checkpoint(built, tmp_path / "last.pt")), logit_bias=True)
+    assert (again.clip.logit_scale.item(), again.clip.logit_bias.item()) == (4, -7)
+
+
+def test_without_siglip_there_is_no_bias_unless_the_weights_have_one(config_file, weight_file, tmp_path):
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))
+    assert built.clip.logit_bias is None
+    torch.save({**built.clip.state_dict(), "logit_bias": torch.tensor(-3.0)}, tmp_path / "siglip.pt")
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "siglip.pt")))
+    assert built.clip.logit_bias.item() == -3
+
+
+def test_an_image_size_that_does_not_fit_the_patches_is_refused(config_file):
+    with pytest.raises(UserError, match=r"--image_size 30: .*multiples of 8"):
+        build_model(ModelOptions(vision_model=config_file, image_size=30))
+
+
+def test_a_timm_tower_is_fitted_to_another_image_size(tmp_path, monkeypatch):
+    tower = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
+    path = tmp_path / "timm.json"
+    path.write_text(json.dumps(small_config(vision_cfg=tower)))
+    large = build_model(ModelOptions(vision_model=str(path)))
+    torch.save(large.clip.state_dict(), tmp_path / "timm.pt")
+    options = ModelOptions(vision_model=str(path), pretrained=str(tmp_path / "timm.pt"), image_size=64)
+    built = build_model(options)
+    assert features(built.clip, 64).isfinite().all()
+    again = rebuild_model(built.config, built.preprocess, built.clip.state_dict(), "timm", "last.pt")
+    assert torch.equal(features(again.clip, 64), features(built.clip, 64))
+
+    def refuse(tower, size):
+        raise AssertionError("not a multiple of the window")
+
+    monkeypatch.setattr("open_clip.timm_model.TimmModel.set_input_size", refuse)
+    with pytest.raises(UserError, match=r"--image_size 65: .*multiple of the window"):
+        build_model(ModelOptions(vision_model=str(path), image_size=65))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A local-dir: folder with config and weights."""
+    path = tmp_path / "model"
+    path.mkdir()
+    content = {"model_cfg": small_config(quick_gelu=True), "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (path / "open_clip_config.json").write_text(json.dumps(content))
+    save_file(small_clip(seed=1, quick_gelu=True).state_dict(), path / "open_clip_model.safetensors")
+    return path
+
+
+def test_a_local_folder_has_its_own_config_weights_and_preprocessing(folder):
+    built = build_model(ModelOptions(vision_model=f"local-dir:{folder}"))
+    assert torch.allclose(features(built.clip), features(small_clip(seed=1, quick_gelu=True)), atol=1e-6)
+    assert (built.weights, built.preprocess["mean"]) == ("own", [0.1, 0.2, 0.3])
+    assert build_tokenizer(ModelOptions(), built)(["a dog"]).shape == (1, 16)
+
+
+def test_a_local_folder_without_weights_asks_for_them(folder):
+    (folder / "open_clip_model.safetensors").unlink()
+    name = f"local-dir:{folder}"
+    with pytest.raises(UserError, match=r"holds no weights.*--pretrained none"):
+        build_model(ModelOptions(vision_model=name))
+    assert build_model(ModelOptions(vision_model=name, pretrained="none")).weights == "none"
+
+
+def test_a_hugging_face_text_tower_is_rebuilt_from_its_stored_config(tmp_path):
+    from transformers import RobertaConfig
+
+    hf = RobertaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    hf.save_pretrained(tmp_path / "roberta")
+    text = {"hf_model_name": str(tmp_path / "roberta"), "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    (tmp_path / "small.json").write_text(json.dumps(small_config(text_cfg=text)))
+    built = build_model(ModelOptions(vision_model=str(tmp_path / "small.json")))
+    shutil.rmtree(tmp_path / "roberta")
+    config = json.loads(json.dumps(built.config))
+    again = rebuild_model(config, built.preprocess, built.clip.state_dict(), "small", "last.pt")
+    ids = torch.tensor([[0, 5, 6, 2, 1, 1]])
+    with torch.no_grad():
+        assert torch.equal(again.clip.encode_text(ids), built.clip.encode_text(ids))
+
+
+def test_an_unknown_tag_is_told_the_known_ones(config_file):
+    with pytest.raises(UserError) as error:
+        build_model(ModelOptions(pretrained="laion2b_s34b_b79"))
+    assert "did you mean laion2b_s34b_b79k" in str(error.value)
+    assert "openai" in str(error.value)
+    with pytest.raises(UserError, match=r"--pretrained openai is neither .*no tags"):
+        build_model(ModelOptions(vision_model="tiny", pretrained="openai"))
+
+
+@pytest.mark.parametrize("name", ["absent.pt", "folder/absent"])
+def test_a_path_that_is_not_there_is_called_a_missing_file(name):
+    with pytest.raises(UserError, match=f"{name}: no such weight file"):
+        build_model(ModelOptions(pretrained=name))
+
+
+def test_known_tags():
+    assert "openai" in known_tags("ViT-B/32")
+    assert known_tags("ViT-B/32") == known_tags("ViT-B-32")
+    assert known_tags("tiny") == known_tags("Chinese-CLIP") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, ["ViT-B/32", "timm/vit_base_patch32_clip_224.openai", "ViT-B-32.pt", "--pretrained FILE"]),
+        ({"vision_model": "ViT-B-16-SigLIP", "pretrained": "webli"}, ["timm/ViT-B-16-SigLIP", "--pretrained FILE"]),
+        ({"vision_model": "hf-hub:nobody/nothing"}, ["hf-hub:nobody/nothing", "local-dir:PATH"]),
+        ({"vision_model": "roberta-ViT-B-32"}, ["roberta-ViT-B-32", "roberta-base"]),
+    ],
+)
+def test_without_network_one_line_says_what_is_missing_soon(options, named, no_network, caplog, recwarn):
+    began = time.perf_counter()
+    with caplog.at_level(logging.DEBUG), pytest.raises(UserError) as error:
+        build_model(ModelOptions(**options))
+    assert time.perf_counter() - began < 5
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in named)
+    assert not caplog.records
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_named(no_network):
+    built = build_model(ModelOptions(vision_model="tiny"))
+    built.config["text_cfg"]["hf_tokenizer_name"] = "nobody/nothing"
+    with pytest.raises(UserError, match="nobody/nothing of tiny could not be read"):
+        build_tokenizer(ModelOptions(), built)
+
+
+def test_a_tokenizer_that_does_not_go_with_the_model_is_refused():
+    with pytest.raises(UserError, match="CLIP's own tokenizer"):
+        build_tokenizer(ModelOptions(tokenizer="vocab.txt"), build_model(ModelOptions(vision_model="tiny")))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    (tmp_path / "few.json").write_text(json.dumps(small_config(text_cfg={**TEXT, "vocab_size": 100})))
+    built = build_model(ModelOptions(vision_model=str(tmp_path / "few.json")))
+    with pytest.raises(UserError, match=r"49,408 tokens, the text tower knows 100"):
+        build_tokenizer(ModelOptions(), built)
+
+
+def test_weights_of_another_model_are_refused(weight_file, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps(small_config(vision_cfg={**VIT, "layers": 1})))
+    with pytest.raises(UserError, match=r"small.pt does not fit .*other.json: 12 unexpected"):
+        build_model(ModelOptions(vision_model=str(tmp_path / "other.json"), pretrained=weight_file))

@@ -1,0 +1,152 @@
+"""Bad input to a run: one line that names the thing and the mend, exit code 2, and nothing is lost."""
+
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+
+from tests.models.small import small_clip
+
+
+def is_one_line(err):
+    lines = [line for line in err.strip().splitlines() if not line.startswith("WARNING")]
+    assert len(lines) == 1 and lines[0].startswith(("error:", "main.py: error:")), err
+    return True
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (("--dataset_root", "/nowhere"), ["/nowhere"]),
+        (("--dataset", "coco", "--dataset_root", "/nowhere"), ["/nowhere"]),
+        (("--dataset", "flickr30k", "--dataset_root", "/nowhere"), ["/nowhere"]),
+        (("--dataset", "coca"), ["coca", "coco"]),
+        (("--vision_model", "ViT-B/23"), ["ViT-B/23", "ViT-B/32"]),
+        (("--vision_model", "ViT-B-32", "--pretrained", "openia"), ["openia", "openai"]),
+        (("--pretrained", "/nowhere/weights.pt"), ["/nowhere/weights.pt"]),
+        (("--resume", "/nowhere/last.pt"), ["/nowhere/last.pt"]),
+        (("--device", "cuda:7"), ["cuda:7"]),
+        (("--device", "gpu"), ["gpu", "cuda"]),
+        (("--precision", "fp16"), ["fp16", "bf16"]),
+        (("--caption_column", "text"), ["text", "caption"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_was_typed(run, arguments, extra, words):
+    code, _, err = run(*arguments, *extra)
+    assert code == 2 and is_one_line(err)
+    assert all(word in err for word in words), err
+
+
+def test_a_truncated_photograph_stops_the_run_and_is_named(run, arguments, captioned, tmp_path):
+    for workers in ("0", "2"):
+        broken = tmp_path / f"broken{workers}"
+        broken.mkdir()
+        for path in captioned.iterdir():
+            (broken / path.name).write_bytes(path.read_bytes())
+        (broken / "3.jpg").write_bytes((captioned / "3.jpg").read_bytes()[:300])
+        command = [*arguments, "--dataset_root", broken, "--num_workers", workers, "--overwrite"]
+        code, _, err = run(*command)
+        assert code == 2 and is_one_line(err) and str(broken / "3.jpg") in err
+
+
+def test_a_missing_photograph_is_named_before_anything_is_trained(run, arguments, captioned, tmp_path):
+    rows = (captioned / "captions.csv").read_text() + "gone.jpg,a thing,train\n"
+    (tmp_path / "captions.csv").write_text(rows)
+    command = [*arguments, "--annotations", tmp_path / "captions.csv", "--image_dir", captioned]
+    code, out, err = run(*command)
+    assert code == 2 and is_one_line(err) and "gone.jpg" in err and "step" not in out
+
+
+def test_a_pickle_that_would_run_code_does_not(run, arguments, tmp_path):
+    marker = tmp_path / "marker"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    for number, save in enumerate((torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)))):
+        file = tmp_path / f"malicious{number}.pt"
+        save({"state_dict": Malicious()}, file)
+        for option in ("--resume", "--pretrained"):
+            code, _, err = run(*arguments, option, file)
+            assert code == 2 and is_one_line(err) and str(file) in err
+    assert not marker.exists()
+
+
+def test_weights_of_another_model_say_what_does_not_fit(run, arguments, tmp_path):
+    file = tmp_path / "resnet.pt"
+    torch.save(small_clip(resnet=True).state_dict(), file)
+    code, _, err = run(*arguments, "--pretrained", file)
+    assert code == 2 and is_one_line(err)
+    assert "missing" in err and "unexpected" in err and str(file) in err
+
+
+def test_a_checkpoint_cut_short(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "1")
+    last = tmp_path / "logs/ex0/last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    code, _, err = run(*arguments, "--resume", "auto")
+    assert code == 2 and is_one_line(err) and "last.pt" in err
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "1")
+    folder = tmp_path / "logs" / "ex0"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    code, _, err = run(*arguments)
+    assert code == 2 and is_one_line(err) and "--resume auto" in err and "--overwrite" in err
+    assert {path: path.read_bytes() for path in before} == before
+    assert run(*arguments, "--overwrite", "--max_steps", "2")[0] == 0
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_mistake_does_not_cost_the_run_that_overwrite_would_replace(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "1")
+    before = (tmp_path / "logs/ex0/last.pt").read_bytes()
+    code, _, _ = run(*arguments, "--overwrite", "--dataset_root", "/nowhere")
+    assert code == 2
+    assert (tmp_path / "logs/ex0/last.pt").read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written(run, arguments, tmp_path):
+    file = tmp_path / "a_file"
+    file.write_text("")
+    code, _, err = run(*arguments, "--checkpoint_path", file)
+    assert code == 2 and is_one_line(err) and str(file) in err
+    if os.geteuid() != 0:  # root may write anywhere
+        locked = tmp_path / "locked"
+        locked.mkdir()
+        locked.chmod(stat.S_IREAD | stat.S_IEXEC)
+        code, _, err = run(*arguments, "--checkpoint_path", locked)
+        assert code == 2 and is_one_line(err) and str(locked) in err
+
+
+def test_a_full_disk_ends_with_code_3_and_keeps_the_checkpoint_from_before(run, arguments, tmp_path, monkeypatch):
+    import errno
+
+    from clip_retrieval.training import checkpoint
+
+    normal, calls = torch.save, []
+
+    def save(content, file):
+        calls.append(1)
+        if len(calls) == 4:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return normal(content, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", save)
+    code, _, err = run(*arguments)
+    assert code == 3 and is_one_line(err) and "No space left" in err and "--resume auto" in err
+    folder = tmp_path / "logs" / "ex0"
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
+    assert not [path for path in folder.iterdir() if ".tmp" in path.name]
+
+
+def test_the_whole_program_has_these_codes_too(start):
+    process = start("--dataset_root", "/nowhere", "--vision_model", "tiny", "--dataset", "csv")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and is_one_line(err) and "Traceback" not in err

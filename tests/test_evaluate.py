@@ -1,0 +1,94 @@
+"""An evaluation from end to end."""
+
+import pytest
+import torch
+
+from tests.conftest import read_json
+from tests.models.small import small_clip
+from tests.test_finetune import BLOCK
+
+
+@pytest.fixture
+def trained(run, arguments, tmp_path):
+    assert run(*arguments, "--max_steps", "3")[0] == 0
+    return tmp_path / "logs" / "ex0"
+
+
+def test_a_checkpoint_needs_nothing_else_and_the_run_stays_as_it_is(run, trained, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("--eval", "--resume", trained / "best.pt")
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in before} == before
+    results = read_json(trained / "eval_csv_test" / "results.json")
+    assert BLOCK | {"model"} <= set(results)
+    assert (results["dataset"], results["split"], results["precision"]) == ("csv", "test", "fp32")
+    assert "i2t R@1" in out and "eval_csv_test" in out
+
+
+def test_the_other_split_and_further_k(run, trained):
+    code, _, err = run("--eval", "--resume", trained / "best.pt", "--eval_split", "val", "--recall_k", "3", "1")
+    assert code == 0, err
+    results = read_json(trained / "eval_csv_val" / "results.json")
+    assert results["split"] == "val" and results["images"] == 6
+    assert list(results["i2t"]) == ["R@1", "R@3", "R@5", "R@10", "MedR", "MeanR"]
+    assert results["rsum"] == pytest.approx(sum(results[d][f"R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)))
+
+
+def test_batch_size_and_workers_change_nothing(run, trained):
+    found = []
+    for name, extra in {
+        "a": ("--eval_batch_size", "1"),
+        "b": ("--eval_batch_size", "100", "--num_workers", "2"),
+    }.items():
+        run(
+            "--eval",
+            "--resume",
+            trained / "best.pt",
+            "--checkpoint_path",
+            trained.parent,
+            "--experiments",
+            name,
+            *extra,
+        )
+        found.append(read_json(trained.parent / name / "results.json"))
+    assert found[0]["i2t"] == found[1]["i2t"] and found[0]["t2i"] == found[1]["t2i"]
+
+
+def test_lower_precision_is_an_option_and_is_recorded(run, trained):
+    code, _, err = run("--eval", "--resume", trained / "best.pt", "--eval_precision", "bf16")
+    assert code == 0, err
+    assert read_json(trained / "eval_csv_test" / "results.json")["precision"] == "bf16"
+
+
+def test_random_weights_warn_loudly(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--eval")
+    assert code == 0 and "THE WEIGHTS ARE RANDOM" in err
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert folder.name.startswith("eval_") and folder.name.endswith("_csv_test")
+
+
+def test_others_weights_are_taken_as_pretrained_takes_them(run, arguments, tmp_path):
+    file = tmp_path / "theirs.pt"
+    torch.save({"state_dict": {f"module.{name}": v for name, v in small_clip(seed=3).state_dict().items()}}, file)
+    results = []
+    for name, option in (("resumed", "--resume"), ("pretrained", "--pretrained")):
+        code, out, err = run(*arguments, "--eval", option, file, "--experiments", name)
+        assert code == 0, err
+        assert "RANDOM" not in err
+        assert ("not a checkpoint of this tool" in out) == (option == "--resume")
+        results.append(read_json(tmp_path / "logs" / name / "results.json"))
+    assert results[0]["i2t"] == results[1]["i2t"]
+
+
+def test_an_evaluation_never_writes_into_a_run(run, trained):
+    command = ("--eval", "--resume", trained / "best.pt", "--checkpoint_path", trained.parent, "--experiments", "ex0")
+    code, _, err = run(*command)
+    assert code == 2 and "holds a training run" in err
+
+
+def test_a_typed_model_that_contradicts_the_checkpoint_is_an_error_naming_both(run, trained, captioned):
+    code, _, err = run("--eval", "--resume", trained / "best.pt", "--vision_model", "ViT-B/16")
+    assert code == 2 and "ViT-B/16" in err and "small.json" in err
+    code, _, err = run("--eval", "--resume", trained / "best.pt", "--vision_model", captioned / "small.json")
+    assert code == 0, err

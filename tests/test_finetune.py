@@ -1,0 +1,197 @@
+"""A finetune from end to end, on a small model and a small data set."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import read_json, read_lines
+
+BLOCK = {"dataset", "split", "precision", "images", "captions", "i2t", "t2i", "mean_recall", "rsum", "seconds"}
+
+
+def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
+    code, out, err = run(*arguments, "--keep_every", "1")
+    assert code == 0, err
+    folder = tmp_path / "logs" / "ex0"
+    files = {path.name for path in folder.iterdir()}
+    expected = {"options.json", "log.txt", "metrics.jsonl", "tensorboard", "last.pt", "best.pt", "results.json"}
+    assert files == expected | {"epoch_1.pt", "epoch_2.pt"}
+    assert any((folder / "tensorboard").iterdir())
+
+    results = read_json(folder / "results.json")
+    assert BLOCK | {"model"} <= set(results)
+    assert (results["split"], results["images"], results["captions"]) == ("test", 6, 15)
+    for name, split in (("val", "val"), ("before", "test")):
+        assert set(results[name]) == BLOCK
+        assert results[name]["split"] == split
+    for block in (results, results["val"], results["before"]):
+        assert list(block["i2t"]) == list(block["t2i"]) == ["R@1", "R@5", "R@10", "MedR", "MeanR"]
+        recalls = [block[d][k] for d in ("i2t", "t2i") for k in ("R@1", "R@5", "R@10")]
+        assert block["rsum"] == pytest.approx(sum(recalls))
+        assert block["mean_recall"] == pytest.approx(sum(recalls) / 6)
+
+    options = read_json(folder / "options.json")
+    assert options["batch_size"] == 10 and options["versions"]["torch"] and "cpu" in options["device_used"]
+    assert "10 = 1 x 10" in out and "35 captions" in out and "a " in out
+    kinds = [(line["kind"], line["step"]) for line in read_lines(folder / "metrics.jsonl")]
+    assert kinds == [*(("train", n) for n in (1, 2, 3)), ("val", 3), *(("train", n) for n in (4, 5, 6)), ("val", 6)]
+
+
+def test_checkpoints_are_plain_and_hold_what_the_contract_says(run, arguments, tmp_path, captioned):
+    run(*arguments)
+    folder = tmp_path / "logs" / "ex0"
+    last = torch.load(folder / "last.pt", weights_only=True)
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert {"model", "model_config", "preprocess", "options", "epoch", "step"} <= set(best) <= set(last) | {"val"}
+    assert {"optimizer", "scaler", "random", "sampler"} <= set(last)
+    assert (last["epoch"], last["step"]) == (2, 6)
+    assert last["options"]["dataset_root"] == str(captioned)
+    assert all(value.dtype == torch.float32 for value in last["model"].values())
+
+
+def test_the_best_epoch_on_val_is_what_is_reported(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "4")
+    folder = tmp_path / "logs" / "ex0"
+    results = read_json(folder / "results.json")
+    val = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "val"]
+    best = max(val, key=lambda line: line["rsum"])
+    assert results["val"]["rsum"] == best["rsum"]
+    assert results["step"] == best["step"] == torch.load(folder / "best.pt", weights_only=True)["step"]
+    code, _, _ = run("--eval", "--resume", folder / "best.pt", "--device", "cpu")
+    again = read_json(folder / "eval_csv_test" / "results.json")
+    assert code == 0 and {k: again[k] for k in ("i2t", "t2i", "rsum")} == {
+        k: results[k] for k in ("i2t", "t2i", "rsum")
+    }
+
+
+def test_the_log_lines_have_the_numbers_of_a_step(run, arguments, tmp_path):
+    _, out, _ = run(*arguments, "--display", "3")
+    lines = [line for line in out.splitlines() if " step " in line and "pairs/s" in line]
+    assert len(lines) == 2
+    for words in ("epoch 1", "step 3/6", "loss ", "lr ", "scale ", "i2t ", "t2i ", "pairs/s", "data ", "10 = 1 x 10"):
+        assert words in lines[0]
+    train = [line for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [3, 6]
+    assert {"loss", "lr", "logit_scale", "i2t_accuracy", "t2i_accuracy", "epoch"} <= set(train[0])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--loss", "siglip"),
+        ("--loss", "margin"),
+        ("--trainable", "linear_projection"),
+        ("--trainable", "adaptor"),
+        ("--loss", "margin", "--trainable", "adaptor"),
+        ("--freeze_vision",),
+        ("--freeze_text",),
+        ("--accum_freq", "2"),
+        ("--augment", "crop"),
+        ("--caption_sampling", "one"),
+        ("--grad_clip", "0.1"),
+        ("--precision", "bf16"),
+        ("--num_workers", "2"),
+    ],
+    ids=" ".join,
+)
+def test_each_way_to_train_changes_the_weights_and_its_checkpoint_evaluates_again(run, arguments, tmp_path, extra):
+    code, _, err = run(*arguments, *extra, "--max_steps", "3", "--no_eval_first")
+    assert code == 0, err
+    folder = tmp_path / "logs" / "ex0"
+    results = read_json(folder / "results.json")
+    assert "before" not in results
+    code, _, err = run("--eval", "--resume", folder / "best.pt", "--device", "cpu")
+    assert code == 0, err
+    assert read_json(folder / "eval_csv_test" / "results.json")["t2i"] == results["t2i"]
+
+
+@pytest.mark.parametrize("model", ["small.json", "resnet.json"])
+def test_recomputing_activations_changes_no_weight(run, arguments, tmp_path, captioned, model):
+    weights = []
+    for name, extra in (("plain", ()), ("recomputed", ("--grad_checkpointing",))):
+        arguments_of_model = [*arguments, "--vision_model", captioned / model, "--max_steps", "2", "--no_eval_first"]
+        assert run(*arguments_of_model, "--experiments", name, *extra)[0] == 0
+        weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
+    for name, value in weights[0].items():
+        if "running" not in name and "num_batches" not in name:  # batch statistics are taken twice
+            torch.testing.assert_close(weights[1][name], value, msg=name)
+
+
+def test_workers_change_nothing(run, arguments, tmp_path):
+    weights = []
+    for workers in ("0", "2"):
+        extra = ("--augment", "crop", "--num_workers", workers, "--experiments", f"workers{workers}")
+        run(*arguments, *extra, "--no_eval_first")
+        weights.append(torch.load(tmp_path / f"logs/workers{workers}/last.pt", weights_only=True)["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_seed_decides_everything_random(run, arguments, tmp_path):
+    weights = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(*arguments, "--seed", seed, "--experiments", name, "--no_eval_first")
+        weights[name] = torch.load(tmp_path / f"logs/{name}/last.pt", weights_only=True)["model"]["visual.proj"]
+    assert torch.equal(weights["a"], weights["b"]) and not torch.equal(weights["a"], weights["c"])
+
+
+def test_eval_every_and_max_steps(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "5", "--eval_every", "2")
+    val = [line["step"] for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "val"]
+    assert val == [6, 12, 15]
+    run(*arguments, "--max_steps", "4", "--eval_every", "0", "--overwrite")
+    lines = read_lines(tmp_path / "logs/ex0/metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [4]
+    assert max(line["step"] for line in lines) == 4
+
+
+def test_a_split_smaller_than_the_batch_shrinks_the_batch_with_a_warning(run, arguments, tmp_path):
+    code, out, err = run(*arguments, "--batch_size", "256")
+    assert code == 0 and "--batch_size 256 becomes 35" in err and "35 = 1 x 35" in out
+
+
+def test_a_warmup_longer_than_the_run_is_clamped_with_one_warning(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--warmup", "500")
+    assert code == 0 and err.count("--warmup 500") == 1
+    train = [line for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "train"]
+    assert [line["lr"] for line in train] == pytest.approx([1e-3 * step / 6 for step in range(1, 7)])
+
+
+def test_without_splits_nothing_is_held_out_and_nothing_pretends_to_be_a_score(run, arguments, tmp_path, captioned):
+    rows = (captioned / "captions.csv").read_text().splitlines()
+    unsplit = tmp_path / "unsplit.csv"
+    unsplit.write_text("\n".join(row.rsplit(",", 1)[0] for row in rows) + "\n")
+    code, _, err = run(*arguments, "--annotations", unsplit, "--image_dir", captioned, "--max_steps", "2")
+    assert code == 0, err
+    assert "no val split" in err and "no test split" in err
+    folder = tmp_path / "logs" / "ex0"
+    assert not (folder / "best.pt").exists()
+    results = read_json(folder / "results.json")
+    assert "i2t" not in results and "val" not in results and results["steps"] == 2
+    code, _, err = run("--eval", "--resume", folder / "last.pt", "--device", "cpu")
+    assert code == 0, err
+    assert read_json(folder / "eval_csv_test" / "results.json")["split"] == "all"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    run, arguments, tmp_path, monkeypatch
+):
+    from clip_retrieval.training import step as module
+
+    normal = module.Trainer.step
+
+    def step(self, batch, number, rate):
+        if number == 5:
+            self.model.clip.visual.proj.data[0, 0] = float("nan")
+        return normal(self, batch, number, rate)
+
+    monkeypatch.setattr(module.Trainer, "step", step)
+    code, _, err = run(*arguments, "--display", "100")
+    assert code == 3
+    assert "step 5" in err and err.strip().count("\n") == 0 and "--resume auto" in err
+    assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
+
+
+def test_options_of_a_run_are_a_record_of_what_was_typed(run, arguments, tmp_path):
+    run(*arguments, "--weight_decay", "0.05", "--max_steps", "1")
+    assert json.loads((tmp_path / "logs/ex0/options.json").read_text())["weight_decay"] == 0.05

@@ -1,0 +1,204 @@
+"""A run that was stopped, however it was stopped, ends as if it had not been."""
+
+import signal
+import time
+
+import pytest
+import torch
+
+from clip_retrieval.training.step import Trainer
+from tests.conftest import read_json, read_lines
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run gets to run after it."""
+
+
+def ending(folder):
+    last = torch.load(folder / "last.pt", weights_only=True)
+    return last["model"], last["optimizer"]["state"], read_lines(folder / "metrics.jsonl"), results(folder)
+
+
+def results(folder):
+    content = read_json(folder / "results.json")
+    return {k: content.get(k) for k in ("i2t", "t2i", "rsum", "step", "steps")} | {
+        k: content[k]["rsum"] for k in ("val", "before") if k in content
+    }
+
+
+def assert_same_ending(a, b):
+    (weights, moments, lines, result), (weights_b, moments_b, lines_b, result_b) = ending(a), ending(b)
+    assert all(torch.equal(weights[name], weights_b[name]) for name in weights)
+    for key, state in moments.items():
+        assert all(torch.equal(state[name], moments_b[key][name]) for name in state)
+    assert lines == lines_b
+    assert result == result_b
+
+
+@pytest.fixture
+def whole(run, arguments, tmp_path):
+    """The folder of a run that was never stopped."""
+    assert run(*arguments, "--augment", "crop", "--experiments", "whole")[0] == 0
+    return tmp_path / "logs" / "whole"
+
+
+@pytest.mark.parametrize("killed_in_step", range(1, 7))
+def test_killed_in_any_step_and_resumed_ends_bit_identical(
+    run, arguments, tmp_path, whole, monkeypatch, killed_in_step
+):
+    normal = Trainer.step
+
+    def step(self, batch, number, rate):
+        if number == killed_in_step:
+            raise Killed
+        return normal(self, batch, number, rate)
+
+    command = [*arguments, "--augment", "crop", "--save_every", "2", "--resume", "auto"]
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Killed):
+        run(*command)
+    monkeypatch.setattr(Trainer, "step", normal)
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert_same_ending(whole, tmp_path / "logs" / "ex0")
+
+
+def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
+    import clip_retrieval.finetune as module
+
+    normal, calls = module.score, []
+
+    def score(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # before training, after the first epoch
+            raise Killed
+        return normal(*args, **kwargs)
+
+    command = [*arguments, "--augment", "crop", "--resume", "auto"]
+    monkeypatch.setattr(module, "score", score)
+    with pytest.raises(Killed):
+        run(*command)
+    assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert "step 3/6" not in out  # the steps of the first epoch are not done again
+    assert_same_ending(whole, tmp_path / "logs" / "ex0")
+
+
+def wait_for_step(folder, step, process):
+    for _ in range(1200):
+        lines = folder / "metrics.jsonl"
+        if lines.is_file() and any(line["step"] >= step for line in read_lines(lines)):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_and_started_again_ends_bit_identical(run, start, arguments, tmp_path):
+    command = [*arguments, "--epochs", "40", "--eval_every", "20", "--save_every", "7", "--resume", "auto"]
+    assert run(*command, "--experiments", "whole")[0] == 0
+    process = start(*command)
+    wait_for_step(tmp_path / "logs" / "ex0", 9, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = start(*command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(run, start, arguments, tmp_path, number):
+    command = [*arguments, "--epochs", "400", "--eval_every", "0", "--num_workers", "2"]
+    folder = tmp_path / "logs" / "ex0"
+    process = start(*command)
+    wait_for_step(folder, 5, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("error: interrupted at step") and "last.pt" in err
+    assert "Traceback" not in err
+    stopped_at = torch.load(folder / "last.pt", weights_only=True)["step"]
+    assert 5 <= stopped_at < 1200
+    code, out, err = run(*command, "--resume", "auto", "--max_steps", stopped_at + 1)
+    assert code == 0, err
+    assert f"going on from {folder / 'last.pt'}, step {stopped_at}" in out
+
+
+def test_a_finished_run_that_is_resumed_evaluates_and_writes_the_results(run, arguments, tmp_path):
+    run(*arguments)
+    folder = tmp_path / "logs" / "ex0"
+    first = results(folder)
+    (folder / "results.json").unlink()
+    code, out, _ = run(*arguments, "--resume", "auto")
+    assert code == 0 and "pairs/s" not in out
+    assert results(folder) == first
+
+
+def test_more_epochs_go_on_from_a_finished_run(run, arguments, tmp_path):
+    run(*arguments)
+    code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--epochs", "3")
+    assert code == 0, err
+    steps = [line["step"] for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "train"]
+    assert steps == list(range(1, 10))
+
+
+def test_resume_needs_nothing_else_and_takes_the_checkpoints_options(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1", "--weight_decay", "0.03")
+    command = ["--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2"]
+    code, _, err = run(*command, "--device", "cpu")
+    assert code == 0, err
+    options = read_json(tmp_path / "logs/ex0/options.json")
+    assert options["weight_decay"] == 0.03 and options["batch_size"] == 10 and options["epochs"] == 2
+
+
+def test_resuming_elsewhere_leaves_the_first_run_alone(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    before = (tmp_path / "logs/ex0/last.pt").read_bytes()
+    code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--experiments", "second")
+    assert code == 0, err
+    assert (tmp_path / "logs/ex0/last.pt").read_bytes() == before
+    assert torch.load(tmp_path / "logs/second/last.pt", weights_only=True)["step"] == 6
+
+
+def test_another_batch_cannot_go_on_in_the_middle_of_an_epoch(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    code, _, err = run(*arguments, "--resume", "auto", "--batch_size", "7")
+    assert code == 2 and "--batch_size 10" in err and "--reset_data_offset" in err
+    code, _, err = run(*arguments, "--resume", "auto", "--batch_size", "7", "--reset_data_offset")
+    assert code == 0, err
+
+
+def test_other_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    code, _, err = run(*arguments, "--resume", "auto", "--freeze_text")
+    assert code == 2 and "--reset_optimizer" in err
+    code, _, err = run(*arguments, "--resume", "auto", "--freeze_text", "--reset_optimizer")
+    assert code == 0, err
+
+
+def test_reset_data_offset_starts_at_the_first_step_and_reset_optimizer_forgets_the_moments(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    last = tmp_path / "logs/ex0/last.pt"
+    run(*arguments, "--resume", last, "--reset_data_offset", "--epochs", "1", "--experiments", "again")
+    steps = [line["step"] for line in read_lines(tmp_path / "logs/again/metrics.jsonl") if line["kind"] == "train"]
+    assert steps == [1, 2, 3]
+    moments = []
+    for name, extra in (("kept", ()), ("fresh", ("--reset_optimizer",))):
+        run(*arguments, "--resume", last, "--experiments", name, "--max_steps", "4", *extra)
+        state = torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["optimizer"]["state"]
+        moments.append({int(entry["step"]) for entry in state.values()})
+    assert moments == [{4}, {1}]
+
+
+def test_a_best_checkpoint_has_no_optimizer_and_starts_a_new_run(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    best = tmp_path / "logs/ex0/best.pt"
+    code, out, err = run(*arguments, "--resume", best, "--experiments", "next", "--epochs", "1", "--lr", "1e-12")
+    assert code == 0, err
+    assert "without its optimizer" in out
+    first, second = (read_json(tmp_path / f"logs/{name}/results.json") for name in ("ex0", "next"))
+    assert second["before"]["rsum"] == first["rsum"]
