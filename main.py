@@ -11,7 +11,7 @@ from clip_retrieval.errors import run_and_exit
 from clip_retrieval.options import parse
 
 
-def main() -> int | None:
+def main() -> None:
     typed = parse()
     if typed.get("eval"):
         from clip_retrieval.evaluate import evaluate

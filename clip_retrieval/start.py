@@ -15,7 +15,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
 from clip_retrieval.models.names import resolve
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.models.weights import OURS, read_checkpoint, read_weights
+from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
 from clip_retrieval.reporting.log import log
 
@@ -33,16 +33,16 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
     path = _resumed_file(options)
     if path is None:
         return options, None
-    if read_weights(path).kind != OURS:
+    checkpoint = read_checkpoint(path)
+    if checkpoint is None:
         if typed.get("pretrained") not in (None, str(path)):
             raise UserError(
                 f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them"
             )
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
         return Options.settle(typed, {"pretrained": str(path), "resume": None}), None
-    checkpoint = read_checkpoint(path)
     stored = checkpoint["options"]
-    if "vision_model" in typed and resolve(typed["vision_model"]) != resolve(stored["vision_model"]):
+    if "vision_model" in typed and resolve(typed["vision_model"]).name != stored["vision_model"]:
         raise UserError(
             f"--vision_model {typed['vision_model']} contradicts {path}, which holds a {stored['vision_model']}; "
             "leave --vision_model out"
@@ -120,12 +120,14 @@ def load_model(
             checkpoint["model_config"],
             checkpoint["preprocess"],
             checkpoint["model"],
-            name=resolve(checkpoint["options"]["vision_model"]).name,
+            name=checkpoint["options"]["vision_model"],
             source=options.run.resume,
             image_size=options.model.image_size,
             context_length=options.model.context_length,
             logit_bias=logit_bias,
         )
+    # What a file or a folder turned out to be: the name that the run's checkpoints carry.
+    options.model.vision_model = built.name
     adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
     model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
     if built.adaptor_state is not None:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,14 @@ from tests.models.small import small_config
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets."""
+    if not (folder := os.environ.get("CLIP_RETRIEVAL_DATA")):
+        pytest.skip("CLIP_RETRIEVAL_DATA is not set")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ class Side:
 
     def chunk(self) -> int:
         """How many features to convert to float64 at a time: on a CPU, what stays in the cache."""
-        return max(1, (2**16 if self.norms.device.type == "cpu" else 2**26) // self.dim)
+        return max(1, (2**20 if self.norms.device.type == "cpu" else 2**26) // self.dim)
 
     def _refuse(self, name: Callable[[int], str]) -> None:
         row = next(i for i, feature in enumerate(self.features) if not feature.isfinite().all())

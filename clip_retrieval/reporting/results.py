@@ -25,6 +25,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json. Raises UserError, naming it, where it is missing or something else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["i2t"]["R@1"], results["t2i"]["R@1"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such results file") from None
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(f"{path} is not a results.json of a finetune or an evaluation") from None
+    return results
+
+
 def write_options(folder: Path, options: Options, device: str) -> None:
     """options.json: all options, then the versions and the device they ran on."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,4 +1,4 @@
-"""Results as a table for people; results.json keeps the unrounded numbers."""
+"""Results as tables for people; results.json keeps the unrounded numbers."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown_table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table with a line per results.json: model, data, and the recalls of both directions in percent."""
+    recalls = ("R@1", "R@5", "R@10")
+    header = ["model", "data", *(f"{d} {r}" for d in ("i2t", "t2i") for r in recalls), "mean recall"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for block in results:
+        values = [block[d][r] for d in ("i2t", "t2i") for r in recalls] + [block["mean_recall"]]
+        data = f"{block['dataset']} {block['split']}"
+        lines.append(f"| {' | '.join([block.get('model', ''), data, *(f'{v:.2f}' for v in values)])} |")
+    return "\n".join(lines) + "\n"

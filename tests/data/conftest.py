@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -6,14 +5,6 @@ from PIL import Image
 
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.options import DataOptions
-
-
-@pytest.fixture
-def real_data() -> Path:
-    """The folder of real data sets."""
-    if not (folder := os.environ.get("CLIP_RETRIEVAL_DATA")):
-        pytest.skip("CLIP_RETRIEVAL_DATA is not set")
-    return Path(folder)
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Finetune ViT-B/32 on Flickr30K.     bash scripts/flickr30k_finetune_vit-b-32.sh DATA [further options of main.py]
+set -euo pipefail
+exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset flickr30k --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
+    --batch_size 256 --epochs 10 --lr 1e-5 --warmup 200 --experiments flickr30k_vit-b-32 "${@:2}"

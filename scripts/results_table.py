@@ -1,0 +1,31 @@
+"""A Markdown table of several results.json.
+
+python scripts/results_table.py logs/*/results.json --output table.md
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import run_and_exit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files")
+    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
+    args = parser.parse_args()
+
+    from clip_retrieval.reporting.results import read_results
+    from clip_retrieval.reporting.table import markdown_table
+
+    table = markdown_table([read_results(path) for path in args.results])
+    print(table, end="")
+    if args.output is not None:
+        args.output.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,74 @@
+"""The shell recipes run: on COCO photographs, shortened, with a small model in the place of the large one."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, read_json
+
+
+@pytest.fixture
+def recipe(real_data, captioned, tmp_path):
+    """recipe(name, *arguments) runs scripts/NAME in tmp_path."""
+
+    def run_recipe(name, *arguments, **environment):
+        command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
+        env = os.environ | {"PYTHON": sys.executable} | {key: str(value) for key, value in environment.items()}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    return run_recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, experiment",
+    [
+        ("coco_finetune_vit-b-32.sh", "coco_vit-b-32"),
+        ("coco_finetune_vit-b-16.sh", "coco_vit-b-16"),
+        ("coco_margin_linear_projection.sh", "coco_margin_linear_projection"),
+        ("coco_margin_adaptor.sh", "coco_margin_adaptor"),
+    ],
+)
+def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experiment):
+    short = (
+        "--vision_model",
+        captioned / "small.json",
+        "--pretrained",
+        "none",
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "32",
+    )
+    result = recipe(name, real_data / "coco_mini", *short, "--no_eval_first")
+    assert result.returncode == 0, result.stderr
+    options = read_json(tmp_path / "logs" / experiment / "options.json")
+    assert options["batch_size"] == 32 and options["dataset"] == "coco"
+    result = recipe("coco_eval.sh", real_data / "coco_mini", f"logs/{experiment}/last.pt")
+    assert result.returncode == 0, result.stderr
+    assert read_json(tmp_path / "logs" / experiment / "eval_coco_test" / "results.json")["images"] == 42
+
+
+@pytest.mark.slow
+def test_the_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
+    result = recipe("flickr30k_finetune_vit-b-32.sh", tmp_path, "--vision_model", captioned / "small.json")
+    assert result.returncode == 2 and str(tmp_path) in result.stderr
+
+
+@pytest.mark.slow
+def test_the_zero_shot_table_has_a_line_for_each_model(recipe, real_data, captioned, tmp_path):
+    for name in ("small.json", "resnet.json"):
+        shutil.copy(captioned / name, tmp_path)
+    result = recipe("coco_zero_shot_table.sh", real_data / "coco_mini", MODELS="small.json resnet.json", OUTPUT="table")
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "table" / "table.md").read_text()
+    assert table in result.stdout
+    assert table.count("| coco test |") == 2 and "i2t R@1" in table
+
+
+def test_a_recipe_without_data_says_what_is_missing(recipe):
+    result = recipe("coco_finetune_vit-b-32.sh")
+    assert result.returncode != 0 and "give the folder of the data" in result.stderr
