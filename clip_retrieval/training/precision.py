@@ -47,7 +47,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The loss scaler that fp16 needs; it does nothing with the other precisions."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type != "cpu")
 
 
 def device_name(device: torch.device) -> str:

