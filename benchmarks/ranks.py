@@ -10,12 +10,17 @@ features, measured in a process of its own (Linux).
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+
+# Read when torch loads. Threads that spin while they wait (the default) starve each other on a machine that has
+# anything else to do, and each of the small steps between two products then takes milliseconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
