@@ -338,11 +338,18 @@ class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=110)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """All spellings, then what they take, once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
+
 
 def build_parser(description: str, groups: Sequence[type] = tuple(GROUPS.values()), prog: str | None = None):
     """A parser for the options of `groups`. The namespace it returns holds only what was typed."""
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s [options]",
         description=description,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
@@ -367,9 +374,9 @@ def add_arguments(parser: argparse._ActionsContainer, group: type) -> None:
             *names,
             dest=f.name,
             help=_help(f),
-            type=_value_type(hints[f.name], f.metadata),
+            type=_value_type(_item_type(hints[f.name]), f.metadata),
             nargs="+" if typing.get_origin(hints[f.name]) is tuple else None,
-            metavar=f.name.rsplit("_", 1)[-1].upper(),
+            metavar={int: "N", float: "X", str: "TEXT"}[_item_type(hints[f.name])],
         )
         for flag, value in f.metadata["flags"].items():
             parser.add_argument(
@@ -389,10 +396,15 @@ def _help(f: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def _value_type(hint: Any, meta: typing.Mapping[str, Any]):
-    """The function that turns a typed string into the option's value."""
+def _item_type(hint: Any) -> type:
+    """int of `int`, `int | None` and `tuple[int, ...]`."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
-        hint = typing.get_args(hint)[0]
+        return typing.get_args(hint)[0]
+    return hint
+
+
+def _value_type(hint: type, meta: typing.Mapping[str, Any]):
+    """The function that turns a typed string into the option's value."""
 
     def convert(text: str) -> Any:
         text = meta["also"].get(text, text)
