@@ -7,7 +7,6 @@ python main.py --vision_model ViT-B/32 --dataset_root DATA --resume auto    # go
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from clip_retrieval.data.dataset import UNSPLIT
-from clip_retrieval.data.loader import TrainBatch, TrainLoader, choose_num_workers
+from clip_retrieval.data.loader import TrainLoader, choose_num_workers
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.evaluation.protocols import score
@@ -142,7 +141,7 @@ def prepare(options: Options, checkpoint: dict[str, Any] | None, folder: Path, *
         clear_run(folder)
     log_to_file(folder)
     write_options(folder, options, f"{device} ({device_name(device)})")
-    metrics = MetricsLog(folder, progress.step)
+    metrics = MetricsLog(folder, progress.kept_lines())
     run = Run(options, folder, built, model, trainer, sampler, loader, val, test, metrics, progress)
     if options.train.warmup > run.total_steps:
         log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
@@ -218,6 +217,7 @@ def evaluate_first(run: Run) -> None:
     if run.progress.step or run.progress.before or split is None or run.options.evaluation.no_eval_first:
         return
     run.progress.before = score_split(run, split)
+    write_scores(run, "before", run.progress.before)
     log.info("before training:\n" + results_table({split.dataset.split: run.progress.before}))
 
 
@@ -244,9 +244,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     run.model.train()
     while progress.step < last_step and not stop.requested:
         with watch.waiting():
-            batch = next_batch(batches, stop)
-        if batch is None:
-            break
+            batch = next(batches)
         rate = learning_rate(progress.step, peak=options.train.lr, warmup_steps=warmup, total_steps=run.total_steps)
         result = run.trainer.step(batch, progress.step + 1, rate)
         progress.step += 1
@@ -257,16 +255,6 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
         if options.run.save_every and progress.step % options.run.save_every == 0:
             save_last(run)
     bar.close()
-
-
-def next_batch(batches: Iterator[TrainBatch], stop: StopSignal) -> TrainBatch | None:
-    """The next batch; None where a signal to the whole process group has ended the loader's workers too."""
-    try:
-        return next(batches)
-    except RuntimeError:
-        if stop.requested:
-            return None
-        raise
 
 
 def end_of_epoch(run: Run) -> None:
@@ -286,7 +274,7 @@ def end_of_epoch(run: Run) -> None:
 def evaluate_epoch(run: Run, val: Split, epoch: int) -> None:
     """Score the model on the val split, and keep it as best.pt if it is the best so far."""
     progress, block = run.progress, score_split(run, val)
-    run.metrics.write("val", progress.step, {name: block[name] for name in ("i2t", "t2i", "mean_recall", "rsum")})
+    write_scores(run, "val", block)
     better = progress.best is None or block["rsum"] > progress.best["block"]["rsum"]
     log.info(
         f"epoch {epoch}  val rsum {block['rsum']:.2f}  i2t R@1 {block['i2t']['R@1']:.2f}  "
@@ -305,6 +293,8 @@ def finish(run: Run) -> None:
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
     val = progress.best["block"] if progress.best else None
     test = score_split(run, run.test) if run.test is not None else None
+    if test:
+        write_scores(run, "test", test)
 
     results = dict(test or val or {"dataset": run.options.data.dataset})
     results |= {
@@ -337,6 +327,12 @@ def score_split(run: Run, split: Split) -> dict[str, Any]:
         num_workers=options.data.num_workers,
         device=run.trainer.device,
     )
+
+
+def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
+    """One line of metrics.jsonl for an evaluation."""
+    scores = {name: block[name] for name in ("i2t", "t2i", "mean_recall", "rsum")}
+    run.metrics.write(kind, run.progress.step, scores)
 
 
 def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopwatch) -> None:

@@ -44,6 +44,10 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-def ignore_interrupt(worker: int) -> None:
-    """For loader processes: a terminal sends Ctrl-C to them too, but their parent decides."""
+def outlive_first_signal(worker: int) -> None:
+    """For loader processes: a signal to the whole process group reaches them too, but their parent decides.
+
+    A second SIGTERM, which is what the parent sends to one that does not end by itself, ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -81,7 +81,8 @@ def start():
 
     def start_main(*arguments):
         command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         started.append(process)
         return process
 

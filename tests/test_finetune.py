@@ -35,7 +35,8 @@ def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
     assert options["batch_size"] == 10 and options["versions"]["torch"] and "cpu" in options["device_used"]
     assert "10 = 1 x 10" in out and "35 captions" in out and "a " in out
     kinds = [(line["kind"], line["step"]) for line in read_lines(folder / "metrics.jsonl")]
-    assert kinds == [*(("train", n) for n in (1, 2, 3)), ("val", 3), *(("train", n) for n in (4, 5, 6)), ("val", 6)]
+    first, second = ([("train", step) for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
+    assert kinds == [("before", 0), *first, ("val", 3), *second, ("val", 6), ("test", 6)]
 
 
 def test_checkpoints_are_plain_and_hold_what_the_contract_says(run, arguments, tmp_path, captioned):

@@ -1,5 +1,6 @@
 """A run that was stopped, however it was stopped, ends as if it had not been."""
 
+import os
 import signal
 import time
 
@@ -85,6 +86,25 @@ def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_p
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
 
 
+def test_killed_before_the_evaluation_is_saved_writes_it_once(run, arguments, tmp_path, whole, monkeypatch):
+    import clip_retrieval.finetune as module
+
+    normal = module.save_checkpoint
+
+    def save(path, content):
+        if path.name == "last.pt" and content["progress"]["evaluated_step"] == 3:
+            raise Killed
+        normal(path, content)
+
+    command = [*arguments, "--augment", "crop", "--resume", "auto"]
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        run(*command)
+    monkeypatch.setattr(module, "save_checkpoint", normal)
+    assert run(*command)[0] == 0
+    assert_same_ending(whole, tmp_path / "logs" / "ex0")
+
+
 def wait_for_step(folder, step, process):
     for _ in range(1200):
         lines = folder / "metrics.jsonl"
@@ -116,7 +136,7 @@ def test_a_signal_saves_and_says_how_to_resume(run, start, arguments, tmp_path, 
     folder = tmp_path / "logs" / "ex0"
     process = start(*command)
     wait_for_step(folder, 5, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does: its workers get it too
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("error: interrupted at step") and "last.pt" in err

@@ -16,7 +16,7 @@ from clip_retrieval.data.images import ImageArray
 from clip_retrieval.data.preprocess import CropTransform, evaluation_transform
 from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.errors import UserError
-from clip_retrieval.signals import ignore_interrupt
+from clip_retrieval.signals import outlive_first_signal
 
 
 @dataclass
@@ -132,7 +132,7 @@ class TrainLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=outlive_first_signal,
             generator=torch.Generator(),  # its own: loading must not move the random state that training uses
         )
 
@@ -165,7 +165,7 @@ def image_batches(images: Images, preprocess: dict, *, batch_size: int, num_work
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=outlive_first_signal,
         generator=torch.Generator(),
     )
     return _unless_failed(loader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,20 @@ class MetricsLog:
 
     Args:
         folder: the run's folder.
-        step: the step a run goes on from; what was written after it, by a run that was killed, is taken back.
+        keep: for a run that goes on, the last step of each kind that stays; what a killed run wrote after it is
+            taken back, for it will be written again.
     """
 
-    def __init__(self, folder: Path, step: int = 0):
+    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._read() if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in self._read() if _is_kept(json.loads(line), keep or {})]
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._tensorboard = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=max(keep.values()) + 1 if keep else None
+        )
 
     def _read(self) -> list[str]:
         if not self._path.is_file():
@@ -94,6 +98,10 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+def _is_kept(line: dict[str, Any], keep: Mapping[str, int]) -> bool:
+    return line["step"] <= keep.get(line["kind"], -1)
 
 
 def _flatten(values: dict[str, Any], prefix: str):

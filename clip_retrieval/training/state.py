@@ -30,6 +30,12 @@ class Progress:
     before: dict[str, Any] | None = None
     seconds: float = 0.0
 
+    def kept_lines(self) -> dict[str, int]:
+        """The lines of metrics.jsonl that stand when a run goes on from here: the last step of each kind."""
+        if self.step == 0 and self.before is None:
+            return {}
+        return {"before": 0 if self.before else -1, "train": self.step, "val": self.evaluated_step}
+
 
 def training_state(trainer: Trainer, sampler: BatchSampler, progress: Progress) -> dict[str, Any]:
     """The part of a checkpoint that lets a run go on: plain tensors and primitives."""

@@ -19,10 +19,11 @@ def test_a_run_that_goes_on_takes_back_what_was_written_after_its_checkpoint(tmp
     first = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         first.write("train", step, {"loss": 1.0 / step})
+    first.write("val", 2, {"i2t": {"R@1": 10.0}})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while writing
-    second = MetricsLog(tmp_path, step=2)
+    second = MetricsLog(tmp_path, {"train": 2, "val": -1})
     second.write("val", 2, {"i2t": {"R@1": 50.0}})
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
