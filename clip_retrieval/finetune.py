@@ -53,6 +53,7 @@ class Run:
 
     options: Options
     folder: Path
+    stop: StopSignal
     built: BuiltModel
     model: RetrievalModel
     trainer: Trainer
@@ -81,11 +82,12 @@ def finetune(typed: dict[str, Any]) -> None:
     refuse_another_run(folder, options)
     make_folder(folder)
     with StopSignal().listening() as stop:
-        run = prepare(options, checkpoint, folder, typed_model="vision_model" in typed)
+        with stop.interruptible():
+            run = prepare(options, checkpoint, folder, stop, typed_model="vision_model" in typed)
         try:
             if run.progress.step < run.total_steps:
                 evaluate_first(run)
-                train(run, stop)
+                train(run)
         except KeyboardInterrupt:
             save_last(run)
             raise Interrupted(
@@ -106,7 +108,9 @@ def refuse_another_run(folder: Path, options: Options) -> None:
         )
 
 
-def prepare(options: Options, checkpoint: dict[str, Any] | None, folder: Path, *, typed_model: bool) -> Run:
+def prepare(
+    options: Options, checkpoint: dict[str, Any] | None, folder: Path, stop: StopSignal, *, typed_model: bool
+) -> Run:
     """Read the data, build the model, and bring both to where the checkpoint stood."""
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
@@ -142,7 +146,7 @@ def prepare(options: Options, checkpoint: dict[str, Any] | None, folder: Path, *
     log_to_file(folder)
     write_options(folder, options, f"{device} ({device_name(device)})")
     metrics = MetricsLog(folder, progress.kept_lines())
-    run = Run(options, folder, built, model, trainer, sampler, loader, val, test, metrics, progress)
+    run = Run(options, folder, stop, built, model, trainer, sampler, loader, val, test, metrics, progress)
     if options.train.warmup > run.total_steps:
         log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -221,19 +225,18 @@ def evaluate_first(run: Run) -> None:
     log.info("before training:\n" + results_table({split.dataset.split: run.progress.before}))
 
 
-def train(run: Run, stop: StopSignal) -> None:
+def train(run: Run) -> None:
     """Go through the steps that are left; save and evaluate at the end of each epoch."""
     progress = run.progress
     if progress.step and progress.step % len(run.sampler) == 0 and progress.evaluated_step < progress.step:
         end_of_epoch(run)
     while progress.step < run.total_steps:
-        with stop.deferred():
-            train_epoch(run, stop)
+        train_epoch(run)
         end_of_epoch(run)
 
 
-def train_epoch(run: Run, stop: StopSignal) -> None:
-    """The steps that are left of an epoch, or fewer if an end is asked for."""
+def train_epoch(run: Run) -> None:
+    """The steps that are left of an epoch. Between two of them the run can be interrupted."""
     progress, options, per_epoch = run.progress, run.options, len(run.sampler)
     epoch, first_batch = divmod(progress.step, per_epoch)
     last_step = min((epoch + 1) * per_epoch, run.total_steps)
@@ -242,19 +245,20 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     bar = tqdm(total=last_step - epoch * per_epoch, initial=first_batch, desc=f"epoch {epoch + 1}", disable=None)
     watch = Stopwatch()
     run.model.train()
-    while progress.step < last_step and not stop.requested:
-        with watch.waiting():
-            batch = next(batches)
-        rate = learning_rate(progress.step, peak=options.train.lr, warmup_steps=warmup, total_steps=run.total_steps)
-        result = run.trainer.step(batch, progress.step + 1, rate)
-        progress.step += 1
-        watch.count(len(batch.images))
-        bar.update()
-        if progress.step % options.run.display == 0 or progress.step == run.total_steps:
-            log_step(run, result, rate, epoch, watch)
-        if options.run.save_every and progress.step % options.run.save_every == 0:
-            save_last(run)
-    bar.close()
+    with bar:
+        while progress.step < last_step:
+            run.stop.check()
+            with watch.waiting():
+                batch = next(batches)
+            rate = learning_rate(progress.step, peak=options.train.lr, warmup_steps=warmup, total_steps=run.total_steps)
+            result = run.trainer.step(batch, progress.step + 1, rate)
+            progress.step += 1
+            watch.count(len(batch.images))
+            bar.update()
+            if progress.step % options.run.display == 0 or progress.step == run.total_steps:
+                log_step(run, result, rate, epoch, watch)
+            if options.run.save_every and progress.step % options.run.save_every == 0:
+                save_last(run)
 
 
 def end_of_epoch(run: Run) -> None:
@@ -318,15 +322,15 @@ def finish(run: Run) -> None:
 
 def score_split(run: Run, split: Split) -> dict[str, Any]:
     """The results block of a split."""
-    options = run.options
-    return score(
-        run.model,
-        split.dataset,
-        split.tokens,
-        options.evaluation,
-        num_workers=options.data.num_workers,
-        device=run.trainer.device,
-    )
+    with run.stop.interruptible():
+        return score(
+            run.model,
+            split.dataset,
+            split.tokens,
+            run.options.evaluation,
+            num_workers=run.options.data.num_workers,
+            device=run.trainer.device,
+        )
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:

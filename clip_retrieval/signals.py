@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class StopSignal:
-    """Interrupts what can be broken off at any point; within `deferred`, it only notes that an end was asked for.
+    """Notes that an end was asked for; a run asks at the points where it can stop (`check`).
 
-    A second signal interrupts at once.
+    Work that can be broken off anywhere, because nothing of it has to be kept, runs in `interruptible`.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._deferring = False
+        self._requested = False
+        self._interruptible = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
@@ -28,19 +28,23 @@ class StopSignal:
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """A block that must not be broken off; afterwards, a noted signal interrupts."""
-        self._deferring = True
+    def interruptible(self) -> Iterator[None]:
+        """A block in which a signal raises KeyboardInterrupt at once."""
+        self.check()
+        self._interruptible = True
         try:
             yield
         finally:
-            self._deferring = False
-        if self.requested:
+            self._interruptible = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if an end was asked for."""
+        if self._requested:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: object) -> None:
-        again, self.requested = self.requested, True
-        if again or not self._deferring:
+        self._requested = True
+        if self._interruptible:
             raise KeyboardInterrupt
 
 

@@ -18,7 +18,9 @@ class _TerminalHandler(logging.Handler):
     """Writes above a progress bar instead of through it; warnings go to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()  # a log that is a file or a pipe shows the line now, not pages later
 
 
 class _Formatter(logging.Formatter):

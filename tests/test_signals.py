@@ -1,0 +1,37 @@
+import os
+import signal
+
+import pytest
+
+from clip_retrieval.signals import StopSignal, outlive_first_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_interrupts_at_the_next_point_that_asks(number):
+    before = signal.getsignal(number)
+    with StopSignal().listening() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt), stop.interruptible():
+            raise AssertionError("work that has to be interrupted must not begin")
+    assert signal.getsignal(number) == before
+
+
+def test_what_can_be_broken_off_is_interrupted_at_once():
+    with StopSignal().listening() as stop, pytest.raises(KeyboardInterrupt), stop.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal must interrupt")
+
+
+def test_a_loader_process_outlives_the_first_signal_only():
+    child = os.fork()
+    if child == 0:
+        outlive_first_signal(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
