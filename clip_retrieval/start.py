@@ -21,6 +21,7 @@ from clip_retrieval.reporting.log import log
 
 DEFAULT_EXPERIMENT = "ex0"
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
+PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column")
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
@@ -47,7 +48,11 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
             f"--vision_model {typed['vision_model']} contradicts {path}, which holds a {stored['vision_model']}; "
             "leave --vision_model out"
         )
-    return Options.settle(taken_from_checkpoint(stored), typed, {"resume": str(path)}), checkpoint
+    taken = taken_from_checkpoint(stored)
+    if "dataset_root" in typed or typed.get("dataset", stored["dataset"]) != stored["dataset"]:
+        # Other data than the checkpoint's: the places of its files say nothing about them.
+        taken = {name: value for name, value in taken.items() if name not in PLACES}
+    return Options.settle(taken, typed, {"resume": str(path)}), checkpoint
 
 
 def _resumed_file(options: Options) -> Path | None:

@@ -1,5 +1,7 @@
 """An evaluation from end to end."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -33,6 +35,19 @@ def test_the_other_split_and_further_k(run, trained):
     assert results["split"] == "val" and results["images"] == 6
     assert list(results["i2t"]) == ["R@1", "R@3", "R@5", "R@10", "MedR", "MeanR"]
     assert results["rsum"] == pytest.approx(sum(results[d][f"R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)))
+
+
+def test_other_data_are_not_looked_for_where_the_checkpoints_were(run, arguments, captioned, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(captioned, moved)
+    named = ("--annotations", captioned / "captions.csv", "--image_dir", captioned)
+    assert run(*arguments, *named, "--max_steps", "1", "--dataset_root", "/nowhere")[0] == 0
+    best = tmp_path / "logs/ex0/best.pt"
+    (moved / "22.jpg").unlink()
+    code, _, err = run("--eval", "--resume", best, "--dataset_root", moved)
+    assert code == 2 and str(moved / "22.jpg") in err
+    code, _, err = run("--eval", "--resume", best, "--dataset", "shapes", "--dataset_root", tmp_path)
+    assert code == 0 and "shapes test" in (tmp_path / "logs/ex0/eval_shapes_test/log.txt").read_text(), err
 
 
 def test_batch_size_and_workers_change_nothing(run, trained):
