@@ -17,7 +17,7 @@ from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.reporting.table import results_table
-from clip_retrieval.start import load_model, load_split, log_samples, make_folder, settle_options
+from clip_retrieval.start import load_model, load_split, log_samples, make_folder, run_folder, settle_options
 from clip_retrieval.training.precision import choose_device, device_name
 
 
@@ -35,7 +35,7 @@ def evaluate(typed: dict[str, Any]) -> None:
         raise UserError(f"--eval_split {options.evaluation.eval_split}: {options.data.dataset} has no such split here")
     log_samples(split.dataset)
 
-    folder = evaluation_folder(options, built.name, checkpoint is not None)
+    folder = evaluation_folder(options, built.name, of_checkpoint=checkpoint is not None, named="experiments" in typed)
     make_folder(folder)
     log_to_file(folder)
     write_options(folder, options, f"{device} ({device_name(device)})")
@@ -52,11 +52,11 @@ def evaluate(typed: dict[str, Any]) -> None:
     log.info(f"wrote {folder / 'results.json'}")
 
 
-def evaluation_folder(options: Options, model_name: str, of_checkpoint: bool) -> Path:
-    """Where an evaluation writes: never among a training run's files, unless --experiments names a folder."""
+def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
+    """Where an evaluation writes: a folder that was named, or one of its own; never among a training run's files."""
     suffix = f"{options.data.dataset}_{options.evaluation.eval_split}"
-    if options.run.experiments is not None:
-        folder = Path(options.run.checkpoint_path) / options.run.experiments
+    if named:
+        folder = run_folder(options)
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
         return folder

@@ -223,9 +223,7 @@ class RunOptions:
     checkpoint_path: str = option(
         "logs", "folder of all runs", "--logs", "--save_model_dir", "-save_model_dir", from_checkpoint=False
     )
-    experiments: str | None = option(
-        None, "name of this run, a folder in checkpoint_path (default: ex0)", "--name", from_checkpoint=False
-    )
+    experiments: str = option("ex0", "name of this run, a folder in checkpoint_path", "--name", from_checkpoint=False)
     overwrite: bool = option(False, "start afresh in a folder that holds a run", from_checkpoint=False)
     save_every: int | None = option(None, "steps between saves of last.pt (default: each epoch)", minimum=1)
     keep_every: int | None = option(None, "epochs between numbered checkpoints that stay (default: none)", minimum=1)

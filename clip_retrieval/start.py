@@ -19,7 +19,6 @@ from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
 from clip_retrieval.reporting.log import log
 
-DEFAULT_EXPERIMENT = "ex0"
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column")
 
@@ -71,7 +70,7 @@ def _resumed_file(options: Options) -> Path | None:
 
 def run_folder(options: Options) -> Path:
     """The folder of a finetune."""
-    return Path(options.run.checkpoint_path) / (options.run.experiments or DEFAULT_EXPERIMENT)
+    return Path(options.run.checkpoint_path) / options.run.experiments
 
 
 def make_folder(folder: Path) -> None:

@@ -107,6 +107,7 @@ def test_the_defaults_of_the_contract():
         "eval_precision": "fp32",
         "display": 20,
         "checkpoint_path": "logs",
+        "experiments": "ex0",
         "overwrite": False,
         "seed": 99,
     }
@@ -188,7 +189,7 @@ def test_what_was_typed_beats_the_checkpoint_and_the_checkpoint_the_defaults():
     settled = Options.settle(stored, parse(["--epochs", "5"])).flat()
     assert settled["lr"] == 5e-4 and settled["epochs"] == 5
     # A run's place and its machine are never taken from a checkpoint.
-    assert settled["device"] is None and settled["experiments"] is None and settled["num_workers"] is None
+    assert settled["device"] is None and settled["experiments"] == "ex0" and settled["num_workers"] is None
 
 
 def test_help_is_quick_and_loads_nothing_heavy():

@@ -2,6 +2,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -31,6 +32,25 @@ def test_trimmed_text_gives_open_clips_features(custom_text):
         reference = model.clip.encode_text(ids, normalize=True)
         torch.testing.assert_close(model.encode_text(ids[:, :7]), reference, rtol=0, atol=1e-6)
         torch.testing.assert_close(model.encode_text(ids), reference, rtol=0, atol=1e-6)
+
+
+def test_trimmed_text_gives_the_same_features_in_a_masked_bert():
+    from transformers import BertConfig
+
+    clip = small_clip(custom_text=True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=500, **sizes)
+    for pooler in ("cls_last_hidden_state_pooler", "mean_pooler"):
+        clip.text = HFTextEncoder("bert", 24, config, pooler_type=pooler, proj_type="linear").eval()
+        model = RetrievalModel(clip, small_preprocess()).eval()
+        ids = torch.zeros(3, 16, dtype=torch.long)
+        for row, length in enumerate((4, 7, 2)):
+            ids[row, :length] = torch.arange(length) * 13 + row + 1
+        assert model.trims_text
+        with torch.no_grad():
+            reference = clip.encode_text(ids, normalize=True)
+            torch.testing.assert_close(model.encode_text(ids[:, :7]), reference, rtol=0, atol=1e-6)
 
 
 def test_text_is_not_trimmed_where_the_tower_sees_its_padding():
