@@ -6,14 +6,28 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
+
+OUT_OF_MEMORY = (
+    "out of memory; choose a smaller --batch_size or --eval_batch_size, a larger --accum_freq, or --grad_checkpointing "
+    "(a finetune goes on with --resume auto)"
+)
+LOST_WORKER = (
+    "a process that loads images was lost (killed, or out of memory); go on with --resume auto and fewer --num_workers"
+)
 
 
 class UserError(Exception):
     """Bad usage or bad input: names the thing (file, line, option, value) and the mend."""
 
     exit_code = 2
+
+
+class NotFiniteError(UserError):
+    """A feature that is not finite. In a finetune it is the run's, not the user's."""
 
 
 class RunError(Exception):
@@ -40,24 +54,29 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say("interrupted", Interrupted.exit_code)
-    except BrokenPipeError:
-        raise
     except MemoryError:
-        return _say("out of memory; choose a smaller --batch_size or --eval_batch_size", RunError.exit_code)
+        return _say(OUT_OF_MEMORY, RunError.exit_code)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _say(f"disk full while writing {error.filename or 'a file'}; free some space", RunError.exit_code)
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return _say(f"{error.filename}: {error.strerror}; choose a place that can be read and written", 2)
+            place = error.filename or "a file"
+            return _say(f"disk full while writing {place}; free some space, and go on with --resume auto", 3)
+        if error.filename is not None:
+            return _say(f"{error.filename}: {error.strerror}; check the name, and that it can be read or written", 2)
         raise
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):
-            return _say(
-                "out of GPU memory; choose a smaller --batch_size or --eval_batch_size, a larger --accum_freq, or "
-                "--grad_checkpointing",
-                RunError.exit_code,
-            )
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _say(OUT_OF_MEMORY, RunError.exit_code)
+        if "DataLoader worker" in str(error):
+            return _say(LOST_WORKER, RunError.exit_code)
         raise
+
+
+def silence(stream: TextIO) -> None:
+    """Let nobody hear what is written to `stream` from here on: its reader has gone (`| head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(message: str, code: int) -> int:

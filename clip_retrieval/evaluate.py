@@ -13,7 +13,7 @@ from typing import Any
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.protocols import score
 from clip_retrieval.models.build import known_tags
-from clip_retrieval.options import Options
+from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.reporting.table import results_table
@@ -32,10 +32,18 @@ def evaluate(typed: dict[str, Any]) -> None:
         log.warning(f"THE WEIGHTS ARE RANDOM: the numbers below are chance. Give --pretrained ({tags}) or --resume")
     split = load_split(options, options.evaluation.eval_split, tokenizer)
     if split is None:
-        raise UserError(f"--eval_split {options.evaluation.eval_split}: {options.data.dataset} has no such split here")
+        raise UserError(
+            f"{options.data.dataset} in {options.data.annotations or options.data.dataset_root} has no "
+            f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
+        )
     log_samples(split.dataset)
 
-    folder = evaluation_folder(options, built.name, of_checkpoint=checkpoint is not None, named="experiments" in typed)
+    folder = evaluation_folder(
+        options,
+        built.name,
+        of_checkpoint=checkpoint is not None,
+        named="experiments" in typed and typed.get("resume") != AUTO,
+    )
     make_folder(folder)
     log_to_file(folder)
     write_options(folder, options, f"{device} ({device_name(device)})")
@@ -47,7 +55,7 @@ def evaluate(typed: dict[str, Any]) -> None:
         num_workers=options.data.num_workers,
         device=device,
     )
-    write_json(folder / "results.json", {**block, "model": built.name, "weights": built.weights})
+    write_json(folder / "results.json", {"model": built.name, **block, "weights": built.weights})
     log.info(results_table({options.evaluation.eval_split: block}))
     log.info(f"wrote {folder / 'results.json'}")
 
@@ -57,7 +65,7 @@ def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool,
     suffix = f"{options.data.dataset}_{options.evaluation.eval_split}"
     if named:
         folder = run_folder(options)
-        if (folder / "last.pt").exists():
+        if (folder / "metrics.jsonl").exists():
             raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
         return folder
     if of_checkpoint:

@@ -7,6 +7,8 @@ python main.py --vision_model ViT-B/32 --dataset_root DATA --resume auto    # go
 from __future__ import annotations
 
 import shutil
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.loader import TrainLoader, choose_num_workers
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
-from clip_retrieval.errors import Interrupted, UserError
+from clip_retrieval.errors import Interrupted, NotFiniteError, RunError, UserError
 from clip_retrieval.evaluation.protocols import score
 from clip_retrieval.losses import make_loss
 from clip_retrieval.models.build import BuiltModel
@@ -79,29 +81,44 @@ def finetune(typed: dict[str, Any]) -> None:
     start_log()
     options, checkpoint = settle_options(typed)
     folder = run_folder(options)
-    refuse_another_run(folder, options)
+    refuse_another_run(folder, options, checkpoint)
     make_folder(folder)
     with StopSignal().listening() as stop:
         with stop.interruptible():
             run = prepare(options, checkpoint, folder, stop, typed_model="vision_model" in typed)
-        try:
-            if run.progress.step < run.total_steps:
+        with closing(run.metrics):
+            try:
                 evaluate_first(run)
                 train(run)
-        except KeyboardInterrupt:
-            save_last(run)
-            raise Interrupted(
-                f"interrupted at step {run.progress.step} of {run.total_steps}, saved; the same command with --resume "
-                f"{folder / 'last.pt'} goes on"
-            ) from None
-        finish(run)
-        run.metrics.close()
+            except KeyboardInterrupt:
+                save_last(run)
+                raise interrupted(run) from None
+            try:
+                finish(run)
+            except KeyboardInterrupt:
+                raise interrupted(run) from None
 
 
-def refuse_another_run(folder: Path, options: Options) -> None:
-    """A folder with a run in it needs --resume from there, or --overwrite."""
-    resumes_here = options.run.resume is not None and Path(options.run.resume).resolve().parent == folder.resolve()
-    if (folder / "last.pt").exists() and not resumes_here and not options.run.overwrite:
+def interrupted(run: Run) -> Interrupted:
+    """What is said when a run was stopped and saved."""
+    without = ", without --overwrite," if run.options.run.overwrite else ""
+    return Interrupted(
+        f"interrupted at step {run.progress.step} of {run.total_steps}, saved; the same command{without} with --resume "
+        f"{run.folder / 'last.pt'} goes on"
+    )
+
+
+def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any] | None) -> None:
+    """A folder with a run in it needs --resume from there, or --overwrite, which must not take away what is read."""
+    if not (folder / "last.pt").exists():
+        return
+    sources = {"--resume": options.run.resume, "--pretrained": options.model.pretrained}
+    for name, source in sources.items():
+        if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
+            raise UserError(f"--overwrite would take away {source} ({name}); drop it, or choose another --experiments")
+    goes_on = checkpoint is not None and "optimizer" in checkpoint
+    resumes_here = goes_on and Path(options.run.resume).resolve().parent == folder.resolve()
+    if not resumes_here and not options.run.overwrite:
         raise UserError(
             f"{folder} already holds a run; go on with it (--resume auto), start afresh there (--overwrite), or choose "
             "another --experiments"
@@ -144,6 +161,9 @@ def prepare(
     if options.run.overwrite:
         clear_run(folder)
     log_to_file(folder)
+    if progress.best is not None and not bring_best(Path(options.run.resume).parent, folder, progress.best["step"]):
+        log.warning("the best checkpoint so far is not beside the one to go on from: the best is chosen anew")
+        progress.best = None
     write_options(folder, options, f"{device} ({device_name(device)})")
     metrics = MetricsLog(folder, progress.kept_lines())
     run = Run(options, folder, stop, built, model, trainer, sampler, loader, val, test, metrics, progress)
@@ -161,7 +181,8 @@ def load_data(options: Options, tokenizer: Any) -> tuple[Split, Split | None, Sp
     """The train, val and test splits; a data set without splits is all to train on, with nothing held out."""
     train = load_split(options, "train", tokenizer)
     if train is None:
-        raise UserError(f"--dataset {options.data.dataset}: there is no train split in {options.data.dataset_root}")
+        place = options.data.annotations or options.data.dataset_root
+        raise UserError(f"{options.data.dataset} in {place} has no train split; give the data to train on")
     log_samples(train.dataset)
     val = test = None
     if train.dataset.split != UNSPLIT:
@@ -194,6 +215,7 @@ def make_trainer(options: Options, model: RetrievalModel, precision: str, device
         freeze_vision=options.train.freeze_vision,
         freeze_text=options.train.freeze_text,
         learn_scale=options.loss.loss != "margin",
+        learn_bias=options.loss.loss == "siglip",
     )
     if options.train.grad_checkpointing:
         model.clip.set_grad_checkpointing()
@@ -215,10 +237,24 @@ def clear_run(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
+def bring_best(source: Path, folder: Path, step: int) -> bool:
+    """See that the best.pt of step `step` is in `folder`, from `source` if need be; False where there is none."""
+    best = source / "best.pt"
+    if not best.is_file():
+        return False
+    content = read_checkpoint(best)
+    if content is None or content["step"] != step:
+        return False
+    if source.resolve() != folder.resolve():
+        save_checkpoint(folder / "best.pt", content)
+    return True
+
+
 def evaluate_first(run: Run) -> None:
     """Score the model that the run starts from, on the split that is reported at the end."""
     split = run.test or run.val
-    if run.progress.step or run.progress.before or split is None or run.options.evaluation.no_eval_first:
+    done = run.progress.step or run.progress.before
+    if done or split is None or run.options.evaluation.no_eval_first:
         return
     run.progress.before = score_split(run, split)
     write_scores(run, "before", run.progress.before)
@@ -228,8 +264,11 @@ def evaluate_first(run: Run) -> None:
 def train(run: Run) -> None:
     """Go through the steps that are left; save and evaluate at the end of each epoch."""
     progress = run.progress
-    if progress.step and progress.step % len(run.sampler) == 0 and progress.evaluated_step < progress.step:
+    at_an_end = progress.step and (progress.step % len(run.sampler) == 0 or progress.step >= run.total_steps)
+    if at_an_end and progress.evaluated_step < progress.step:
         end_of_epoch(run)
+    elif not (run.folder / "last.pt").exists():
+        save_last(run)
     while progress.step < run.total_steps:
         train_epoch(run)
         end_of_epoch(run)
@@ -245,14 +284,16 @@ def train_epoch(run: Run) -> None:
     bar = tqdm(total=last_step - epoch * per_epoch, initial=first_batch, desc=f"epoch {epoch + 1}", disable=None)
     watch = Stopwatch()
     run.model.train()
+    started = time.perf_counter() - progress.seconds
     with bar:
         while progress.step < last_step:
             run.stop.check()
-            with watch.waiting():
+            with run.stop.interruptible(), watch.waiting():
                 batch = next(batches)
             rate = learning_rate(progress.step, peak=options.train.lr, warmup_steps=warmup, total_steps=run.total_steps)
             result = run.trainer.step(batch, progress.step + 1, rate)
             progress.step += 1
+            progress.seconds = time.perf_counter() - started
             watch.count(len(batch.images))
             bar.update()
             if progress.step % options.run.display == 0 or progress.step == run.total_steps:
@@ -292,7 +333,7 @@ def evaluate_epoch(run: Run, val: Split, epoch: int) -> None:
 def finish(run: Run) -> None:
     """Load the best model, report it on the val and test splits, and write results.json."""
     progress, best = run.progress, run.folder / "best.pt"
-    if progress.best is not None and best.is_file():
+    if progress.best is not None:
         run.model.load_weights(read_checkpoint(best)["model"])
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
     val = progress.best["block"] if progress.best else None
@@ -300,9 +341,8 @@ def finish(run: Run) -> None:
     if test:
         write_scores(run, "test", test)
 
-    results = dict(test or val or {"dataset": run.options.data.dataset})
+    results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.dataset})
     results |= {
-        "model": run.built.name,
         "weights": run.built.weights,
         "training_precision": run.trainer.precision,
         "step": progress.best["step"] if progress.best else progress.step,
@@ -322,15 +362,20 @@ def finish(run: Run) -> None:
 
 def score_split(run: Run, split: Split) -> dict[str, Any]:
     """The results block of a split."""
-    with run.stop.interruptible():
-        return score(
-            run.model,
-            split.dataset,
-            split.tokens,
-            run.options.evaluation,
-            num_workers=run.options.data.num_workers,
-            device=run.trainer.device,
-        )
+    options, device = run.options, run.trainer.device
+    try:
+        with run.stop.interruptible():
+            block = score(
+                run.model,
+                split.dataset,
+                split.tokens,
+                options.evaluation,
+                num_workers=options.data.num_workers,
+                device=device,
+            )
+    except NotFiniteError as error:
+        raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
+    return {"model": run.built.name, **block}
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
@@ -344,8 +389,7 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
     run.trainer.check_finite()
     i2t, t2i = result.accuracy()
     loss, scale = result.loss.item(), run.model.clip.logit_scale.exp().item()
-    seconds, speed, waited = watch.lap()
-    run.progress.seconds += seconds
+    speed, waited = watch.lap()
     values = {
         "epoch": epoch + 1,
         "loss": loss,
@@ -365,8 +409,9 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
 
 
 def save_last(run: Run) -> None:
-    """Write last.pt, unless a loss was not finite: then the one from before stays."""
+    """Write last.pt, unless the loss or a weight is not finite: then the one from before stays."""
     run.trainer.check_finite()
+    run.trainer.check_weights_finite()
     save_checkpoint(run.folder / "last.pt", whole_content(run))
 
 

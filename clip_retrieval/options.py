@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from clip_retrieval.errors import UserError
 
 AUTO = "auto"
+LARGEST = 2**63  # what a number may be, in size
 
 
 def option(
@@ -31,6 +32,7 @@ def option(
     flags: dict[str, str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     auto: bool = False,
     from_checkpoint: bool = True,
 ) -> Any:
@@ -38,7 +40,7 @@ def option(
 
     `aliases` are further spellings of the option, with their dashes. `also` maps other spellings of a value to
     the canonical one; `flags` maps flag options to the value they stand for. A number must be at least
-    `minimum` and greater than `above`. `auto` admits the word "auto", kept as None. An option with
+    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", kept as None. An option with
     `from_checkpoint=False` is never taken from a checkpoint.
     """
     return field(
@@ -51,6 +53,7 @@ def option(
             "flags": flags or {},
             "minimum": minimum,
             "above": above,
+            "below": below,
             "auto": auto,
             "from_checkpoint": from_checkpoint,
         },
@@ -113,7 +116,9 @@ class DataOptions:
     image_column: str = option("image", "csv: column of the image path")
     caption_column: str = option("caption", "csv: column of the caption")
     split_column: str = option(
-        "split", "csv: column of the split (train, val, test); without it all rows are both train and test"
+        "split",
+        "csv: column of the split (train, val, test); without it all rows are to train on, and all are "
+        "what --eval scores",
     )
     caption_sampling: str = option(
         "all",
@@ -155,8 +160,8 @@ class TrainOptions:
         1, "parts a batch is computed in, one after the other; negatives come from the same part", minimum=1
     )
     lr: float = option(1e-5, "peak learning rate", "--learning_rate", "-lr", above=0)
-    beta1: float = option(0.9, "AdamW's beta1", minimum=0)
-    beta2: float = option(0.98, "AdamW's beta2", minimum=0)
+    beta1: float = option(0.9, "AdamW's beta1", minimum=0, below=1)
+    beta2: float = option(0.98, "AdamW's beta2", minimum=0, below=1)
     eps: float = option(1e-6, "AdamW's epsilon", above=0)
     weight_decay: float = option(
         0.2,
@@ -257,19 +262,23 @@ class Options:
         return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
 
     @classmethod
-    def settle(cls, *layers: dict[str, Any]) -> Options:
-        """Options from layers of flat dicts; a later layer decides. Raises UserError on a bad value."""
+    def settle(cls, *layers: dict[str, Any], complete: bool = True) -> Options:
+        """Options from layers of flat dicts; a later layer decides.
+
+        Raises UserError on a bad value and, where the layers are `complete`, on options that exclude each other.
+        """
         merged: dict[str, Any] = {}
         for layer in layers:
             merged.update(layer)
         options = cls(**{name: _fill(group, merged) for name, group in GROUPS.items()})
-        options.validate()
+        for name in GROUPS:
+            check_values(getattr(options, name))
+        if complete:
+            options.check_combinations()
         return options
 
-    def validate(self) -> None:
-        """Refuse values out of range, and options that exclude each other."""
-        for name in GROUPS:
-            check_values(getattr(self, name))
+    def check_combinations(self) -> None:
+        """Raise UserError for options that exclude each other."""
         train = self.train
         if train.batch_size % train.accum_freq:
             raise UserError(
@@ -293,9 +302,15 @@ def check_values(group: Any) -> None:
         meta, value = f.metadata, getattr(group, f.name)
         values = value if isinstance(value, (list, tuple)) else [value]
         for v in values:
+            if v == "":
+                raise UserError(f"--{f.name} is empty; give it a value or leave it out")
             if v is None or isinstance(v, (str, bool)):
                 continue
-            if v != v or (meta["minimum"] is not None and v < meta["minimum"]):
+            if not abs(v) < LARGEST:
+                raise UserError(f"--{f.name} {v}: no usable number")
+            if meta["below"] is not None and v >= meta["below"]:
+                raise UserError(f"--{f.name} {v:g}: must be less than {meta['below']:g}")
+            if meta["minimum"] is not None and v < meta["minimum"]:
                 raise UserError(f"--{f.name} {v:g}: must be at least {meta['minimum'] or 0:g}")
             if meta["above"] is not None and v <= meta["above"]:
                 raise UserError(f"--{f.name} {v:g}: must be greater than {meta['above']:g}")

@@ -13,7 +13,7 @@ from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
-from clip_retrieval.models.names import resolve
+from clip_retrieval.models.source import check_names
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
@@ -29,28 +29,24 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
     Defaults < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives the
     weights to start from, as --pretrained does.
     """
-    options = Options.settle(typed)  # refuses bad values before anything is read
+    options = Options.settle(typed, complete=False)  # refuses bad values before anything is read
     path = _resumed_file(options)
     if path is None:
-        return options, None
+        return Options.settle(typed), None
     checkpoint = read_checkpoint(path)
+    if typed.get("pretrained") not in (None, str(path)):
+        raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
-        if typed.get("pretrained") not in (None, str(path)):
-            raise UserError(
-                f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them"
-            )
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
         return Options.settle(typed, {"pretrained": str(path), "resume": None}), None
     stored = checkpoint["options"]
-    if "vision_model" in typed and resolve(typed["vision_model"]).name != stored["vision_model"]:
-        raise UserError(
-            f"--vision_model {typed['vision_model']} contradicts {path}, which holds a {stored['vision_model']}; "
-            "leave --vision_model out"
-        )
+    check_names(options.model, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
     taken = taken_from_checkpoint(stored)
     if "dataset_root" in typed or typed.get("dataset", stored["dataset"]) != stored["dataset"]:
         # Other data than the checkpoint's: the places of its files say nothing about them.
         taken = {name: value for name, value in taken.items() if name not in PLACES}
+    if "epochs" in typed:
+        taken.pop("max_steps", None)  # it would decide the length of the run
     return Options.settle(taken, typed, {"resume": str(path)}), checkpoint
 
 
@@ -74,14 +70,22 @@ def run_folder(options: Options) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and see that it can be written. Raises UserError where it cannot."""
+    """Make `folder`, see that it can be written, and sweep away what a kill left half written.
+
+    Raises UserError where it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        for half_written in folder.glob(".*.tmp"):
+            half_written.unlink()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --checkpoint_path") from None
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); choose another place with --checkpoint_path and "
+            "--experiments"
+        ) from None
 
 
 @dataclass

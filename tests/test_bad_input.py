@@ -111,6 +111,75 @@ def test_a_mistake_does_not_cost_the_run_that_overwrite_would_replace(run, argum
     assert (tmp_path / "logs/ex0/last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("option", ["--resume", "--pretrained"])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_overwrite_does_not_take_away_what_the_run_reads(run, arguments, tmp_path, option, name):
+    run(*arguments, "--max_steps", "1")
+    folder = tmp_path / "logs" / "ex0"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    code, _, err = run(*arguments, "--overwrite", option, folder / name)
+    assert code == 2 and is_one_line(err) and "--overwrite" in err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_best_checkpoint_does_not_replace_the_run_it_is_from(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "1")
+    folder = tmp_path / "logs" / "ex0"
+    code, _, err = run(*arguments, "--resume", folder / "best.pt")
+    assert code == 2 and is_one_line(err) and "already holds a run" in err
+
+
+@pytest.mark.parametrize("lacking", ["options", "preprocess", "sampler", "model"])
+def test_a_damaged_checkpoint_of_ours(run, arguments, tmp_path, lacking):
+    run(*arguments, "--max_steps", "1")
+    last = tmp_path / "logs/ex0/last.pt"
+    content = torch.load(last, weights_only=True)
+    content[lacking] = 1
+    torch.save(content, last)
+    for extra in ((), ("--eval",)):
+        code, _, err = run(*arguments, *extra, "--resume", last)
+        assert code == 2 and is_one_line(err) and lacking in err
+
+
+def test_half_written_files_of_a_killed_run_are_swept_away(run, arguments, tmp_path):
+    folder = tmp_path / "logs" / "ex0"
+    folder.mkdir(parents=True)
+    (folder / ".last.pt.12345.tmp").write_bytes(b"half a checkpoint")
+    run(*arguments, "--max_steps", "1")
+    assert not list(folder.glob(".*"))
+
+
+def test_a_root_that_is_a_file_is_no_place_to_keep_drawings(run, arguments, tmp_path, captioned):
+    from clip_retrieval.data.readers import shapes
+    from clip_retrieval.options import DataOptions
+
+    (tmp_path / "file").write_text("")
+    assert len(shapes.read(DataOptions(dataset_root=str(tmp_path / "file")), "test").images) == 500
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(start, arguments, tmp_path):
+    process = start(*arguments)
+    process.stdout.readline()
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err and (tmp_path / "logs/ex0/results.json").is_file()
+
+
+def test_a_lost_loader_process_is_code_3(run, arguments, tmp_path, monkeypatch):
+    from clip_retrieval.data import loader
+
+    normal = loader._TrainSamples.__getitem__
+
+    def dies(self, request):
+        os.kill(os.getpid(), 9)
+        return normal(self, request)
+
+    monkeypatch.setattr(loader._TrainSamples, "__getitem__", dies)
+    code, _, err = run(*arguments, "--num_workers", "1", "--no_eval_first")
+    assert code == 3 and is_one_line(err) and "--num_workers" in err and "--resume auto" in err
+
+
 def test_an_output_that_cannot_be_written(run, arguments, tmp_path):
     file = tmp_path / "a_file"
     file.write_text("")

@@ -23,7 +23,7 @@ def test_a_checkpoint_needs_nothing_else_and_the_run_stays_as_it_is(run, trained
     assert code == 0, err
     assert {path: path.read_bytes() for path in before} == before
     results = read_json(trained / "eval_csv_test" / "results.json")
-    assert BLOCK | {"model"} <= set(results)
+    assert set(results) >= BLOCK
     assert (results["dataset"], results["split"], results["precision"]) == ("csv", "test", "fp32")
     assert "i2t R@1" in out and "eval_csv_test" in out
 
@@ -100,6 +100,39 @@ def test_an_evaluation_never_writes_into_a_run(run, trained):
     command = ("--eval", "--resume", trained / "best.pt", "--checkpoint_path", trained.parent, "--experiments", "ex0")
     code, _, err = run(*command)
     assert code == 2 and "holds a training run" in err
+
+
+def test_a_named_run_is_evaluated_with_auto(run, trained):
+    command = ("--eval", "--resume", "auto", "--checkpoint_path", trained.parent, "--experiments", "ex0")
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert (trained / "eval_csv_test" / "results.json").is_file()
+
+
+def test_a_split_that_is_not_there_names_the_data_and_the_option(run, trained, captioned, tmp_path):
+    rows = [row for row in (captioned / "captions.csv").read_text().splitlines() if not row.endswith(",test")]
+    (tmp_path / "no_test.csv").write_text("\n".join(rows) + "\n")
+    data = ("--annotations", tmp_path / "no_test.csv", "--image_dir", captioned)
+    code, _, err = run("--eval", "--resume", trained / "best.pt", *data)
+    assert code == 2 and "no_test.csv" in err and "--eval_split" in err
+
+
+def test_weights_from_two_places_are_refused(run, trained, tmp_path):
+    code, _, err = run("--eval", "--resume", trained / "best.pt", "--pretrained", tmp_path / "other.pt")
+    assert code == 2 and "--resume" in err and "--pretrained" in err
+
+
+def test_a_config_that_moved_or_is_spelled_otherwise_does_not_matter(run, arguments, captioned, tmp_path, monkeypatch):
+    moved = tmp_path / "m.json"
+    shutil.copy(captioned / "small.json", moved)
+    assert run(*arguments, "--vision_model", moved, "--max_steps", "1")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("m.json", "./m.json", moved):
+        code, _, err = run(*arguments, "--vision_model", spelled, "--max_steps", "2", "--resume", "auto")
+        assert code == 0, err
+    moved.unlink()
+    code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/best.pt")
+    assert code == 0, err
 
 
 def test_a_typed_model_that_contradicts_the_checkpoint_is_an_error_naming_both(run, trained, captioned):

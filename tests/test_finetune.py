@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import read_json, read_lines
 
-BLOCK = {"dataset", "split", "precision", "images", "captions", "i2t", "t2i", "mean_recall", "rsum", "seconds"}
+BLOCK = {"model", "dataset", "split", "precision", "images", "captions", "i2t", "t2i", "mean_recall", "rsum", "seconds"}
 
 
 def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
@@ -20,7 +20,7 @@ def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
     assert any((folder / "tensorboard").iterdir())
 
     results = read_json(folder / "results.json")
-    assert BLOCK | {"model"} <= set(results)
+    assert set(results) >= BLOCK
     assert (results["split"], results["images"], results["captions"]) == ("test", 6, 15)
     for name, split in (("val", "val"), ("before", "test")):
         assert set(results[name]) == BLOCK
@@ -191,6 +191,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert code == 3
     assert "step 5" in err and err.strip().count("\n") == 0 and "--resume auto" in err
     assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
+
+
+def test_weights_that_diverge_under_a_finite_loss_are_not_saved(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--lr", "1e18", "--warmup", "0", "--max_steps", "1")
+    assert code == 3 and "not finite" in err and "--resume auto" in err
+    assert not (tmp_path / "logs/ex0/last.pt").exists()
+    code, _, err = run(*arguments, "--lr", "1e10", "--warmup", "0", "--max_steps", "1")
+    assert code in (0, 3), err  # features that are not finite are no bad input here
+
+
+def test_the_time_of_training_does_not_depend_on_what_is_logged(run, arguments, tmp_path):
+    run(*arguments, "--display", "1000")
+    assert read_json(tmp_path / "logs/ex0/results.json")["seconds"]["training"] > 0.05
 
 
 def test_options_of_a_run_are_a_record_of_what_was_typed(run, arguments, tmp_path):

@@ -49,7 +49,15 @@ SPELLINGS = {
     "device": ["--device"],
     "seed": ["--seed"],
 }
-VALUES = {"loss": "siglip", "trainable": "adaptor", "precision": "bf16", "eval_precision": "bf16", "eval_split": "val"}
+VALUES = {
+    "beta1": "0.5",
+    "beta2": "0.5",
+    "loss": "siglip",
+    "trainable": "adaptor",
+    "precision": "bf16",
+    "eval_precision": "bf16",
+    "eval_split": "val",
+}
 
 
 @pytest.mark.parametrize("name, spelling", [(n, s) for n, all_of in SPELLINGS.items() for s in all_of])
@@ -165,6 +173,13 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
     [
         ("--lr 0", ["--lr", "greater than 0"]),
         ("--lr nan", ["--lr"]),
+        ("--lr inf", ["--lr"]),
+        ("--warmup inf", ["--warmup"]),
+        ("--beta1 1.5", ["--beta1", "less than 1"]),
+        ("--beta2 1", ["--beta2", "less than 1"]),
+        ("--seed 18446744073709551616", ["--seed"]),
+        ("--recall_k 99999999999999999999999", ["--recall_k"]),
+        ("--experiments=", ["--experiments"]),
         ("--batch_size 1", ["--batch_size 1", "at least 2"]),
         ("--epochs 0", ["--epochs"]),
         ("--warmup -1", ["--warmup"]),

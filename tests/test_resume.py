@@ -1,12 +1,14 @@
 """A run that was stopped, however it was stopped, ends as if it had not been."""
 
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 
+from clip_retrieval.data.readers import csv_file
 from clip_retrieval.training.step import Trainer
 from tests.conftest import read_json, read_lines
 
@@ -84,6 +86,29 @@ def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_p
     assert code == 0, err
     assert "step 3/6" not in out  # the steps of the first epoch are not done again
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+def test_killed_in_the_last_evaluation_and_resumed_still_evaluates_it(run, arguments, tmp_path, monkeypatch, max_steps):
+    import clip_retrieval.finetune as module
+
+    command = [*arguments, "--max_steps", max_steps, "--resume", "auto"]
+    assert run(*command, "--experiments", "whole")[0] == 0
+    normal, calls = module.score, []
+
+    def score(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # before training, after the first epoch, at the end
+            raise Killed
+        return normal(*args, **kwargs)
+
+    monkeypatch.setattr(module, "score", score)
+    with pytest.raises(Killed):
+        run(*command)
+    monkeypatch.setattr(module, "score", normal)
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
 def test_killed_before_the_evaluation_is_saved_writes_it_once(run, arguments, tmp_path, whole, monkeypatch):
@@ -198,6 +223,73 @@ def test_other_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
     assert code == 2 and "--reset_optimizer" in err
     code, _, err = run(*arguments, "--resume", "auto", "--freeze_text", "--reset_optimizer")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("extra", [("--image_size", "32"), ("--context_length", "12")], ids=" ".join)
+def test_parameters_of_another_size_need_a_fresh_optimizer(run, arguments, tmp_path, extra):
+    run(*arguments, "--epochs", "1")
+    code, _, err = run(*arguments, "--resume", "auto", *extra)
+    assert code == 2 and "of other sizes" in err and "--reset_optimizer" in err
+    code, _, err = run(*arguments, "--resume", "auto", *extra, "--reset_optimizer")
+    assert code == 0, err
+
+
+def test_other_parts_of_as_many_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1", "--trainable", "linear_projection")
+    code, _, err = run(*arguments, "--resume", "auto", "--trainable", "adaptor")
+    assert code == 2 and "--reset_optimizer" in err
+
+
+def test_what_was_typed_decides_the_optimizers_settings_and_the_length(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "3")
+    settings = ("--weight_decay", "0.77", "--beta1", "0.5", "--eps", "0.1")
+    code, _, err = run(
+        "--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2", *settings
+    )
+    assert code == 0, err
+    last = torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)
+    assert last["step"] == 6
+    groups = last["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.77, 0.0]
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.98), 0.1)}
+
+
+def test_options_are_checked_together_with_the_checkpoints(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1")
+    command = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2")
+    code, _, err = run(*command, "--accum_freq", "5")
+    assert code == 0, err  # 5 divides the checkpoint's batch of 10, not the default one
+
+
+def test_other_data_cannot_go_on_in_the_middle_of_an_epoch(run, arguments, captioned, tmp_path):
+    grown = tmp_path / "grown.csv"
+    shutil.copy(captioned / "captions.csv", grown)
+    command = [*arguments, "--annotations", grown, "--image_dir", captioned]
+    run(*command, "--epochs", "1")
+    grown.write_text(grown.read_text() + "0.jpg,one more caption,train\n")
+    csv_file._read_rows.cache_clear()  # as in a process of its own
+    code, _, err = run(*command, "--resume", "auto")
+    assert code == 2 and "other data" in err
+
+
+def test_a_run_resumed_elsewhere_takes_its_best_along(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "3")
+    first = tmp_path / "logs" / "ex0"
+    code, _, err = run(*arguments, "--epochs", "3", "--resume", first / "last.pt", "--experiments", "copy")
+    assert code == 0, err
+    second = tmp_path / "logs" / "copy"
+    assert {path.name for path in second.iterdir()} >= {"last.pt", "best.pt", "results.json"}
+    assert results(second) == results(first)
+    steps = [torch.load(folder / "best.pt", weights_only=True)["step"] for folder in (first, second)]
+    assert steps[0] == steps[1] == results(first)["step"]
+
+
+def test_a_lost_best_is_not_claimed(run, arguments, tmp_path):
+    run(*arguments)
+    (tmp_path / "logs/ex0/best.pt").unlink()
+    code, out, err = run(*arguments, "--resume", "auto")
+    assert code == 0 and "chosen anew" in err and "the best on val" not in out
+    assert "val" not in read_json(tmp_path / "logs/ex0/results.json")
 
 
 def test_reset_data_offset_starts_at_the_first_step_and_reset_optimizer_forgets_the_moments(run, arguments, tmp_path):

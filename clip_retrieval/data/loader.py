@@ -15,7 +15,7 @@ from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.images import ImageArray
 from clip_retrieval.data.preprocess import CropTransform, evaluation_transform
 from clip_retrieval.data.sampler import BatchSampler
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import outlive_first_signal
 
 
@@ -176,7 +176,14 @@ def _as_it_is(batch):
 
 
 def _unless_failed(loader: DataLoader) -> Iterator:
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RunError(LOST_WORKER) from error
         if isinstance(batch, _Failed):
             raise UserError(batch.message)
         yield batch

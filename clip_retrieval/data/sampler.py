@@ -6,6 +6,7 @@ So the batches are the same for any number of processes, and a run can go on fro
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,11 @@ class BatchSampler:
     def settings(self) -> dict[str, int | str]:
         """What decides the order, under the names of the options: a run goes on only with the same."""
         return {"batch_size": self.batch_size, "caption_sampling": self.sampling, "seed": self.seed}
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of the pairs: a run goes on only with the data that it began with."""
+        return zlib.crc32(self.dataset.pairs.tobytes())
 
     def __len__(self) -> int:
         """Batches in an epoch."""

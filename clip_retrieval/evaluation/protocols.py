@@ -14,6 +14,7 @@ from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import EvalOptions
+from clip_retrieval.training.precision import true_float32
 
 BATCH_SIZE = {"cuda": 256, "mps": 64, "cpu": 32}
 
@@ -32,11 +33,12 @@ def score(
     batch_size = options.eval_batch_size or BATCH_SIZE[device.type]
     started = time.perf_counter()
     encoder = encoding_model(model, options.eval_precision)
-    image_features = encode_images(
-        encoder, dataset.images, batch_size=batch_size, num_workers=num_workers, device=device
-    )
-    images_done = time.perf_counter()
-    text_features = encode_captions(encoder, dataset.captions, tokens, batch_size=batch_size, device=device)
+    with true_float32():
+        image_features = encode_images(
+            encoder, dataset.images, batch_size=batch_size, num_workers=num_workers, device=device
+        )
+        images_done = time.perf_counter()
+        text_features = encode_captions(encoder, dataset.captions, tokens, batch_size=batch_size, device=device)
     captions_done = time.perf_counter()
     i2t, t2i = retrieval_ranks(
         image_features,

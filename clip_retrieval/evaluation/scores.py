@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.training.precision import true_float32
 
 
 class Side:
@@ -55,7 +55,7 @@ class Side:
     def _refuse(self, name: Callable[[int], str]) -> None:
         row = next(i for i, feature in enumerate(self.features) if not feature.isfinite().all())
         called = "" if name(row) == str(row) else f' ("{name(row)}")'
-        raise UserError(f"{self.kind} {row}{called}: feature is not finite; nothing can be scored against it")
+        raise NotFiniteError(f"{self.kind} {row}{called}: feature is not finite; nothing can be scored against it")
 
 
 def exact_scores(left: Side, i: Tensor, right: Side, j: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def fast_tiles(images: Side, texts: Side, image: Tensor, text: Tensor, size: tup
         rows, columns = slice(top, min(top + height, len(images))), slice(left, min(left + width, len(texts)))
         shape = rows.stop - top, columns.stop - left
         scores, space = memory[:, : math.prod(shape)].view(2, *shape)
-        with _true_float32():
+        with true_float32():
             torch.mm(images.float32[rows], texts.float32[columns].T, out=scores)
         positives = image[start:end] - top, text[start:end] - left
         scores[positives] = -torch.inf
@@ -111,23 +111,6 @@ def rounding_bound(dim: int) -> tuple[float, float]:
     """
     steps = (dim + 4) * 2.0**-24
     return steps / (1 - steps), dim * 2.0**-96
-
-
-@contextmanager
-def _true_float32() -> Iterator[None]:
-    """Float32 products are float32 products: no TF32 or bfloat16 passes (torch.set_float32_matmul_precision).
-
-    The rounding bound holds for nothing less. (Autocast leaves products alone that write to `out`.)
-    """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
 
 
 def tile_size(device: torch.device) -> tuple[int, int]:

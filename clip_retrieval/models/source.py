@@ -55,7 +55,7 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     _check_is_no_tag(pretrained, name)
     found = read_weights(pretrained)
     if found.kind == weights.OURS:
-        return _ours(found, options, name, typed_model)
+        return _ours(found, options, typed_model)
     if found.kind == weights.CHINESE_CLIP:
         config = chinese_clip.infer_config(found.state, found.source)
         _check_chinese_names(config, options, name if typed_model else None, found.source)
@@ -143,22 +143,38 @@ def _common_preprocess(config_name: str) -> dict[str, Any]:
     return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else _preprocess({})
 
 
-def _ours(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
+def _ours(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
     """A checkpoint of ours: its own config decides."""
     config = found.model_config
+    held = found.options.get("vision_model") or "model without a name"
     if chinese_clip.is_chinese_clip(config):
-        _check_chinese_names(config, options, name if typed_model else None, found.source)
         held = chinese_clip.model_name(config)
-    else:
-        held = found.options.get("vision_model") or "model without a name"
-        if typed_model and held not in (name.name, name.config) and not _same_model(_read_config(name)[0], config):
-            raise UserError(
-                f"--vision_model {name.name} contradicts {found.source}, which holds a {held}; leave "
-                "--vision_model out, or give another checkpoint"
-            )
-        if options.text_model not in (None, config["text_cfg"].get("hf_model_name")):
-            raise UserError(f"--text_model {options.text_model} contradicts {found.source}; leave it out")
+    check_names(options, typed_model, config, held, found.source)
     return ModelSource(held, config, found.preprocess or _preprocess({}), found.source, found.state)
+
+
+def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any], held: str, source: str) -> None:
+    """Raise UserError where the names that were typed contradict a checkpoint of ours.
+
+    Args:
+        options: --vision_model (which counts if `typed_model`) and --text_model.
+        config: the model config in the checkpoint.
+        held: the name of the model in it.
+        source: the checkpoint's file.
+    """
+    name = names.resolve(options.vision_model) if typed_model else None
+    if name and held in (name.name, name.config):
+        name = None
+    if chinese_clip.is_chinese_clip(config):
+        _check_chinese_names(config, options, name, source)
+        return
+    if name and not _same_model(_read_config(name)[0], config):
+        raise UserError(
+            f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
+            "another checkpoint"
+        )
+    if options.text_model not in (None, config["text_cfg"].get("hf_model_name")):
+        raise UserError(f"--text_model {options.text_model} contradicts {source}; leave it out")
 
 
 def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ def set_trainable(
     freeze_vision: bool = False,
     freeze_text: bool = False,
     learn_scale: bool = True,
+    learn_bias: bool = False,
 ) -> None:
     """Let the chosen parameters of `model` learn, and no others.
 
@@ -29,6 +30,7 @@ def set_trainable(
         freeze_text: the text tower does not learn.
         learn_scale: False for a loss that has no temperature: a parameter without a gradient would stop
             distributed training.
+        learn_bias: True for a loss that has a bias (SigLIP).
 
     A tower of which at most the projection learns runs in evaluation mode and builds no graph.
     """
@@ -45,7 +47,7 @@ def set_trainable(
         _learn(model.adaptor.parameters(), True)
     _learn([model.clip.logit_scale], learn_scale)
     if model.clip.logit_bias is not None:
-        _learn([model.clip.logit_bias], learn_scale)
+        _learn([model.clip.logit_bias], learn_bias)
     model.frozen = []
     if trainable != "all" or freeze_vision:
         model.frozen.append(model.clip.visual)

@@ -77,11 +77,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
     if _is_safetensors(path) or _is_torchscript(path):
         return None
     content = _read_tensors(path)
-    return content if _is_ours(content) else None
+    if not _is_ours(content):
+        return None
+    _check_ours(path, content)
+    return content
 
 
 def _is_ours(content: Any) -> bool:
     return isinstance(content, dict) and "model" in content and "model_config" in content
+
+
+def _check_ours(path: Path, content: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint of ours lacks something that every one has."""
+    kinds = {"model": dict, "model_config": dict, "preprocess": dict, "options": dict, "epoch": int, "step": int}
+    if "optimizer" in content:
+        kinds |= dict.fromkeys(("learning", "scaler", "random", "sampler", "progress"), dict)
+    lacking = ", ".join(name for name, kind in kinds.items() if not isinstance(content.get(name), kind))
+    if lacking:
+        raise UserError(f"{path} is a damaged checkpoint: it lacks {lacking}; take another one")
 
 
 def _read_tensors(path: Path) -> Any:
@@ -162,6 +175,7 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
 
 def _from_content(path: Path, content: Any) -> Weights:
     if _is_ours(content):
+        _check_ours(path, content)
         return Weights(
             str(path),
             OURS,

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clip_retrieval.errors import silence
+
 log = logging.getLogger("clip_retrieval")
 
 
@@ -19,8 +21,12 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()  # a log that is a file or a pipe shows the line now, not pages later
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()  # a log that is a file or a pipe shows the line now, not pages later
+        except BrokenPipeError:
+            # Nobody reads any more (`| head`): the run goes on, and log.txt has everything.
+            silence(stream)
 
 
 class _Formatter(logging.Formatter):
@@ -44,6 +50,9 @@ def start_log() -> None:
     """Say everything on the terminal from here on."""
     log.setLevel(logging.INFO)
     log.propagate = False
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a caption in a script that the terminal does not know
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

@@ -26,10 +26,10 @@ class Stopwatch:
         """`pairs` more are done."""
         self._pairs += pairs
 
-    def lap(self) -> tuple[float, float, float]:
-        """Seconds, pairs per second and percent of time waited since the last lap; starts the next."""
+    def lap(self) -> tuple[float, float]:
+        """Pairs per second and percent of time waited since the last lap; starts the next."""
         now = time.perf_counter()
         seconds = now - self._started
-        figures = seconds, self._pairs / seconds, 100 * self._waited / seconds
+        figures = self._pairs / seconds, 100 * self._waited / seconds
         self._started, self._waited, self._pairs = now, 0.0, 0
         return figures

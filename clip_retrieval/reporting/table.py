@@ -26,6 +26,6 @@ def markdown_table(results: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for block in results:
         values = [block[d][r] for d in ("i2t", "t2i") for r in recalls] + [block["mean_recall"]]
-        data = f"{block['dataset']} {block['split']}"
+        data = f"{block.get('dataset', '')} {block.get('split', '')}".strip()
         lines.append(f"| {' | '.join([block.get('model', ''), data, *(f'{v:.2f}' for v in values)])} |")
     return "\n".join(lines) + "\n"

@@ -24,6 +24,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):
+            raise  # a lost loader process is noticed wherever the main one is
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise RunError(
             f"could not write {path} ({reason}); the checkpoint from before is kept. Free some space and go on with "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from clip_retrieval.errors import UserError
@@ -48,6 +51,28 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The loss scaler that fp16 needs; it does nothing with the other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type != "cpu")
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Float32 products and convolutions are float32: no TF32 (cuDNN's default) and no bfloat16 passes.
+
+    (Autocast leaves products alone that write to `out`.)
+    """
+    backends = [
+        module
+        for library in (torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn)
+        for name in ("matmul", "conv")
+        if (module := getattr(library, name, None)) is not None
+    ]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def device_name(device: torch.device) -> str:

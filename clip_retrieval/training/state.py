@@ -42,9 +42,10 @@ def training_state(trainer: Trainer, sampler: BatchSampler, progress: Progress) 
     epoch, batch = divmod(progress.step, len(sampler))
     return {
         "optimizer": trainer.optimizer.state_dict(),
+        "learning": trainer.learning,
         "scaler": trainer.scaler.state_dict(),
         "random": random_state(trainer.device),
-        "sampler": {"epoch": epoch, "batch": batch, **sampler.settings},
+        "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
         "progress": asdict(progress),
     }
 
@@ -72,15 +73,19 @@ def restore_training(
             f"{source} was trained with {settings} and goes on only with them; to change them add --reset_data_offset, "
             "or start a new run from its weights (--pretrained)"
         )
+    if checkpoint["sampler"]["data"] != sampler.fingerprint and not reset_data_offset:
+        raise UserError(
+            f"{source} was trained on other data than there are now, and cannot go on with them; bring the data back, "
+            "or add --reset_data_offset"
+        )
     if not reset_optimizer:
-        try:
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError):
+        # Sizes too: the optimizer itself would take moments of another shape, and read beyond them.
+        if checkpoint["learning"] != trainer.learning:
             raise UserError(
-                f"{source}: other parameters learned there; keep --trainable, --freeze_* and --loss as they were, or "
-                "add --reset_optimizer"
-            ) from None
-        trainer.scaler.load_state_dict(checkpoint["scaler"])
+                f"{source}: other parameters learned there, or of other sizes; keep --trainable, --freeze_*, --loss, "
+                "--image_size and --context_length as they were, or add --reset_optimizer"
+            )
+        trainer.load_optimizer(checkpoint["optimizer"], checkpoint["scaler"])
     restore_random_state(checkpoint["random"], trainer.device)
     if reset_data_offset:
         return Progress()

@@ -66,6 +66,20 @@ class Trainer:
         self.scaler = make_scaler(precision, device)
         self._first_bad_step = torch.tensor(-1, device=device)
 
+    @property
+    def learning(self) -> dict[str, list[int]]:
+        """The parameters that learn, in order, with their sizes."""
+        return {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_optimizer(self, optimizer: dict, scaler: dict) -> None:
+        """Take over moments and loss scale; the hyperparameters stay those of this run's options."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(optimizer)
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+
     def step(self, batch: TrainBatch, step: int, learning_rate: float) -> StepResult:
         """Compute the loss of `batch` (on the CPU) and update the weights. `step` counts from 1."""
         for group in self.optimizer.param_groups:
@@ -108,7 +122,17 @@ class Trainer:
         """Raise RunError if the loss of any step so far was not finite. Waits for the device."""
         step = int(self._first_bad_step)
         if step >= 0:
-            raise RunError(
-                f"the loss is not finite at step {step}; the last checkpoint from before is kept. Resume from it with "
-                "--resume auto and a lower --lr, --grad_clip 1, or --precision fp32"
-            )
+            raise _not_finite(f"the loss is not finite at step {step}")
+
+    def check_weights_finite(self) -> None:
+        """Raise RunError if a weight that learns is not finite: the last step may have had a finite loss."""
+        norms = torch._foreach_norm([p.detach() for group in self.optimizer.param_groups for p in group["params"]])
+        if not torch.stack(norms).isfinite().all():
+            raise _not_finite("the weights are not finite")
+
+
+def _not_finite(what: str) -> RunError:
+    return RunError(
+        f"{what}; a checkpoint from before is kept where there was one. Go on from it with --resume auto and a lower "
+        "--lr, --grad_clip 1, or --precision fp32"
+    )

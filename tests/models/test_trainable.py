@@ -83,6 +83,13 @@ def test_frozen_parts_run_in_evaluation_mode_and_build_no_graph():
     assert model.clip.visual.bn1.training and model.encode_image(images).requires_grad
 
 
+def test_only_siglip_learns_a_bias():
+    model = RetrievalModel(small_clip(init_logit_bias=-10.0), small_preprocess())
+    for learn_bias in (False, True):
+        set_trainable(model, learn_bias=learn_bias)
+        assert model.clip.logit_bias.requires_grad == learn_bias
+
+
 def test_a_loss_without_temperature_leaves_the_scale_alone():
     model, size = model_of("vit")
     set_trainable(model, learn_scale=False)

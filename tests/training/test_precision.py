@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.training.precision import choose_device, choose_precision, make_scaler
+from clip_retrieval.training.precision import choose_device, choose_precision, make_scaler, true_float32
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -32,3 +32,14 @@ def test_fp16_needs_a_gpu_and_a_scaler():
     if torch.cuda.is_available():
         assert make_scaler("fp16", CUDA).is_enabled()
     assert not make_scaler("bf16", CPU).is_enabled()
+
+
+def test_float32_is_float32_whatever_was_set_before():
+    def settings():
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+        return [backend.fp32_precision for backend in backends]
+
+    before = settings()
+    with true_float32():
+        assert settings() == ["ieee"] * 3
+    assert settings() == before

@@ -7,6 +7,7 @@ be understood. The pictures and captions are a pure function of the seed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -183,5 +184,7 @@ def _cached_pixels(folder: Path, split: str, scenes: list[Scene], begin: int) ->
         np.save(temporary, pixels)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a place that cannot be written: the pictures stay in memory
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # A place that cannot be written: the pictures stay in memory.
     return pixels
