@@ -267,7 +267,7 @@ def train(run: Run) -> None:
     at_an_end = progress.step and (progress.step % len(run.sampler) == 0 or progress.step >= run.total_steps)
     if at_an_end and progress.evaluated_step < progress.step:
         end_of_epoch(run)
-    elif not (run.folder / "last.pt").exists():
+    elif progress.step and not (run.folder / "last.pt").exists():  # resumed from another folder
         save_last(run)
     while progress.step < run.total_steps:
         train_epoch(run)
