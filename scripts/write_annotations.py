@@ -12,9 +12,13 @@ import argparse
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
+import _path  # noqa: F401
 import numpy as np
+
+from clip_retrieval.errors import UserError, run_and_exit
 
 ANNOTATIONS = Path(__file__).resolve().parents[1] / "datasets" / "annotations"
 
@@ -25,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ANNOTATIONS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     if not args.data or not Path(args.data).is_dir():
-        parser.error(f"{args.data}: no such folder; name it, or set CLIP_RETRIEVAL_DATA")
+        raise UserError(f"{args.data}: no such folder; name it, or set CLIP_RETRIEVAL_DATA")
     args.output.mkdir(parents=True, exist_ok=True)
     write_coco(Path(args.data) / "coco_ids", args.output)
     write_flickr("flickr8k", Path(args.data) / "flickr8k" / "dataset_flickr8k.json", args.output)
@@ -51,4 +55,4 @@ def write_flickr(name: str, source: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_and_exit(main))

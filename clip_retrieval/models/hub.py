@@ -81,9 +81,11 @@ def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
                 return download_pretrained(tag_config, prefer_hf_hub=prefer_hub)
         except FETCH_ERRORS:
             continue
+    url = tag_config.get("url")
+    place = f", or put at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
     raise UserError(
         f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; is there a network? A file "
-        "that was downloaded elsewhere is given as --pretrained FILE"
+        f"that was downloaded elsewhere is given as --pretrained FILE{place}"
     )
 
 
