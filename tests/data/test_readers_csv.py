@@ -22,7 +22,7 @@ def test_without_a_split_column_all_rows_are_train_and_test(table, tmp_path, rea
     table("image,caption\nb.jpg,a bus\na.jpg,a dog\nb.jpg,a red bus\n")
     for split in ("train", "test"):
         dataset = read("csv", tmp_path, split)
-        assert (dataset.name, dataset.split) == ("csv", split)
+        assert (dataset.name, dataset.split) == ("csv", "all")
         assert list(described(dataset).items()) == [("b.jpg", ["a bus", "a red bus"]), ("a.jpg", ["a dog"])]
     assert read("csv", tmp_path, "val") is None
 
