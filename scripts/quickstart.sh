@@ -3,5 +3,5 @@
 #
 #     bash scripts/quickstart.sh [further options of main.py]
 source "$(dirname "$0")/setup.sh" requirements.txt
-.venv/bin/python main.py --dataset shapes --vision_model tiny --max_steps 400 --batch_size 128 --lr 1e-3 --warmup 50 \
+.venv/bin/python main.py --dataset shapes --vision_model tiny --max_steps 650 --batch_size 128 --lr 8e-4 --warmup 50 \
     --weight_decay 0.1 --eval_every 0 --experiments quickstart --overwrite "$@"

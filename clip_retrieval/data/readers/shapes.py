@@ -22,7 +22,7 @@ from clip_retrieval.options import DataOptions
 SIZES = {"train": 4000, "val": 500, "test": 500}
 CAPTIONS_PER_IMAGE = 5
 SIDE = 64  # pixels
-SEED = 2021
+SEED = 2022
 OVERSAMPLING = 4  # drawn larger and reduced, for smooth edges
 
 COLOURS = {
@@ -43,7 +43,7 @@ SHAPES = {
     "ring": ("ring",),
     "star": ("star",),
 }
-RADII = {"large": (11, 13), "small": (6, 7)}  # pixels
+RADII = {"large": (13, 14.5), "small": (8, 9)}  # pixels
 SIZE_WORDS = {"large": ("large", "big"), "small": ("small", "little")}
 AXES = {"beside": ("to the left of", "to the right of"), "stacked": ("above", "below")}
 
@@ -138,7 +138,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     for position, thing in ((0.25, scene.first), (0.75, scene.second)):
         low, high = RADII[thing.size]
         radius = rng.uniform(low, high)
-        along = position * SIDE + rng.uniform(-3, 3)
+        along = position * SIDE + rng.uniform(-1.5, 1.5)
         across = rng.uniform(radius + 2, SIDE - radius - 2)
         x, y = (along, across) if scene.axis == "beside" else (across, along)
         _draw_thing(canvas, thing, x * OVERSAMPLING, y * OVERSAMPLING, radius * OVERSAMPLING, grey)
