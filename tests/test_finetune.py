@@ -197,8 +197,6 @@ def test_weights_that_diverge_under_a_finite_loss_are_not_saved(run, arguments, 
     code, _, err = run(*arguments, "--lr", "1e18", "--warmup", "0", "--max_steps", "1")
     assert code == 3 and "not finite" in err and "--resume auto" in err
     assert not (tmp_path / "logs/ex0/last.pt").exists()
-    code, _, err = run(*arguments, "--lr", "1e10", "--warmup", "0", "--max_steps", "1")
-    assert code in (0, 3), err  # features that are not finite are no bad input here
 
 
 def test_the_time_of_training_does_not_depend_on_what_is_logged(run, arguments, tmp_path):
