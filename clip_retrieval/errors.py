@@ -12,8 +12,11 @@ from collections.abc import Callable
 from typing import TextIO
 
 OUT_OF_MEMORY = (
-    "out of memory; choose a smaller --batch_size or --eval_batch_size, a larger --accum_freq, or --grad_checkpointing "
-    "(a finetune goes on with --resume auto)"
+    "out of memory; choose --grad_cache or a smaller one, --grad_checkpointing, or a smaller --eval_batch_size (a "
+    "finetune goes on with --resume auto)"
+)
+LOST_PROCESS = (
+    "another process of this run was lost (its own message says why, unless it was killed); go on with --resume auto"
 )
 LOST_WORKER = (
     "a process that loads images was lost (killed, or out of memory); go on with --resume auto and fewer --num_workers"
@@ -71,6 +74,8 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
             return _say(OUT_OF_MEMORY, RunError.exit_code)
         if "DataLoader worker" in str(error):
             return _say(LOST_WORKER, RunError.exit_code)
+        if any(sign in str(error) for sign in ("gloo", "NCCL", "Connection closed by peer")):
+            return _say(LOST_PROCESS, RunError.exit_code)
         raise
 
 
@@ -80,5 +85,10 @@ def silence(stream: TextIO) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    if "RANK" not in os.environ:
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    # One of several processes: the others, and threads that wait for them, must not keep this one from ending.
+    print(f"error (process {os.environ['RANK']}): {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

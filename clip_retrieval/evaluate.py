@@ -7,9 +7,11 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.protocols import score
 from clip_retrieval.models.build import known_tags
@@ -25,12 +27,22 @@ def evaluate(typed: dict[str, Any]) -> None:
     """Score a model on a split and write what was found."""
     start_log()
     options, checkpoint = settle_options(typed)
+    with joined(options.run.device) as processes:
+        evaluate_with(options, checkpoint, typed, processes)
+
+
+def evaluate_with(
+    options: Options, checkpoint: dict[str, Any] | None, typed: dict[str, Any], processes: Processes
+) -> None:
+    """The evaluation of one or of several processes, which share the work."""
     device = choose_device(options.run.device)
-    model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
+    with processes.main_first():  # it may download
+        model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
     if built.weights == "none":
         tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
         log.warning(f"THE WEIGHTS ARE RANDOM: the numbers below are chance. Give --pretrained ({tags}) or --resume")
-    split = load_split(options, options.evaluation.eval_split, tokenizer)
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+        split = load_split(options, options.evaluation.eval_split, tokenizer, built.preprocess, device)
     if split is None:
         raise UserError(
             f"{options.data.dataset} in {options.data.annotations or options.data.dataset_root} has no "
@@ -44,18 +56,23 @@ def evaluate(typed: dict[str, Any]) -> None:
         of_checkpoint=checkpoint is not None,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
-    make_folder(folder)
-    log_to_file(folder)
-    write_options(folder, options, f"{device} ({device_name(device)})")
+    if processes.is_main:
+        make_folder(folder)
+        log_to_file(folder)
+        write_options(folder, options, f"{device} ({device_name(device)})")
     block = score(
         model.to(device),
         split.dataset,
         split.tokens,
+        split.pixels,
         options.evaluation,
         num_workers=options.data.num_workers,
         device=device,
+        processes=processes,
     )
-    write_json(folder / "results.json", {"model": built.name, **block, "weights": built.weights})
+    if processes.is_main:
+        results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
+        write_json(folder / "results.json", results)
     log.info(results_table({options.evaluation.eval_split: block}))
     log.info(f"wrote {folder / 'results.json'}")
 

@@ -2,21 +2,22 @@
 
 python main.py --vision_model ViT-B/32 --dataset_root DATA
 python main.py --vision_model ViT-B/32 --dataset_root DATA --resume auto    # go on where it stood
+torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32 --dataset_root DATA
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import Any
 
-from tqdm import tqdm
-
+from clip_retrieval.distributed import joined
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError
 from clip_retrieval.evaluation.protocols import score
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.prepare import Run, prepare, refuse_another_run
-from clip_retrieval.reporting.log import log, start_log
+from clip_retrieval.reporting.log import log, progress_bar, start_log
 from clip_retrieval.reporting.results import write_json
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
@@ -33,12 +34,16 @@ def finetune(typed: dict[str, Any]) -> None:
     start_log()
     options, checkpoint = settle_options(typed)
     folder = run_folder(options)
-    refuse_another_run(folder, options, checkpoint)
-    make_folder(folder)
-    with StopSignal().listening() as stop:
+    with StopSignal().listening() as stop, joined(options.run.device) as processes:
+        refuse_another_run(folder, options, checkpoint)
+        processes.wait()  # none looks at the folder after another has begun to write there
         with stop.interruptible():
-            run = prepare(options, checkpoint, folder, stop, typed_model="vision_model" in typed)
-        with closing(run.metrics):
+            if processes.is_main:
+                make_folder(folder)
+            run = prepare(options, checkpoint, folder, stop, processes, typed_model="vision_model" in typed)
+        if processes.world_size > 1:
+            stop.agree = processes.any
+        with closing(run.metrics) if run.metrics else nullcontext():
             try:
                 evaluate_first(run)
                 train(run)
@@ -77,7 +82,7 @@ def train(run: Run) -> None:
     at_an_end = progress.step and (progress.step % len(run.sampler) == 0 or progress.step >= run.total_steps)
     if at_an_end and progress.evaluated_step < progress.step:
         end_of_epoch(run)
-    elif progress.step and not (run.folder / "last.pt").exists():  # resumed from another folder
+    elif progress.step and run.processes.any(not (run.folder / "last.pt").exists()):  # resumed from another folder
         save_last(run)
     while progress.step < run.total_steps:
         train_epoch(run)
@@ -91,7 +96,7 @@ def train_epoch(run: Run) -> None:
     last_step = min((epoch + 1) * per_epoch, run.total_steps)
     warmup = warmup_steps(options.train.warmup, run.total_steps)
     batches = run.loader.epoch(epoch, first_batch)
-    bar = tqdm(total=last_step - epoch * per_epoch, initial=first_batch, desc=f"epoch {epoch + 1}", disable=None)
+    bar = progress_bar(total=last_step - epoch * per_epoch, initial=first_batch, desc=f"epoch {epoch + 1}")
     watch = Stopwatch()
     run.model.train()
     started = time.perf_counter() - progress.seconds
@@ -104,7 +109,7 @@ def train_epoch(run: Run) -> None:
             result = run.trainer.step(batch, progress.step + 1, rate)
             progress.step += 1
             progress.seconds = time.perf_counter() - started
-            watch.count(len(batch.images))
+            watch.count(run.sampler.batch_size)
             bar.update()
             if progress.step % options.run.display == 0 or progress.step == run.total_steps:
                 log_step(run, result, rate, epoch, watch)
@@ -123,7 +128,7 @@ def end_of_epoch(run: Run) -> None:
     progress.evaluated_step = progress.step
     save_last(run)
     if options.run.keep_every and epoch % options.run.keep_every == 0:
-        save_checkpoint(run.folder / f"epoch_{epoch}.pt", whole_content(run))
+        save(run, f"epoch_{epoch}.pt", whole_content)
 
 
 def evaluate_epoch(run: Run, val: Split, epoch: int) -> None:
@@ -137,14 +142,16 @@ def evaluate_epoch(run: Run, val: Split, epoch: int) -> None:
     )
     if better:
         progress.best = {"step": progress.step, "epoch": epoch, "block": block}
-        save_checkpoint(run.folder / "best.pt", model_content(run) | {"val": block})
+        save(run, "best.pt", lambda run: model_content(run) | {"val": block})
 
 
 def finish(run: Run) -> None:
     """Load the best model, report it on the val and test splits, and write results.json."""
     progress, best = run.progress, run.folder / "best.pt"
     if progress.best is not None:
-        run.model.load_weights(read_checkpoint(best)["model"])
+        if run.processes.is_main:
+            run.model.load_weights(read_checkpoint(best)["model"])
+        run.processes.take_over(run.model.weights())
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
     val = progress.best["block"] if progress.best else None
     test = score_split(run, run.test) if run.test is not None else None
@@ -160,7 +167,8 @@ def finish(run: Run) -> None:
         "seconds": results.get("seconds", {}) | {"training": progress.seconds},
     }
     found = {"before": progress.before, "val": val}
-    write_json(run.folder / "results.json", results | {name: block for name, block in found.items() if block})
+    if run.processes.is_main:
+        write_json(run.folder / "results.json", results | {name: block for name, block in found.items() if block})
 
     lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}
     lines |= {name: block for name, block in (("val", val), ("test", test)) if block}
@@ -179,25 +187,28 @@ def score_split(run: Run, split: Split) -> dict[str, Any]:
                 run.model,
                 split.dataset,
                 split.tokens,
+                split.pixels,
                 options.evaluation,
                 num_workers=options.data.num_workers,
                 device=device,
+                processes=run.processes,
             )
     except NotFiniteError as error:
         raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
-    return {"model": run.built.name, **block}
+    return {"model": run.built.name, "decoder": options.data.decoder, **block}
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
     """One line of metrics.jsonl for an evaluation."""
-    scores = {name: block[name] for name in ("i2t", "t2i", "mean_recall", "rsum")}
-    run.metrics.write(kind, run.progress.step, scores)
+    if run.metrics:
+        scores = {name: block[name] for name in ("i2t", "t2i", "mean_recall", "rsum")}
+        run.metrics.write(kind, run.progress.step, scores)
 
 
 def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopwatch) -> None:
     """One log line. Asks the device for the numbers, and so waits for it."""
     run.trainer.check_finite()
-    i2t, t2i = result.accuracy()
+    i2t, t2i = result.accuracy(run.processes)
     loss, scale = result.loss.item(), run.model.clip.logit_scale.exp().item()
     speed, waited = watch.lap()
     values = {
@@ -210,7 +221,8 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
         "pairs_per_second": speed,
         "data_percent": waited,
     }
-    run.metrics.write("train", run.progress.step, values)
+    if run.metrics:
+        run.metrics.write("train", run.progress.step, values)
     log.info(
         f"epoch {epoch + 1}  step {run.progress.step}/{run.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
         f"scale {scale:.2f}  accuracy i2t {i2t:.1f} t2i {t2i:.1f}  {speed:.1f} pairs/s  data {waited:.0f}%  "
@@ -222,7 +234,13 @@ def save_last(run: Run) -> None:
     """Write last.pt, unless the loss or a weight is not finite: then the one from before stays."""
     run.trainer.check_finite()
     run.trainer.check_weights_finite()
-    save_checkpoint(run.folder / "last.pt", whole_content(run))
+    save(run, "last.pt", whole_content)
+
+
+def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
+    """Write a checkpoint; of several processes, one does."""
+    if run.processes.is_main:
+        save_checkpoint(run.folder / name, content(run))
 
 
 def whole_content(run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.loader import TrainLoader, choose_num_workers
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
+from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.losses import make_loss
+from clip_retrieval.models.batch_norm import shared_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.models.trainable import set_trainable
+from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import MetricsLog, log, log_to_file
@@ -24,9 +27,12 @@ from clip_retrieval.reporting.results import write_options
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.start import Split, load_model, load_split, log_samples
 from clip_retrieval.training.checkpoint import save_checkpoint
+from clip_retrieval.training.frozen import frozen_images, frozen_texts
 from clip_retrieval.training.precision import choose_device, choose_precision, device_name
 from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.step import Trainer
+
+COMPILED_LENGTHS = 16  # a compiled text tower sees lengths that are multiples of this
 
 
 @dataclass
@@ -43,8 +49,9 @@ class Run:
     loader: TrainLoader
     val: Split | None
     test: Split | None
-    metrics: MetricsLog
+    metrics: MetricsLog | None
     progress: Progress
+    processes: Processes
 
     @property
     def total_steps(self) -> int:
@@ -52,8 +59,9 @@ class Run:
 
     @property
     def batch_in_words(self) -> str:
-        """The global batch as processes x pairs each: `256 = 1 x 256`."""
-        return f"{self.sampler.batch_size} = 1 x {self.sampler.batch_size}"
+        """The global batch as processes x pairs each: `1024 = 8 x 128`."""
+        batch_size, processes = self.sampler.batch_size, self.processes.world_size
+        return f"{batch_size} = {processes} x {batch_size // processes}"
 
 
 def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any] | None) -> None:
@@ -74,26 +82,24 @@ def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any
 
 
 def prepare(
-    options: Options, checkpoint: dict[str, Any] | None, folder: Path, stop: StopSignal, *, typed_model: bool
+    options: Options,
+    checkpoint: dict[str, Any] | None,
+    folder: Path,
+    stop: StopSignal,
+    processes: Processes,
+    *,
+    typed_model: bool,
 ) -> Run:
     """Read the data, build the model, and bring both to where the checkpoint stood."""
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
     torch.manual_seed(options.train.seed)
-    model, built, tokenizer = load_model(options, checkpoint, typed_model=typed_model)
-    train, val, test = load_data(options, tokenizer)
-    sampler = make_sampler(options, train)
-    trainer = make_trainer(options, model.to(device), precision, device)
-    loader = TrainLoader(
-        sampler,
-        train.tokens,
-        trim=model.trims_text,
-        preprocess=built.preprocess,
-        augment=options.data.augment,
-        share=process_slice(sampler.batch_size, rank=0, world_size=1),
-        num_workers=choose_num_workers(options.data.num_workers, train.dataset.images, device),
-        pin_memory=device.type == "cuda",
-    )
+    with processes.main_first():  # it may download
+        model, built, tokenizer = load_model(options, checkpoint, typed_model=typed_model)
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+        train, val, test = load_data(options, tokenizer, built.preprocess, device)
+    sampler = make_sampler(options, train, processes)
+    trainer = make_trainer(options, model.to(device), precision, device, processes)
     progress = Progress()
     if checkpoint is not None:
         progress = restore_training(
@@ -104,17 +110,22 @@ def prepare(
             reset_optimizer=options.run.reset_optimizer,
             reset_data_offset=options.run.reset_data_offset,
         )
+    loader = make_loader(options, model, train, sampler, precision, device, processes)
 
     # Nothing can be refused any more: only now is a run that stood here before replaced.
-    if options.run.overwrite:
+    if options.run.overwrite and processes.is_main:
         clear_run(folder)
-    log_to_file(folder)
-    if progress.best is not None and not bring_best(Path(options.run.resume).parent, folder, progress.best["step"]):
+    if progress.best is not None and not has_best(Path(options.run.resume).parent, progress.best["step"]):
         log.warning("the best checkpoint so far is not beside the one to go on from: the best is chosen anew")
         progress.best = None
-    write_options(folder, options, f"{device} ({device_name(device)})")
-    metrics = MetricsLog(folder, progress.kept_lines())
-    run = Run(options, folder, stop, built, model, trainer, sampler, loader, val, test, metrics, progress)
+    metrics = None
+    if processes.is_main:
+        log_to_file(folder)
+        if progress.best is not None:
+            bring_best(Path(options.run.resume).parent, folder)
+        write_options(folder, options, f"{device} ({device_name(device)})")
+        metrics = MetricsLog(folder, progress.kept_lines())
+    run = Run(options, folder, stop, built, model, trainer, sampler, loader, val, test, metrics, progress, processes)
     if options.train.warmup > run.total_steps:
         log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -125,16 +136,18 @@ def prepare(
     return run
 
 
-def load_data(options: Options, tokenizer: Any) -> tuple[Split, Split | None, Split | None]:
+def load_data(
+    options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device
+) -> tuple[Split, Split | None, Split | None]:
     """The train, val and test splits; a data set without splits is all to train on, with nothing held out."""
-    train = load_split(options, "train", tokenizer)
+    train = load_split(options, "train", tokenizer, preprocess, device, options.data.augment)
     if train is None:
         place = options.data.annotations or options.data.dataset_root
         raise UserError(f"{options.data.dataset} in {place} has no train split; give the data to train on")
     log_samples(train.dataset)
     val = test = None
     if train.dataset.split != UNSPLIT:
-        val, test = load_split(options, "val", tokenizer), load_split(options, "test", tokenizer)
+        val, test = (load_split(options, split, tokenizer, preprocess, device) for split in ("val", "test"))
     if val is None:
         log.warning("there is no val split: no checkpoint is chosen as the best, the last one is reported")
     if test is None:
@@ -142,12 +155,12 @@ def load_data(options: Options, tokenizer: Any) -> tuple[Split, Split | None, Sp
     return train, val, test
 
 
-def make_sampler(options: Options, train: Split) -> BatchSampler:
+def make_sampler(options: Options, train: Split, processes: Processes) -> BatchSampler:
     """The batches of the run; a split smaller than the batch shrinks the batch."""
     batch_size, sampling = options.train.batch_size, options.data.caption_sampling
     samples = number_of_samples(train.dataset, sampling)
     if samples < batch_size:
-        shrunk = samples - samples % options.train.accum_freq
+        shrunk = samples - samples % processes.world_size
         if shrunk < 2:
             raise UserError(f"the train split has {samples} pairs: too few to train on")
         log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
@@ -155,7 +168,46 @@ def make_sampler(options: Options, train: Split) -> BatchSampler:
     return BatchSampler(train.dataset, batch_size, sampling, options.train.seed)
 
 
-def make_trainer(options: Options, model: RetrievalModel, precision: str, device: torch.device) -> Trainer:
+def make_loader(
+    options: Options,
+    model: RetrievalModel,
+    train: Split,
+    sampler: BatchSampler,
+    precision: str,
+    device: torch.device,
+    processes: Processes,
+) -> TrainLoader:
+    """This process's part of the batches; what a frozen tower gives for them is computed here, once."""
+    images, texts = train.pixels, train.tokens
+    num_workers = choose_num_workers(options.data.num_workers, train.pixels, device)
+    if not options.train.no_feature_cache:
+        encoding = {
+            "batch_size": options.evaluation.eval_batch_size,
+            "precision": precision,
+            "device": device,
+            "processes": processes,
+        }
+        if vision_is_frozen(model) and options.data.augment == "none":
+            log.info("the image tower is frozen: all images are encoded once, before the first step")
+            images = frozen_images(model, train.pixels, num_workers=num_workers, **encoding)
+        if text_is_frozen(model):
+            log.info("the text tower is frozen: all captions are encoded once, before the first step")
+            texts = frozen_texts(model, train.dataset, train.tokens, **encoding)
+    return TrainLoader(
+        sampler,
+        images,
+        texts,
+        trim=model.trims_text,
+        bucket=COMPILED_LENGTHS if options.train.compile else 1,
+        share=process_slice(sampler.batch_size, processes.rank, processes.world_size),
+        num_workers=num_workers,
+        device=device,
+    )
+
+
+def make_trainer(
+    options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
+) -> Trainer:
     """Choose what learns, and give it a loss and an optimizer."""
     set_trainable(
         model,
@@ -167,13 +219,20 @@ def make_trainer(options: Options, model: RetrievalModel, precision: str, device
     )
     if options.train.grad_checkpointing:
         model.clip.set_grad_checkpointing()
+    if processes.world_size > 1 and not vision_is_frozen(model):
+        model.clip.visual = shared_statistics(model.clip.visual, device)
+    if device.type == "cuda":
+        model.clip.visual.to(memory_format=torch.channels_last)  # the layout that its convolutions are fastest in
+    if options.train.compile:
+        model.compile_towers()
     return Trainer(
         model,
-        make_loss(options.loss),
+        make_loss(options.loss, processes),
         options.train,
         clamp_scale=options.loss.loss == "infonce",
         precision=precision,
         device=device,
+        processes=processes,
     )
 
 
@@ -185,14 +244,13 @@ def clear_run(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def bring_best(source: Path, folder: Path, step: int) -> bool:
-    """See that the best.pt of step `step` is in `folder`, from `source` if need be; False where there is none."""
-    best = source / "best.pt"
-    if not best.is_file():
-        return False
-    content = read_checkpoint(best)
-    if content is None or content["step"] != step:
-        return False
+def has_best(source: Path, step: int) -> bool:
+    """Whether the best.pt of step `step` is in `source`."""
+    content = read_checkpoint(source / "best.pt") if (source / "best.pt").is_file() else None
+    return content is not None and content["step"] == step
+
+
+def bring_best(source: Path, folder: Path) -> None:
+    """See that the best.pt of `source` is in `folder`."""
     if source.resolve() != folder.resolve():
-        save_checkpoint(folder / "best.pt", content)
-    return True
+        save_checkpoint(folder / "best.pt", read_checkpoint(source / "best.pt"))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class StopSignal:
     """Notes that an end was asked for; a run asks at the points where it can stop (`check`).
 
-    Work that can be broken off anywhere, because nothing of it has to be kept, runs in `interruptible`.
+    Work that can be broken off anywhere, because nothing of it has to be kept, runs in `interruptible`. Processes that
+    share a run set `agree`, which says whether any of them was asked: then they stop together, at `check` only.
     """
 
     def __init__(self) -> None:
+        self.agree: Callable[[bool], bool] | None = None
         self._requested = False
         self._interruptible = False
 
@@ -30,6 +32,9 @@ class StopSignal:
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block in which a signal raises KeyboardInterrupt at once."""
+        if self.agree is not None:
+            yield
+            return
         self.check()
         self._interruptible = True
         try:
@@ -39,7 +44,7 @@ class StopSignal:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if an end was asked for."""
-        if self._requested:
+        if self.agree(self._requested) if self.agree else self._requested:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: object) -> None:

@@ -11,6 +11,8 @@ import torch
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.loader import choose_num_workers
+from clip_retrieval.data.pixels import Pixels, make_pixels
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
 from clip_retrieval.models.source import check_names
@@ -90,13 +92,21 @@ def make_folder(folder: Path) -> None:
 
 @dataclass
 class Split:
-    """One split of a data set, its captions tokenised."""
+    """One split of a data set, its captions tokenised, its images as the model sees them."""
 
     dataset: RetrievalDataset
     tokens: Tokens
+    pixels: Pixels
 
 
-def load_split(options: Options, split: str, tokenizer: Any) -> Split | None:
+def load_split(
+    options: Options,
+    split: str,
+    tokenizer: Any,
+    preprocess: dict[str, Any],
+    device: torch.device,
+    augment: str = "none",
+) -> Split | None:
     """Read a split and say what is in it; None where the data set has no such split."""
     dataset = read_dataset(options.data, split)
     if dataset is None:
@@ -106,7 +116,27 @@ def load_split(options: Options, split: str, tokenizer: Any) -> Split | None:
     log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
     if warning := size_warning(dataset):
         log.warning(warning)
-    return Split(dataset, tokens)
+    return Split(dataset, tokens, load_pixels(options, dataset, preprocess, device, augment))
+
+
+def load_pixels(
+    options: Options, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
+) -> Pixels:
+    """The images as the model sees them, from the cache if there is one."""
+    settings = {"augment": augment, "decoder": options.data.decoder}
+    pixels = make_pixels(dataset.images, preprocess, **settings)
+    if not options.data.image_cache or pixels.in_memory:
+        return pixels
+    from clip_retrieval.data.image_cache import cached_pixels  # locks files in a way that Windows does not know
+
+    return cached_pixels(
+        dataset.images,
+        preprocess,
+        Path(options.data.image_cache),
+        f"{dataset.name}_{dataset.split}",
+        num_workers=choose_num_workers(options.data.num_workers, pixels, device),
+        **settings,
+    )
 
 
 def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from tests.conftest import read_json, read_lines
 
-BLOCK = {"model", "dataset", "split", "precision", "images", "captions", "i2t", "t2i", "mean_recall", "rsum", "seconds"}
+BLOCK = {"model", "decoder", "dataset", "split", "precision", "images", "captions"}
+BLOCK |= {"i2t", "t2i", "mean_recall", "rsum", "seconds"}
 
 
 def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
@@ -88,6 +89,9 @@ def test_the_log_lines_have_the_numbers_of_a_step(run, arguments, tmp_path):
         ("--freeze_vision",),
         ("--freeze_text",),
         ("--accum_freq", "2"),
+        ("--grad_cache", "3"),
+        ("--decoder", "fast"),
+        ("--trainable", "linear_projection", "--no_feature_cache"),
         ("--augment", "crop"),
         ("--caption_sampling", "one"),
         ("--grad_clip", "0.1"),

@@ -184,7 +184,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--epochs 0", ["--epochs"]),
         ("--warmup -1", ["--warmup"]),
         ("--recall_k 0", ["--recall_k"]),
-        ("--batch_size 10 --accum_freq 4", ["--accum_freq 4", "--batch_size 10"]),
+        ("--grad_cache 8 --accum_freq 4", ["--accum_freq", "--grad_cache"]),
         ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
         ("--imagenet_eval", ["--imagenet_eval"]),
         ("--overwrite --resume auto", ["--overwrite", "--resume auto"]),

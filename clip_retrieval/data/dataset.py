@@ -71,7 +71,7 @@ class RetrievalDataset:
             captions: int (m,) caption indices, repeats allowed.
 
         Returns:
-            bool (n, m).
+            int64 (P, 2): positions in `images` and in `captions` of each pair that belongs together.
         """
         first = self.first_pair
         count = first[images + 1] - first[images]
@@ -82,10 +82,7 @@ class RetrievalDataset:
         order = np.argsort(captions, kind="stable")
         begin = np.searchsorted(captions, described, "left", sorter=order)
         repeats = np.searchsorted(captions, described, "right", sorter=order) - begin
-        found = np.zeros((len(images), len(captions)), dtype=bool)
         # A caption that stands several times in the batch is found at each of its places.
-        while len(rows := rows[repeats > 0]):
-            begin, repeats = begin[repeats > 0], repeats[repeats > 0]
-            found[rows, order[begin]] = True
-            begin, repeats = begin + 1, repeats - 1
-        return found
+        rows = np.repeat(rows, repeats)
+        place = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        return np.stack([rows, order[np.repeat(begin, repeats) + place]], axis=1)

@@ -25,9 +25,10 @@ class ImageFiles:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                image.load()  # convert would copy what is RGB already
+                return image if image.mode == "RGB" else image.convert("RGB")
         except FileNotFoundError:
-            raise UserError(f"{path}: no such image; check --image_dir or --dataset_root") from None
+            raise _no_such_image(path) from None
         except MemoryError:
             raise
         # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
@@ -36,6 +37,20 @@ class ImageFiles:
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes and time of the last change (ns) of the file: they differ where its content does."""
+        try:
+            found = os.stat(self.paths[index])  # noqa: PTH116  a Path for each of 100,000 files takes longer than this
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise _no_such_image(self.paths[index]) from None
+            raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
+        return found.st_size, found.st_mtime_ns
+
+
+def _no_such_image(path: str) -> UserError:
+    return UserError(f"{path}: no such image; check --image_dir or --dataset_root")
 
 
 def _reason(error: Exception) -> str:

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_retrieval.data.captions import Tokens
-from clip_retrieval.data.dataset import Images
-from clip_retrieval.data.images import ImageArray
-from clip_retrieval.data.preprocess import CropTransform, evaluation_transform
-from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.data.sampler import Batch, BatchSampler
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import outlive_first_signal
+
+PART = 64  # images that a worker loads at a time: several work on one batch
 
 
 @dataclass
 class TrainBatch:
-    """What one process computes of a global batch, and the positives of that part.
+    """What one process computes of a global batch, on its device.
 
     Attributes:
-        images: uint8 (n, 3, height, width).
-        tokens: int64 (n, length), cut to the longest caption of the global batch where `trim` allows it.
-        positives: bool (n, n), image i and caption j belong together.
+        images: uint8 (n, 3, height, width), or what a frozen image tower gave for them, float32 (n, width).
+        texts: int64 (n, length), cut to the longest caption of the global batch where that is exact, or what a
+            frozen text tower gave for them, float32 (n, width).
+        positives: int64 (P, 2), rows of this process's images and of the global batch's captions that belong
+            together.
     """
 
-    images: torch.Tensor
-    tokens: torch.Tensor
-    positives: torch.Tensor
-
-    def to(self, device: torch.device) -> TrainBatch:
-        """Copied to `device`, without waiting for the copy where the memory is pinned."""
-        return TrainBatch(*(t.to(device, non_blocking=True) for t in (self.images, self.tokens, self.positives)))
-
-    def pin_memory(self) -> TrainBatch:
-        return TrainBatch(*(t.pin_memory() for t in (self.images, self.tokens, self.positives)))
+    images: Tensor
+    texts: Tensor
+    positives: Tensor
 
 
 class _Failed:
@@ -51,150 +48,196 @@ class _Failed:
         return self
 
 
-class _TrainSamples(Dataset):
-    """Fetches what one process computes of a global batch; runs in a worker."""
+class _Fetch(Dataset):
+    def __init__(self, fetch: Callable[[Any], Any]):
+        self.fetch = fetch
 
-    def __init__(self, sampler: BatchSampler, tokens: Tokens, trim: bool, preprocess: dict, augment: str, share: slice):
-        self.sampler = sampler
-        self.tokens = tokens
-        self.trim = trim
-        self.crop = CropTransform(preprocess) if augment == "crop" else None
-        self.resize = evaluation_transform(preprocess)
-        self.share = share
-
-    def __getitem__(self, request) -> TrainBatch | _Failed:
-        batch, seeds = request
-        dataset = self.sampler.dataset
-        images, captions = batch.images[self.share], batch.captions[self.share]
+    def __getitem__(self, request: Any) -> Any:
         try:
-            pixels = [
-                self.crop(dataset.images[i], seed) if self.crop else self.resize(dataset.images[i])
-                for i, seed in zip(images, seeds[self.share])
-            ]
+            return self.fetch(request)
         except UserError as error:
             return _Failed(error)
-        length = int(self.tokens.lengths[batch.captions].max()) if self.trim else None
-        return TrainBatch(
-            images=torch.stack(pixels),
-            tokens=self.tokens.ids[captions, :length].long(),
-            positives=torch.from_numpy(dataset.positives(images, captions)),
-        )
 
 
 class _Requests:
-    """What the workers are asked for, batch after batch: the batch, and a seed per sample for its random crop."""
+    """What the workers are asked for next."""
 
-    def __init__(self, sampler: BatchSampler):
-        self.sampler = sampler
-        self.epoch = 0
-        self.first_batch = 0
+    now: Iterable[Any] = ()
 
-    def __len__(self) -> int:
-        return len(self.sampler) - self.first_batch
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.now)
 
-    def __iter__(self) -> Iterator:
-        for number, batch in enumerate(self.sampler.epoch(self.epoch, self.first_batch), self.first_batch):
-            rng = np.random.default_rng((self.sampler.seed, self.epoch, number))
-            yield batch, rng.integers(2**63, size=len(batch.images))
+
+class Workers:
+    """Processes that compute fetch(request), in order and ahead, for one list of requests after another.
+
+    Args:
+        fetch: what they compute; a UserError in it is raised where the result is asked for.
+        num_workers: how many; with 0 the calling process computes.
+        pin_memory: prepare tensors for quick copies to a GPU.
+        stay: keep the processes for the next list of requests.
+    """
+
+    def __init__(self, fetch: Callable[[Any], Any], *, num_workers: int, pin_memory: bool = False, stay: bool = True):
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Fetch(fetch),
+            sampler=self._requests,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=stay and num_workers > 0,
+            worker_init_fn=outlive_first_signal,
+            generator=torch.Generator(),  # its own: loading must not move the random state that training uses
+        )
+
+    def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
+        self._requests.now = requests
+        results = iter(self._loader)
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                raise RunError(LOST_WORKER) from error
+            if isinstance(result, _Failed):
+                raise UserError(result.message)
+            yield result
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def in_workers(
+    fetch: Callable[[Any], Any], requests: Iterable[Any], *, num_workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """fetch(request) for each request, in order, computed ahead in worker processes.
+
+    A UserError of a worker is raised here, whole.
+    """
+    return Workers(fetch, num_workers=num_workers, pin_memory=pin_memory, stay=False)(requests)
+
+
+class _PixelsOfMany:
+    """Fetches uint8 (n, 3, height, width) of image indices and the seeds of their crops."""
+
+    def __init__(self, pixels: Pixels):
+        self.pixels = pixels
+
+    def __call__(self, request: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+        return self.pixels.batch(*request)
+
+
+def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool) -> Iterator[Tensor]:
+    """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for a broken image."""
+    requests = ((indices, [0] * len(indices)) for indices in batches)
+    return in_workers(_PixelsOfMany(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
 class TrainLoader:
-    """Training batches of one process.
+    """Training batches of one process, on its device.
 
     Args:
         sampler: the global batches.
-        tokens: the captions' ids.
+        images: the pixels, or float32 (images, width) that a frozen image tower gave for all of them.
+        texts: the captions' ids, or float32 (captions, width) that a frozen text tower gave for all of them.
         trim: cut the padding that all captions of a batch share (exact for causal and masked text towers).
-        preprocess: open_clip's preprocessing, as a dict.
-        augment: "none" or "crop".
+        bucket: cut to multiples of so many tokens: few lengths, for a compiled tower.
         share: the part of a global batch that this process computes.
         num_workers: processes that load.
-        pin_memory: prepare the batches for quick copies to a GPU.
     """
 
     def __init__(
         self,
         sampler: BatchSampler,
-        tokens: Tokens,
+        images: Pixels | Tensor,
+        texts: Tokens | Tensor,
         *,
         trim: bool,
-        preprocess: dict,
-        augment: str,
         share: slice,
         num_workers: int,
-        pin_memory: bool,
+        device: torch.device,
+        bucket: int = 1,
     ):
-        self._requests = _Requests(sampler)
-        self._loader = DataLoader(
-            _TrainSamples(sampler, tokens, trim, preprocess, augment, share),
-            sampler=self._requests,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=outlive_first_signal,
-            generator=torch.Generator(),  # its own: loading must not move the random state that training uses
-        )
+        self.sampler = sampler
+        self.images = images
+        self.texts = texts
+        self.trim = trim
+        self.bucket = bucket
+        self.share = share
+        self.device = device
+        # Copies to a GPU run beside its computing.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if not isinstance(images, Tensor):
+            fetch = _PixelsOfMany(images)
+            self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._copies is not None)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, from batch number `first_batch` on. Raises UserError for a broken image."""
-        self._requests.epoch, self._requests.first_batch = epoch, first_batch
-        return _unless_failed(self._loader)
-
-
-class _AllImages(Dataset):
-    def __init__(self, images: Images, preprocess: dict):
-        self.images = images
-        self.resize = evaluation_transform(preprocess)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor | _Failed:
-        try:
-            return torch.stack([self.resize(self.images[i]) for i in indices])
-        except UserError as error:
-            return _Failed(error)
-
-
-def image_batches(images: Images, preprocess: dict, *, batch_size: int, num_workers: int, pin_memory: bool):
-    """Yield uint8 (n, 3, height, width) of all images, in order. Raises UserError for a broken image."""
-    loader = DataLoader(
-        _AllImages(images, preprocess),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_it_is,
-        worker_init_fn=outlive_first_signal,
-        generator=torch.Generator(),
-    )
-    return _unless_failed(loader)
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _unless_failed(loader: DataLoader) -> Iterator:
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
+        batches = self.sampler.epoch(epoch, first_batch)
+        if isinstance(self.images, Tensor):
+            for batch in batches:
+                yield self._on_device(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
-        except (ConnectionError, EOFError) as error:
-            raise RunError(LOST_WORKER) from error
-        if isinstance(batch, _Failed):
-            raise UserError(batch.message)
-        yield batch
+        asked: list[tuple[Batch, int]] = []
+        parts = self._workers(self._requests(epoch, first_batch, asked))
+        for part in parts:
+            batch, number = asked.pop(0)
+            yield self._on_device(batch, [part, *(next(parts) for _ in range(number - 1))])
+
+    def _requests(self, epoch: int, first_batch: int, asked: list[tuple[Batch, int]]) -> Iterator:
+        """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts."""
+        for number, batch in enumerate(self.sampler.epoch(epoch, first_batch), first_batch):
+            rng = np.random.default_rng((self.sampler.seed, epoch, number))
+            seeds = rng.integers(2**63, size=len(batch.images))[self.share]
+            indices = batch.images[self.share]
+            starts = range(0, len(indices), PART)
+            asked.append((batch, len(starts)))
+            for start in starts:
+                yield indices[start : start + PART], seeds[start : start + PART]
+
+    def _on_device(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
+        captions = torch.from_numpy(batch.captions)
+        if isinstance(self.texts, Tensor):
+            texts = self.texts[captions[self.share]]
+        else:
+            texts = self.texts.ids[captions[self.share], : self._length(captions)].long()
+        positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
+        if self._copies is None:
+            images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
+            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)))
+        with torch.cuda.stream(self._copies):
+            images = torch.cat([self._copied(part) for part in image_parts])
+            texts, positives = self._copied(texts), self._copied(positives)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        for tensor in (images, texts, positives):
+            tensor.record_stream(computing)  # its memory is not given away before the step has used it
+        return TrainBatch(images, texts, positives)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On the GPU; the copy does not keep this process waiting."""
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _length(self, captions: Tensor) -> int:
+        """Tokens that the captions of a global batch need."""
+        context_length = self.texts.ids.shape[1]
+        if not self.trim:
+            return context_length
+        longest = int(self.texts.lengths[captions].max())
+        return min(-(-longest // self.bucket) * self.bucket, context_length)
 
 
-def choose_num_workers(asked: int | None, images: Images, device: torch.device) -> int:
+def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) -> int:
     """`asked`, or what suits the images and the device: none where the images are in memory already."""
     if asked is not None:
         return asked
-    if isinstance(images, ImageArray):
+    if pixels.in_memory:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of each process that torchrun started here
     # On a CPU, loading and computing share the cores.
     return min(16, cores) if device.type != "cpu" else min(8, max(1, cores // 2))

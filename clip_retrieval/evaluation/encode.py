@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from clip_retrieval.data.captions import Tokens
-from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.loader import choose_num_workers, image_batches
+from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.reporting.log import progress_bar
 from clip_retrieval.training.precision import DTYPES
+
+BATCH_SIZE = {"cuda": 256, "mps": 64, "cpu": 32}
+
+Encode = Callable[[Tensor], Tensor]
 
 
 def encoding_model(model: RetrievalModel, precision: str) -> RetrievalModel:
@@ -27,40 +33,67 @@ def encoding_model(model: RetrievalModel, precision: str) -> RetrievalModel:
 
 @torch.inference_mode()
 def encode_images(
-    model: RetrievalModel, images: Images, *, batch_size: int, num_workers: int | None, device: torch.device
-) -> torch.Tensor:
-    """float32 (images, dim) on `device`, L2-normalised."""
-    batches = image_batches(
-        images,
-        model.preprocess,
-        batch_size=batch_size,
-        num_workers=choose_num_workers(num_workers, images, device),
+    encode: Encode,
+    pixels: Pixels,
+    *,
+    batch_size: int | None,
+    num_workers: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """float32 (images, dim) on `device`: what `encode` gives for uint8 (n, 3, height, width), of all images.
+
+    Processes that share the work take a batch each in turn, and all get the whole.
+    """
+    batches = torch.arange(len(pixels)).split(batch_size or BATCH_SIZE[device.type])
+    own = batches[processes.rank :: processes.world_size]
+    loaded = image_batches(
+        pixels,
+        (range(int(rows[0]), int(rows[-1]) + 1) for rows in own),
+        num_workers=choose_num_workers(num_workers, pixels, device),
         pin_memory=device.type == "cuda",
     )
-    features = [
-        model.encode_image(pixels.to(device, non_blocking=True))
-        for pixels in tqdm(batches, total=-(-len(images) // batch_size), desc="images", leave=False, disable=None)
-    ]
-    return torch.cat(features)
+    bar = progress_bar(loaded, total=len(own), desc="images", leave=False)
+    return _whole((encode(images.to(device, non_blocking=True)) for images in bar), batches, device, processes)
 
 
 @torch.inference_mode()
 def encode_captions(
-    model: RetrievalModel, captions: Sequence[str], tokens: Tokens, *, batch_size: int, device: torch.device
-) -> torch.Tensor:
-    """float32 (captions, dim) on `device`, L2-normalised.
+    encode: Encode,
+    captions: Sequence[str],
+    tokens: Tokens,
+    *,
+    trim: bool,
+    batch_size: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length), of all captions.
 
-    Equal captions are encoded once; captions of like length go together, so that little padding is computed.
+    Equal captions are encoded once; captions of like length go together, so that little padding is computed; `trim`
+    cuts what a batch shares of it. Processes that share the work take a batch each in turn, and all get the whole.
     """
     index_of: dict[str, int] = {}
     distinct = torch.tensor([index_of.setdefault(caption, len(index_of)) for caption in captions])
     first = torch.from_numpy(np.unique(distinct.numpy(), return_index=True)[1])
-    by_length = tokens.lengths[first].argsort(stable=True)
-    batches = by_length.split(batch_size)
-    encoded = []
-    for rows in tqdm(batches, desc="captions", leave=False, disable=None):
-        length = int(tokens.lengths[first[rows]].max()) if model.trims_text else None
-        encoded.append(model.encode_text(tokens.ids[first[rows], :length].long().to(device, non_blocking=True)))
-    position = torch.empty_like(by_length)
-    position[by_length] = torch.arange(len(by_length))
-    return torch.cat(encoded)[position[distinct].to(device)]
+    batches = tokens.lengths[first].argsort(stable=True).split(batch_size or BATCH_SIZE[device.type])
+    own = batches[processes.rank :: processes.world_size]
+
+    def ids(rows: Tensor) -> Tensor:
+        length = int(tokens.lengths[first[rows]].max()) if trim else None
+        return tokens.ids[first[rows], :length].long().to(device, non_blocking=True)
+
+    bar = progress_bar(own, desc="captions", leave=False)
+    return _whole((encode(ids(rows)) for rows in bar), batches, device, processes)[distinct.to(device)]
+
+
+def _whole(encoded: Iterable[Tensor], batches: Sequence[Tensor], device: torch.device, processes: Processes) -> Tensor:
+    """The features of all batches, in the order of the rows, from those of this process's batches."""
+    parts = list(encoded)
+    width = int(processes.max(torch.tensor(parts[0].shape[1] if parts else 0)))
+    gathered = processes.gather_rows(torch.cat([*parts, torch.empty(0, width, device=device)]))
+    world_size = processes.world_size
+    rows = torch.cat([rows for rank in range(world_size) for rows in batches[rank::world_size]])
+    features = torch.empty_like(gathered)
+    features[rows.to(device)] = gathered
+    return features

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, tile_size
 
@@ -53,6 +54,7 @@ def retrieval_ranks(
     tile: tuple[int, int] | None = None,
     image_name: Callable[[int], str] = str,
     text_name: Callable[[int], str] = str,
+    processes: Processes = ALONE,
 ) -> tuple[Ranks, Ranks]:
     """Ranks of all queries, (image to text, text to image).
 
@@ -60,6 +62,7 @@ def retrieval_ranks(
     of any length; pairs (P, 2) holds (image index, caption index) of what is relevant, many-to-many, duplicates
     allowed. device: where to compute (default: where image_features are). tile: images x captions that are scored
     at a time, for speed only. image_name and text_name say how an item is called in an error message.
+    processes: those that share the tiles between them; each gives all features, and gets all ranks.
 
     Raises UserError for shapes that do not fit, pairs out of range, and features that are not finite.
     """
@@ -74,7 +77,8 @@ def retrieval_ranks(
     scores = exact_scores(images, image, texts, text)
     i2t = _Direction(images, texts, image, text, scores)
     t2i = _Direction(texts, images, text, image, scores)
-    for part in fast_tiles(images, texts, image, text, tile or tile_size(device)):
+    deal = slice(processes.rank, None, processes.world_size)
+    for part in fast_tiles(images, texts, image, text, tile or tile_size(device), deal):
         crowded_i2t = i2t.count(part.rows, part.columns, part.scores, part.space)
         crowded_t2i = t2i.count(part.columns, part.rows, part.scores.T, part.space.T)
         if crowded_i2t or crowded_t2i:
@@ -84,7 +88,7 @@ def retrieval_ranks(
                 i2t.count_exactly(part.rows, part.columns, exact)
             if crowded_t2i:
                 t2i.count_exactly(part.columns, part.rows, exact.T)
-    return i2t.ranks(), t2i.ranks()
+    return i2t.ranks(processes), t2i.ranks(processes)
 
 
 class _Direction:
@@ -147,7 +151,9 @@ class _Direction:
         self.above.index_add_(0, query, (gap > equal).long())
         self.tied.index_add_(0, query, (gap.abs() <= equal).long())
 
-    def ranks(self) -> Ranks:
+    def ranks(self, processes: Processes) -> Ranks:
+        for counted in (self.above, self.tied):
+            processes.sum(counted)
         asked = self.positives > 0
         return Ranks(*(counts[asked].cpu().numpy() for counts in (self.above, self.tied, self.positives)))
 

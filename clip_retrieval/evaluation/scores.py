@@ -77,8 +77,13 @@ class Tile:
     """Working space of the scores' shape. The next tile overwrites both."""
 
 
-def fast_tiles(images: Side, texts: Side, image: Tensor, text: Tensor, size: tuple[int, int]) -> Iterator[Tile]:
-    """All scores, in blocks of `size` images x captions; image, text (P,) are the relevant pairs."""
+def fast_tiles(
+    images: Side, texts: Side, image: Tensor, text: Tensor, size: tuple[int, int], deal: slice = slice(None)
+) -> Iterator[Tile]:
+    """All scores, in blocks of `size` images x captions; image, text (P,) are the relevant pairs.
+
+    `deal` takes some of the blocks, for processes that share them.
+    """
     height, width = min(size[0], len(images)), min(size[1], len(texts))
     across = math.ceil(len(texts) / width)
     number, order = (image // height * across + text // width).sort()
@@ -86,7 +91,7 @@ def fast_tiles(images: Side, texts: Side, image: Tensor, text: Tensor, size: tup
     numbers = torch.arange(math.ceil(len(images) / height) * across + 1, device=number.device)
     starts = torch.searchsorted(number, numbers).tolist()
     memory = images.float32.new_empty(2, height * width)
-    for index, (start, end) in enumerate(pairwise(starts)):
+    for index, (start, end) in list(enumerate(pairwise(starts)))[deal]:
         top, left = index // across * height, index % across * width
         rows, columns = slice(top, min(top + height, len(images))), slice(left, min(left + width, len(texts)))
         shape = rows.stop - top, columns.stop - left

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
+
+from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.losses.pairs import positive_cosines, sum_over_pairs
 
 
 def margin_pairwise(
-    image_features: torch.Tensor, text_features: torch.Tensor, positives: torch.Tensor, margin: float = 0.1
-) -> torch.Tensor:
+    image_features: Tensor,
+    text_features: Tensor,
+    positives: Tensor,
+    margin: float = 0.1,
+    processes: Processes = ALONE,
+) -> Tensor:
     """0.5 (1 - cosine) for pairs that match, 0.5 max(0, cosine - margin) for the rest; the mean over all pairs.
 
     Args:
-        image_features: (images, dim), L2-normalised.
-        text_features: (captions, dim), L2-normalised.
-        positives: bool (images, captions).
+        image_features: (images, dim), L2-normalised; with several processes, this one's, as many in each.
+        text_features: (captions, dim), L2-normalised; with several processes, those of all.
+        positives: int64 (P, 2), rows of image_features and text_features that belong together.
         margin: cosine below which a pair that does not match costs nothing.
+        processes: those that share the batch.
 
     Returns:
-        The loss, a scalar.
+        The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
     """
-    cosine = image_features @ text_features.T
-    return 0.5 * torch.where(positives, 1 - cosine, (cosine - margin).clamp(min=0)).mean()
+
+    def as_negatives(cosine: Tensor, *_: slice) -> tuple[Tensor, Tensor]:
+        above = (cosine - margin).clamp(min=0)
+        return above.sum(), (above > 0).to(cosine.dtype)
+
+    cosines = positive_cosines(image_features, text_features, positives)
+    correction = ((1 - cosines) - (cosines - margin).clamp(min=0)).sum()
+    one = image_features.new_ones(())
+    total = sum_over_pairs(image_features, text_features, one, None, as_negatives) + correction
+    return 0.5 * total / (len(image_features) * processes.world_size * len(text_features))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
-from torch import nn
+from torch import Tensor, nn
 
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
@@ -30,29 +35,67 @@ class RetrievalModel(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocess[name]).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of images, uint8 (n, 3, height, width), and captions, int64 (m, length).
+    def compile_towers(self) -> None:
+        """Compile both towers where they are called (torch.compile); names and weights stay as they are."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph per text length
+        self.clip.visual.compile(dynamic=False)
+        text_part(self.clip).transformer.compile(dynamic=False)
 
-        Returns:
-            Two float32 tensors, (n, dim) and (m, dim), of length-1 rows.
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of images and captions: two float32 tensors, (n, dim) and (m, dim), of length-1 rows.
+
+        Args:
+            images: uint8 (n, 3, height, width), or float (n, width) that `pooled_image` gave for them.
+            texts: int64 (m, length), or float (m, width) that `pooled_text` gave for them.
         """
-        return self.encode_image(images), self.encode_text(tokens)
+        image_features = self.project_image(images) if images.is_floating_point() else self.encode_image(images)
+        return image_features, self.project_text(texts) if texts.is_floating_point() else self.encode_text(texts)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """float32 (n, dim), L2-normalised, of uint8 (n, 3, height, width)."""
+        return self._adapted(self._visual(images))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """float32 (n, dim), L2-normalised, of int64 (n, length). `length` may be shorter than the context."""
+        return F.normalize(self._text(tokens).float(), dim=-1)
+
+    def pooled_image(self, images: Tensor) -> Tensor:
+        """float32 (n, width) of uint8 (n, 3, height, width): what the image tower gives before its projection."""
+        with without_projection(vision_projection(self.clip)):
+            return self._visual(images).float()
+
+    def pooled_text(self, tokens: Tensor) -> Tensor:
+        """float32 (n, width) of int64 (n, length): what the text tower gives before its projection."""
+        with without_projection(text_projection(self.clip)):
+            return self._text(tokens).float()
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """The same features as `encode_image`, from what `pooled_image` gave."""
+        return self._adapted(_project(vision_projection(self.clip), pooled))
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """The same features as `encode_text`, from what `pooled_text` gave."""
+        return F.normalize(_project(text_projection(self.clip), pooled).float(), dim=-1)
+
+    def _visual(self, images: Tensor) -> Tensor:
         # As ToTensor and Normalize compute it, so that the values are the reference's to the last bit.
         pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-        features = F.normalize(self.clip.visual(pixels.to(self._dtype)).float(), dim=-1)
+        if images.is_cuda:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return _without_tokens(self.clip.visual(pixels.to(self._dtype)))
+
+    def _adapted(self, features: Tensor) -> Tensor:
+        features = F.normalize(features.float(), dim=-1)
         if self.adaptor is None:
             return features
         adapted = self.adaptor(features.to(self._dtype)).float()
         return F.normalize(ADAPTOR_RATIO * adapted + (1 - ADAPTOR_RATIO) * features, dim=-1)
 
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 (n, dim), L2-normalised, of int64 (n, length). `length` may be shorter than the context."""
+    def _text(self, tokens: Tensor) -> Tensor:
         text = text_part(self.clip)
-        features = text(tokens) if isinstance(text, HFTextEncoder) else _encode_trimmed(text, tokens)
-        return F.normalize(features.float(), dim=-1)
+        if self.trims_text and not isinstance(text, HFTextEncoder):
+            return _encode_trimmed(text, tokens)
+        return self.clip.encode_text(tokens) if text is self.clip else _without_tokens(text(tokens))
 
     @property
     def trims_text(self) -> bool:
@@ -78,14 +121,14 @@ class RetrievalModel(nn.Module):
             module.eval()
         return self
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict as a checkpoint holds it: open_clip's names, and `adaptor.*`."""
         state = self.clip.state_dict()
         if self.adaptor is not None:
             state.update({f"adaptor.{name}": value for name, value in self.adaptor.state_dict().items()})
         return state
 
-    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, state: dict[str, Tensor]) -> None:
         """Load what `weights` gave, strictly."""
         adaptor = {name.removeprefix("adaptor."): v for name, v in state.items() if name.startswith("adaptor.")}
         self.clip.load_state_dict({name: v for name, v in state.items() if not name.startswith("adaptor.")})
@@ -115,21 +158,82 @@ def embedding_dim(clip: nn.Module) -> int:
     return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Where a tower holds its projection into the shared space: a parameter, a module, or nothing."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self) -> nn.Module | nn.Parameter | None:
+        return getattr(self.owner, self.name, None)
+
+    def parameters(self) -> list[nn.Parameter]:
+        if isinstance(self.value, nn.Module):
+            return list(self.value.parameters())
+        return [] if self.value is None else [self.value]
+
+
+def vision_projection(clip: nn.Module) -> Projection:
+    """ViT's `proj`, a ResNet's `attnpool.c_proj`, a timm tower's head."""
+    visual = clip.visual
+    if isinstance(visual, TimmModel):
+        return Projection(visual, "head")
+    if hasattr(visual, "attnpool"):
+        return Projection(visual.attnpool, "c_proj")
+    return Projection(visual, "proj")
+
+
+def text_projection(clip: nn.Module) -> Projection:
+    """`text_projection`, or a Hugging Face tower's `proj`."""
+    text = text_part(clip)
+    return Projection(text, "proj" if isinstance(text, HFTextEncoder) else "text_projection")
+
+
+@contextmanager
+def without_projection(projection: Projection) -> Iterator[None]:
+    """A block in which the tower gives what it would project."""
+    value = projection.value
+    if value is None:
+        yield
+        return
+    replacement: nn.Module | None = None
+    if projection.name == "c_proj":  # the attention in front of it reads its weights and bias, and needs some
+        replacement = nn.Linear(value.in_features, value.in_features).to(value.weight)
+        nn.init.eye_(replacement.weight)
+        nn.init.zeros_(replacement.bias)
+    elif projection.name != "text_projection" and isinstance(value, nn.Module):
+        replacement = nn.Identity()
+    setattr(projection.owner, projection.name, replacement)
+    try:
+        yield
+    finally:
+        setattr(projection.owner, projection.name, value)
+
+
+def _project(projection: Projection, pooled: Tensor) -> Tensor:
+    value = projection.value
+    if value is None:
+        return pooled
+    return value(pooled) if isinstance(value, nn.Module) else pooled @ value
+
+
 def _pool_type(text: nn.Module) -> str:
     return getattr(text, "text_pool_type", None) or text.pool_type
 
 
-def _encode_trimmed(text: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _without_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A tower's output; CoCa's give the features of all tokens as well."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _encode_trimmed(text: nn.Module, tokens: Tensor) -> Tensor:
     """open_clip's encode_text for any number of tokens up to the context length: its own accepts only all of it."""
     length = tokens.shape[1]
-    if getattr(text, "cls_emb", None) is not None or text.attn_mask is None:
-        return text(tokens)
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
     eos = getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
     x = text_global_pool(x, tokens, _pool_type(text), eos_token_id=eos)
-    projection = text.text_projection
-    if projection is None:
-        return x
-    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    return _project(Projection(text, "text_projection"), x)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from open_clip.hf_model import HFTextEncoder
-from open_clip.timm_model import TimmModel
 from torch import nn
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.towers import RetrievalModel, text_part
+from clip_retrieval.models.towers import Projection, RetrievalModel, text_projection, vision_projection
 
 
 def set_trainable(
@@ -41,8 +39,8 @@ def set_trainable(
         _learn(vision, not freeze_vision)
         _learn(text, not freeze_text)
     elif trainable == "linear_projection":
-        _learn(vision_projection(model.clip.visual), not freeze_vision)
-        _learn(text_projection(model.clip), not freeze_text)
+        _learn(_of(vision_projection(model.clip), "image"), not freeze_vision)
+        _learn(_of(text_projection(model.clip), "text"), not freeze_text)
     if model.adaptor is not None:
         _learn(model.adaptor.parameters(), True)
     _learn([model.clip.logit_scale], learn_scale)
@@ -53,6 +51,16 @@ def set_trainable(
         model.frozen.append(model.clip.visual)
     if trainable != "all" or freeze_text:
         model.frozen.extend(text_modules(model.clip))
+
+
+def vision_is_frozen(model: RetrievalModel) -> bool:
+    """Whether no more than the projection of the image tower learns."""
+    return any(module is model.clip.visual for module in model.frozen)
+
+
+def text_is_frozen(model: RetrievalModel) -> bool:
+    """Whether no more than the projection of the text tower learns."""
+    return any(module is text_modules(model.clip)[0] for module in model.frozen)
 
 
 def _learn(parameters: Iterable[nn.Parameter], learn: bool) -> None:
@@ -68,34 +76,14 @@ def text_modules(clip: nn.Module) -> list[nn.Module]:
 
 
 def text_parameters(clip: nn.Module) -> Iterable[nn.Parameter]:
-    """Every parameter that is neither the image tower's nor the scale or bias."""
-    other = ("visual.", "logit_scale", "logit_bias")
+    """The parameters of the text tower."""
+    # (CoCa's caption decoder takes no part in retrieval.)
+    other = ("visual.", "logit_scale", "logit_bias", "text_decoder.")
     return [parameter for name, parameter in clip.named_parameters() if not name.startswith(other)]
 
 
-def vision_projection(visual: nn.Module) -> list[nn.Parameter]:
-    """The projection into the shared space: ViT's `proj`, a ResNet's `attnpool.c_proj`, a timm tower's head."""
-    if getattr(visual, "proj", None) is not None:
-        return [visual.proj]
-    if isinstance(visual, TimmModel):
-        parameters = list(visual.head.parameters())
-    elif hasattr(visual, "attnpool"):
-        parameters = list(visual.attnpool.c_proj.parameters())
-    else:
-        parameters = []
-    return _some(parameters, "image")
-
-
-def text_projection(clip: nn.Module) -> list[nn.Parameter]:
-    """The projection into the shared space of the text tower."""
-    text = text_part(clip)
-    projection = text.proj if isinstance(text, HFTextEncoder) else text.text_projection
-    if isinstance(projection, nn.Parameter):
-        return [projection]
-    return _some(list(projection.parameters()) if projection is not None else [], "text")
-
-
-def _some(parameters: list[nn.Parameter], tower: str) -> list[nn.Parameter]:
+def _of(projection: Projection, tower: str) -> list[nn.Parameter]:
+    parameters = projection.parameters()
     if not parameters:
         raise UserError(
             f"--trainable linear_projection: this model's {tower} tower has no projection; use --trainable adaptor"

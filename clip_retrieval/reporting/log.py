@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,16 @@ class _Kept(logging.Handler):
         self.records.append(record)
 
 
+def is_main() -> bool:
+    """Whether this process speaks: the first, where torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress_bar(*arguments: Any, **options: Any) -> tqdm:
+    """A tqdm bar, on a terminal, of the process that speaks."""
+    return tqdm(*arguments, disable=None if is_main() else True, **options)
+
+
 def start_log() -> None:
     """Say everything on the terminal from here on."""
     log.setLevel(logging.INFO)
@@ -58,8 +69,11 @@ def start_log() -> None:
         handler.close()
     terminal = _TerminalHandler()
     terminal.setFormatter(_Formatter())
-    log.addHandler(terminal)
-    log.addHandler(_Kept())
+    if is_main():
+        log.addHandler(terminal)
+        log.addHandler(_Kept())
+    else:
+        log.addHandler(logging.NullHandler())
 
 
 def log_to_file(folder: Path) -> None:

@@ -33,18 +33,3 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the random generators that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put the random generators back to `state`; a run that moves to another kind of device keeps the CPU's."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -8,7 +8,6 @@ from typing import Any
 from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.reporting.log import log
-from clip_retrieval.training.checkpoint import random_state, restore_random_state
 from clip_retrieval.training.step import Trainer
 
 
@@ -44,7 +43,7 @@ def training_state(trainer: Trainer, sampler: BatchSampler, progress: Progress) 
         "optimizer": trainer.optimizer.state_dict(),
         "learning": trainer.learning,
         "scaler": trainer.scaler.state_dict(),
-        "random": random_state(trainer.device),
+        "random": {"seed": trainer.seed, "step": progress.step},  # all that a step draws follows from these
         "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
         "progress": asdict(progress),
     }
@@ -59,7 +58,7 @@ def restore_training(
     reset_optimizer: bool = False,
     reset_data_offset: bool = False,
 ) -> Progress:
-    """Bring optimizer, scaler and random state to where the checkpoint stood, and return how far that was.
+    """Bring optimizer and scaler to where the checkpoint stood, and return how far that was.
 
     Raises UserError, naming `source`, where the run cannot go on as it was.
     """
@@ -86,7 +85,6 @@ def restore_training(
                 "--image_size and --context_length as they were, or add --reset_optimizer"
             )
         trainer.load_optimizer(checkpoint["optimizer"], checkpoint["scaler"])
-    restore_random_state(checkpoint["random"], trainer.device)
     if reset_data_offset:
         return Progress()
     log.info(f"going on from {source}, step {checkpoint['step']}")

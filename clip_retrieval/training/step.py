@@ -3,46 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import Loss
+from clip_retrieval.models.batch_norm import statistics_kept
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
 from clip_retrieval.training.precision import autocast, make_scaler
 
 MAX_LOGIT_SCALE = math.log(100)
+ACCURACY_ROWS = 1024  # images that are compared with all captions at a time
 
 
 @dataclass
 class StepResult:
-    """What a step leaves for the log, still on the device: the mean loss, and the features of its last part."""
+    """What a step leaves for the log, still on the device.
 
-    loss: torch.Tensor
-    image_features: torch.Tensor
-    text_features: torch.Tensor
-    positives: torch.Tensor
+    Attributes:
+        loss: of the global batch, a scalar.
+        image_features: (n, dim), this process's.
+        text_features: (m, dim), those of the global batch.
+        positives: int64 (P, 2), rows of image_features and text_features that belong together.
+    """
 
-    def accuracy(self) -> tuple[float, float]:
-        """In-batch accuracy, image-to-text and text-to-image, in percent. Waits for the device."""
-        cosine = self.image_features @ self.text_features.T
-        i2t = self.positives.gather(1, cosine.argmax(dim=1, keepdim=True)).float().mean()
-        t2i = self.positives.T.gather(1, cosine.T.argmax(dim=1, keepdim=True)).float().mean()
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+    positives: Tensor
+
+    def accuracy(self, processes: Processes = ALONE) -> tuple[float, float]:
+        """In-batch accuracy of the global batch, image-to-text and text-to-image, in percent. Waits for the device."""
+        captions = torch.arange(len(self.text_features), device=self.text_features.device)
+        positives = self.positives[:, 0] * len(captions) + self.positives[:, 1]
+        hits_i2t = torch.zeros((), dtype=torch.int64, device=captions.device)
+        best = self.text_features.new_full((len(captions),), -torch.inf)
+        hit_t2i = torch.zeros_like(best)
+        for rows in torch.arange(len(self.image_features), device=captions.device).split(ACCURACY_ROWS):
+            cosine = self.image_features[rows] @ self.text_features.T
+            hits_i2t += torch.isin(rows * len(captions) + cosine.argmax(1), positives).sum()
+            highest, row = cosine.max(0)
+            hit = torch.isin(rows[row] * len(captions) + captions, positives)
+            hit_t2i = torch.where(highest > best, hit, hit_t2i)
+            best = torch.maximum(highest, best)
+        # A caption's nearest image is that of the process with the highest cosine.
+        nearest = processes.gather(best[None]).argmax(0, keepdim=True)
+        t2i = processes.gather(hit_t2i[None]).gather(0, nearest).mean()
+        i2t = processes.sum(hits_i2t) / (len(self.image_features) * processes.world_size)
         return 100 * i2t.item(), 100 * t2i.item()
 
 
 class Trainer:
     """The model with everything that a step changes.
 
+    A batch is computed at once or in chunks (`grad_cache`): then the towers run a first time without a graph, the
+    loss of the whole batch gives the gradient of each feature, and with it each chunk runs a second time (Gao et al.
+    2021, arXiv:2101.06983). The gradients are those of the whole batch, the memory is that of a chunk.
+
     Args:
         model: on its device, with the parameters that learn already chosen.
-        loss: a function of features and positives.
+        loss: a function of this process's image features, everybody's text features, and positives.
         clamp_scale: hold the logit scale within [0, ln 100] (InfoNCE).
         precision: "fp32", "bf16" or "fp16".
+        processes: those that share a batch.
     """
 
     def __init__(
@@ -54,16 +87,24 @@ class Trainer:
         clamp_scale: bool,
         precision: str,
         device: torch.device,
+        processes: Processes = ALONE,
     ):
         self.model = model
         self.loss = loss
         self.clamp_scale = clamp_scale
         self.precision = precision
         self.device = device
+        self.processes = processes
+        self.grad_cache = options.grad_cache
         self.accum_freq = options.accum_freq
         self.grad_clip = options.grad_clip
+        self.seed = options.seed
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
+        self._towers: nn.Module = model
+        if processes.world_size > 1:
+            # Averages the gradients over the processes while the backward pass goes on.
+            self._towers = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._first_bad_step = torch.tensor(-1, device=device)
 
     @property
@@ -81,26 +122,71 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
 
     def step(self, batch: TrainBatch, step: int, learning_rate: float) -> StepResult:
-        """Compute the loss of `batch` (on the CPU) and update the weights. `step` counts from 1."""
+        """Compute the loss of `batch` and update the weights. `step` counts from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        batch = batch.to(self.device)
-        parts = torch.arange(len(batch.images)).chunk(self.accum_freq)
-        losses = []
-        for rows in parts:
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            with autocast(self.precision, self.device):
-                image_features, text_features = self.model(batch.images[part], batch.tokens[part])
-            clip = self.model.clip
-            positives = batch.positives[part, part]
-            # Outside autocast: the logits are float32, whatever the towers compute in.
-            loss = self.loss(image_features, text_features, positives, clip.logit_scale.exp(), clip.logit_bias)
-            self.scaler.scale(loss / len(parts)).backward()
-            losses.append(loss.detach())
+        chunks = self._chunks(len(batch.images))
+        whole = len(chunks) == 1
+        features = self._features(batch, step, 0) if whole else self._features_without_graph(batch, step, chunks)
+
+        # The graphs of the towers end here: the loss gives the gradient of each feature, of the scale and the bias.
+        ends = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
+        text_features = self.processes.gather(ends[1])
+        # Outside autocast: the logits are float32, whatever the towers compute in.
+        loss = self.loss(ends[0], text_features, batch.positives, *ends[2:])
+        # (The gradients are averaged over the processes, and the loss is the sum of their parts.)
+        self.scaler.scale(loss * self.processes.world_size).backward()
+
+        gradients = [end.grad for end in ends]
+        if whole:
+            self._backward([*features, *self._scale_and_bias()], gradients)
+        else:
+            self._backward_in_chunks(batch, step, chunks, gradients)
         self._update()
-        mean_loss = torch.stack(losses).mean()
-        self._note_bad_step(mean_loss, step)
-        return StepResult(mean_loss, image_features.detach(), text_features.detach(), positives)
+        loss = self.processes.sum(loss.detach())
+        self._note_bad_step(loss, step)
+        return StepResult(loss, ends[0].detach(), text_features.detach(), batch.positives)
+
+    def _chunks(self, pairs: int) -> list[slice]:
+        size = self.grad_cache or -(-pairs // self.accum_freq)
+        return [slice(start, min(start + size, pairs)) for start in range(0, pairs, size)]
+
+    def _features(self, batch: TrainBatch, step: int, chunk: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Features of a part of the batch. Dropout draws the same each time, in whatever run."""
+        torch.manual_seed(_mixed(self.seed, step, self.processes.rank, chunk))
+        towers = self._towers if torch.is_grad_enabled() else self.model
+        with autocast(self.precision, self.device):
+            return towers(batch.images[rows], batch.texts[rows])
+
+    def _features_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
+        with torch.no_grad(), statistics_kept(self.model):
+            parts = [self._features(batch, step, number, rows) for number, rows in enumerate(chunks)]
+        return [torch.cat(features) for features in zip(*parts, strict=True)]
+
+    def _scale_and_bias(self) -> list[Tensor]:
+        clip = self.model.clip
+        return [clip.logit_scale.exp()] + ([] if clip.logit_bias is None else [clip.logit_bias])
+
+    def _backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Carry gradients on to the parameters; a loss need not use the scale, and a frozen tower has no graph."""
+        used = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad and g is not None]
+        if used:
+            torch.autograd.backward(*zip(*used))
+
+    def _backward_in_chunks(
+        self, batch: TrainBatch, step: int, chunks: Sequence[slice], gradients: Sequence[Tensor | None]
+    ) -> None:
+        of_images, of_texts, *of_scale_and_bias = gradients
+        for number, rows in enumerate(chunks):
+            last = number == len(chunks) - 1
+            # The processes exchange their gradients once, with the last chunk.
+            with nullcontext() if last or self.processes.world_size == 1 else self._towers.no_sync():
+                tensors = list(self._features(batch, step, number, rows))
+                parts = [of_images[rows], of_texts[rows]]
+                if last:
+                    tensors += self._scale_and_bias()
+                    parts += of_scale_and_bias
+                self._backward(tensors, parts)
 
     def _update(self) -> None:
         if self.grad_clip is not None:
@@ -113,7 +199,7 @@ class Trainer:
         if self.clamp_scale:
             self.model.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
 
-    def _note_bad_step(self, loss: torch.Tensor, step: int) -> None:
+    def _note_bad_step(self, loss: Tensor, step: int) -> None:
         """Remember, on the device, the first step whose loss is not finite: asking at each step would stall it."""
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, step, self._first_bad_step)
@@ -129,6 +215,11 @@ class Trainer:
         norms = torch._foreach_norm([p.detach() for group in self.optimizer.param_groups for p in group["params"]])
         if not torch.stack(norms).isfinite().all():
             raise _not_finite("the weights are not finite")
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed made of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _not_finite(what: str) -> RunError:

@@ -47,8 +47,9 @@ def test_positives_are_the_pairs(case, draw):
     texts = draw.draw(st.lists(st.integers(0, captions - 1), max_size=12))
     found = data.positives(np.array(batch, dtype=np.int64), np.array(texts, dtype=np.int64))
     relevant = set(pairs)
-    assert found.shape == (len(batch), len(texts)) and found.dtype == bool
-    assert found.tolist() == [[(i, c) in relevant for c in texts] for i in batch]
+    expected = [(i, j) for i, image in enumerate(batch) for j, text in enumerate(texts) if (image, text) in relevant]
+    assert found.dtype == np.int64 and found.shape == (len(expected), 2)
+    assert sorted(map(tuple, found.tolist())) == expected
 
 
 def test_a_data_set_without_pairs_is_an_error():

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_retrieval.losses import make_loss
+from clip_retrieval.distributed import ALONE
+from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.losses.infonce import infonce
 from clip_retrieval.losses.margin import margin_pairwise
 from clip_retrieval.losses.siglip import siglip
@@ -16,7 +17,7 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def batch(seed=0, pairs=7, dim=5, dtype=torch.float64):
-    """Features of a batch in which images 0 and 3, and captions 1 and 2, are the same items."""
+    """Features of a batch in which images 0 and 3, and captions 1 and 2, are the same; and the matrix of positives."""
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
     text = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
@@ -65,11 +66,10 @@ def test_each_loss_equals_its_formula_with_repeated_items(dtype, seed):
     plain = image.double(), text.double(), positives
     scale, bias = torch.tensor(14.3, dtype=dtype), torch.tensor(-3.0, dtype=dtype)
     tolerance = {"rel": DTYPES[dtype]}
-    assert infonce(image, text, positives, scale).item() == pytest.approx(infonce_loop(*plain, 14.3), **tolerance)
-    assert siglip(image, text, positives, scale, bias).item() == pytest.approx(
-        siglip_loop(*plain, 14.3, -3.0), **tolerance
-    )
-    assert margin_pairwise(image, text, positives, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
+    rows = positives.nonzero()
+    assert infonce(image, text, rows, scale).item() == pytest.approx(infonce_loop(*plain, 14.3), **tolerance)
+    assert siglip(image, text, rows, scale, bias).item() == pytest.approx(siglip_loop(*plain, 14.3, -3.0), **tolerance)
+    assert margin_pairwise(image, text, rows, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
 
 
 def test_infonce_without_repeats_is_clips_symmetric_cross_entropy():
@@ -77,7 +77,7 @@ def test_infonce_without_repeats_is_clips_symmetric_cross_entropy():
     logits = 20 * image @ text.T
     labels = torch.arange(len(image))
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    assert infonce(image, text, torch.eye(7, dtype=torch.bool), torch.tensor(20.0)) == pytest.approx(expected.item())
+    assert infonce(image, text, torch.eye(7).nonzero(), torch.tensor(20.0)) == pytest.approx(expected.item())
 
 
 def test_a_row_without_positives_does_not_count():
@@ -89,14 +89,14 @@ def test_a_row_without_positives_does_not_count():
     t2i = -(20 * text @ image.T).log_softmax(1)
     per_column = (t2i * positives.T).sum(1) / positives.sum(0).clamp(min=1)
     expected = (per_row[kept].mean() + per_column[kept].mean()) / 2
-    assert infonce(image, text, positives, torch.tensor(20.0)) == pytest.approx(expected.item())
+    assert infonce(image, text, positives.nonzero(), torch.tensor(20.0)) == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
 def test_gradients(name):
     image, text, positives = batch(pairs=4, dim=3) if name != "margin" else batch(seed=4, pairs=4, dim=3)
-    positives = positives[:4, :4]
-    loss = make_loss(LossOptions(loss=name))
+    positives = positives[:4, :4].nonzero()
+    loss = make_loss(LossOptions(loss=name), ALONE)
     scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, -1.0))
     inputs = [image.clone().requires_grad_(), text.clone().requires_grad_()]
     assert torch.autograd.gradcheck(
@@ -106,10 +106,48 @@ def test_gradients(name):
 
 def test_the_options_choose_the_loss_and_its_margin():
     image, text, positives = batch()
+    positives = positives.nonzero()
     arguments = (image, text, positives, torch.tensor(10.0), torch.tensor(-5.0))
-    assert make_loss(LossOptions())(*arguments) == infonce(*arguments[:4])
-    assert make_loss(LossOptions(loss="siglip"))(*arguments) == siglip(*arguments)
+    assert make_loss(LossOptions(), ALONE)(*arguments) == infonce(*arguments[:4])
+    assert make_loss(LossOptions(loss="siglip"), ALONE)(*arguments) == siglip(*arguments)
     for margin in (0.1, 0.5):
-        chosen = make_loss(LossOptions(loss="margin", margin=margin))
+        chosen = make_loss(LossOptions(loss="margin", margin=margin), ALONE)
         assert chosen(*arguments) == margin_pairwise(image, text, positives, margin)
     assert margin_pairwise(image, text, positives, 0.1) != margin_pairwise(image, text, positives, 0.5)
+
+
+@pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
+def test_tiles_change_neither_loss_nor_gradients(name, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features = [F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=-1) for n in (11, 17)]
+    positives = torch.randint(0, 11, (20, 2), generator=generator).unique(dim=0)
+    results = []
+    for tile in (4096, 17, 4, 1):
+        monkeypatch.setattr(pairs, "TILE", tile)
+        inputs = [f.clone().requires_grad_() for f in features]
+        inputs += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, -2.0)]
+        loss = make_loss(LossOptions(loss=name), ALONE)(*inputs[:2], positives, *inputs[2:])
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)])
+    for result in results[1:]:
+        for tiled, whole in zip(result, results[0], strict=True):
+            torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_no_matrix_of_the_whole_batch_is_kept():
+    size = 3000
+    monitor = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            monitor.append(max((t.numel() for t in [result] if isinstance(t, torch.Tensor)), default=0))
+            return result
+
+    image, text = (F.normalize(torch.randn(size, 8), dim=-1).requires_grad_() for _ in range(2))
+    rows = torch.arange(size)[:, None].repeat(1, 2)
+    for name in ("infonce", "siglip", "margin"):
+        loss = make_loss(LossOptions(loss=name), ALONE)
+        with pytest.MonkeyPatch.context() as patch, Largest():
+            patch.setattr(pairs, "TILE", 500)
+            loss(image, text, rows, torch.tensor(10.0), torch.tensor(-10.0)).backward()
+    assert max(monitor) <= 500 * 500

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clip_retrieval.data.preprocess import evaluation_transform
 from clip_retrieval.models.towers import RetrievalModel
-from tests.models.small import TEXT, small_clip, small_preprocess
+from tests.models.small import TEXT, small_clip, small_config, small_preprocess
 
 SOT, EOT = 49406, 49407
 
@@ -114,3 +114,60 @@ def test_weights_carry_open_clips_names_and_load_back():
         assert torch.equal(model.eval().encode_image(images), other.eval().encode_image(images))
     names = {n for n in state if not n.startswith("adaptor.")}
     assert names == set(open_clip.CLIP.state_dict(model.clip))
+
+
+def towers(kind):
+    """A small model of each kind of tower that has its projection in another place."""
+    if kind == "timm":
+        vision = {
+            "timm_model_name": "resnet18",
+            "timm_model_pretrained": False,
+            "image_size": 32,
+            "timm_proj": "linear",
+        }
+        return small_clip(custom_text=True, vision_cfg=vision), 32
+    if kind == "hugging face":
+        from transformers import BertConfig
+
+        clip = small_clip(custom_text=True)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        config = BertConfig(vocab_size=49408, **sizes)
+        clip.text = HFTextEncoder("bert", 24, config, pooler_type="mean_pooler", proj_type="mlp").eval()
+        return clip, 16
+    if kind == "coca":
+        text = TEXT | {"embed_cls": True, "output_tokens": True}
+        small = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
+        small["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        return open_clip.CoCa(**small).eval(), 16
+    return small_clip(resnet=kind == "resnet", custom_text=kind == "custom text"), 32 if kind == "resnet" else 16
+
+
+@pytest.mark.parametrize("kind", ["vit", "custom text", "resnet", "timm", "hugging face", "coca"])
+@pytest.mark.parametrize("adaptor", [False, True])
+def test_the_projection_can_be_computed_apart(kind, adaptor):
+    torch.manual_seed(0)
+    clip, size = towers(kind)
+    model = RetrievalModel(clip, small_preprocess(size), adaptor=adaptor).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    ids = captions([4, 9, 6], 16)
+    with torch.no_grad():
+        whole = model(images, ids)
+        pooled = model.pooled_image(images), model.pooled_text(ids)
+        projected = model(*pooled)
+    for features, reference in zip(projected, whole, strict=True):
+        torch.testing.assert_close(features, reference, rtol=0, atol=2e-6)
+    assert pooled[1].shape[1] == 32 and (kind == "coca" or pooled[0].shape[1] != 24)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), whole[0])
+
+
+def test_coca_has_the_features_of_open_clip():
+    model = RetrievalModel(towers("coca")[0], small_preprocess()).eval()
+    images, ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), captions([4, 9], 16)
+    pixels = (images / 255 - model.mean) / model.std
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), model.clip.encode_image(pixels, normalize=True))
+        torch.testing.assert_close(model.encode_text(ids), model.clip.encode_text(ids, normalize=True))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.distributed import ALONE
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import make_loss
 from clip_retrieval.models.towers import RetrievalModel
@@ -15,12 +16,13 @@ from tests.models.small import small_clip, small_preprocess
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def trainer_of(loss="infonce", device="cpu", precision="fp32", clamp_scale=True, **options):
-    model = RetrievalModel(small_clip(), small_preprocess()).to(device)
-    set_trainable(model)
+def trainer_of(loss="infonce", device="cpu", precision="fp32", clamp_scale=True, resnet=False, **options):
+    clip = small_clip(resnet=resnet, init_logit_bias=-10.0 if loss == "siglip" else None)
+    model = RetrievalModel(clip, small_preprocess()).to(device)
+    set_trainable(model, learn_scale=loss != "margin", learn_bias=loss == "siglip")
     return Trainer(
         model.train(),
-        make_loss(LossOptions(loss=loss)),
+        make_loss(LossOptions(loss=loss), ALONE),
         TrainOptions(**options),
         clamp_scale=clamp_scale,
         precision=precision,
@@ -28,28 +30,56 @@ def trainer_of(loss="infonce", device="cpu", precision="fp32", clamp_scale=True,
     )
 
 
-def batch(pairs=8, seed=0):
+def batch(pairs=8, seed=0, size=16):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (pairs, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49000, (pairs, 7), generator=generator)
-    return TrainBatch(images, tokens, torch.eye(pairs, dtype=torch.bool))
+    return TrainBatch(images, tokens, torch.eye(pairs).nonzero())
 
 
-def test_accumulation_is_the_mean_of_its_parts():
-    whole, parts = (trainer_of(accum_freq=n, lr=1e-3, eps=1e-3) for n in (2, 1))
-    result = whole.step(batch(), 1, 1e-3)
-    b = batch()
-    halves = [TrainBatch(b.images[s], b.tokens[s], b.positives[s, s]) for s in (slice(0, 4), slice(4, 8))]
-    losses = []
-    for half in halves:
-        image, text = parts.model(half.images, half.tokens)
-        scale = parts.model.clip.logit_scale.exp()
-        losses.append(parts.loss(image, text, half.positives, scale, None))
-    (sum(losses) / 2).backward()
-    assert result.loss.item() == pytest.approx(sum(losses).item() / 2, rel=1e-6)
-    parts._update()
-    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("split", [{"grad_cache": 3}, {"grad_cache": 1}, {"accum_freq": 2}])
+def test_a_batch_in_chunks_has_the_gradients_of_the_whole(loss, split):
+    gradients = []
+    for options in ({}, split):
+        trainer = trainer_of(loss=loss, **options)
+        trainer._update = lambda: None
+        result = trainer.step(batch(), 1, 1e-3)
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+        gradients[-1]["loss"] = result.loss
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 30
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item(), msg=name)
+
+
+def test_a_chunk_runs_with_the_same_dropout_both_times():
+    drawn = []
+    trainer = trainer_of(grad_cache=4)
+    trainer.model.clip.transformer.register_forward_hook(
+        lambda module, inputs, output: torch.nn.functional.dropout(output, 0.5)
+    )
+    trainer.model.register_forward_hook(lambda module, inputs, output: drawn.append(output[1].detach()))
+    trainer.step(batch(), 1, 1e-3)
+    assert len(drawn) == 4
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_chunks_leave_one_trace_in_the_batch_statistics():
+    means = []
+    for grad_cache in (None, 8, 4):
+        trainer = trainer_of(resnet=True, grad_cache=grad_cache)
+        trainer.step(batch(size=32), 1, 1e-3)
+        bn = trainer.model.clip.visual.bn1
+        means.append((bn.running_mean.clone(), bn.momentum))
+    assert torch.equal(means[0][0], means[1][0])
+    assert means[2][1] == means[0][1] == 0.1
+    # Two chunks are two updates with their own means, not four.
+    trainer = trainer_of(resnet=True)
+    whole = batch(size=32)
+    for half in (slice(0, 4), slice(4, 8)):
+        trainer.model(whole.images[half], whole.texts[half])
+    torch.testing.assert_close(means[2][0], trainer.model.clip.visual.bn1.running_mean)
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -85,9 +115,9 @@ def test_accuracy_counts_any_positive():
     result = trainer_of().step(batch(), 1, 1e-3)
     result.image_features = torch.eye(4)
     result.text_features = torch.eye(4)[[1, 0, 2, 3]]
-    result.positives = torch.eye(4, dtype=torch.bool)
+    result.positives = torch.eye(4).nonzero()
     assert result.accuracy() == (50.0, 50.0)
-    result.positives[0, 1] = result.positives[1, 0] = True
+    result.positives = torch.cat([result.positives, torch.tensor([[0, 1], [1, 0]])])
     assert result.accuracy() == (100.0, 100.0)
 
 
@@ -104,7 +134,7 @@ def test_mixed_precision_keeps_float32_weights_and_is_close_to_float32():
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 def test_a_step_never_waits_for_the_gpu(precision, grad_clip):
     trainer = trainer_of(device="cuda", precision=precision, grad_clip=grad_clip)
-    pinned = batch().pin_memory()
+    pinned = TrainBatch(*(tensor.cuda() for tensor in vars(batch()).values()))
     trainer.step(pinned, 1, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:

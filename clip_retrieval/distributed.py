@@ -1,0 +1,135 @@
+"""The processes of a run, as torchrun starts them, and what they say to each other.
+
+torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32
+
+A run of one process is the same code: there every function here gives back what it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clip_retrieval.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number, from 0; process 0 writes the files and speaks.
+        world_size: how many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The maximum over all processes, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor, operation)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return flag if self.world_size == 1 else bool(self.max(torch.tensor(int(flag))))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(world_size * n, ...) of every process's (n, ...), in the order of the ranks.
+
+        The gradient of a process's part is the sum of what all processes have for it.
+        """
+        return tensor if self.world_size == 1 else _Gather.apply(tensor, self)
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """As `gather`, for parts of different length; without a gradient."""
+        if self.world_size == 1:
+            return tensor
+        lengths = self.gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = self.gather(padded).unflatten(0, (self.world_size, max(lengths)))
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def take_over(self, state: dict[str, Tensor]) -> None:
+        """Overwrite the tensors of `state` with process 0's."""
+        if self.world_size > 1:
+            for tensor in state.values():
+                dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            self.any(False)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A block that process 0 goes through before the others (a download, a cache that is built)."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        gathered = tensor.new_empty(processes.world_size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        part = gradient.new_empty(len(gradient) // ctx.processes.world_size, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(part, gradient.contiguous())
+        return part, None
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did; `device` is the one asked for.
+
+    Raises UserError where there are more processes on a machine than GPUs.
+    """
+    if (world_size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        yield ALONE
+        return
+    on_gpus = torch.cuda.is_available() and device in (None, "cuda")
+    if device not in (None, "cuda", "cpu"):
+        raise UserError(f"--device {device}: torchrun gives each process a GPU of its own; use cuda or cpu")
+    if on_gpus:
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"there are more processes on this machine than its {gpus} GPUs; use --nproc_per_node {gpus}"
+            )
+        torch.cuda.set_device(local_rank)
+    # Waiting is no failure: process 0 may download, or build a cache of images. Who is lost is noticed by torchrun.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(days=1))
+    yield Processes(int(os.environ["RANK"]), world_size)
+    # Not after an error: the others may be waiting for what will never come, and torchrun ends them.
+    dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""Batch statistics that do not depend on how a batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clip_retrieval.errors import UserError
+
+
+def shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, its batch normalisation over the parts of all processes.
+
+    (torch's own is for GPUs only.) Raises UserError for a kind of layer that cannot be shared on a CPU.
+    """
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = _SharedBatchNorm
+        elif isinstance(module, _BatchNorm):
+            raise UserError(
+                f"this model's {type(module).__name__} cannot share batch statistics between processes on a CPU; train "
+                "it in one process, or on GPUs"
+            )
+    return model
+
+
+class _SharedBatchNorm(_BatchNorm):
+    """Batch normalisation over the parts of all processes, of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = [0, *range(2, input.ndim)]
+        count = input.numel() // input.shape[1] * dist.get_world_size()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))  # under autocast it may be bfloat16
+        mean = _Sum.apply(values.sum(axes)) / count
+        centred = values - _per_channel(mean, input)
+        variance = _Sum.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * _per_channel(scale, input) + _per_channel(self.bias, input)).to(input.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes. What each makes of it adds to the gradient of every part."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.ndim - 2))
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """A block in which batches are normalised as in training but leave no trace in the running statistics."""
+    modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [module.momentum for module in modules]
+    for module in modules:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum in zip(modules, momenta, strict=True):
+            module.momentum = momentum

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Finetune ViT-B/32 on COCO with all GPUs of a machine (GPUS=4: with four of them).
+#
+#     bash scripts/coco_finetune_one_node.sh DATA [further options of main.py]
+#
+# --batch_size is the global one, over all GPUs: the numbers do not depend on how many there are.
+set -euo pipefail
+exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-gpu}" "$(dirname "$0")/../main.py" \
+    --dataset coco --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
+    --batch_size 1024 --epochs 10 --lr 2e-5 --warmup 0.1 --experiments coco_vit-b-32_one_node "${@:2}"

@@ -1,0 +1,440 @@
+"""The cache: the same pixels as without it, whoever builds it, however often it is interrupted."""
+
+import errno
+import logging
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip_retrieval.data import image_cache, pixel_file
+from clip_retrieval.data.image_cache import cached_pixels
+from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.pixel_file import read_records
+from clip_retrieval.data.pixels import make_pixels
+from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.reporting.log import log
+from tests.data.test_pixels import DECODERS, difference, smooth
+from tests.models.small import small_preprocess
+
+IMAGES = 12
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(IMAGES):
+        Image.fromarray(smooth(17 + 3 * i, 60 - 2 * i, i)).save(tmp_path / "images" / f"{i}.jpg")
+    return Counted([str(tmp_path / "images" / f"{i}.jpg") for i in range(IMAGES)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """said() is what was logged since it was last called."""
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, "clip_retrieval")
+
+    def lines():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    return lines
+
+
+class Counted(ImageFiles):
+    """Notes each image that is decoded, by whatever process, in a file; may wait, or kill its process, at one."""
+
+    kill_at = None
+
+    def __getitem__(self, index):
+        if index == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with Path(self.paths[0] + ".decoded").open("a") as file:
+            file.write(f"{index}\n")
+        return super().__getitem__(index)
+
+    def decoded(self):
+        """The images that were decoded since this was last asked."""
+        path = Path(self.paths[0] + ".decoded")
+        indices = [int(line) for line in path.read_text().split()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return indices
+
+
+def build(images, folder, name="test_train", augment="none", decoder="pillow", num_workers=0, **settings):
+    return cached_pixels(
+        images,
+        small_preprocess() | settings,
+        folder,
+        name,
+        augment=augment,
+        decoder=decoder,
+        num_workers=num_workers,
+    )
+
+
+def all_of(pixels):
+    return pixels.batch(range(IMAGES), range(IMAGES))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is read
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [16, (16, 24)])
+def test_pixels_are_those_without_a_cache(images, folder, decoder, mode, size):
+    settings = {"resize_mode": mode, "size": size}
+    cached = build(images, folder, decoder=decoder, **settings)
+    expected = all_of(make_pixels(images, small_preprocess() | settings, decoder=decoder))
+    assert cached.in_memory and len(cached) == IMAGES
+    assert torch.equal(all_of(cached), expected)
+    assert all(torch.equal(cached(i), expected[i]) for i in range(IMAGES))
+
+
+def test_workers_change_nothing(images, folder, monkeypatch):
+    monkeypatch.setattr(image_cache, "PART", 5)
+    alone, helped = build(images, folder / "a"), build(images, folder / "b", num_workers=2)
+    assert torch.equal(all_of(alone), all_of(helped))
+
+
+def test_what_is_read_may_be_written_to(images, folder):
+    cached = build(images, folder)
+    before = all_of(cached)
+    cached(0).zero_()
+    all_of(cached).zero_()
+    assert torch.equal(all_of(cached), before)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_another_process_maps_the_file_by_itself(images, folder, augment):
+    cached = build(images, folder, augment=augment)
+    pickled = pickle.dumps(cached)
+    assert len(pickled) < 2000
+    assert torch.equal(all_of(pickle.loads(pickled)), all_of(cached))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_crops_of_images_that_need_no_shrinking_are_those_without_a_cache(images, folder, decoder):
+    settings = {"size": 64, "augment": "crop", "decoder": decoder}
+    uncached = make_pixels(images, small_preprocess(64), augment="crop", decoder=decoder)
+    assert torch.equal(all_of(build(images, folder, **settings)), all_of(uncached))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("shape", [(480, 640), (640, 480), (300, 310), (100, 900)])
+def test_crops_come_from_the_same_region_of_a_smaller_image(tmp_path, folder, decoder, shape):
+    across, down = np.meshgrid(np.linspace(0, 255, shape[1]), np.linspace(0, 255, shape[0]))
+    place = np.stack([across, down, 0 * down], axis=-1).round().astype(np.uint8)  # each pixel says where it is
+    Image.fromarray(place).save(tmp_path / "place.png")
+    images = ImageFiles([str(tmp_path / "place.png")])
+    cached = build(images, folder, augment="crop", decoder=decoder, size=56)
+    uncached = make_pixels(images, small_preprocess(56), augment="crop", decoder=decoder)
+    record = read_records(next(folder.glob("*.pixels")))[0]
+    assert min(record["height"], record["width"]) == math.ceil(56 * 8 / 7)
+    assert record["height"] / record["width"] == pytest.approx(shape[0] / shape[1], rel=0.01)
+    a_pixel = 255 / min(record["height"], record["width"])
+    for seed in range(8):
+        assert difference(cached(0, seed), uncached(0, seed)) <= a_pixel
+
+
+def test_crops_leave_work_for_other_processes(images, folder):
+    assert not build(images, folder, augment="crop").in_memory
+
+
+# When it is built
+
+
+def test_a_second_run_decodes_nothing(images, folder, said):
+    built = build(images, folder)
+    assert images.decoded() == list(range(IMAGES))
+    path = next(folder.iterdir())
+    assert path.name.startswith("test_train_") and path.suffix == ".pixels" and names(folder) == [path.name]
+    assert said() == [
+        f"image cache: building {path}: {IMAGES} images, 0.00 GB",
+        f"image cache: {path} ({IMAGES} images, 0.00 GB)",
+    ]
+    again = build(images, folder)
+    assert images.decoded() == [] and said() == [f"image cache: {path} ({IMAGES} images, 0.00 GB)"]
+    assert torch.equal(all_of(again), all_of(built))
+
+
+def test_its_size_is_said_beforehand(images, folder, said, monkeypatch):
+    monkeypatch.setattr(image_cache, "_gb", lambda size: f"{size} bytes")
+    build(images, folder)
+    assert f"{IMAGES * 3 * 16 * 16} bytes" in said()[0]
+    build(images, folder, augment="crop")
+    before, after = (int(line.split()[-2].lstrip("(")) for line in said())
+    assert after == pytest.approx(before, abs=1000)  # the records, and here all images are in the sample
+
+
+def test_different_preprocessings_decoders_and_kinds_stand_side_by_side(images, folder):
+    kinds = [
+        {"size": 16},
+        {"size": 18},
+        {"resize_mode": "squash"},
+        {"interpolation": "bilinear"},
+        {"decoder": "fast"},
+        {"augment": "crop"},
+    ]
+    first = [all_of(build(images, folder, **kind)) for kind in kinds]
+    assert len(names(folder)) == len(kinds)
+    images.decoded()
+    for kind, pixels in zip(kinds, first):
+        assert torch.equal(all_of(build(images, folder, **kind)), pixels)
+    assert images.decoded() == []
+    build(images, folder, mean=[0.5] * 3, std=[0.5] * 3)
+    assert images.decoded() == []  # what happens on the device does not matter
+
+
+def test_a_changed_source_is_decoded_again(images, folder, said):
+    old = all_of(build(images, folder))
+    images.decoded(), said()
+    Image.fromarray(smooth(40, 40, 99)).save(images.paths[5])
+    new = all_of(build(images, folder))
+    assert images.decoded() == list(range(IMAGES)) and len(names(folder)) == 1
+    assert "1 images have changed" in said()[0]
+    assert torch.equal(new, all_of(make_pixels(images, small_preprocess())))
+    assert not torch.equal(new[5], old[5])
+
+
+def test_a_source_that_changed_without_changing_its_size_is_noticed(images, folder):
+    build(images, folder)
+    images.decoded()
+    stat = Path(images.paths[5]).stat()
+    os.utime(images.paths[5], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    build(images, folder)
+    assert images.decoded() == list(range(IMAGES))
+
+
+def test_another_list_of_images_has_a_file_of_its_own(images, folder):
+    build(images, folder)
+    build(ImageFiles(images.paths[::-1]), folder)
+    assert len(names(folder)) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 100, 5000])
+def test_a_file_that_is_not_whole_is_built_anew(images, folder, said, cut):
+    pixels = all_of(build(images, folder))
+    path = next(folder.iterdir())
+    os.truncate(path, path.stat().st_size - cut)
+    images.decoded(), said()
+    assert torch.equal(all_of(build(images, folder)), pixels)
+    assert "is not whole" in said()[0] and len(images.decoded()) == IMAGES
+
+
+# Interrupted, or shared
+
+
+@pytest.fixture
+def flushed_often(monkeypatch):
+    monkeypatch.setattr(pixel_file, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(image_cache, "PART", 1)
+
+
+def killed_at(index, images, folder, augment):
+    images.kill_at = index
+    process = fork.Process(target=build, args=(images, folder), kwargs={"augment": augment})
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    images.kill_at = None
+    images.decoded()
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_a_killed_run_is_gone_on_with(images, folder, said, flushed_often, augment, monkeypatch):
+    monkeypatch.setattr(image_cache, "SAMPLE", 1)
+    killed_at(7, images, folder, augment)
+    assert [name.rpartition(".")[2] for name in names(folder)] == ["journal", "partial"]
+    cached = build(images, folder, augment=augment)
+    sampled = [0] if augment == "crop" else []
+    assert images.decoded() == sampled + list(range(7, IMAGES)), "seven images were on the disk"
+    assert "7 of them are there" in said()[0]
+    assert torch.equal(all_of(cached), all_of(build(images, folder / "whole", augment=augment)))
+    assert [name.rpartition(".")[2] for name in names(folder)] == ["pixels", "whole"]
+
+
+ONE = 3 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "kept"),
+    [
+        ("partial", lambda data: data + b"half an image", 7),
+        ("partial", lambda data: data[: 5 * ONE + 30], 5),
+        ("partial", lambda data: b"", 0),
+        ("journal", lambda data: data + data[:9], 7),
+        ("journal", lambda data: data[: 4 * 32 + 31], 4),
+        ("journal", lambda data: data + bytes(500), 7),
+        ("journal", lambda data: data[: 3 * 32] + bytes(4 * 32), 3),
+    ],
+)
+def test_what_is_half_written_is_not_taken_for_whole(images, folder, flushed_often, suffix, change, kept):
+    killed_at(7, images, folder, "none")
+    path = next(folder.glob(f"*.{suffix}"))
+    path.write_bytes(change(path.read_bytes()))
+    cached = build(images, folder)
+    assert images.decoded() == list(range(kept, IMAGES))
+    assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
+
+
+def test_a_source_that_changed_since_an_interrupted_run_is_decoded_again(images, folder, flushed_often):
+    killed_at(7, images, folder, "none")
+    Image.fromarray(smooth(40, 40, 99)).save(images.paths[4])
+    cached = build(images, folder)
+    assert images.decoded() == list(range(4, IMAGES))
+    assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
+
+
+def test_two_runs_build_one_file(images, folder, said):
+    started, results = fork.Barrier(2), fork.Queue()
+
+    def run():
+        started.wait()
+        results.put(all_of(build(images, folder)).numpy())
+
+    processes = [fork.Process(target=run) for _ in range(2)]
+    for process in processes:
+        process.start()
+    pixels = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(images.decoded()) == list(range(IMAGES)) and len(names(folder)) == 1
+    expected = all_of(make_pixels(images, small_preprocess())).numpy()
+    assert all(np.array_equal(each, expected) for each in pixels)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_waits_for_the_one_that_builds_and_goes_on_if_that_dies(images, folder, said, flushed_often, killed):
+    at_seven, go_on = fork.Event(), fork.Event()
+
+    class Slow(Counted):
+        def __getitem__(self, index):
+            if index == 7:
+                at_seven.set()
+                go_on.wait()
+            return super().__getitem__(index)
+
+    first = fork.Process(target=build, args=(Slow(images.paths), folder))
+    first.start()
+    at_seven.wait()
+    images.decoded()
+
+    def let_go():
+        os.kill(first.pid, signal.SIGKILL) if killed else go_on.set()
+
+    log.addHandler(handler := OnMessage("another run builds", let_go))
+    try:
+        cached = build(images, folder)
+    finally:
+        log.removeHandler(handler)
+    first.join()
+    assert "waiting for it" in said()[0]
+    assert images.decoded() == list(range(7, IMAGES))
+    assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
+
+
+class OnMessage(logging.Handler):
+    """Calls `react` once the log says `text`."""
+
+    def __init__(self, text, react):
+        super().__init__()
+        self.text, self.react = text, react
+
+    def emit(self, record):
+        if self.text in record.getMessage():
+            self.react()
+
+
+# What goes wrong
+
+
+def test_a_broken_image_is_named_and_what_was_decoded_is_kept(images, folder, monkeypatch):
+    monkeypatch.setattr(image_cache, "PART", 2)
+    path = Path(images.paths[8])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(UserError, match=f"{path}: not a readable image") as error:
+        build(images, folder)
+    assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    images.decoded()
+    cached = build(images, folder)
+    assert images.decoded() == list(range(8, IMAGES))
+    assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
+
+
+def test_a_missing_image_is_named(images, folder):
+    Path(images.paths[3]).unlink()
+    with pytest.raises(UserError, match=f"{images.paths[3]}: no such image"):
+        build(images, folder)
+
+
+def test_a_file_that_cannot_grow_keeps_what_is_there(images, folder, flushed_often):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * ONE + 100, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"File too large; 6 of its 12 images are kept") as error:
+            build(images, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    images.decoded()
+    cached = build(images, folder)
+    assert images.decoded() == list(range(6, IMAGES))
+    assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(images, folder, monkeypatch, augment):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    with pytest.raises(UserError, match=r"--image_cache .* are needed and 0.00 GB are free"):
+        build(images, folder, augment=augment)
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_named(images, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--image_cache {tmp_path / place}: cannot be used"):
+        build(images, tmp_path / place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named_unless_the_cache_is_there(images, folder):
+    build(images, folder)
+    folder.chmod(0o555)
+    assert len(build(images, folder)) == IMAGES
+    with pytest.raises(UserError, match=f"--image_cache {folder}: cannot be used"):
+        build(images, folder, decoder="fast")
+
+
+def test_a_file_system_without_locks_is_refused(images, folder, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pixel_file.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="No locks available"):
+        build(images, folder)

@@ -1,0 +1,62 @@
+"""Frozen towers: trained on what was computed once, a run ends where the plain way ends."""
+
+import pytest
+import torch
+
+from clip_retrieval.evaluation import encode
+
+
+@pytest.mark.parametrize("model", ["small.json", "resnet.json"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--trainable", "linear_projection"),
+        ("--trainable", "adaptor", "--loss", "margin"),
+        ("--freeze_vision",),
+        ("--freeze_text", "--grad_cache", "4"),
+        ("--trainable", "linear_projection", "--freeze_text", "--loss", "siglip"),
+    ],
+    ids=" ".join,
+)
+def test_the_weights_are_those_of_the_plain_way(run, arguments, captioned, tmp_path, model, extra):
+    command = [*arguments, "--vision_model", captioned / model, "--eps", "1e-3", "--no_eval_first", *extra]
+    weights = []
+    for name, plain in (("plain", ["--no_feature_cache"]), ("kept", [])):
+        code, out, err = run(*command, *plain, "--experiments", name)
+        assert code == 0, err
+        assert ("encoded once" in out) == (not plain)
+        weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
+    start = weights[0].keys()
+    assert start == weights[1].keys()
+    for name in start:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_images_are_read_once_and_not_in_each_epoch(run, arguments, tmp_path, monkeypatch):
+    from clip_retrieval.data import loader
+
+    read = []
+    normal = loader._PixelsOfMany.__call__
+    monkeypatch.setattr(
+        loader._PixelsOfMany, "__call__", lambda self, request: read.extend(request[0]) or normal(self, request)
+    )
+    options = ("--freeze_vision", "--no_eval_first", "--eval_every", "0", "--epochs", "5")
+    code, _, err = run(*arguments, *options, "--experiments", "kept")
+    assert code == 0, err
+    evaluated = 6 + 6  # val and test, at the end
+    assert len(read) == 14 + evaluated
+    read.clear()
+    run(*arguments, *options, "--experiments", "plain", "--no_feature_cache")
+    assert len(read) >= 5 * 30 + evaluated
+
+
+def test_random_crops_are_encoded_anew(run, arguments, monkeypatch):
+    encoded = []
+    normal = encode.encode_images
+    monkeypatch.setattr(
+        "clip_retrieval.training.frozen.encode_images", lambda *a, **k: encoded.append(1) or normal(*a, **k)
+    )
+    code, _, err = run(*arguments, "--freeze_vision", "--augment", "crop", "--max_steps", "1")
+    assert code == 0 and not encoded, err
+    code, _, err = run(*arguments, "--freeze_vision", "--max_steps", "1", "--overwrite")
+    assert code == 0 and encoded, err
