@@ -27,7 +27,7 @@ def test_every_option_in_the_readme_exists():
     from clip_retrieval.options import build_parser
 
     known = set(build_parser("")._option_string_actions)
-    tools = {"--image_features", "--text_features", "--text_to_image", "--results"}
+    tools = {"--image_features", "--text_features", "--text_to_image", "--results", "--nproc_per_node"}
     named = set(re.findall(r"--[a-z][a-z_0-9]+", (ROOT / "README.md").read_text()))
     assert named <= known | tools, named - known - tools
     assert len(named) > 20
