@@ -31,11 +31,14 @@ class TrainBatch:
             frozen text tower gave for them, float32 (n, width).
         positives: int64 (P, 2), rows of this process's images and of the global batch's captions that belong
             together.
+        lengths: int64 (n,), on the CPU: how many ids of a caption are no padding. None where texts are no ids, or
+            a compiled tower wants few sizes.
     """
 
     images: Tensor
     texts: Tensor
     positives: Tensor
+    lengths: Tensor | None = None
 
 
 class _Failed:
@@ -201,14 +204,17 @@ class TrainLoader:
 
     def _on_device(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
         captions = torch.from_numpy(batch.captions)
+        lengths = None
         if isinstance(self.texts, Tensor):
             texts = self.texts[captions[self.share]]
         else:
             texts = self.texts.ids[captions[self.share], : self._length(captions)].long()
+            if self.bucket == 1:
+                lengths = self.texts.lengths[captions[self.share]]
         positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
         if self._copies is None:
             images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
-            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)))
+            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)), lengths)
         with torch.cuda.stream(self._copies):
             images = torch.cat([self._copied(part) for part in image_parts])
             texts, positives = self._copied(texts), self._copied(positives)
@@ -216,7 +222,7 @@ class TrainLoader:
         computing.wait_stream(self._copies)
         for tensor in (images, texts, positives):
             tensor.record_stream(computing)  # its memory is not given away before the step has used it
-        return TrainBatch(images, texts, positives)
+        return TrainBatch(images, texts, positives, lengths)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """On the GPU; the copy does not keep this process waiting."""

@@ -19,7 +19,7 @@ from clip_retrieval.training.precision import DTYPES
 
 BATCH_SIZE = {"cuda": 256, "mps": 64, "cpu": 32}
 
-Encode = Callable[[Tensor], Tensor]
+Encode = Callable[..., Tensor]
 
 
 def encoding_model(model: RetrievalModel, precision: str) -> RetrievalModel:
@@ -68,7 +68,7 @@ def encode_captions(
     device: torch.device,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length), of all captions.
+    """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length) and lengths (n,), of all captions.
 
     Equal captions are encoded once; captions of like length go together, so that little padding is computed; `trim`
     cuts what a batch shares of it. Processes that share the work take a batch each in turn, and all get the whole.
@@ -79,12 +79,13 @@ def encode_captions(
     batches = tokens.lengths[first].argsort(stable=True).split(batch_size or BATCH_SIZE[device.type])
     own = batches[processes.rank :: processes.world_size]
 
-    def ids(rows: Tensor) -> Tensor:
-        length = int(tokens.lengths[first[rows]].max()) if trim else None
-        return tokens.ids[first[rows], :length].long().to(device, non_blocking=True)
+    def encode_rows(rows: Tensor) -> Tensor:
+        lengths = tokens.lengths[first[rows]]
+        ids = tokens.ids[first[rows], : int(lengths.max()) if trim else None].long()
+        return encode(ids.to(device, non_blocking=True), lengths)
 
     bar = progress_bar(own, desc="captions", leave=False)
-    return _whole((encode(ids(rows)) for rows in bar), batches, device, processes)[distinct.to(device)]
+    return _whole((encode_rows(rows) for rows in bar), batches, device, processes)[distinct.to(device)]
 
 
 def _whole(encoded: Iterable[Tensor], batches: Sequence[Tensor], device: torch.device, processes: Processes) -> Tensor:

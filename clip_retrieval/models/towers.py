@@ -13,6 +13,13 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from clip_retrieval.models.pooled import (
+    pooled_end_token,
+    pooled_image_token,
+    pools_one_image_token,
+    pools_the_end_token,
+)
+
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
 
@@ -32,42 +39,50 @@ class RetrievalModel(nn.Module):
         self.preprocess = preprocess
         self.adaptor = make_adaptor(embedding_dim(clip)) if adaptor else None
         self.frozen: list[nn.Module] = []
+        self._pooled_image_token = pooled_image_token
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocess[name]).view(-1, 1, 1), persistent=False)
 
     def compile_towers(self) -> None:
         """Compile both towers where they are called (torch.compile); names and weights stay as they are."""
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph per text length
+        self._pooled_image_token = torch.compile(pooled_image_token, dynamic=False)
         self.clip.visual.compile(dynamic=False)
         text_part(self.clip).transformer.compile(dynamic=False)
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, texts: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features of images and captions: two float32 tensors, (n, dim) and (m, dim), of length-1 rows.
 
         Args:
             images: uint8 (n, 3, height, width), or float (n, width) that `pooled_image` gave for them.
             texts: int64 (m, length), or float (m, width) that `pooled_text` gave for them.
+            lengths: see `encode_text`.
         """
         image_features = self.project_image(images) if images.is_floating_point() else self.encode_image(images)
-        return image_features, self.project_text(texts) if texts.is_floating_point() else self.encode_text(texts)
+        text_features = self.project_text(texts) if texts.is_floating_point() else self.encode_text(texts, lengths)
+        return image_features, text_features
 
     def encode_image(self, images: Tensor) -> Tensor:
         """float32 (n, dim), L2-normalised, of uint8 (n, 3, height, width)."""
         return self._adapted(self._visual(images))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """float32 (n, dim), L2-normalised, of int64 (n, length). `length` may be shorter than the context."""
-        return F.normalize(self._text(tokens).float(), dim=-1)
+    def encode_text(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """float32 (n, dim), L2-normalised, of int64 (n, length). `length` may be shorter than the context.
+
+        `lengths`, int64 (n,) on the CPU, says how many ids of a row are no padding; where the tower allows it, the rest
+        costs nothing.
+        """
+        return F.normalize(self._text(tokens, lengths).float(), dim=-1)
 
     def pooled_image(self, images: Tensor) -> Tensor:
         """float32 (n, width) of uint8 (n, 3, height, width): what the image tower gives before its projection."""
         with without_projection(vision_projection(self.clip)):
             return self._visual(images).float()
 
-    def pooled_text(self, tokens: Tensor) -> Tensor:
+    def pooled_text(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """float32 (n, width) of int64 (n, length): what the text tower gives before its projection."""
         with without_projection(text_projection(self.clip)):
-            return self._text(tokens).float()
+            return self._text(tokens, lengths).float()
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """The same features as `encode_image`, from what `pooled_image` gave."""
@@ -82,7 +97,10 @@ class RetrievalModel(nn.Module):
         pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
         if images.is_cuda:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return _without_tokens(self.clip.visual(pixels.to(self._dtype)))
+        pixels, visual = pixels.to(self._dtype), self.clip.visual
+        if pools_one_image_token(visual):
+            return _project(vision_projection(self.clip), self._pooled_image_token(visual, pixels))
+        return _without_tokens(visual(pixels))
 
     def _adapted(self, features: Tensor) -> Tensor:
         features = F.normalize(features.float(), dim=-1)
@@ -91,8 +109,10 @@ class RetrievalModel(nn.Module):
         adapted = self.adaptor(features.to(self._dtype)).float()
         return F.normalize(ADAPTOR_RATIO * adapted + (1 - ADAPTOR_RATIO) * features, dim=-1)
 
-    def _text(self, tokens: Tensor) -> Tensor:
+    def _text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
+        if lengths is not None and pools_the_end_token(text, _pool_type(text)):
+            return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths))
         if self.trims_text and not isinstance(text, HFTextEncoder):
             return _encode_trimmed(text, tokens)
         return self.clip.encode_text(tokens) if text is self.clip else _without_tokens(text(tokens))
@@ -220,7 +240,7 @@ def _project(projection: Projection, pooled: Tensor) -> Tensor:
 
 
 def _pool_type(text: nn.Module) -> str:
-    return getattr(text, "text_pool_type", None) or text.pool_type
+    return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "")
 
 
 def _without_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

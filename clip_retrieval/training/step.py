@@ -156,7 +156,7 @@ class Trainer:
         torch.manual_seed(_mixed(self.seed, step, self.processes.rank, chunk))
         towers = self._towers if torch.is_grad_enabled() else self.model
         with autocast(self.precision, self.device):
-            return towers(batch.images[rows], batch.texts[rows])
+            return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
 
     def _features_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
         with torch.no_grad(), statistics_kept(self.model):

@@ -1,0 +1,299 @@
+"""A whole evaluation, from data to result, beside clip-benchmark's and beside "every image five times, 77 tokens".
+
+python benchmarks/evaluation.py                                   # Flickr8K's test split in $CLIP_RETRIEVAL_DATA
+python benchmarks/evaluation.py --images 100 --rows ours clip_benchmark
+python benchmarks/evaluation.py --dataset coco --dataset_root DATA [--pretrained FILE]
+python benchmarks/evaluation.py --dataset random                  # the default on CUDA
+
+Prints a Markdown table, each row as soon as it is measured (with --repeats, which are interleaved: medians, in the
+last round). "ratio" is the time for an image with its captions over that of the first row; "images s", "captions s"
+and "ranks s" say where it goes. --five_images lets the row that computes every image five times, which takes longest,
+make do with fewer. Weights are random, with a fixed seed, unless --pretrained gives some: the time does not depend on
+them, the recalls, in percent, do.
+
+"ours" is tokenising and `protocols.score`. "clip_benchmark" (pip install --no-deps clip-benchmark) is its
+zeroshot_retrieval.evaluate without autocast, over the same photographs with open_clip's transform. "five_times" goes
+through all (image, caption) pairs, preprocesses and encodes each one's image, and its caption at full length, and
+sorts the whole matrix of scores in both directions, as CLIP_ITM does. All have the same batch size and number of
+worker processes, and the tokenizer without anything remembered; the files are in the page cache.
+
+`--dataset random` has the size of COCO's test split: 5,000 decoded images of noise in memory, of the model's size, so
+that next to nothing of decoding and resizing is measured, and real captions (--captions, a Karpathy JSON; default:
+COCO's in $CLIP_RETRIEVAL_DATA). Images in memory are read by no worker processes unless --num_workers says so.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# Read when torch loads: the package sets it too, but is imported after torch here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clip_retrieval.data.captions import tokenize
+from clip_retrieval.data.catalog import read_dataset
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageArray, ImageFiles
+from clip_retrieval.data.loader import choose_num_workers
+from clip_retrieval.data.pixels import make_pixels
+from clip_retrieval.data.readers.karpathy import read_json
+from clip_retrieval.evaluation.encode import BATCH_SIZE
+from clip_retrieval.evaluation.protocols import score
+from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions
+from clip_retrieval.training.precision import choose_device, device_name
+
+DATA = Path(os.environ.get("CLIP_RETRIEVAL_DATA", "."))
+CAPTIONS = DATA / "coco_text" / "dataset_coco_karpathy_test.json.gz"
+
+
+@dataclass
+class Measured:
+    """What a row found: seconds, of the parts where they can be told apart, and recalls in percent."""
+
+    total: float
+    i2t: float
+    t2i: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Setting:
+    """What all rows share."""
+
+    built: BuiltModel
+    device: torch.device
+    num_workers: int
+    batch_size: int
+
+    def new_tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """One that has no words remembered from an earlier row."""
+        return build_tokenizer(ModelOptions(), self.built)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vision_model", default="ViT-B/32", help="default: %(default)s")
+    parser.add_argument("--pretrained", default="none", help="weights, default: random ones")
+    parser.add_argument("--dataset", help="`random`, or as main.py takes it; default: flickr8k, on CUDA random")
+    parser.add_argument("--dataset_root", help="default: the data set's folder in $CLIP_RETRIEVAL_DATA")
+    parser.add_argument("--captions", type=Path, default=CAPTIONS, help="of --dataset random")
+    parser.add_argument("--images", type=int, help="the first so many, default: all")
+    parser.add_argument("--five_images", type=int, help="the same for five_times, default: as --images")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all; bf16 on CUDA and CPUs with AMX only")
+    parser.add_argument("--batch_size", type=int, help="default: what an evaluation takes")
+    parser.add_argument("--num_workers", type=int, help="default: what an evaluation takes")
+    parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--device", help="default: the best there is")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    torch.manual_seed(0)
+    built = build_model(ModelOptions(vision_model=args.vision_model, pretrained=args.pretrained))
+    dataset = first_images(load_dataset(args, built, device), args.images)
+    pixels = make_pixels(dataset.images, built.preprocess)
+    num_workers = choose_num_workers(args.num_workers, pixels, device)
+    setting = Setting(built, device, num_workers, args.batch_size or BATCH_SIZE[device.type])
+    built.clip.to(device)
+    names = args.rows or list(ROWS)
+    print(
+        f"{args.vision_model}, weights: {built.weights}; {dataset.name} {dataset.split}; {device_name(device)}, "
+        f"batches of {setting.batch_size}, {num_workers} workers, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+    if not args.rows and device.type == "cpu" and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        names.remove("bf16")
+        print("bf16 is not measured: this CPU has no AMX")
+    if built.weights == "none":
+        print("The weights are random: the recalls are chance")
+    print("\n| | images / captions | seconds | ratio | images s | captions s | ranks s | i2t R@1 | t2i R@1 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    read_files(dataset)
+    datasets = dict.fromkeys(names, dataset) | {"five_times": first_images(dataset, args.five_images)}
+    if device.type == "cuda":  # the first use of a GPU loads kernels
+        for name in names:
+            ROWS[name](first_images(dataset, setting.batch_size), setting)
+    found: dict[str, list[Measured]] = {name: [] for name in names}
+    for repeat in range(args.repeats):
+        for name in names:
+            found[name].append(ROWS[name](datasets[name], setting))
+            if repeat == args.repeats - 1:
+                first = median(one.total for one in found[names[0]]) / len(datasets[names[0]].images)
+                print_row(name, datasets[name], found[name], first)
+
+
+def load_dataset(args: argparse.Namespace, built: BuiltModel, device: torch.device) -> RetrievalDataset:
+    name = args.dataset or ("random" if device.type == "cuda" and not args.dataset_root else "flickr8k")
+    if name == "random":
+        return random_images(args.captions, built.preprocess["size"])
+    dataset = read_dataset(DataOptions(dataset=name, dataset_root=args.dataset_root or str(DATA / name)), "test")
+    if dataset is None:
+        raise SystemExit(f"{name} has no test split; choose other data")
+    return dataset
+
+
+def random_images(captions: Path, size: int | tuple[int, int]) -> RetrievalDataset:
+    part = read_json(captions)["test"]
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = np.random.default_rng(0).integers(256, size=(len(part.names), height, width, 3), dtype=np.uint8)
+    pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
+    return RetrievalDataset("random", "test", ImageArray(noise, "random"), part.texts, pairs)
+
+
+def first_images(dataset: RetrievalDataset, number: int | None) -> RetrievalDataset:
+    """The first images of a data set with their captions."""
+    if number is None or number >= len(dataset.images):
+        return dataset
+    if isinstance(dataset.images, ImageArray):
+        images = ImageArray(dataset.images.pixels[:number], dataset.name)
+    else:
+        images = ImageFiles(dataset.images.paths[:number])
+    pairs = dataset.pairs[dataset.pairs[:, 0] < number]
+    kept, caption = np.unique(pairs[:, 1], return_inverse=True)
+    captions = [dataset.captions[i] for i in kept]
+    return RetrievalDataset(dataset.name, dataset.split, images, captions, np.stack([pairs[:, 0], caption], axis=1))
+
+
+def read_files(dataset: RetrievalDataset) -> None:
+    """Bring the image files into the page cache: the first row is not to wait for the disk."""
+    if isinstance(dataset.images, ImageFiles):
+        for path in dataset.images.paths:
+            Path(path).read_bytes()
+
+
+def print_row(name: str, dataset: RetrievalDataset, measured: list[Measured], first: float) -> None:
+    """`first` is the first row's seconds for an image with its captions."""
+    total = median(one.total for one in measured)
+    sizes = f"{len(dataset.images):,} / {len(dataset.captions):,}"
+    ratio = total / len(dataset.images) / first
+    parts = [
+        f"{median(one.parts[part] for one in measured):.2f}" if part in measured[0].parts else ""
+        for part in ("images", "captions", "ranks")
+    ]
+    recalls = [f"{measured[0].i2t:.2f}", f"{measured[0].t2i:.2f}"]
+    print(f"| {' | '.join([name, sizes, f'{total:.2f}', f'{ratio:.2f}', *parts, *recalls])} |", flush=True)
+
+
+def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -> Measured:
+    tokenizer = setting.new_tokenizer()
+    model = RetrievalModel(setting.built.clip, setting.built.preprocess).to(setting.device)
+    options = EvalOptions(eval_batch_size=setting.batch_size, eval_precision=precision)
+    started = time.perf_counter()
+    tokens = tokenize(dataset.captions, tokenizer)
+    pixels = make_pixels(dataset.images, setting.built.preprocess)
+    tokenised = time.perf_counter()
+    block = score(model, dataset, tokens, pixels, options, num_workers=setting.num_workers, device=setting.device)
+    total = time.perf_counter() - started
+    parts = {**block["seconds"]}
+    parts["captions"] += tokenised - started
+    return Measured(total, block["i2t"]["R@1"], block["t2i"]["R@1"], parts)
+
+
+def ours_bf16(dataset: RetrievalDataset, setting: Setting) -> Measured:
+    return ours(dataset, setting, "bf16")
+
+
+def clip_benchmark(dataset: RetrievalDataset, setting: Setting) -> Measured:
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    tokenizer, device, model = setting.new_tokenizer(), setting.device.type, setting.built.clip.eval()
+    started = time.perf_counter()
+    batches = data_loader(CaptionsOfImages(dataset, setting.built.preprocess), setting)
+    found = zeroshot_retrieval.evaluate(model, batches, tokenizer, device, amp=False, recall_k_list=[1, 5, 10])
+    total = time.perf_counter() - started
+    return Measured(total, 100 * found["text_retrieval_recall@1"], 100 * found["image_retrieval_recall@1"])
+
+
+@torch.no_grad()
+def five_times(dataset: RetrievalDataset, setting: Setting) -> Measured:
+    tokenizer, device, model = setting.new_tokenizer(), setting.device, setting.built.clip.eval()
+    parts = {"images": 0.0, "captions": 0.0, "ranks": 0.0}
+
+    @contextmanager
+    def adding_to(part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        parts[part] += time.perf_counter() - started
+
+    started = time.perf_counter()
+    batches = iter(data_loader(Pairs(dataset, setting.built.preprocess), setting))
+    image_features, text_features = [], []
+    for _ in range(len(batches)):
+        with adding_to("images"):
+            images, captions = next(batches)
+            image_features.append(normalize(model.encode_image(images.to(device)), dim=-1))
+        with adding_to("captions"):
+            text_features.append(normalize(model.encode_text(tokenizer(captions).to(device)), dim=-1))
+    with adding_to("ranks"):
+        scores = torch.cat(image_features) @ torch.cat(text_features).T
+        owner = torch.from_numpy(dataset.pairs[:, 0]).to(device)
+        # Row and column i belong to pair i. An image stands in several rows, all alike.
+        nearest = [matrix.argsort(dim=1, descending=True)[:, 0] for matrix in (scores, scores.T)]
+        first = torch.from_numpy(dataset.first_pair[:-1]).to(device)
+        i2t, t2i = ((owner[column] == owner).float() for column in nearest)
+        i2t, t2i = i2t[first].mean().item(), t2i.mean().item()
+    return Measured(time.perf_counter() - started, 100 * i2t, 100 * t2i, parts)
+
+
+ROWS = {"ours": ours, "clip_benchmark": clip_benchmark, "five_times": five_times, "bf16": ours_bf16}
+
+
+class CaptionsOfImages(Dataset):
+    """(float image, its captions) of each image, as clip-benchmark takes them."""
+
+    def __init__(self, dataset: RetrievalDataset, preprocess: dict[str, Any]):
+        self.dataset = dataset
+        self.transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
+        own = self.dataset.pairs[slice(*self.dataset.first_pair[index : index + 2]), 1]
+        return self.transform(self.dataset.images[index]), [self.dataset.captions[i] for i in own]
+
+
+class Pairs(CaptionsOfImages):
+    """(float image, caption) of each pair."""
+
+    def __len__(self) -> int:
+        return len(self.dataset.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        image, caption = self.dataset.pairs[index]
+        return self.transform(self.dataset.images[image]), self.dataset.captions[caption]
+
+
+def data_loader(items: Dataset, setting: Setting) -> DataLoader:
+    def collate(batch: list[tuple[Tensor, Any]]) -> tuple[Tensor, list]:
+        images, texts = zip(*batch)
+        return default_collate(images), list(texts)
+
+    return DataLoader(
+        items,
+        setting.batch_size,
+        num_workers=setting.num_workers,
+        collate_fn=collate,
+        pin_memory=setting.device.type == "cuda",
+    )
+
+
+if __name__ == "__main__":
+    main()

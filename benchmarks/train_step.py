@@ -1,0 +1,334 @@
+"""Pairs per second and utilisation of the training step, beside open_clip's step, each optimisation off in turn.
+
+python benchmarks/train_step.py [--models RN50 ViT-B/32 ...] [--batch_sizes 256 1024] [--only open_clip ours ...]
+
+Prints a Markdown table. The weights are random: the time does not depend on them. Captions are real, from COCO's or
+Flickr8K's test split below $CLIP_RETRIEVAL_DATA (or any Karpathy JSON, --captions), so that their lengths are; pixels
+are random. All batches lie on the device before: what is measured is the step, not the loading.
+
+"ours" is `Trainer.step` on batches of the `TrainLoader`. "open_clip" is its training step, made of its public parts:
+images normalised beforehand, texts at full length, `model(images, texts)`, `ClipLoss` under autocast, AdamW with its
+defaults and open_clip's two groups, cuDNN's search for the best algorithm and TF32, as its training turns them on.
+The rows of a model and batch run in one process, interleaved, and all stay on the device meanwhile; "peak" leaves out
+the batches and what the other rows hold. A row that is out of memory may fit alone (--only).
+
+MFU is each row's utilisation on the work that its model needs: three times the FLOPs of the forward pass (the
+backward pass counts twice) of the trimmed batch for ours, and of the full length for open_clip, per second, over the
+dense bf16 peak of the device (--peak_tflops). What is computed beyond that (padding, features a second time with
+--grad_cache) does not count.
+
+The OpenAI weights take QuickGELU, which these models by default do not: --models ViT-B-32-quickgelu.
+"""
+
+import argparse
+import copy
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+
+# Read when torch loads: the package sets it too, but is imported after torch here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from open_clip import ClipLoss
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clip_retrieval.data.captions import tokenize
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageArray
+from clip_retrieval.data.loader import TrainBatch, TrainLoader
+from clip_retrieval.data.readers.karpathy import read_json
+from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.distributed import ALONE
+from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import ModelOptions, Options
+from clip_retrieval.prepare import COMPILED_LENGTHS, make_trainer
+from clip_retrieval.training.optimizer import parameter_groups
+from clip_retrieval.training.precision import autocast, choose_device, choose_precision, device_name, make_scaler
+
+CAPTIONS = ("coco_text/dataset_coco_karpathy_test.json.gz", "flickr8k/dataset_flickr8k.json")
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16
+LEARNING_RATE = 1e-6
+ROWS = {
+    "open_clip": "open_clip",
+    "ours": "ours",
+    "no_trim": "ours, texts at full length",
+    "no_fused": "ours, AdamW not fused",
+    "no_channels_last": "ours, without channels_last",
+    "compile": "ours, --compile",
+    "grad_cache": "ours, --grad_cache of a quarter",
+    "open_clip_bf16": "open_clip, bf16",
+    "bf16": "ours, bf16",
+}
+ON_CUDA = ("no_channels_last", "compile")
+ON_AMX = ("open_clip_bf16", "bf16")
+
+
+class Row:
+    """A way to make a step, and what was measured of it.
+
+    Attributes:
+        seconds: of a step, one for each repeat.
+        peak: GiB of GPU memory, without what other rows hold.
+        out_of_memory: it was, and is not measured any more.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[int], object]], warm_up: int, device: torch.device):
+        """make() gives the step, a function of its number, counted from 0."""
+        self.seconds: list[float] = []
+        self.peak = 0.0
+        self.out_of_memory = False
+        self._device, self._make, self._steps_done = device, make, 0
+        before = allocated(device)
+        self._attempt(warm_up)
+        self._held = allocated(device) - before
+
+    def measure(self, steps: int) -> None:
+        if self.out_of_memory:
+            return
+        of_others = allocated(self._device) - self._held
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        started = time.perf_counter()
+        self._attempt(steps)
+        self.seconds.append((time.perf_counter() - started) / steps)
+        if self._device.type == "cuda":
+            self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self._device) - of_others) / 2**30)
+
+    def _attempt(self, steps: int) -> None:
+        try:
+            if self._steps_done == 0:
+                self._step = self._make()
+            for _ in range(steps):
+                self._step(self._steps_done)
+                self._steps_done += 1
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        except torch.OutOfMemoryError:
+            self.out_of_memory = True
+        if self.out_of_memory:  # here, where the error is gone: it held tensors too
+            self._step = None
+            release(self._device)
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", help="default: RN50 ViT-B/32 ViT-B/16 ViT-L/14; on a CPU ViT-B/32")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 256 1024; on a CPU 16")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, help="default: those that the device has (no --compile on a CPU)"
+    )
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
+    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4, help="in a repeat, default: %(default)s")
+    parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument("--captions", type=Path, help="a Karpathy JSON, default: in $CLIP_RETRIEVAL_DATA")
+    parser.add_argument("--peak_tflops", type=float, help="default: known for H200, H100 and A100")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    on_cuda = device.type == "cuda"
+    precision = choose_precision(args.precision, device)
+    captions = args.captions or find_captions()
+    if captions is None:
+        parser.error(f"no {' nor '.join(CAPTIONS)} in $CLIP_RETRIEVAL_DATA; give --captions")
+    peak = args.peak_tflops or next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name(device)), None)
+    names = args.only or default_rows(device)
+    print(f"{device_name(device)}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
+    print(f"captions of {captions.name}; medians of {args.repeats} repeats of {args.steps} steps")
+    if device.type == "cpu" and not has_amx():
+        print("bf16 is not measured: this CPU has no AMX")
+    print("\n| model | batch | step | pairs/s | ratio to open_clip | MFU (%) | peak memory (GiB) |")
+    print("|---|---|---|---|---|---|---|")
+    for model in args.models or (["RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14"] if on_cuda else ["ViT-B/32"]):
+        torch.manual_seed(0)
+        built = build_model(ModelOptions(vision_model=model, pretrained="none"))
+        for batch_size in args.batch_sizes or ([256, 1024] if on_cuda else [16]):
+            data = Data(built, captions, batch_size, args.steps, device)
+            rows = {name: make_row(name, built, data, precision, device) for name in names}
+            for _ in range(args.repeats):
+                for row in rows.values():
+                    row.measure(args.steps)
+            flops = needed_flops(built, data) if peak else None
+            print_rows(f"{model} | {batch_size:,}", rows, batch_size, flops, peak)
+            rows.clear()
+            release(device)
+
+
+def find_captions() -> Path | None:
+    folder = Path(os.environ.get("CLIP_RETRIEVAL_DATA", "."))
+    return next((folder / name for name in CAPTIONS if (folder / name).is_file()), None)
+
+
+def has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def default_rows(device: torch.device) -> list[str]:
+    left_out = ON_AMX if device.type == "cuda" else ON_CUDA if has_amx() else ON_CUDA + ON_AMX
+    return [name for name in ROWS if name not in left_out]
+
+
+class Data:
+    """The same pairs as every row takes them, on the device: the first batches of an epoch."""
+
+    def __init__(self, built: BuiltModel, captions: Path, batch_size: int, number: int, device: torch.device):
+        part = read_json(captions)["test"]
+        pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
+        images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "drawn")
+        self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)
+        self._tokens = tokenize(part.texts, build_tokenizer(ModelOptions(), built))
+        self._pixels = RandomPixels(built.preprocess["size"])
+        self._number, self._device = number, device
+        self.trimmed = self._batches(trim=True)
+        self.full = self._batches(trim=False)
+        self.bucketed = self._batches(trim=True, bucket=COMPILED_LENGTHS)
+        mean, std = (torch.tensor(built.preprocess[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+        self.of_open_clip = [((batch.images / 255 - mean) / std, batch.texts) for batch in self.full]
+
+    def _batches(self, *, trim: bool, bucket: int = 1) -> list[TrainBatch]:
+        settings = {"trim": trim, "bucket": bucket, "share": slice(None), "num_workers": 0, "device": self._device}
+        return list(islice(TrainLoader(self._sampler, self._pixels, self._tokens, **settings).epoch(0), self._number))
+
+
+class RandomPixels:
+    """uint8 noise for any image (see data.pixels.Pixels)."""
+
+    in_memory = True
+
+    def __init__(self, size: int | Sequence[int], number: int = 256):
+        height, width = (size, size) if isinstance(size, int) else size
+        self._drawn = torch.randint(256, (number, 3, height, width), dtype=torch.uint8)
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return self._drawn[torch.as_tensor(indices) % len(self._drawn)]
+
+
+def make_row(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Row:
+    precision = "bf16" if name in ON_AMX else precision
+    make = open_clip_step if name.startswith("open_clip") else our_step
+    # Warmed up with every batch: then nothing is compiled or chosen any more.
+    return Row(lambda: make(name, built, data, precision, device), len(data.trimmed), device)
+
+
+def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Callable[[int], object]:
+    """The trainer of a run with default options, but for what `name` says."""
+    batches = {"no_trim": data.full, "compile": data.bucketed}.get(name, data.trimmed)
+    options = Options()
+    options.train.compile = name == "compile"
+    options.train.grad_cache = max(1, len(batches[0].images) // 4) if name == "grad_cache" else None
+    model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
+    trainer = make_trainer(options, model, precision, device, ALONE)
+    if name == "no_fused":
+        train = options.train
+        groups = parameter_groups(model, train.weight_decay)
+        betas = (train.beta1, train.beta2)
+        trainer.optimizer = torch.optim.AdamW(groups, train.lr, betas, train.eps, foreach=False, fused=False)
+    if name == "no_channels_last":
+        visual = model.clip.visual.to(memory_format=torch.contiguous_format)
+        visual.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    model.train()
+    return lambda number: trainer.step(batches[number % len(batches)], number + 1, LEARNING_RATE)
+
+
+def open_clip_step(
+    name: str, built: BuiltModel, data: Data, precision: str, device: torch.device
+) -> Callable[[int], object]:
+    """open_clip's model, loss and optimizer, in the order of its training loop."""
+    clip = copy.deepcopy(built.clip).to(device).train()
+    loss, options = ClipLoss(cache_labels=True), Options().train
+    plain, decayed = [], []
+    for name, parameter in clip.named_parameters():
+        exempt = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+        (plain if exempt else decayed).append(parameter)
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": options.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (options.beta1, options.beta2), options.eps)
+    scaler = make_scaler(precision, device)
+
+    def step(number: int) -> None:
+        images, texts = data.of_open_clip[number % len(data.of_open_clip)]
+        with open_clip_backends():
+            optimizer.zero_grad()
+            with autocast(precision, device):
+                total = loss(*clip(images, texts))
+            scaler.scale(total).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(0, math.log(100))
+
+    return step
+
+
+@contextmanager
+def open_clip_backends() -> Iterator[None]:
+    """What its training turns on for CUDA: TF32, and cuDNN's search for the best algorithm."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.benchmark
+    matmul.fp32_precision, cudnn.benchmark = "tf32", True
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, cudnn.benchmark = before
+
+
+def needed_flops(built: BuiltModel, data: Data) -> tuple[float, float]:
+    """FLOPs that a step of open_clip, and one of ours, needs: forward and backward, the mean of the batches."""
+    # Shapes are all that counts: on the meta device nothing is computed. (In training mode, as evaluation may take a
+    # fused path that is not counted.)
+    model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to("meta").train()
+
+    @cache
+    def of_shapes(images: torch.Size, texts: torch.Size) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(
+                torch.empty(images, dtype=torch.uint8, device="meta"),
+                torch.empty(texts, dtype=torch.int64, device="meta"),
+            )
+        return 3 * counter.get_total_flops()
+
+    return tuple(mean(of_shapes(b.images.shape, b.texts.shape) for b in way) for way in (data.full, data.trimmed))
+
+
+def print_rows(
+    first_cells: str, rows: dict[str, Row], pairs: int, flops: tuple[float, float] | None, peak: float | None
+) -> None:
+    """`flops` are open_clip's and ours; `peak` is the device's, in TFLOPs per second."""
+    theirs = rows.get("open_clip")
+    for name, row in rows.items():
+        cells = ["out of memory", "", "", ""]
+        if not row.out_of_memory:
+            rate = pairs / median(row.seconds)
+            cells = [f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}", "", "", f"{row.peak:.1f}" if row.peak else ""]
+            if theirs and not theirs.out_of_memory:
+                cells[1] = f"{median(a / b for a, b in zip(theirs.seconds, row.seconds)):.2f}"
+            if flops:
+                needed = flops[0] if name.startswith("open_clip") else flops[1]
+                cells[2] = f"{100 * needed / median(row.seconds) / (peak * 1e12):.1f}"
+        print(f"| {first_cells} | {ROWS[name]} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
