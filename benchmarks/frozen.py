@@ -42,7 +42,19 @@ def measure(args: argparse.Namespace, trainable: str, folder: str, name: str, *e
     command = [sys.executable, str(ROOT / "main.py"), "--dataset_root", str(args.dataset_root)]
     command += ["--vision_model", args.vision_model, "--pretrained", "none", "--trainable", trainable]
     command += ["--batch_size", str(args.batch_size), "--epochs", str(args.epochs), "--eval_every", "0"]
-    command += ["--caption_sampling", "one", "--no_eval_first", "--eps", "1e-3", "--lr", "1e-3", "--warmup", "0.1", "--display", "1"]
+    command += [
+        "--caption_sampling",
+        "one",
+        "--no_eval_first",
+        "--eps",
+        "1e-3",
+        "--lr",
+        "1e-3",
+        "--warmup",
+        "0.1",
+        "--display",
+        "1",
+    ]
     command += ["--checkpoint_path", folder, "--experiments", name, *extra]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in Path(folder, name, "metrics.jsonl").read_text().splitlines()]

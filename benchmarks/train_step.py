@@ -13,9 +13,9 @@ The rows of a model and batch run in one process, interleaved, and all stay on t
 the batches and what the other rows hold. A row that is out of memory may fit alone (--only).
 
 MFU is each row's utilisation on the work that its model needs: three times the FLOPs of the forward pass (the
-backward pass counts twice) of the trimmed batch for ours, and of the full length for open_clip, per second, over the
-dense bf16 peak of the device (--peak_tflops). What is computed beyond that (padding, features a second time with
---grad_cache) does not count.
+backward pass counts twice), per second, over the dense bf16 peak of the device (--peak_tflops). For open_clip these are
+all tokens of the full length, for ours those that the features depend on; what a row of ours computes beyond that
+(padding, features a second time with --grad_cache) does not count.
 
 The OpenAI weights take QuickGELU, which these models by default do not: --models ViT-B-32-quickgelu.
 """
@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -40,6 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from open_clip import ClipLoss
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,9 @@ LEARNING_RATE = 1e-6
 ROWS = {
     "open_clip": "open_clip",
     "ours": "ours",
-    "no_trim": "ours, texts at full length",
+    "no_packing": "ours, captions padded to the longest of the batch",
+    "no_trim": "ours, captions padded to the context length",
+    "all_tokens": "ours, all tokens in the last block",
     "no_fused": "ours, AdamW not fused",
     "no_channels_last": "ours, without channels_last",
     "compile": "ours, --compile",
@@ -236,11 +239,16 @@ def make_row(name: str, built: BuiltModel, data: Data, precision: str, device: t
 def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Callable[[int], object]:
     """The trainer of a run with default options, but for what `name` says."""
     batches = {"no_trim": data.full, "compile": data.bucketed}.get(name, data.trimmed)
+    if name in ("no_packing", "no_trim"):
+        batches = [replace(batch, lengths=None) for batch in batches]
     options = Options()
     options.train.compile = name == "compile"
     options.train.grad_cache = max(1, len(batches[0].images) // 4) if name == "grad_cache" else None
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
     trainer = make_trainer(options, model, precision, device, ALONE)
+    if name == "all_tokens":
+        model._pooled_image_token = pool_after_all_tokens
+        batches = [replace(batch, lengths=None) for batch in batches]
     if name == "no_fused":
         train = options.train
         groups = parameter_groups(model, train.weight_decay)
@@ -251,6 +259,10 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
         visual.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     model.train()
     return lambda number: trainer.step(batches[number % len(batches)], number + 1, LEARNING_RATE)
+
+
+def pool_after_all_tokens(visual: VisionTransformer, pixels: Tensor) -> Tensor:
+    return visual._pool(visual.transformer(visual._embeds(pixels)))[0]
 
 
 def open_clip_step(
@@ -300,16 +312,14 @@ def needed_flops(built: BuiltModel, data: Data) -> tuple[float, float]:
     # fused path that is not counted.)
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to("meta").train()
 
-    @cache
-    def of_shapes(images: torch.Size, texts: torch.Size) -> int:
+    def of_batch(batch: TrainBatch, pack: bool) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(
-                torch.empty(images, dtype=torch.uint8, device="meta"),
-                torch.empty(texts, dtype=torch.int64, device="meta"),
-            )
+            model(batch.images.to("meta"), batch.texts.to("meta"), batch.lengths if pack else None)
         return 3 * counter.get_total_flops()
 
-    return tuple(mean(of_shapes(b.images.shape, b.texts.shape) for b in way) for way in (data.full, data.trimmed))
+    ours = mean(of_batch(batch, True) for batch in data.trimmed)
+    model._pooled_image_token = pool_after_all_tokens
+    return mean(of_batch(batch, False) for batch in data.full), ours
 
 
 def print_rows(

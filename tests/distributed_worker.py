@@ -1,0 +1,250 @@
+"""What tests/test_distributed.py lets several processes do in one start; the test does the same in one and compares.
+
+torchrun --nproc_per_node 2 -m tests.distributed_worker FOLDER COMMANDS.json    # each writes FOLDER/<rank>.pt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.sampler import process_slice
+from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.losses import make_loss, pairs
+from clip_retrieval.models.batch_norm import shared_statistics
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import LossOptions, Options
+from clip_retrieval.prepare import make_trainer
+from clip_retrieval.training.step import Trainer
+from tests.models.small import small_clip, small_preprocess
+
+MAIN = Path(__file__).parent.parent / "main.py"
+CPU = torch.device("cpu")
+
+# Which picture each pair of the global batch shows: several stand in both halves.
+PICTURES = torch.tensor([0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 2, 7])
+CHUNK = 4  # of the 6 pairs of each of two processes: the last chunk is a smaller one
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Options of small trainers."""
+    found = {}
+    for loss, model, grad_cache in itertools.product(("infonce", "siglip", "margin"), ("vit", "resnet"), (None, CHUNK)):
+        name = f"{loss} {model}" + (" grad_cache" if grad_cache else "")
+        found[name] = {"loss": loss, "resnet": model == "resnet", "grad_cache": grad_cache}
+    found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
+    found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
+    found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
+    return found
+
+
+def as_processes_split_it(grad_cache: int | None, world_size: int = 2) -> Tensor:
+    """The rows of the global batch in the order in which `world_size` processes together come to them."""
+    shares = torch.arange(len(PICTURES)).chunk(world_size)
+    chunks = zip(*(share.split(grad_cache or len(PICTURES)) for share in shares))
+    return torch.cat([part for chunk in chunks for part in chunk])
+
+
+def global_batch(size: int) -> TrainBatch:
+    """A batch with pictures and captions that stand in it several times."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (len(PICTURES), 3, size, size), dtype=torch.uint8, generator=generator)[PICTURES]
+    texts = torch.randint(1, 49000, (len(PICTURES), 7), generator=generator)
+    texts[7] = texts[0]
+    positives = PICTURES[:, None] == PICTURES
+    positives[3, 9] = True  # a caption of two pictures
+    return TrainBatch(images, texts, positives.nonzero())
+
+
+def part_of(batch: TrainBatch, image_rows: Tensor, caption_rows: Tensor, own_captions: Tensor) -> TrainBatch:
+    """The images `image_rows` of a batch whose captions stand in the order `caption_rows`."""
+    matrix = torch.zeros(len(PICTURES), len(PICTURES), dtype=torch.bool)
+    matrix[tuple(batch.positives.T)] = True
+    return TrainBatch(
+        batch.images[image_rows], batch.texts[own_captions], matrix[image_rows][:, caption_rows].nonzero()
+    )
+
+
+@torch.no_grad()
+def copied(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def train_small(
+    processes: Processes,
+    *,
+    resnet: bool = False,
+    grad_cache: int | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Of each of two steps in float64: loss, accuracy, gradients, and the weights and statistics after it.
+
+    One process goes through the chunks as two together do: batch statistics are those of a chunk.
+    """
+    rows = as_processes_split_it(grad_cache)
+    if processes.world_size > 1:
+        rows = torch.arange(len(PICTURES))
+        own = rows[process_slice(len(rows), processes.rank, processes.world_size)]
+    else:
+        own = rows
+        grad_cache = grad_cache and 2 * grad_cache
+    batch = part_of(global_batch(32 if resnet else 16), own, rows, own)
+    # A large epsilon makes an AdamW step as large as the gradient: rounding stays as small as it is.
+    settled = Options.settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
+    clip = small_clip(resnet, init_logit_bias=-10.0 if settled.loss.loss == "siglip" else None)
+    torch.manual_seed(0)
+    model = RetrievalModel(clip, small_preprocess(), adaptor=settled.train.trainable == "adaptor")
+    with mock.patch.object(Tensor, "float", Tensor.double):  # the towers' features too
+        trainer = make_trainer(settled, model.double(), "fp32", CPU, processes)
+        model.train()
+        steps, update = [], trainer._update
+
+        def keep_gradients_and_update():
+            steps.append({"gradients": copied({name: p.grad for name, p in model.named_parameters()})})
+            update()
+
+        trainer._update = keep_gradients_and_update
+        for step in (1, 2):
+            result = trainer.step(batch, step, 0.5)
+            steps[-1] |= {"loss": result.loss, "accuracy": result.accuracy(processes), "after": copied(model.weights())}
+    return steps
+
+
+def normalised_bfloat16(processes: Processes) -> dict[str, Tensor]:
+    """What batch normalisation makes of values far from 0: of this process's half of them, or of all."""
+    values = (torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
+    layer = nn.Sequential(nn.BatchNorm1d(4))
+    if processes.world_size > 1:
+        values = values.chunk(processes.world_size)[processes.rank]
+        layer = shared_statistics(layer, CPU)
+    return {"values": layer(values).detach(), "mean": layer[0].running_mean, "var": layer[0].running_var}
+
+
+def rows_of_uneven_length(processes: Processes) -> dict[str, Tensor]:
+    """What the processes gather where process r has `lengths[r]` rows."""
+    gathered = {}
+    for name, lengths in {"uneven": (3, 1), "empty": (0, 2), "last is empty": (4, 0), "none": (0, 0)}.items():
+        own = torch.arange(2.0 * lengths[processes.rank]).view(-1, 2) + 100 * processes.rank
+        gathered[name] = processes.gather_rows(own)
+    return gathered
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def largest_tensor(processes: Processes, share: int = 1000, tile: int = 300) -> dict[str, int]:
+    """Elements of the largest tensor that each loss makes of `share` pairs in each process."""
+    found = {}
+    for name in ("infonce", "siglip", "margin"):
+        image, text = (F.normalize(torch.randn(share, 8), dim=-1).requires_grad_() for _ in range(2))
+        positives = torch.arange(share)[:, None] + torch.tensor([0, share * processes.rank])
+        loss = make_loss(LossOptions(loss=name), processes)
+        with mock.patch.object(pairs, "TILE", tile), Largest() as largest:
+            everybodys = processes.gather(text)
+            loss(image, everybodys, positives, torch.tensor(10.0), torch.tensor(-10.0)).backward()
+        found[name] = largest.numel
+    return found
+
+
+def ranks_of_many_tiles(processes: Processes) -> list[list[int]]:
+    """What retrieval_ranks counts for features among which many are equal, in tiles of 5 x 4."""
+    generator = torch.Generator().manual_seed(1)
+    image, text = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (37, 91))
+    relevant = torch.stack([torch.arange(91) % 37, torch.arange(91)], dim=1)
+    ranks = retrieval_ranks(image, text, relevant, tile=(5, 4), processes=processes)
+    return [counts.tolist() for direction in ranks for counts in vars(direction).values()]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run gets to run after it."""
+
+
+def run_main(*arguments: Any, killed_in_step: int | None = None) -> tuple[int | None, str, str]:
+    """main.py with these arguments: its exit code (None: killed), standard output and standard error."""
+    normal = Trainer.step
+
+    def step(self, batch, number, rate):
+        if number == killed_in_step:
+            raise Killed
+        return normal(self, batch, number, rate)
+
+    def leave(code: int):
+        raise SystemExit(code)
+
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with (
+        mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)]),
+        mock.patch.object(Trainer, "step", step),
+        mock.patch.object(os, "_exit", leave),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(MAIN), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        except Killed:
+            pass
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_main_in_a_group(number: int, command: dict[str, Any]) -> tuple[int | None, str, str]:
+    """As `run_main`, as one of several processes; `number` tells their groups apart, for torchrun means one only."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(str(number), dist.TCPStore(address, port, is_master=False))
+    of_this_group = functools.partial(dist.init_process_group, store=store, rank=rank, world_size=world_size)
+    try:
+        with mock.patch.object(dist, "init_process_group", of_this_group):
+            return run_main(*command["arguments"], killed_in_step=command.get("killed_in_step"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, commands = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    with joined("cpu") as processes:
+        found = {
+            "steps": {name: train_small(processes, **case) for name, case in cases().items()},
+            "normalised": normalised_bfloat16(processes),
+            "rows": rows_of_uneven_length(processes),
+            "largest": largest_tensor(processes),
+            "ranks": ranks_of_many_tiles(processes),
+        }
+    found["runs"] = {
+        name: run_main_in_a_group(number, command) for number, (name, command) in enumerate(commands.items())
+    }
+    torch.save(found, folder / f"{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""A run of several processes does what one process does: the same batches, gradients, weights, files and scores."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_retrieval.data.catalog import read_dataset
+from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.distributed import ALONE
+from clip_retrieval.options import Options, parse
+from tests import distributed_worker as worker
+from tests.conftest import read_json, read_lines
+from tests.test_resume import ending, results, wait_for_step
+from tests.torchrun import MINUTE, Torchrun
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+]
+
+RESUMED_AT = 4  # the last save before the step that the runs are killed in
+VARIANTS = {
+    "resnet": "--vision_model resnet.json --lr 0.01",
+    "siglip grad_cache": "--loss siglip --grad_cache 5",
+    "margin linear_projection": "--loss margin --trainable linear_projection",
+    "freeze_text one caption": "--freeze_text --caption_sampling one --accum_freq 2 --grad_clip 0.1",
+}
+EVALUATIONS = {
+    "batches that do not divide": "--eval_batch_size 4",
+    "batches of one": "--eval_batch_size 1 --eval_split val",
+    "one batch for all": "--eval_batch_size 256",
+    "bf16": "--eval_batch_size 4 --eval_precision bf16",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other on cores that others use as well cost far more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(*arguments) starts processes with these arguments of torchrun behind --nproc_per_node."""
+    started = []
+
+    def start(*arguments, processes=(2,)):
+        started.append(Torchrun(*arguments, processes=processes, marker=f"{tmp_path}/{len(started)}"))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.kill()
+
+
+def finetune(captioned, folder, name, *extra, killed_in_step=None):
+    """A finetune of 35 pairs, 6 steps of 10, into folder/name."""
+    arguments = [
+        *("--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"),
+        # A large epsilon: an AdamW step does not make rounding as large as a gradient.
+        *("--epochs", 2, "--batch_size", 10, "--lr", 0.1, "--warmup", 2, "--eps", 1, "--display", 1),
+        *("--num_workers", 0, "--device", "cpu", "--checkpoint_path", folder, "--experiments", name),
+        *(captioned / value if str(value).endswith(".json") else value for value in extra),
+    ]
+    return {"arguments": [str(argument) for argument in arguments], "killed_in_step": killed_in_step}
+
+
+WHOLE = ("--augment", "crop", "--save_every", 2, "--keep_every", 1)
+SHORT = ("--max_steps", 3, "--no_eval_first", "--eval_every", 0)
+
+
+def commands(captioned, folder):
+    """What one process and two do alike, by name."""
+    found = {
+        "whole": finetune(captioned, folder, "whole", *WHOLE),
+        "killed": finetune(captioned, folder, "killed", *WHOLE, killed_in_step=RESUMED_AT + 1),
+        "resumed": finetune(captioned, folder, "resumed", *WHOLE, "--resume", folder / "killed/last.pt"),
+        "does not divide": finetune(captioned, folder, "does not divide", *SHORT, "--batch_size", 11),
+        "shrinks": finetune(captioned, folder, "shrinks", *SHORT, "--batch_size", 256),
+    }
+    found |= {name: finetune(captioned, folder, name, *SHORT, *extra.split()) for name, extra in VARIANTS.items()}
+    for name, extra in EVALUATIONS.items():
+        best = folder.parent / "one/whole/best.pt"
+        place = ("--checkpoint_path", folder, "--experiments", name, "--device", "cpu", "--num_workers", 0)
+        found[name] = {"arguments": [str(a) for a in ("--eval", "--resume", best, *place, *extra.split())]}
+    return found
+
+
+def crossed(captioned, folder, other):
+    """The run that goes on from where other processes were killed."""
+    return finetune(captioned, folder, "crossed", *WHOLE, "--resume", other / "killed/last.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def one(captioned, folder):
+    """What one process says to each of the commands, and its files in folder/one."""
+    return {name: run_alone(c) for name, c in commands(captioned, folder / "one").items()}
+
+
+def run_alone(command):
+    return worker.run_main(*command["arguments"], killed_in_step=command.get("killed_in_step"))
+
+
+@pytest.fixture(scope="module")
+def two(captioned, folder, one):
+    """What each of two processes found, and its files in folder/two."""
+    todo = commands(captioned, folder / "two") | {"crossed": crossed(captioned, folder / "two", folder / "one")}
+    (folder / "commands.json").write_text(json.dumps(todo))
+    run = Torchrun("-m", "tests.distributed_worker", folder, folder / "commands.json", marker=folder)
+    try:
+        code, _, err = run.end()
+    finally:
+        run.kill()
+    assert code == 0, err
+    assert "deprecated" not in err
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def assert_close(a, b, tolerance):
+    """Two dicts of tensors agree to `tolerance` of each tensor's largest entry."""
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        largest = value.abs().max().item()
+        torch.testing.assert_close(a[name], value, rtol=0, atol=tolerance * largest + 1e-15, msg=name)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+# The pieces.
+
+
+@pytest.mark.parametrize("case", worker.cases())
+def test_steps_of_two_processes_are_those_of_one(two, case):
+    expected = worker.train_small(ALONE, **worker.cases()[case])
+    for found, other, step in zip(two[0]["steps"][case], two[1]["steps"][case], expected, strict=True):
+        assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=1e-12)
+        assert found["accuracy"] == other["accuracy"] == step["accuracy"]
+        assert_close(found["gradients"], step["gradients"], 1e-10)
+        assert_close(found["after"], step["after"], 1e-10)
+        assert_equal(found["gradients"], other["gradients"])
+        assert_equal(found["after"], other["after"])
+    learning = {name: value for name, value in expected[0]["gradients"].items() if value.abs().max() > 0}
+    assert len(learning) >= 2 and ("clip.logit_scale" in learning) == ("margin" not in case)
+
+
+def test_bfloat16_values_are_normalised_as_in_one_process(two):
+    expected = worker.normalised_bfloat16(ALONE)
+    found = torch.cat([found["normalised"]["values"] for found in two])
+    torch.testing.assert_close(found, expected["values"], rtol=2**-7, atol=0)
+    for name in ("mean", "var"):
+        torch.testing.assert_close(two[0]["normalised"][name], expected[name])
+
+
+def test_rows_of_uneven_length_are_gathered_in_the_order_of_the_ranks(two):
+    expected = {
+        "uneven": [[0, 1], [2, 3], [4, 5], [100, 101]],
+        "empty": [[100, 101], [102, 103]],
+        "last is empty": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "none": [],
+    }
+    for found in two:
+        assert {name: rows.tolist() for name, rows in found["rows"].items()} == expected
+        assert all(rows.shape[1:] == (2,) for rows in found["rows"].values())
+
+
+def test_no_process_holds_the_matrix_of_the_batch_nor_its_own_rows_of_it(two):
+    for found in two:
+        assert found["largest"] == {"infonce": 300 * 300, "siglip": 300 * 300, "margin": 300 * 300}
+
+
+def test_ranks_are_counted_together_to_the_last_hit(two):
+    expected = worker.ranks_of_many_tiles(ALONE)
+    assert two[0]["ranks"] == two[1]["ranks"] == expected
+
+
+# The command line.
+
+
+def test_a_finetune_of_two_processes_ends_with_the_weights_of_one(one, two, folder):
+    assert one["whole"][0] == two[0]["runs"]["whole"][0] == two[1]["runs"]["whole"][0] == 0
+    for name in ("last.pt", "best.pt", "epoch_1.pt", "epoch_2.pt"):
+        a, b = (torch.load(folder / n / "whole" / name, weights_only=True) for n in ("two", "one"))
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        assert_close(a["model"], b["model"], 1e-5)
+    start = torch.load(folder / "one/whole/epoch_1.pt", weights_only=True)["model"]
+    moved = max((last(folder / "one/whole")["model"][name] - value).abs().max() for name, value in start.items())
+    assert moved > 1e-3
+
+
+def test_its_numbers_are_those_of_one(two, folder):
+    lines = [read_lines(folder / n / "whole/metrics.jsonl") for n in ("two", "one")]
+    assert len(lines[0]) == 10
+    for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            assert a[name] == (pytest.approx(value, rel=1e-5) if name in ("loss", "logit_scale") else value)
+    a, b = (read_json(folder / n / "whole/results.json") for n in ("two", "one"))
+    assert a.keys() == b.keys()
+    for name in ("i2t", "t2i", "rsum", "mean_recall", "step", "steps", "images", "captions"):
+        assert a[name] == b[name]
+
+
+def test_it_writes_each_file_once_and_the_same_files(two, folder):
+    files = [{path.name for path in (folder / n / "whole").iterdir()} for n in ("two", "one")]
+    assert files[0] == files[1]
+    assert len(list((folder / "two/whole/tensorboard").iterdir())) == 1
+
+
+def test_one_process_speaks(one, two, folder):
+    (_, out, err), (_, *silent) = (found["runs"]["whole"] for found in two)
+    assert silent == ["", ""]
+    assert "of 10 = 2 x 5 pairs" in out and all(line.endswith("10 = 2 x 5") for line in step_lines(out))
+    assert [line.split("  loss")[0] for line in step_lines(out)] == [
+        line.split("  loss")[0] for line in step_lines(one["whole"][1])
+    ]
+    assert len(step_lines(out)) == 6
+    assert out.count("before, test") == 1 and out.count("wrote ") == 1
+    assert err == one["whole"][2]
+    assert (folder / "two/whole/log.txt").read_text().count("step 6/6") == 1
+
+
+def step_lines(out):
+    return [line for line in out.splitlines() if "pairs/s" in line]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_way_to_train_ends_with_the_weights_of_one(one, two, folder, name):
+    assert one[name][0] == two[0]["runs"][name][0] == 0, two[0]["runs"][name][2]
+    # Batch normalisation of ten values makes rounding larger.
+    tolerance = 1e-4 if name == "resnet" else 1e-5
+    assert_close(last(folder / "two" / name)["model"], last(folder / "one" / name)["model"], tolerance)
+    losses = [
+        [line["loss"] for line in read_lines(folder / n / name / "metrics.jsonl") if line["kind"] == "train"]
+        for n in ("two", "one")
+    ]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_is_that_of_one_process_to_the_last_hit(one, two, folder, name):
+    assert one[name][0] == two[0]["runs"][name][0] == two[1]["runs"][name][0] == 0, two[0]["runs"][name][2]
+    a, b = (read_json(folder / n / name / "results.json") for n in ("two", "one"))
+    assert a.keys() == b.keys()
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert two[0]["runs"][name][1].count("i2t R@5") == 1 and two[1]["runs"][name][1:] == ("", "")
+
+
+def test_three_processes_on_two_nodes_evaluate_as_one(torchrun, one, folder):
+    place = ("--checkpoint_path", folder / "three", "--device", "cpu", "--experiments", "eval")
+    extra = EVALUATIONS["batches that do not divide"].split()
+    run = torchrun("main.py", "--eval", "--resume", folder / "one/whole/best.pt", *place, *extra, processes=(2, 1))
+    code, out, err = run.end()
+    assert code == 0, err
+    assert out.count("i2t R@5") == 1
+    a, b = (
+        read_json(path)
+        for path in (folder / "three/eval/results.json", folder / "one/batches that do not divide/results.json")
+    )
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
+    for rank, found in enumerate(two):
+        code, out, err = found["runs"]["does not divide"]
+        assert code == 2 and "step" not in out
+        assert err.strip().splitlines() == [
+            f"error (process {rank}): --batch_size 11 cannot be split over 2 processes; choose a multiple of it"
+        ]
+
+
+def test_a_split_smaller_than_the_batch_shrinks_the_batch_to_a_multiple(one, two):
+    assert "--batch_size 256 becomes 35" in one["shrinks"][2]
+    code, out, err = two[0]["runs"]["shrinks"]
+    assert code == 0 and "--batch_size 256 becomes 34" in err and "34 = 2 x 17" in out
+
+
+# Stopped and resumed.
+
+
+def test_two_processes_that_were_killed_and_resumed_end_bit_identical(two, folder):
+    assert [two[0]["runs"][name][0] for name in ("killed", "resumed")] == [None, 0]
+    assert last(folder / "two/killed")["step"] == RESUMED_AT
+    (weights, moments, lines, result), (weights_b, moments_b, lines_b, result_b) = (
+        ending(folder / "two" / name) for name in ("whole", "resumed")
+    )
+    assert_equal(weights, weights_b)
+    for key, state in moments.items():
+        assert_equal(state, moments_b[key])
+    assert [line for line in lines if line["step"] > RESUMED_AT] == [
+        line for line in lines_b if line["step"] > RESUMED_AT
+    ]
+    assert result == result_b
+
+
+def test_a_checkpoint_goes_on_in_another_number_of_processes(captioned, two, folder):
+    assert two[0]["runs"]["crossed"][0] == 0, two[0]["runs"]["crossed"][2]
+    code, _, err = run_alone(crossed(captioned, folder / "one", folder / "two"))
+    assert code == 0, err
+    for number in ("one", "two"):
+        content, whole = last(folder / number / "crossed"), last(folder / "one/whole")
+        assert content["step"] == whole["step"] == 6
+        assert_close(content["model"], whole["model"], 1e-5)
+        a, b = results(folder / number / "crossed"), results(folder / "one/whole")
+        assert a == b
+
+
+def test_sigterm_to_torchrun_saves_and_one_process_ends_as_if_nothing_had_happened(torchrun, captioned, tmp_path):
+    long = ("--batch_size", 4, "--epochs", 8, "--eval_every", 0)
+    run = torchrun("main.py", *finetune(captioned, tmp_path, "stopped", *long)["arguments"])
+    wait_for_step(tmp_path / "stopped", 5, run.agents[0])
+    run.agents[0].send_signal(signal.SIGTERM)
+    code, _, err = run.end(timeout=MINUTE)
+    assert code != 0 and run.alive() == {}
+    step = last(tmp_path / "stopped")["step"]
+    assert 5 <= step < 64
+    for rank in range(2):
+        assert f"error (process {rank}): interrupted at step {step} of 64, saved; " in err
+    assert f"--resume {tmp_path / 'stopped/last.pt'} goes on" in err
+
+    resumed = finetune(captioned, tmp_path, "stopped", *long, "--resume", "auto")
+    whole = finetune(captioned, tmp_path, "whole", *long)
+    for command in (resumed, whole):
+        code, _, err = run_alone(command)
+        assert code == 0, err
+    assert_close(last(tmp_path / "stopped")["model"], last(tmp_path / "whole")["model"], 1e-4)
+    steps = [line["step"] for line in read_lines(tmp_path / "stopped/metrics.jsonl") if line["kind"] == "train"]
+    assert steps == list(range(1, 65))
+
+
+def test_a_process_that_is_killed_ends_all_and_the_checkpoint_is_whole(torchrun, captioned, tmp_path):
+    long = ("--epochs", 20, "--eval_every", 0, "--save_every", 1)
+    run = torchrun("main.py", *finetune(captioned, tmp_path, "killed", *long)["arguments"])
+    wait_for_step(tmp_path / "killed", 5, run.agents[0])
+    os.kill(run.alive()["0"], signal.SIGKILL)  # the one that writes
+    code, _, err = run.end(timeout=MINUTE)
+    assert code != 0 and run.alive() == {}
+    assert "error (process 1): another process of this run was lost" in err and "--resume auto" in err
+    step = last(tmp_path / "killed")["step"]
+    assert 4 <= step < 60
+    resumed = finetune(captioned, tmp_path, "killed", *long, "--resume", "auto", "--max_steps", step + 2)
+    code, out, err = run_alone(resumed)
+    assert code == 0 and f"going on from {tmp_path / 'killed/last.pt'}, step {step}" in out, err
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_an_image_that_one_process_cannot_read_ends_all_and_is_named(torchrun, captioned, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(captioned, broken)
+    command = finetune(broken, tmp_path / "logs", "ex0", *SHORT)["arguments"]
+    dataset = read_dataset(Options.settle(parse(command)).data, "train")
+    mine, theirs = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
+    image = Path(dataset.images.name(next(i for i in theirs if i not in mine)))
+    image.write_bytes(image.read_bytes()[:300])
+
+    code, out, err = torchrun("main.py", *command).end(timeout=MINUTE)
+    assert code != 0 and not step_lines(out)
+    errors = [line for line in err.splitlines() if line.startswith("error")]
+    assert [line for line in errors if str(image) in line] == [e for e in errors if e.startswith("error (process 1): ")]
+    assert sum(str(image) in line for line in errors) == 1
+    assert all("another process of this run was lost" in e for e in errors if e.startswith("error (process 0)"))
