@@ -211,3 +211,26 @@ def test_the_time_of_training_does_not_depend_on_what_is_logged(run, arguments, 
 def test_options_of_a_run_are_a_record_of_what_was_typed(run, arguments, tmp_path):
     run(*arguments, "--weight_decay", "0.05", "--max_steps", "1")
     assert json.loads((tmp_path / "logs/ex0/options.json").read_text())["weight_decay"] == 0.05
+
+
+def test_an_image_cache_changes_nothing_but_is_there_for_the_next_run(run, arguments, tmp_path):
+    cache = tmp_path / "cache"
+    weights, results = [], []
+    for name, extra in (("plain", ()), ("cached", ("--image_cache", cache)), ("again", ("--image_cache", cache))):
+        code, out, err = run(*arguments, *extra, "--experiments", name)
+        assert code == 0, err
+        weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
+        results.append(read_json(tmp_path / f"logs/{name}/results.json")["i2t"])
+        assert ("building" in out) == (name == "cached")
+    assert len(list(cache.glob("*.pixels"))) == 3 and results[0] == results[1] == results[2]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in weights[0].items())
+
+
+def test_the_decoder_is_recorded_and_goes_with_the_checkpoint(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--decoder", "fast", "--max_steps", "1", "--no_eval_first")
+    assert code == 0, err
+    assert read_json(tmp_path / "logs/ex0/results.json")["decoder"] == "fast"
+    code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/last.pt")
+    assert code == 0, err
+    assert read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")["decoder"] == "fast"

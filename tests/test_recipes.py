@@ -53,6 +53,34 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, words, place",
+    [
+        ("coco_finetune_one_node.sh", "32 = 2 x 16", {"GPUS": 2}),
+        (
+            "coco_finetune_multi_node.sh",
+            "32 = 1 x 32",
+            {"NODES": 1, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29581, "GPUS": 1},
+        ),
+    ],
+)
+def test_recipes_of_several_processes(recipe, real_data, captioned, name, words, place):
+    short = (
+        "--vision_model",
+        captioned / "small.json",
+        "--pretrained",
+        "none",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "32",
+    )
+    result = recipe(name, real_data / "coco_mini", *short, "--no_eval_first", "--device", "cpu", **place)
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+
+
+@pytest.mark.slow
 def test_the_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
     result = recipe("flickr30k_finetune_vit-b-32.sh", tmp_path, "--vision_model", captioned / "small.json")
     assert result.returncode == 2 and str(tmp_path) in result.stderr

@@ -10,6 +10,7 @@ from clip_retrieval.losses import make_loss
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.training.precision import true_float32
 from clip_retrieval.training.step import Trainer
 from tests.models.small import small_clip, small_preprocess
 
@@ -82,6 +83,29 @@ def test_chunks_leave_one_trace_in_the_batch_statistics():
     torch.testing.assert_close(means[2][0], trainer.model.clip.visual.bn1.running_mean)
 
 
+def on_gpu(b):
+    return TrainBatch(b.images.cuda(), b.texts.cuda(), b.positives.cuda(), torch.arange(len(b.images)) % 5 + 3)
+
+
+@gpu
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("resnet", [False, True])
+def test_a_gpu_finds_the_gradients_of_a_cpu(loss, resnet):
+    found = []
+    for device in ("cpu", "cuda"):
+        trainer = trainer_of(loss=loss, resnet=resnet, device=device)
+        trainer._update = lambda: None
+        moved = on_gpu(batch(size=32 if resnet else 16))
+        if device == "cpu":
+            moved = TrainBatch(*(tensor.cpu() for tensor in vars(moved).values()))
+        with true_float32():
+            result = trainer.step(moved, 1, 1e-3)
+        found.append({n: p.grad.cpu() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        found[-1]["loss"] = result.loss.cpu()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_gradients_are_clipped_to_the_norm():
     moved = []
     for grad_clip in (None, 1e-4):
@@ -131,10 +155,10 @@ def test_mixed_precision_keeps_float32_weights_and_is_close_to_float32():
 
 @gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("grad_clip", [None, 1.0])
-def test_a_step_never_waits_for_the_gpu(precision, grad_clip):
-    trainer = trainer_of(device="cuda", precision=precision, grad_clip=grad_clip)
-    pinned = TrainBatch(*(tensor.cuda() for tensor in vars(batch()).values()))
+@pytest.mark.parametrize("options", [{}, {"grad_clip": 1.0}, {"grad_cache": 3}], ids=str)
+def test_a_step_never_waits_for_the_gpu(precision, options):
+    trainer = trainer_of(device="cuda", precision=precision, **options)
+    pinned = on_gpu(batch())
     trainer.step(pinned, 1, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
