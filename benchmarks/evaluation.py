@@ -11,7 +11,7 @@ and "ranks s" say where it goes. --five_images lets the row that computes every 
 make do with fewer. Weights are random, with a fixed seed, unless --pretrained gives some: the time does not depend on
 them, the recalls, in percent, do.
 
-"ours" is tokenising and `protocols.score`. "clip_benchmark" (pip install --no-deps clip-benchmark) is its
+"ours" is tokenising, `encode_split` and `score`. "clip_benchmark" (pip install --no-deps clip-benchmark) is its
 zeroshot_retrieval.evaluate without autocast, over the same photographs with open_clip's transform. "five_times" goes
 through all (image, caption) pairs, preprocesses and encodes each one's image, and its caption at full length, and
 sorts the whole matrix of scores in both directions, as CLIP_ITM does. All have the same batch size and number of
@@ -53,7 +53,7 @@ from clip_retrieval.data.loader import choose_num_workers
 from clip_retrieval.data.pixels import make_pixels
 from clip_retrieval.data.readers.karpathy import read_json
 from clip_retrieval.evaluation.encode import BATCH_SIZE
-from clip_retrieval.evaluation.protocols import score
+from clip_retrieval.evaluation.protocols import encode_split, score
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions
@@ -197,7 +197,8 @@ def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -
     tokens = tokenize(dataset.captions, tokenizer)
     pixels = make_pixels(dataset.images, setting.built.preprocess)
     tokenised = time.perf_counter()
-    block = score(model, dataset, tokens, pixels, options, num_workers=setting.num_workers, device=setting.device)
+    settings = {"num_workers": setting.num_workers, "device": setting.device}
+    block = score(encode_split(model, dataset, tokens, pixels, options, **settings), dataset, options)
     total = time.perf_counter() - started
     parts = {**block["seconds"]}
     parts["captions"] += tokenised - started

@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.protocols import score
+from clip_retrieval.evaluation.protocols import encode_split, score
 from clip_retrieval.models.build import known_tags
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
@@ -60,7 +60,7 @@ def evaluate_with(
         make_folder(folder)
         log_to_file(folder)
         write_options(folder, options, f"{device} ({device_name(device)})")
-    block = score(
+    encoded = encode_split(
         model.to(device),
         split.dataset,
         split.tokens,
@@ -70,6 +70,7 @@ def evaluate_with(
         device=device,
         processes=processes,
     )
+    block = score(encoded, split.dataset, options.evaluation, processes)
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
         write_json(folder / "results.json", results)

@@ -14,7 +14,7 @@ from typing import Any
 
 from clip_retrieval.distributed import joined
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError
-from clip_retrieval.evaluation.protocols import score
+from clip_retrieval.evaluation.protocols import Encoded, encode_split, score
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.prepare import Run, prepare, refuse_another_run
 from clip_retrieval.reporting.log import log, progress_bar, start_log
@@ -71,37 +71,36 @@ def evaluate_first(run: Run) -> None:
     done = run.progress.step or run.progress.before
     if done or split is None or run.options.evaluation.no_eval_first:
         return
-    run.progress.before = score_split(run, split)
+    _, run.progress.before = score_split(run, split)
     write_scores(run, "before", run.progress.before)
     log.info("before training:\n" + results_table({split.dataset.split: run.progress.before}))
 
 
 def train(run: Run) -> None:
-    """Go through the steps that are left; save and evaluate at the end of each epoch."""
+    """Go through the steps that are left, from one milestone to the next."""
     progress = run.progress
-    at_an_end = progress.step and (progress.step % len(run.sampler) == 0 or progress.step >= run.total_steps)
-    if at_an_end and progress.evaluated_step < progress.step:
-        end_of_epoch(run)
+    if progress.step and progress.evaluated_step < progress.step and is_milestone(run):
+        milestone(run)
     elif progress.step and run.processes.any(not (run.folder / "last.pt").exists()):  # resumed from another folder
         save_last(run)
     while progress.step < run.total_steps:
-        train_epoch(run)
-        end_of_epoch(run)
+        train_on(run)
+        milestone(run)
 
 
-def train_epoch(run: Run) -> None:
-    """The steps that are left of an epoch. Between two of them the run can be interrupted."""
+def train_on(run: Run) -> None:
+    """The steps up to the next milestone. Between two of them the run can be interrupted."""
     progress, options, per_epoch = run.progress, run.options, len(run.sampler)
     epoch, first_batch = divmod(progress.step, per_epoch)
-    last_step = min((epoch + 1) * per_epoch, run.total_steps)
     warmup = warmup_steps(options.train.warmup, run.total_steps)
     batches = run.loader.epoch(epoch, first_batch)
-    bar = progress_bar(total=last_step - epoch * per_epoch, initial=first_batch, desc=f"epoch {epoch + 1}")
+    left = min(per_epoch, run.total_steps - epoch * per_epoch)
+    bar = progress_bar(total=left, initial=first_batch, desc=f"epoch {epoch + 1}")
     watch = Stopwatch()
     run.model.train()
     started = time.perf_counter() - progress.seconds
     with bar:
-        while progress.step < last_step:
+        while progress.step == epoch * per_epoch + first_batch or not is_milestone(run):
             run.stop.check()
             with run.stop.interruptible(), watch.waiting():
                 batch = next(batches)
@@ -117,28 +116,41 @@ def train_epoch(run: Run) -> None:
                 save_last(run)
 
 
-def end_of_epoch(run: Run) -> None:
+def is_milestone(run: Run) -> bool:
+    """Whether something is to be done after this step: an epoch or the run ends, or an interval of steps does."""
+    step, options = run.progress.step, run.options
+    intervals = (len(run.sampler), options.evaluation.eval_steps, options.run.keep_steps)
+    return step == run.total_steps or any(interval and step % interval == 0 for interval in intervals)
+
+
+def milestone(run: Run) -> None:
     """Save, so that an interrupted evaluation costs nothing; evaluate; keep what is the best; save again."""
     progress, options = run.progress, run.options
-    epoch = -(-progress.step // len(run.sampler))
+    step, (epoch, rest) = progress.step, divmod(progress.step, len(run.sampler))
     save_last(run)
-    due = options.evaluation.eval_every and epoch % options.evaluation.eval_every == 0
-    if run.val is not None and (due or progress.step == run.total_steps):
-        evaluate_epoch(run, run.val, epoch)
-    progress.evaluated_step = progress.step
+    after_epochs, after_steps = options.evaluation.eval_every, options.evaluation.eval_steps
+    due = (after_epochs and not rest and epoch % after_epochs == 0) or (after_steps and step % after_steps == 0)
+    if run.val is not None and (due or step == run.total_steps):
+        evaluate_val(run, run.val)
+    progress.evaluated_step = step
     save_last(run)
-    if options.run.keep_every and epoch % options.run.keep_every == 0:
+    if options.run.keep_every and not rest and epoch % options.run.keep_every == 0:
         save(run, f"epoch_{epoch}.pt", whole_content)
+    if options.run.keep_steps and step % options.run.keep_steps == 0:
+        save(run, f"step_{step}.pt", whole_content)
 
 
-def evaluate_epoch(run: Run, val: Split, epoch: int) -> None:
+def evaluate_val(run: Run, val: Split) -> None:
     """Score the model on the val split, and keep it as best.pt if it is the best so far."""
-    progress, block = run.progress, score_split(run, val)
-    write_scores(run, "val", block)
+    progress, epoch = run.progress, -(-run.progress.step // len(run.sampler))
+    encoded, block = score_split(run, val)
+    batches = run.trainer.validate(encoded.images, encoded.captions, val.dataset, run.sampler.batch_size)
+    write_scores(run, "val", block | batches)
     better = progress.best is None or block["rsum"] > progress.best["block"]["rsum"]
     log.info(
-        f"epoch {epoch}  val rsum {block['rsum']:.2f}  i2t R@1 {block['i2t']['R@1']:.2f}  "
-        f"t2i R@1 {block['t2i']['R@1']:.2f}" + ("  best so far" if better else "")
+        f"epoch {epoch}  step {progress.step}  val rsum {block['rsum']:.2f}  i2t R@1 {block['i2t']['R@1']:.2f}  "
+        f"t2i R@1 {block['t2i']['R@1']:.2f}  loss {batches['loss']:.4f}  accuracy i2t {batches['i2t_accuracy']:.1f} "
+        f"t2i {batches['t2i_accuracy']:.1f}, in batches of {batches['batch_size']}" + ("  best so far" * better)
     )
     if better:
         progress.best = {"step": progress.step, "epoch": epoch, "block": block}
@@ -154,8 +166,9 @@ def finish(run: Run) -> None:
         run.processes.take_over(run.model.weights())
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
     val = progress.best["block"] if progress.best else None
-    test = score_split(run, run.test) if run.test is not None else None
-    if test:
+    test = None
+    if run.test is not None:
+        _, test = score_split(run, run.test)
         write_scores(run, "test", test)
 
     results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.dataset})
@@ -178,12 +191,12 @@ def finish(run: Run) -> None:
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
 
 
-def score_split(run: Run, split: Split) -> dict[str, Any]:
-    """The results block of a split."""
+def score_split(run: Run, split: Split) -> tuple[Encoded, dict[str, Any]]:
+    """The features and the results block of a split."""
     options, device = run.options, run.trainer.device
     try:
         with run.stop.interruptible():
-            block = score(
+            encoded = encode_split(
                 run.model,
                 split.dataset,
                 split.tokens,
@@ -193,15 +206,17 @@ def score_split(run: Run, split: Split) -> dict[str, Any]:
                 device=device,
                 processes=run.processes,
             )
+            block = score(encoded, split.dataset, options.evaluation, run.processes)
     except NotFiniteError as error:
         raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
-    return {"model": run.built.name, "decoder": options.data.decoder, **block}
+    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
     """One line of metrics.jsonl for an evaluation."""
     if run.metrics:
-        scores = {name: block[name] for name in ("i2t", "t2i", "mean_recall", "rsum")}
+        names = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
+        scores = {name: block[name] for name in names if name in block}
         run.metrics.write(kind, run.progress.step, scores)
 
 

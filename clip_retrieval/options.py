@@ -224,7 +224,20 @@ class EvalOptions:
         from_checkpoint=False,
     )
     eval_precision: str = option("fp32", "precision of encoding", choices=("fp32", "bf16", "fp16"))
-    eval_every: int = option(1, "epochs between evaluations on the val split; 0: none before the end", minimum=0)
+    eval_every: int = option(
+        1,
+        "epochs between evaluations on the val split; 0: none before the end",
+        "--valid_epoch_interval",
+        minimum=0,
+        also={"-1": "0"},
+    )
+    eval_steps: int = option(
+        0,
+        "steps between further evaluations on the val split; 0: none",
+        "--valid_step_interval",
+        minimum=0,
+        also={"-1": "0"},
+    )
     no_eval_first: bool = option(False, "do not evaluate the model before its first step")
     imagenet_eval: bool = option(False, "zero-shot ImageNet accuracy during training (not in this version: refused)")
     imagenet_eval_steps: int | None = option(None, "steps between those (not in this version: refused)", minimum=1)
@@ -252,7 +265,16 @@ class RunOptions:
     experiments: str = option("ex0", "name of this run, a folder in checkpoint_path", "--name", from_checkpoint=False)
     overwrite: bool = option(False, "start afresh in a folder that holds a run", from_checkpoint=False)
     save_every: int | None = option(None, "steps between saves of last.pt (default: each epoch)", minimum=1)
-    keep_every: int | None = option(None, "epochs between numbered checkpoints that stay (default: none)", minimum=1)
+    keep_every: int = option(
+        0,
+        "epochs between numbered checkpoints that stay; 0: none",
+        "--save_epoch_frequency",
+        minimum=0,
+        also={"-1": "0"},
+    )
+    keep_steps: int = option(
+        0, "steps between numbered checkpoints that stay; 0: none", "--save_step_frequency", minimum=0, also={"-1": "0"}
+    )
     display: int = option(20, "steps between log lines", "--log_every_n_steps", "--log_interval", minimum=1)
     device: str | None = option(None, "cuda, mps or cpu, or a numbered one (cuda:1)", auto=True, from_checkpoint=False)
 

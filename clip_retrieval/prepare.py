@@ -15,7 +15,6 @@ from clip_retrieval.data.loader import TrainLoader, choose_num_workers
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.losses import make_loss
 from clip_retrieval.models.batch_norm import shared_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel
@@ -227,9 +226,8 @@ def make_trainer(
         model.compile_towers()
     return Trainer(
         model,
-        make_loss(options.loss, processes),
+        options.loss,
         options.train,
-        clamp_scale=options.loss.loss == "infonce",
         precision=precision,
         device=device,
         processes=processes,
@@ -239,7 +237,7 @@ def make_trainer(
 def clear_run(folder: Path) -> None:
     """Take away the files of a run, and nothing else."""
     files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", "log.txt"]
-    for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt")]:
+    for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 

@@ -234,3 +234,23 @@ def test_the_decoder_is_recorded_and_goes_with_the_checkpoint(run, arguments, tm
     code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/last.pt")
     assert code == 0, err
     assert read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")["decoder"] == "fast"
+
+
+def test_intervals_of_steps(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--eval_steps", "2", "--keep_steps", "4", "--eval_every", "0")
+    assert code == 0, err
+    folder = tmp_path / "logs/ex0"
+    val = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "val"]
+    assert [line["step"] for line in val] == [2, 4, 6]
+    assert all({"loss", "i2t_accuracy", "t2i_accuracy"} <= line.keys() for line in val)
+    assert [path.name for path in folder.glob("*_*.pt")] == ["step_4.pt"]
+    assert torch.load(folder / "step_4.pt", weights_only=True)["step"] == 4
+
+
+def test_chinese_clips_intervals_switched_off(run, arguments, tmp_path):
+    off = ("--valid-step-interval", "--valid-epoch-interval", "--save-step-frequency", "--save-epoch-frequency")
+    code, _, err = run(*arguments, *(word for name in off for word in (name, "-1")))
+    assert code == 0, err
+    folder = tmp_path / "logs/ex0"
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "val"] == [6]
+    assert not list(folder.glob("*_*.pt"))

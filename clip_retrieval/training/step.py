@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import RunError
-from clip_retrieval.losses import Loss
+from clip_retrieval.losses import make_loss
 from clip_retrieval.models.batch_norm import statistics_kept
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import TrainOptions
+from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
 from clip_retrieval.training.precision import autocast, make_scaler
 
@@ -68,12 +70,12 @@ class Trainer:
 
     A batch is computed at once or in chunks (`grad_cache`): then the towers run a first time without a graph, the
     loss of the whole batch gives the gradient of each feature, and with it each chunk runs a second time (Gao et al.
-    2021, arXiv:2101.06983). The gradients are those of the whole batch, the memory is that of a chunk.
+    2021, arXiv:2101.06983). The gradients are those of the whole batch, the memory is that of a chunk. With InfoNCE the
+    logit scale is held within [0, ln 100].
 
     Args:
         model: on its device, with the parameters that learn already chosen.
-        loss: a function of this process's image features, everybody's text features, and positives.
-        clamp_scale: hold the logit scale within [0, ln 100] (InfoNCE).
+        loss: which loss.
         precision: "fp32", "bf16" or "fp16".
         processes: those that share a batch.
     """
@@ -81,17 +83,16 @@ class Trainer:
     def __init__(
         self,
         model: RetrievalModel,
-        loss: Loss,
+        loss: LossOptions,
         options: TrainOptions,
         *,
-        clamp_scale: bool,
         precision: str,
         device: torch.device,
         processes: Processes = ALONE,
     ):
         self.model = model
-        self.loss = loss
-        self.clamp_scale = clamp_scale
+        self.loss_options = loss
+        self.loss = make_loss(loss, processes)
         self.precision = precision
         self.device = device
         self.processes = processes
@@ -147,6 +148,32 @@ class Trainer:
         self._note_bad_step(loss, step)
         return StepResult(loss, ends[0].detach(), text_features.detach(), batch.positives)
 
+    @torch.no_grad()
+    def validate(
+        self, image_features: Tensor, text_features: Tensor, dataset: RetrievalDataset, batch_size: int
+    ) -> dict[str, float]:
+        """Mean loss and in-batch accuracy (percent) of a split's features, in batches as training has them.
+
+        Args:
+            image_features: (images, dim), all of the split, also with several processes.
+            text_features: (captions, dim).
+            dataset: the split; its pairs are drawn in the same order each time.
+            batch_size: pairs in a batch, or fewer where the split has fewer.
+        """
+        batch_size = min(batch_size, len(dataset.pairs))
+        loss = make_loss(self.loss_options, ALONE)
+        found = []
+        for batch in BatchSampler(dataset, batch_size).epoch(0):
+            images, texts = (
+                image_features[torch.from_numpy(batch.images)],
+                text_features[torch.from_numpy(batch.captions)],
+            )
+            positives = torch.from_numpy(dataset.positives(batch.images, batch.captions)).to(self.device)
+            result = StepResult(loss(images, texts, positives, *self._scale_and_bias()), images, texts, positives)
+            found.append((result.loss.item(), *result.accuracy()))
+        means = np.mean(found, axis=0).tolist()
+        return dict(zip(("loss", "i2t_accuracy", "t2i_accuracy"), means)) | {"batch_size": batch_size}
+
     def _chunks(self, pairs: int) -> list[slice]:
         size = self.grad_cache or -(-pairs // self.accum_freq)
         return [slice(start, min(start + size, pairs)) for start in range(0, pairs, size)]
@@ -196,7 +223,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.clamp_scale:
+        if self.loss_options.loss == "infonce":
             self.model.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
 
     def _note_bad_step(self, loss: Tensor, step: int) -> None:

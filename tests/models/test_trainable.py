@@ -2,8 +2,6 @@ import pytest
 import torch
 
 from clip_retrieval.data.loader import TrainBatch
-from clip_retrieval.distributed import ALONE
-from clip_retrieval.losses import make_loss
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
@@ -17,8 +15,7 @@ def changed_by_steps(model, size, steps=2, loss="infonce", **options):
     """Names of the entries of the state dict that training steps change."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train_options = TrainOptions(lr=1e-2, **options)
-    loss_function = make_loss(LossOptions(loss=loss), ALONE)
-    trainer = Trainer(model, loss_function, train_options, clamp_scale=True, precision="fp32", device=CPU)
+    trainer = Trainer(model, LossOptions(loss=loss), train_options, precision="fp32", device=CPU)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49000, (6, 8), generator=generator)

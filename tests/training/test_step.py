@@ -1,12 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageFiles
 from clip_retrieval.data.loader import TrainBatch
-from clip_retrieval.distributed import ALONE
+from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.errors import RunError
-from clip_retrieval.losses import make_loss
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
@@ -17,15 +19,14 @@ from tests.models.small import small_clip, small_preprocess
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def trainer_of(loss="infonce", device="cpu", precision="fp32", clamp_scale=True, resnet=False, **options):
+def trainer_of(loss="infonce", device="cpu", precision="fp32", resnet=False, **options):
     clip = small_clip(resnet=resnet, init_logit_bias=-10.0 if loss == "siglip" else None)
     model = RetrievalModel(clip, small_preprocess()).to(device)
     set_trainable(model, learn_scale=loss != "margin", learn_bias=loss == "siglip")
     return Trainer(
         model.train(),
-        make_loss(LossOptions(loss=loss), ALONE),
+        LossOptions(loss=loss),
         TrainOptions(**options),
-        clamp_scale=clamp_scale,
         precision=precision,
         device=torch.device(device),
     )
@@ -117,11 +118,30 @@ def test_gradients_are_clipped_to_the_norm():
 
 
 def test_the_scale_stays_within_1_and_100_for_infonce_only():
-    for clamp, start, expected in ((True, 6.0, math.log(100)), (True, -1.0, 0.0), (False, 6.0, 6.0)):
-        trainer = trainer_of(clamp_scale=clamp)
+    for loss, start, expected in (("infonce", 6.0, math.log(100)), ("infonce", -1.0, 0.0), ("siglip", 6.0, 6.0)):
+        trainer = trainer_of(loss)
         trainer.model.clip.logit_scale.data.fill_(start)
         trainer.step(batch(), 1, 1e-9)
         assert trainer.model.clip.logit_scale.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+def test_validation_is_the_mean_over_batches_of_the_pairs(loss):
+    trainer = trainer_of(loss)
+    pairs = np.array([(i // 2, i) for i in range(10)])
+    dataset = RetrievalDataset("test", "val", ImageFiles([str(i) for i in range(5)]), ["a caption"] * 10, pairs)
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(n, 24, generator=generator), dim=-1) for n in (5, 10))
+    found = trainer.validate(image, text, dataset, 4)
+    losses, hits = [], []
+    for rows in BatchSampler(dataset, 4).epoch(0):
+        images, texts = image[rows.images], text[rows.captions]
+        matrix = torch.from_numpy(rows.images[:, None] == rows.captions // 2)
+        losses.append(trainer.loss(images, texts, matrix.nonzero(), *trainer._scale_and_bias()).item())
+        hits += [matrix[i, j].item() for i, j in enumerate((images @ texts.T).argmax(1).tolist())]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6) and found["batch_size"] == 4
+    assert found["i2t_accuracy"] == pytest.approx(100 * np.mean(hits))
+    assert trainer.validate(image, text, dataset, 256)["batch_size"] == 10
 
 
 def test_the_first_step_that_is_not_finite_is_named():
