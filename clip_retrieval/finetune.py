@@ -223,7 +223,6 @@ def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
 def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopwatch) -> None:
     """One log line. Asks the device for the numbers, and so waits for it."""
     run.trainer.check_finite()
-    i2t, t2i = result.accuracy(run.processes)
     loss, scale = result.loss.item(), run.model.clip.logit_scale.exp().item()
     speed, waited = watch.lap()
     values = {
@@ -231,17 +230,18 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
         "loss": loss,
         "lr": rate,
         "logit_scale": scale,
-        "i2t_accuracy": i2t,
-        "t2i_accuracy": t2i,
         "pairs_per_second": speed,
         "data_percent": waited,
     }
+    accuracy = ""
+    if run.options.run.report_training_batch_acc:
+        values["i2t_accuracy"], values["t2i_accuracy"] = i2t, t2i = result.accuracy(run.processes)
+        accuracy = f"accuracy i2t {i2t:.1f} t2i {t2i:.1f}  "
     if run.metrics:
         run.metrics.write("train", run.progress.step, values)
     log.info(
         f"epoch {epoch + 1}  step {run.progress.step}/{run.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
-        f"scale {scale:.2f}  accuracy i2t {i2t:.1f} t2i {t2i:.1f}  {speed:.1f} pairs/s  data {waited:.0f}%  "
-        f"{run.batch_in_words}"
+        f"scale {scale:.2f}  {accuracy}{speed:.1f} pairs/s  data {waited:.0f}%  {run.batch_in_words}"
     )
 
 

@@ -83,6 +83,12 @@ class ModelOptions:
         "names, a hub id's own, else none)",
         "--clip_weight_path",
     )
+    text_pretrained: str | None = option(
+        None,
+        "with --text_model: weights that the text tower starts from, a BERT's folder, weight file or hub name; the "
+        "image tower's come from --pretrained (default: none)",
+        "--bert_weight_path",
+    )
     context_length: int | None = option(None, "length captions are cut to, in tokens (default: the model's)", minimum=3)
     image_size: int | None = option(
         None,
@@ -98,7 +104,7 @@ class DataOptions:
 
     dataset: str = option(
         "coco",
-        "coco, flickr30k, flickr8k, karpathy, csv, or shapes (built in, needs no files)",
+        "coco, flickr30k, flickr8k, karpathy, csv, chinese, or shapes (built in, needs no files)",
         "--dataset_name",
     )
     dataset_root: str = option("datasets", "folder of the data set", "--dataset_path")
@@ -112,6 +118,12 @@ class DataOptions:
         "folder of the images instead of the one in dataset_root (coco, karpathy, csv)",
         "--train_img_dir",
     )
+    train_data: str | None = option(
+        None,
+        "chinese: LMDB folder of the train split, or what the names of its _imgs.tsv and _texts.jsonl begin with, "
+        "instead of those in dataset_root",
+    )
+    val_data: str | None = option(None, "chinese: the same for the val split")
     no_restval: bool = option(False, "coco: train on the train images only (82,783), without restval (30,504)")
     image_column: str = option("image", "csv: column of the image path")
     caption_column: str = option("caption", "csv: column of the caption")
@@ -125,7 +137,12 @@ class DataOptions:
         "all: every caption once an epoch; one: each image once an epoch with a random caption",
         choices=("all", "one"),
     )
-    augment: str = option("none", "training images: as in evaluation, or a random crop", choices=("none", "crop"))
+    augment: str = option(
+        "none",
+        "training images: as in evaluation, a random crop, or a crop changed by AutoAugment",
+        choices=("none", "crop", "auto"),
+        flags={"--use_augment": "auto"},
+    )
     decoder: str = option(
         "pillow",
         "how images are decoded and resized: as the reference does, or 2.5 times faster with pixels that differ by a "
@@ -144,6 +161,11 @@ class DataOptions:
         auto=True,
         from_checkpoint=False,
     )
+
+    @property
+    def place(self) -> str:
+        """Where the data are, for messages."""
+        return self.annotations or self.train_data or self.val_data or self.dataset_root
 
 
 @dataclass
@@ -275,6 +297,7 @@ class RunOptions:
     keep_steps: int = option(
         0, "steps between numbered checkpoints that stay; 0: none", "--save_step_frequency", minimum=0, also={"-1": "0"}
     )
+    report_training_batch_acc: bool = option(True, "log the in-batch accuracy (--no_...: leave it out)")
     display: int = option(20, "steps between log lines", "--log_every_n_steps", "--log_interval", minimum=1)
     device: str | None = option(None, "cuda, mps or cpu, or a numbered one (cuda:1)", auto=True, from_checkpoint=False)
 
@@ -312,6 +335,8 @@ class Options:
         """
         merged: dict[str, Any] = {}
         for layer in layers:
+            if layer.get("train_data") or layer.get("val_data"):
+                merged["dataset"] = "chinese"  # the only one that has them, so that it need not be typed
             merged.update(layer)
         options = cls(**{name: _fill(group, merged) for name, group in GROUPS.items()})
         for name in GROUPS:
@@ -322,7 +347,10 @@ class Options:
 
     def check_combinations(self) -> None:
         """Raise UserError for options that exclude each other."""
-        train = self.train
+        train, data = self.train, self.data
+        for name in ("train_data", "val_data"):
+            if getattr(data, name) and data.dataset != "chinese":
+                raise UserError(f"--{name} is for --dataset chinese; drop it, or --dataset {data.dataset}")
         if train.grad_cache and train.accum_freq > 1:
             raise UserError("--grad_cache and --accum_freq say the same in two ways; drop one of them")
         if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":

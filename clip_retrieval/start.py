@@ -12,7 +12,7 @@ from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.loader import choose_num_workers
-from clip_retrieval.data.pixels import Pixels, make_pixels
+from clip_retrieval.data.pixels import AutoAugmented, Pixels, make_pixels
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
 from clip_retrieval.models.source import check_names
@@ -22,7 +22,8 @@ from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
 from clip_retrieval.reporting.log import log
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
-PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column")
+PREFIXES = ("train_data", "val_data")  # they may be the beginning of the names of files
+PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
@@ -44,7 +45,8 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
     stored = checkpoint["options"]
     check_names(options.model, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
     taken = taken_from_checkpoint(stored)
-    if "dataset_root" in typed or typed.get("dataset", stored["dataset"]) != stored["dataset"]:
+    implied = "chinese" if any(name in typed for name in PREFIXES) else stored["dataset"]
+    if "dataset_root" in typed or typed.get("dataset", implied) != stored["dataset"]:
         # Other data than the checkpoint's: the places of its files say nothing about them.
         taken = {name: value for name, value in taken.items() if name not in PLACES}
     if "epochs" in typed:
@@ -106,11 +108,20 @@ def load_split(
     preprocess: dict[str, Any],
     device: torch.device,
     augment: str = "none",
+    *,
+    answered: bool = True,
 ) -> Split | None:
-    """Read a split and say what is in it; None where the data set has no such split."""
+    """Read a split and say what is in it; None where the data set has no such split.
+
+    Raises UserError where no caption describes an image; where it need not be `answered`, that is no split.
+    """
     dataset = read_dataset(options.data, split)
     if dataset is None:
         return None
+    if not answered and len(dataset.pairs) == 0:
+        log.warning(f"{dataset.name}, {split} split: no image has a caption, so that it cannot be scored")
+        return None
+    dataset.require_pairs()
     tokens = tokenize(dataset.captions, tokenizer)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
     log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
@@ -123,6 +134,8 @@ def load_pixels(
     options: Options, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
 ) -> Pixels:
     """The images as the model sees them, from the cache if there is one."""
+    if augment == "auto":
+        return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
     settings = {"augment": augment, "decoder": options.data.decoder}
     pixels = make_pixels(dataset.images, preprocess, **settings)
     if not options.data.image_cache or pixels.in_memory:
@@ -177,5 +190,7 @@ def load_model(
 
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """Options for a checkpoint: its data are found from any working directory."""
-    absolute = {name: str(Path(flat[name]).absolute()) for name in PATHS if flat[name] and Path(flat[name]).exists()}
+    places = [name for name in PATHS if flat[name] and Path(flat[name]).exists()]
+    places += [name for name in PREFIXES if flat[name]]
+    absolute = {name: str(Path(flat[name]).absolute()) for name in places}
     return flat | absolute

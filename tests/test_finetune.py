@@ -93,6 +93,7 @@ def test_the_log_lines_have_the_numbers_of_a_step(run, arguments, tmp_path):
         ("--decoder", "fast"),
         ("--trainable", "linear_projection", "--no_feature_cache"),
         ("--augment", "crop"),
+        ("--use_augment",),
         ("--caption_sampling", "one"),
         ("--grad_clip", "0.1"),
         ("--precision", "bf16"),
@@ -254,3 +255,13 @@ def test_chinese_clips_intervals_switched_off(run, arguments, tmp_path):
     folder = tmp_path / "logs/ex0"
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "val"] == [6]
     assert not list(folder.glob("*_*.pt"))
+
+
+def test_the_in_batch_accuracy_can_be_left_out(run, arguments, tmp_path):
+    lines = {}
+    for name, extra in (("with", ["--report-training-batch-acc"]), ("without", ["--no_report_training_batch_acc"])):
+        code, out, err = run(*arguments, *extra, "--experiments", name, "--max_steps", "2", "--no_eval_first")
+        assert code == 0, err
+        lines[name] = next(line for line in read_lines(tmp_path / f"logs/{name}/metrics.jsonl"))
+        assert ("accuracy i2t" in next(line for line in out.splitlines() if "step 1/2" in line)) == (name == "with")
+    assert "i2t_accuracy" in lines["with"] and "i2t_accuracy" not in lines["without"]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.images import ImageArray
@@ -42,6 +44,27 @@ def make_pixels(images: Images, preprocess: dict, *, augment: str = "none", deco
         decoder: "pillow", the reference's pixels, or "fast", one or two grey levels from them (see `preprocess`).
     """
     return _DecodedPixels(images, preprocess, augment, decoder)
+
+
+class AutoAugmented:
+    """Random crops, changed by one of AutoAugment's policies for ImageNet (arXiv:1805.09501), which never mirrors."""
+
+    def __init__(self, crops: Pixels):
+        self.crops = crops
+        self.in_memory = False  # work for other processes
+        self._change = AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR)
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
+        crop = self.crops(index, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            return self._change(crop)
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 
 class _DecodedPixels:

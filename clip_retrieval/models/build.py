@@ -113,7 +113,7 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         # timm fits the position embeddings itself, and needs the weights at their own size for it.
         if _holds_other_size(clip, state):
             _resize_timm(clip, config, source.name)
-        load_into(clip, state, source.weights, source.name)
+        load_into(clip, state, source.weights, source.name, source.random)
     _resize_timm(clip, config, source.name)
     if logit_bias and "logit_bias" not in state:
         torch.nn.init.constant_(clip.logit_scale, SIGLIP_SCALE)

@@ -47,6 +47,30 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The opposite of `to_open_clip`: a state dict as Chinese-CLIP's own checkpoints have it."""
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith("text.transformer."):
+            renamed["bert." + name.removeprefix("text.transformer.")] = value
+        elif name == "text.proj.weight":
+            renamed["text_projection"] = value.T.contiguous()
+        else:
+            renamed[name] = value
+    return {f"module.{name}": value for name, value in renamed.items()}
+
+
+def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a BERT, under the names of the text tower: without its heads and its unused pooler."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("bert.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
+            renamed[f"text.transformer.{name}"] = value
+    return renamed
+
+
 def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
     """The model config of a checkpoint, from the shapes of its tensors (under open_clip's names).
 

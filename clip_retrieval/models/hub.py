@@ -112,3 +112,20 @@ def fetch_hub_weights(hub_id: str) -> str:
             f"the weights of hf-hub:{hub_id} could not be fetched from huggingface.co; is there a network? A file "
             "that was downloaded elsewhere is given as --pretrained FILE"
         ) from None
+
+
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def fetch_bert(name: str) -> str:
+    """Path of the weights of a BERT on the hub. Raises UserError where they cannot be had."""
+    for file in BERT_FILES:
+        try:
+            with hub_access():
+                return huggingface_hub.hf_hub_download(name, file)
+        except FETCH_ERRORS:
+            continue
+    raise UserError(
+        f"--text_pretrained {name}: no such file or folder, and its weights could not be fetched from huggingface.co; "
+        "give the folder that a BERT was downloaded to"
+    )

@@ -12,15 +12,17 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models.weights import some
 
 
-def load_into(clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
-    """Put `state` into an open_clip model, strictly; only a `logit_bias` may be missing.
+def load_into(
+    clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str, random: tuple[str, ...] = ()
+) -> None:
+    """Put `state` into an open_clip model, strictly; only a `logit_bias` may be missing, and what begins with `random`.
 
     Position embeddings are fitted to the model's image size and context length. Raises UserError, naming `source`,
     `name` and the weights, where they do not fit.
     """
     own = clip.state_dict()
     state = _fit(clip, state, own)
-    missing = [key for key in own if key not in state and key != "logit_bias"]
+    missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
     differing = [
         f"{key} {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}"

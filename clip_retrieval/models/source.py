@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import chinese_clip, hub, names, weights
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
-from clip_retrieval.models.weights import Weights, read_weights
+from clip_retrieval.models.weights import Weights, read_bert, read_weights
 from clip_retrieval.options import ModelOptions
 
 
@@ -29,6 +29,7 @@ class ModelSource:
         preprocess: open_clip's PreprocessCfg, as plain JSON.
         weights: where the weights are from: a tag, "none", "own" (a hub id's or folder's) or a file.
         state: the weights, or None for random ones.
+        random: beginnings of the names of weights that `state` may lack: they stay random.
     """
 
     name: str
@@ -36,24 +37,32 @@ class ModelSource:
     preprocess: dict[str, Any]
     weights: str
     state: dict[str, torch.Tensor] | None = None
+    random: tuple[str, ...] = ()
 
 
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     """The model that `options` name, its weights read but not built yet. See `build.build_model`."""
     name = names.resolve(options.vision_model)
+    if options.text_pretrained and not options.text_model:
+        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model, the tower that it is for")
     pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
     tag_config = get_pretrained_cfg(name.config, pretrained)
     if pretrained == NO_WEIGHTS or (pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")):
         return _named_source(options, name, pretrained)
     if tag_config:
+        path = hub.fetch_tag(name.name, pretrained, tag_config)
         if options.text_model:
-            raise UserError(f"--pretrained {pretrained} has a text tower of its own; leave --text_model out")
+            return _two_towers(options, name, pretrained, read_weights(path).state)
         config, _ = _read_config(name)
         config["quick_gelu"] = tag_config.get("quick_gelu", config.get("quick_gelu", False))
-        path = hub.fetch_tag(name.name, pretrained, tag_config)
         return ModelSource(name.name, config, _preprocess(tag_config), pretrained, read_weights(path).state)
     _check_is_no_tag(pretrained, name)
     found = read_weights(pretrained)
+    whole = found.kind in (weights.OURS, weights.CHINESE_CLIP)
+    if whole and options.text_pretrained:
+        raise UserError(f"{found.source} has the weights of its text tower; leave --text_pretrained out")
+    if options.text_model and not whole:
+        return _two_towers(options, name, found.source, found.state)
     if found.kind == weights.OURS:
         return _ours(found, options, typed_model)
     if found.kind == weights.CHINESE_CLIP:
@@ -86,8 +95,7 @@ def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
 def _named_source(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
     """Config and preprocessing by name; weights only where a hub id or folder has its own."""
     if options.text_model:
-        config = chinese_clip.reference_config(name.config, options.text_model)
-        return ModelSource(chinese_clip.model_name(config), config, _preprocess(chinese_clip.PREPROCESS), pretrained)
+        return _two_towers(options, name, pretrained, {})
     config, preprocess = _read_config(name)
     source = ModelSource(name.name, config, preprocess, pretrained)
     if pretrained == OWN_WEIGHTS:
@@ -95,6 +103,22 @@ def _named_source(options: ModelOptions, name: ModelName, pretrained: str) -> Mo
         path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
         source.state = read_weights(path).state
     return source
+
+
+def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
+    """A model of Chinese-CLIP, its image tower from the weights of any CLIP, its text tower from a BERT's."""
+    config = chinese_clip.reference_config(name.config, options.text_model)
+    model, preprocess = chinese_clip.model_name(config), _preprocess(chinese_clip.PREPROCESS)
+    image = {name: v for name, v in state.items() if name.startswith("visual.") or name == "logit_scale"}
+    if state and not image:
+        raise UserError(f"--pretrained {pretrained} holds no image tower (visual.*); give the weights of a CLIP")
+    text = read_bert(options.text_pretrained) if options.text_pretrained else {}
+    if not image and not text:
+        return ModelSource(model, config, preprocess, NO_WEIGHTS)
+    # What neither has: the projection of the text tower, and the tower that starts from nothing.
+    random = ("text.proj." if text else "text.", *(() if image else ("visual.", "logit_scale")))
+    held = f"{pretrained} for images, {options.text_pretrained or NO_WEIGHTS} for captions"
+    return ModelSource(model, config, preprocess, held, image | text, random)
 
 
 def _weights_in(folder: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip
+from clip_retrieval.models import chinese_clip, hub
 
 OURS = "ours"
 OPENAI_ARCHIVE = "openai archive"
@@ -65,6 +65,45 @@ def read_weights(path: str | Path) -> Weights:
         state = {name: v for name, v in _read_torchscript(path).items() if name not in _ARCHIVE_FACTS}
         return Weights(str(path), OPENAI_ARCHIVE, _float32(state))
     return _from_content(path, _read_tensors(path))
+
+
+def read_bert(place: str) -> dict[str, torch.Tensor]:
+    """A BERT's weights from a folder, a file or the hub, float32, under the names of Chinese-CLIP's text tower.
+
+    Raises UserError as `read_weights` does, and where the file holds no BERT.
+    """
+    path = Path(place)
+    if path.is_dir():
+        files = [path / name for name in hub.BERT_FILES if (path / name).exists()]
+        if not files:
+            raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a BERT")
+        path = files[0]
+    elif not path.exists() and not path.suffix:
+        path = Path(hub.fetch_bert(place))
+    _check_is_file(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_tensors(path)
+    tensors = content.items() if isinstance(content, dict) else ()
+    state = {name: v for name, v in tensors if isinstance(name, str) and isinstance(v, torch.Tensor)}
+    state = chinese_clip.bert_to_open_clip(_float32(_without_prefix(state, "module.")))
+    if not state:
+        raise UserError(f"{path} holds no BERT (no embeddings.* and encoder.*); give another --text_pretrained")
+    return state
+
+
+def export_chinese_clip(checkpoint: Path, output: Path) -> None:
+    """Write a checkpoint of ours that holds a Chinese-CLIP as that system's own code reads it.
+
+    Raises UserError where `checkpoint` holds something else, or `output` is there already.
+    """
+    content = read_checkpoint(checkpoint)
+    if content is None or not chinese_clip.is_chinese_clip(content["model_config"]):
+        raise UserError(f"{checkpoint} is no checkpoint of ours with a Chinese-CLIP model; give one")
+    if output.exists():
+        raise UserError(f"{output} is there already; choose another name, or take it away")
+    state = chinese_clip.to_reference(content["model"])
+    temporary = output.with_name(f".{output.name}.tmp")
+    torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, temporary)
+    temporary.replace(output)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any] | None:

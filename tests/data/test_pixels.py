@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from clip_retrieval.data.images import ImageArray, ImageFiles
-from clip_retrieval.data.pixels import make_pixels
+from clip_retrieval.data.pixels import AutoAugmented, make_pixels
 from clip_retrieval.data.preprocess import crop_region
 from clip_retrieval.errors import UserError
 from tests.models.small import small_preprocess
@@ -176,3 +176,16 @@ def test_a_batch_is_its_images_here_and_in_a_process_of_its_own(images, augment,
     assert torch.equal(pixels.batch(indices, seeds), expected)
     assert torch.equal(pickle.loads(pickle.dumps(pixels)).batch(indices, np.array(seeds)), expected)
     assert torch.equal(expected[0], expected[2]) == (augment == "none")
+
+
+def test_autoaugment_changes_a_crop_the_same_way_for_the_same_seed(images):
+    crops = make_pixels(images, small_preprocess(), augment="crop")
+    changed = AutoAugmented(crops)
+    first = changed.batch([0, 1, 2], [5, 6, 7])
+    assert first.shape == (3, 3, 16, 16) and first.dtype == torch.uint8
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(changed.batch([0, 1, 2], [5, 6, 7]), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    many = [changed(0, seed) for seed in range(20)]
+    assert sum(torch.equal(one, crops(0, seed)) for seed, one in enumerate(many)) < 15

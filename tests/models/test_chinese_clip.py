@@ -13,7 +13,10 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models import chinese_clip
 from clip_retrieval.models.build import build_model, build_tokenizer, rebuild_model
 from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.trainable import set_trainable
+from clip_retrieval.models.weights import export_chinese_clip
 from clip_retrieval.options import ModelOptions
+from tests.models.small import small_preprocess
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "狗", "猫", "跑", "a", '"', "。", "[", "]"]
 
@@ -195,5 +198,103 @@ def test_a_text_tower_of_another_name_is_refused():
         build_model(ModelOptions(vision_model="ViT-B-16", text_model="RBT4-chinese"))
     with pytest.raises(UserError, match="not with tiny"):
         build_model(ModelOptions(vision_model="tiny", text_model="RBT3-chinese"))
-    with pytest.raises(UserError, match="text tower of its own"):
-        build_model(ModelOptions(vision_model="ViT-B-16", text_model="RBT3-chinese", pretrained="openai"))
+
+
+@pytest.fixture
+def small_names(monkeypatch):
+    """RN50 beside a text tower small enough for a test."""
+    monkeypatch.setitem(chinese_clip.TEXT_MODELS, "small", {"hidden_size": 128, "num_hidden_layers": 2})
+    monkeypatch.setattr(chinese_clip, "VOCABULARY", 13)
+    monkeypatch.setattr(chinese_clip, "POSITIONS", 64)
+    return {"vision_model": "RN50", "text_model": "small"}
+
+
+def bert_folder(folder, *, old_names):
+    """A BERT's folder, of today or as those of 2019, with the heads that it was pretrained with."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    bert = BertModel(BertConfig(vocab_size=13, max_position_embeddings=64, **sizes))
+    if not old_names:
+        bert.save_pretrained(folder)
+    else:
+        old = {f"bert.{n.replace('LayerNorm.weight', 'LayerNorm.gamma')}": v for n, v in bert.state_dict().items()}
+        old = {n.replace("LayerNorm.bias", "LayerNorm.beta"): v for n, v in old.items()}
+        folder.mkdir()
+        torch.save(old | {"cls.predictions.bias": torch.zeros(13)}, folder / "pytorch_model.bin")
+    return bert
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_starts_from_a_clips_image_tower_and_a_bert(tmp_path, small_names, old_names):
+    import open_clip
+
+    clip = open_clip.create_model("RN50")
+    torch.save(clip.state_dict(), tmp_path / "RN50.pt")
+    bert = bert_folder(tmp_path / "bert", old_names=old_names)
+    places = {"pretrained": str(tmp_path / "RN50.pt"), "text_pretrained": str(tmp_path / "bert")}
+    built = build_model(ModelOptions(**small_names, **places))
+    visual, own = built.clip.visual.state_dict(), bert.state_dict()
+    assert all(torch.equal(value, visual[name]) for name, value in clip.visual.state_dict().items())
+    text = built.clip.text.transformer.state_dict()
+    assert len(text) > 30 and all(torch.equal(value, own[name]) for name, value in text.items())
+    assert all(place in built.weights for place in places.values())
+
+    only_text = build_model(ModelOptions(**small_names, text_pretrained=places["text_pretrained"]))
+    assert torch.equal(
+        only_text.clip.text.transformer.state_dict()["embeddings.word_embeddings.weight"],
+        own["embeddings.word_embeddings.weight"],
+    )
+    only_vision = build_model(ModelOptions(**small_names, pretrained=places["pretrained"]))
+    assert torch.equal(only_vision.clip.visual.conv1.weight, clip.visual.conv1.weight)
+    assert "none for captions" in only_vision.weights
+
+
+def test_text_weights_that_are_none(tmp_path, small_names):
+    (tmp_path / "empty").mkdir()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"transformer.a": torch.zeros(2)}, tmp_path / "no_tower.pt")
+    for options, words in (
+        ({"text_pretrained": str(tmp_path / "empty")}, "pytorch_model.bin"),
+        ({"text_pretrained": str(tmp_path / "other.pt")}, "holds no BERT"),
+        ({"text_pretrained": "nobody/nothing"}, "nobody/nothing: no such file or folder"),
+        ({"pretrained": str(tmp_path / "no_tower.pt")}, "holds no image tower"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build_model(ModelOptions(**small_names, **options))
+    with pytest.raises(UserError, match="needs --text_model"):
+        build_model(ModelOptions(vision_model="RN50", text_pretrained="bert"))
+    with pytest.raises(UserError, match="leave --text_pretrained out"):
+        build_model(ModelOptions(pretrained=str(checkpoint(tmp_path)), text_model="x", text_pretrained="bert"))
+
+
+def test_is_saved_back_as_the_reference_has_it(tmp_path):
+    path = checkpoint(tmp_path)
+    built = build_model(ModelOptions(pretrained=str(path)))
+    ours = {"model": built.clip.state_dict(), "model_config": built.config, "preprocess": built.preprocess}
+    torch.save(ours | {"options": {}, "epoch": 3, "step": 9}, tmp_path / "ours.pt")
+    export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
+    exported, reference = (torch.load(p, weights_only=True)["state_dict"] for p in (tmp_path / "exported.pt", path))
+    assert exported.keys() == {name for name in reference if ".pooler." not in name}
+    assert all(torch.equal(value, reference[name].float()) for name, value in exported.items())
+    with pytest.raises(UserError, match=r"exported.pt is there already"):
+        export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
+    with pytest.raises(UserError, match="is no checkpoint of ours with a Chinese-CLIP"):
+        export_chinese_clip(path, tmp_path / "again.pt")
+
+
+@pytest.mark.parametrize("freeze_text", [False, True])
+def test_bert_can_be_frozen(tmp_path, freeze_text):
+    model = RetrievalModel(build_model(ModelOptions(pretrained=str(checkpoint(tmp_path)))).clip, small_preprocess())
+    set_trainable(model, freeze_text=freeze_text)
+    model.train()
+    ids = torch.tensor([[2, 5, 7, 3, 0], [2, 6, 3, 0, 0]])
+    assert model.encode_text(ids).requires_grad == (not freeze_text)
+    assert model.clip.text.transformer.training == (not freeze_text)
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    image, text = model(images, ids)
+    (image * text).sum().backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any(name.startswith("clip.text.") for name in learned) == (not freeze_text)
+    # Each parameter that learns has a gradient: distributed training waits for all of them.
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned | {"clip.logit_scale"}
