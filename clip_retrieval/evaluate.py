@@ -14,12 +14,19 @@ from typing import Any
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.protocols import encode_split, score
-from clip_retrieval.models.build import known_tags
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.reporting.table import results_table
-from clip_retrieval.start import load_model, load_split, log_samples, make_folder, run_folder, settle_options
+from clip_retrieval.start import (
+    load_model,
+    load_split,
+    log_samples,
+    make_folder,
+    run_folder,
+    settle_options,
+    warn_of_random_weights,
+)
 from clip_retrieval.training.precision import choose_device, device_name
 
 
@@ -38,14 +45,12 @@ def evaluate_with(
     device = choose_device(options.run.device)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
-    if built.weights == "none":
-        tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
-        log.warning(f"THE WEIGHTS ARE RANDOM: the numbers below are chance. Give --pretrained ({tags}) or --resume")
+    warn_of_random_weights(built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
         split = load_split(options, options.evaluation.eval_split, tokenizer, built.preprocess, device)
     if split is None:
         raise UserError(
-            f"{options.data.dataset} in {options.data.annotations or options.data.dataset_root} has no "
+            f"{options.data.dataset} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
     log_samples(split.dataset)

@@ -264,6 +264,7 @@ class EvalOptions:
     imagenet_eval: bool = option(False, "zero-shot ImageNet accuracy during training (not in this version: refused)")
     imagenet_eval_steps: int | None = option(None, "steps between those (not in this version: refused)", minimum=1)
     recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always there", minimum=1)
+    map: bool = option(False, "mean average precision at 1, 5 and 10 (mAP@K) besides recall")
 
 
 @dataclass
@@ -442,10 +443,12 @@ def build_parser(description: str, groups: Sequence[type] = tuple(GROUPS.values(
     return parser
 
 
-def add_arguments(parser: argparse._ActionsContainer, group: type) -> None:
-    """Add one argument per field of the dataclass `group`."""
+def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequence[str] = ()) -> None:
+    """Add one argument per field of the dataclass `group`, or for some of them only."""
     hints = typing.get_type_hints(group)
     for f in dataclasses.fields(group):
+        if only and f.name not in only:
+            continue
         names = [f"--{f.name}", *f.metadata["aliases"]]
         if hints[f.name] is bool:
             parser.add_argument(*names, dest=f.name, action="store_true", help=f.metadata["help"])

@@ -141,12 +141,13 @@ def load_data(
     """The train, val and test splits; a data set without splits is all to train on, with nothing held out."""
     train = load_split(options, "train", tokenizer, preprocess, device, options.data.augment)
     if train is None:
-        place = options.data.annotations or options.data.dataset_root
+        place = options.data.place
         raise UserError(f"{options.data.dataset} in {place} has no train split; give the data to train on")
     log_samples(train.dataset)
     val = test = None
     if train.dataset.split != UNSPLIT:
-        val, test = (load_split(options, split, tokenizer, preprocess, device) for split in ("val", "test"))
+        val = load_split(options, "val", tokenizer, preprocess, device)
+        test = load_split(options, "test", tokenizer, preprocess, device, answered=False)
     if val is None:
         log.warning("there is no val split: no checkpoint is chosen as the best, the last one is reported")
     if test is None:

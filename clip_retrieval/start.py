@@ -14,7 +14,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.loader import choose_num_workers
 from clip_retrieval.data.pixels import AutoAugmented, Pixels, make_pixels
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, rebuild_model
+from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, known_tags, rebuild_model
 from clip_retrieval.models.source import check_names
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.weights import read_checkpoint
@@ -186,6 +186,13 @@ def load_model(
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
     return model, built, build_tokenizer(options.model, built)
+
+
+def warn_of_random_weights(built: BuiltModel) -> None:
+    """Say loudly that what follows is chance, where it is."""
+    if built.weights == "none":
+        tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
+        log.warning(f"THE WEIGHTS ARE RANDOM: what follows is chance. Give --pretrained ({tags}) or --resume")
 
 
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A finetune from end to end, on a small model and a small data set."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -265,3 +266,16 @@ def test_the_in_batch_accuracy_can_be_left_out(run, arguments, tmp_path):
         lines[name] = next(line for line in read_lines(tmp_path / f"logs/{name}/metrics.jsonl"))
         assert ("accuracy i2t" in next(line for line in out.splitlines() if "step 1/2" in line)) == (name == "with")
     assert "i2t_accuracy" in lines["with"] and "i2t_accuracy" not in lines["without"]
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_run_with_loading_processes_ends(start, captioned, arguments, tmp_path, spoil):
+    data = captioned
+    if spoil:
+        data = tmp_path / "data"
+        shutil.copytree(captioned, data)
+        (data / "13.jpg").write_bytes(b"no image")
+    process = start(*arguments, "--dataset_root", data, "--num_workers", "2", "--max_steps", "4", "--no_eval_first")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (2 if spoil else 0), err
+    assert ("13.jpg" in err) == spoil

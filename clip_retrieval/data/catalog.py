@@ -16,6 +16,7 @@ READERS = {
     "flickr8k": "karpathy",
     "karpathy": "karpathy",
     "csv": "csv_file",
+    "chinese": "chinese",
     "shapes": "shapes",
 }
 

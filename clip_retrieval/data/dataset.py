@@ -29,6 +29,14 @@ class Images(Protocol):
         ...
 
 
+class StoredImages(Images, Protocol):
+    """Images in files, of which can be told whether they have changed."""
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes and time of the last change (ns): they differ where the content does."""
+        ...
+
+
 @dataclass(frozen=True)
 class RetrievalDataset:
     """Images, captions, and which belong together.
@@ -39,7 +47,10 @@ class RetrievalDataset:
         images: the images, opened when asked for.
         captions: the captions.
         pairs: int64 (pairs, 2): (image index, caption index) of every caption that describes an image.
-            Many-to-many. Kept unique and sorted by image, then caption.
+            Many-to-many. Kept unique and sorted by image, then caption. There are none where nobody has said which
+            belong together: such a split can be encoded, but not trained on or scored.
+        image_ids: what the data set calls the images, where it has names for them that results should carry.
+        text_ids: the same for the captions.
     """
 
     name: str
@@ -47,16 +58,25 @@ class RetrievalDataset:
     images: Images
     captions: Sequence[str]
     pairs: np.ndarray
+    image_ids: Sequence[int | str] | None = None
+    text_ids: Sequence[int | str] | None = None
 
     def __post_init__(self) -> None:
         pairs = np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2)
-        if len(pairs) == 0:
-            raise UserError(f"{self.name}, {self.split} split: no image has a caption")
-        if pairs.min() < 0 or pairs[:, 0].max() >= len(self.images) or pairs[:, 1].max() >= len(self.captions):
+        sizes = (len(self.images), len(self.captions))
+        if len(pairs) and (pairs.min() < 0 or (pairs.max(axis=0) >= sizes).any()):
             raise ValueError("pairs point outside the images or captions")
+        for ids, size in zip((self.image_ids, self.text_ids), sizes):
+            if ids is not None and len(ids) != size:
+                raise ValueError("there is not one id for each image and caption")
         keys = np.unique(pairs[:, 0] * len(self.captions) + pairs[:, 1])
         pairs = np.stack(np.divmod(keys, len(self.captions)), axis=1)
         object.__setattr__(self, "pairs", pairs)
+
+    def require_pairs(self) -> None:
+        """Raise UserError where there is nothing to train on or to score."""
+        if len(self.pairs) == 0:
+            raise UserError(f"{self.name}, {self.split} split: no image has a caption")
 
     @cached_property
     def first_pair(self) -> np.ndarray:

@@ -21,7 +21,7 @@ import PIL
 import torch
 from PIL import Image
 
-from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.dataset import StoredImages
 from clip_retrieval.data.loader import in_workers
 from clip_retrieval.data.pixel_file import RECORD, PartialFile, PixelFile, read_records, sole_writer
 from clip_retrieval.data.pixels import Pixels
@@ -35,7 +35,7 @@ SAMPLE = 64  # images that the size of a cache for crops is estimated from
 
 
 def cached_pixels(
-    images: ImageFiles,
+    images: StoredImages,
     preprocess: dict,
     folder: Path,
     name: str,
@@ -82,7 +82,7 @@ def cached_pixels(
     return keep.reader(path)
 
 
-def _key(images: ImageFiles, settings: dict) -> str:
+def _key(images: StoredImages, settings: dict) -> str:
     versions = {"format": FORMAT, "pillow": PIL.__version__}
     if settings["decoder"] == "fast":
         versions["torch"] = torch.__version__
@@ -101,7 +101,7 @@ def _unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     return (records["source_bytes"] == stamps[:, 0]) & (records["source_changed"] == stamps[:, 1])
 
 
-def _build(file: PartialFile, images: ImageFiles, keep: _Resized | _Crops, stamps: np.ndarray, workers: int) -> None:
+def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, stamps: np.ndarray, workers: int) -> None:
     _say_why_anew(file.path, stamps)
     done = int(np.cumprod(_unchanged(file.records, stamps[: len(file.records)])).sum())
     _check_space(file, images, keep, done)
@@ -136,7 +136,7 @@ def _say_why_anew(path: Path, stamps: np.ndarray) -> None:
         log.info(f"image cache: {changed:,} images have changed since {path} was built: it is built anew")
 
 
-def _check_space(file: PartialFile, images: ImageFiles, keep: _Resized | _Crops, done: int) -> None:
+def _check_space(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, done: int) -> None:
     """Say what will be built. Raises UserError where the disk clearly cannot take it."""
     size, exact = keep.bytes_of(images)
     there = f", {done:,} of them are there" if done else ""
@@ -161,7 +161,7 @@ def _gb(size: int) -> str:
 class _Encode:
     """Decodes the images that a request names; runs in a worker."""
 
-    def __init__(self, images: ImageFiles, keep: _Resized | _Crops):
+    def __init__(self, images: StoredImages, keep: _Resized | _Crops):
         self.images = images
         self.keep = keep
 
@@ -188,7 +188,7 @@ class _Resized:
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
         return self._transform(image), *self.size
 
-    def bytes_of(self, images: ImageFiles) -> tuple[int, bool]:
+    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
         """What the images take in the file, and whether that is exact."""
         return len(images) * 3 * self.size[0] * self.size[1], True
 
@@ -211,7 +211,7 @@ class _Crops:
     def _size(self, image: Image.Image) -> tuple[int, int]:
         return size_for_crops(image.width, image.height, self.preprocess)
 
-    def bytes_of(self, images: ImageFiles) -> tuple[int, bool]:
+    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
         sample = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
         sizes = [3 * np.prod(self._size(images[i])) for i in sample]
         return int(np.mean(sizes) * len(images)), False

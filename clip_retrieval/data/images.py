@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,18 +23,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                image.load()  # convert would copy what is RGB already
-                return image if image.mode == "RGB" else image.convert("RGB")
-        except FileNotFoundError:
-            raise _no_such_image(path) from None
-        except MemoryError:
-            raise
-        # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
-        except Exception as error:
-            raise UserError(f"{path}: not a readable image ({_reason(error)}); fetch it again or take it out") from None
+        return decode_rgb(self.paths[index], self.paths[index])
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -47,6 +37,28 @@ class ImageFiles:
                 raise _no_such_image(self.paths[index]) from None
             raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
         return found.st_size, found.st_mtime_ns
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the file."""
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
+
+
+def decode_rgb(source: str | BinaryIO, name: str) -> Image.Image:
+    """An image file, or its bytes, as RGB. Raises UserError, with `name`, where it is no image."""
+    try:
+        with Image.open(source) as image:
+            image.load()  # convert would copy what is RGB already
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except FileNotFoundError:
+        raise _no_such_image(name) from None
+    except MemoryError:
+        raise
+    # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
+    except Exception as error:
+        raise UserError(f"{name}: not a readable image ({_reason(error)}); fetch it again or take it out") from None
 
 
 def _no_such_image(path: str) -> UserError:

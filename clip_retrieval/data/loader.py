@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +84,8 @@ class Workers:
     """
 
     def __init__(self, fetch: Callable[[Any], Any], *, num_workers: int, pin_memory: bool = False, stay: bool = True):
+        if num_workers:
+            atexit.register(_end_children)
         self._requests = _Requests()
         self._loader = DataLoader(
             _Fetch(fetch),
@@ -108,6 +112,15 @@ class Workers:
             if isinstance(result, _Failed):
                 raise UserError(result.message)
             yield result
+
+
+def _end_children() -> None:
+    """Ends the loading processes that are left when this one ends.
+
+    Python itself would ask each to end, which `outlive_first_signal` is deaf to, and then wait for it for ever.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _as_it_is(item: Any) -> Any:
@@ -186,21 +199,10 @@ class TrainLoader:
                 yield self._on_device(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
         asked: list[tuple[Batch, int]] = []
-        parts = self._workers(self._requests(epoch, first_batch, asked))
+        parts = self._workers(_part_requests(self.sampler, self.share, epoch, first_batch, asked))
         for part in parts:
             batch, number = asked.pop(0)
             yield self._on_device(batch, [part, *(next(parts) for _ in range(number - 1))])
-
-    def _requests(self, epoch: int, first_batch: int, asked: list[tuple[Batch, int]]) -> Iterator:
-        """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts."""
-        for number, batch in enumerate(self.sampler.epoch(epoch, first_batch), first_batch):
-            rng = np.random.default_rng((self.sampler.seed, epoch, number))
-            seeds = rng.integers(2**63, size=len(batch.images))[self.share]
-            indices = batch.images[self.share]
-            starts = range(0, len(indices), PART)
-            asked.append((batch, len(starts)))
-            for start in starts:
-                yield indices[start : start + PART], seeds[start : start + PART]
 
     def _on_device(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
         captions = torch.from_numpy(batch.captions)
@@ -235,6 +237,20 @@ class TrainLoader:
             return context_length
         longest = int(self.texts.lengths[captions].max())
         return min(-(-longest // self.bucket) * self.bucket, context_length)
+
+
+def _part_requests(
+    sampler: BatchSampler, share: slice, epoch: int, first_batch: int, asked: list[tuple[Batch, int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts."""
+    for number, batch in enumerate(sampler.epoch(epoch, first_batch), first_batch):
+        rng = np.random.default_rng((sampler.seed, epoch, number))
+        seeds = rng.integers(2**63, size=len(batch.images))[share]
+        indices = batch.images[share]
+        starts = range(0, len(indices), PART)
+        asked.append((batch, len(starts)))
+        for start in starts:
+            yield indices[start : start + PART], seeds[start : start + PART]
 
 
 def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) -> int:

@@ -31,7 +31,7 @@ def evaluate_feature_files(
     Returns {"images", "captions", "i2t", "t2i", "mean_recall", "rsum"}.
     Raises UserError for a file that cannot be read or does not fit the others.
     """
-    images, texts = _features(image_features), _features(text_features)
+    images, texts = read_vectors(image_features), read_vectors(text_features)
     if images.shape[1] != texts.shape[1]:
         raise UserError(
             f"{image_features} has {images.shape[1]} dimensions and {text_features} has {texts.shape[1]}: "
@@ -77,8 +77,12 @@ def _check_range(path: Path, rows: np.ndarray, count: int, kind: str) -> None:
         )
 
 
-def _features(path: Path) -> np.ndarray:
-    features = _read(path)
+def read_vectors(path: Path, *, memory_map: bool = False) -> np.ndarray:
+    """The floats (items, dimensions) of a .npy file; with memory_map they stay on disk.
+
+    Raises UserError where it is something else.
+    """
+    features = _read(path, memory_map)
     if features.ndim != 2 or 0 in features.shape:
         raise UserError(f"{path} has shape {features.shape}: expected (items, dimensions), none of them 0")
     if features.dtype.kind != "f":
@@ -93,9 +97,11 @@ def _indices(path: Path) -> np.ndarray:
     return rows
 
 
-def _read(path: Path) -> np.ndarray:
+def _read(path: Path, memory_map: bool = False) -> np.ndarray:
     """The array of an .npy file; pickled objects are never loaded."""
     try:
+        if memory_map:
+            return np.lib.format.open_memmap(path, mode="r")
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:

@@ -13,6 +13,7 @@ from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.pixels import Pixels
 from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.evaluation.average_precision import retrieval_map
 from clip_retrieval.evaluation.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
@@ -77,6 +78,10 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
+    if options.map:
+        precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
+        for direction, values in precisions.items():
+            metrics[direction] |= values
     seconds = encoded.seconds | {"ranks": time.perf_counter() - started}
     return {
         "dataset": dataset.name,

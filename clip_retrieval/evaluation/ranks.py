@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, tile_size
+from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, scoring_device, tile_size
 
 TIE = 1e-10
 CROWDED = 1 / 64  # a tile with a larger share of undecided scores costs less as a float64 matrix product
@@ -66,7 +66,7 @@ def retrieval_ranks(
 
     Raises UserError for shapes that do not fit, pairs out of range, and features that are not finite.
     """
-    device = _device(image_features, device)
+    device = scoring_device(image_features, device)
     images = Side(image_features, device, "image", image_name)
     texts = Side(text_features, device, "caption", text_name)
     if images.dim != texts.dim:
@@ -156,13 +156,6 @@ class _Direction:
             processes.sum(counted)
         asked = self.positives > 0
         return Ranks(*(counts[asked].cpu().numpy() for counts in (self.above, self.tied, self.positives)))
-
-
-def _device(features: Tensor | np.ndarray, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = features.device if isinstance(features, Tensor) else "cpu"
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
 
 def _unique_pairs(pairs: Tensor | np.ndarray, images: Side, texts: Side) -> tuple[Tensor, Tensor]:

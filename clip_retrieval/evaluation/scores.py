@@ -118,6 +118,14 @@ def rounding_bound(dim: int) -> tuple[float, float]:
     return steps / (1 - steps), dim * 2.0**-96
 
 
+def scoring_device(features: Tensor | np.ndarray, device: torch.device | str | None) -> torch.device:
+    """The device asked for, or that of the features; the CPU where a device has no float64 (MPS)."""
+    if device is None:
+        device = features.device if isinstance(features, Tensor) else "cpu"
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def tile_size(device: torch.device) -> tuple[int, int]:
     """CPU: tiles that stay in the last-level cache between passes. GPU: enough work to hide the launches."""
     return (1024, 1024) if device.type == "cpu" else (8192, 8192)

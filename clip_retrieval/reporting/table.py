@@ -6,9 +6,9 @@ from typing import Any
 
 
 def results_table(blocks: dict[str, dict[str, Any]]) -> str:
-    """A table with a line per block (a split, or a moment) of recalls in percent."""
-    recalls = [name for name in next(iter(blocks.values()))["i2t"] if name.startswith("R@")]
-    columns = [*recalls, "MedR", "MeanR"]
+    """A table with a line per block (a split, or a moment) of the metrics that all of them have, in percent."""
+    first = next(iter(blocks.values()))["i2t"]
+    columns = [name for name in first if all(name in block["i2t"] for block in blocks.values())]
     header = ["", *(f"i2t {c}" for c in columns), *(f"t2i {c}" for c in columns), "mean", "rsum"]
     rows = [header]
     for name, block in blocks.items():

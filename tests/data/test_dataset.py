@@ -52,9 +52,24 @@ def test_positives_are_the_pairs(case, draw):
     assert sorted(map(tuple, found.tolist())) == expected
 
 
-def test_a_data_set_without_pairs_is_an_error():
+def test_a_data_set_without_pairs_can_be_read_but_not_used():
+    data = dataset(2, 2, np.empty((0, 2)))
+    assert data.pairs.shape == (0, 2) and data.first_pair.tolist() == [0, 0, 0]
+    assert len(data.positives(np.array([0, 1]), np.array([1]))) == 0
     with pytest.raises(UserError, match="csv, train split: no image has a caption"):
-        dataset(2, 2, np.empty((0, 2)))
+        data.require_pairs()
+    dataset(1, 1, [[0, 0]]).require_pairs()
+
+
+def test_there_is_an_id_for_each_image_and_caption_or_none():
+    images, pairs = ImageFiles(["a.jpg", "b.jpg"]), np.array([[0, 0]])
+    data = RetrievalDataset("csv", "train", images, ["a"], pairs, image_ids=[7, "x"], text_ids=[1])
+    assert (data.image_ids, data.text_ids) == ([7, "x"], [1])
+    data = RetrievalDataset("csv", "train", images, ["a"], pairs)
+    assert data.image_ids is None and data.text_ids is None
+    for ids in ({"image_ids": [1]}, {"text_ids": [1, 2]}):
+        with pytest.raises(ValueError, match="one id for each"):
+            RetrievalDataset("csv", "train", images, ["a"], pairs, **ids)
 
 
 @pytest.mark.parametrize("pair", [[2, 0], [0, 2], [-1, 0], [0, -1]])

@@ -1,0 +1,204 @@
+"""The features of a data set, or of images and texts in Chinese-CLIP's files, written to disk.
+
+python scripts/extract_features.py --resume logs/ex0/best.pt --dataset coco --dataset_root DATA
+python scripts/extract_features.py --resume clip_cn_vit-b-16.pt --vision-model ViT-B-16 \
+    --text-model RoBERTa-wwm-ext-base-chinese --extract-image-feats --extract-text-feats \
+    --image-data DATA/lmdb/test/imgs --text-data DATA/test_texts.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from clip_retrieval.data.captions import tokenize
+from clip_retrieval.data.catalog import read_dataset
+from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.errors import UserError
+from clip_retrieval.evaluate import evaluation_folder
+from clip_retrieval.evaluation.encode import encode_captions, encode_images, encoding_model
+from clip_retrieval.options import Options
+from clip_retrieval.reporting.log import log, start_log
+from clip_retrieval.retrieval.features import write_array, write_features
+from clip_retrieval.retrieval.jsonl import Id
+from clip_retrieval.start import load_model, load_pixels, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.training.precision import choose_device, true_float32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be extracted, and where to.
+
+    Attributes:
+        extract_image_feats, extract_text_feats: which sides (default: both, of files those that are named).
+        image_data: LMDB folder or tsv of images, instead of the data set's.
+        text_data: jsonl of texts, instead of the data set's.
+        output: folder of a data set's features (default: beside the checkpoint, as an evaluation's).
+        image_feat_output_path, text_feat_output_path: files to write, .npy by their name, else JSON lines.
+        img_batch_size, text_batch_size: what is encoded at a time, in each process (default: by the device).
+    """
+
+    extract_image_feats: bool = False
+    extract_text_feats: bool = False
+    image_data: Path | None = None
+    text_data: Path | None = None
+    output: Path | None = None
+    image_feat_output_path: Path | None = None
+    text_feat_output_path: Path | None = None
+    img_batch_size: int | None = None
+    text_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("img_batch_size", "text_batch_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserError(f"--{name} {size}: must be at least 1")
+        if self.of_files and self.images and self.image_data is None:
+            raise UserError(
+                "--extract_image_feats beside --text_data: give --image_data, a folder lmdb/.../imgs or tsv"
+            )
+        if self.of_files and self.texts and self.text_data is None:
+            raise UserError("--extract_text_feats beside --image_data: give --text_data, a ..._texts.jsonl")
+
+    @property
+    def of_files(self) -> bool:
+        return self.image_data is not None or self.text_data is not None
+
+    @property
+    def images(self) -> bool:
+        return self.extract_image_feats or (self._all and (self.image_data is not None or not self.of_files))
+
+    @property
+    def texts(self) -> bool:
+        return self.extract_text_feats or (self._all and (self.text_data is not None or not self.of_files))
+
+    @property
+    def _all(self) -> bool:
+        return not (self.extract_image_feats or self.extract_text_feats)
+
+
+def extract(typed: dict[str, Any], wanted: Wanted) -> None:
+    """Encode what is wanted with the model of the options, and write it."""
+    start_log()
+    options, checkpoint = settle_options({**typed, "eval": True})
+    with joined(options.run.device) as processes:
+        extract_with(options, checkpoint, typed, wanted, processes)
+
+
+def extract_with(
+    options: Options, checkpoint: dict[str, Any] | None, typed: dict[str, Any], wanted: Wanted, processes: Processes
+) -> None:
+    """The extraction of one or of several processes, which share the work."""
+    device = choose_device(options.run.device)
+    dataset = read_files(wanted) if wanted.of_files else read_split(options)
+    log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
+    with processes.main_first():  # it may download
+        model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
+    warn_of_random_weights(built)
+    folder = wanted.output
+    if folder is None:
+        folder = evaluation_folder(options, built.name, of_checkpoint=checkpoint is not None, named=False)
+        folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
+    paths = output_paths(wanted, folder)
+    if processes.is_main:
+        for place in {path.parent for path in paths.values()}:
+            make_folder(place)
+    encoder = encoding_model(model.to(device), options.evaluation.eval_precision)
+    shared = {"device": device, "processes": processes}
+    with true_float32():
+        if "image" in paths:
+            with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+                pixels = load_pixels(options, dataset, built.preprocess, device, "none")
+            features = encode_images(
+                encoder.encode_image,
+                pixels,
+                batch_size=wanted.img_batch_size,
+                num_workers=options.data.num_workers,
+                **shared,
+            )
+            names = dataset.image_ids or [dataset.images.name(row) for row in range(len(dataset.images))]
+            _write(paths["image"], "image", names, features, processes)
+        if "text" in paths:
+            features = encode_captions(
+                encoder.encode_text,
+                dataset.captions,
+                tokenize(dataset.captions, tokenizer),
+                trim=encoder.trims_text,
+                batch_size=wanted.text_batch_size,
+                **shared,
+            )
+            _write(paths["text"], "text", dataset.text_ids or range(len(dataset.captions)), features, processes)
+    if "pairs" in paths and processes.is_main:
+        write_array(paths["pairs"], dataset.pairs[:, ::-1])
+        log.info(f"wrote {paths['pairs']}: {len(dataset.pairs):,} pairs")
+
+
+def _write(path: Path, kind: str, ids: Sequence[Id], features: Tensor, processes: Processes) -> None:
+    if processes.is_main:
+        write_features(path, kind, ids, features.cpu().numpy())
+        log.info(f"wrote {path}: {len(features):,} {kind} features of {features.shape[1]} dimensions")
+
+
+def read_split(options: Options) -> RetrievalDataset:
+    """The split of the data set. Raises UserError where there is none."""
+    dataset = read_dataset(options.data, options.evaluation.eval_split)
+    if dataset is None:
+        raise UserError(
+            f"{options.data.dataset} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
+            "another --eval_split, or other data"
+        )
+    return dataset
+
+
+def read_files(wanted: Wanted) -> RetrievalDataset:
+    """The images and the texts of the files that are wanted, each text once. Nothing is said of what belongs together.
+
+    Raises UserError, naming file and line, where a file is not as it should be.
+    """
+    from clip_retrieval.data.base64_images import typed_ids
+    from clip_retrieval.data.readers.chinese import open_images, read_texts
+    from clip_retrieval.data.readers.files import clean_caption
+
+    records = read_texts(wanted.text_data).records if wanted.text_data is not None else []
+    texts = {text.text_id: clean_caption(text.text) for text in records} if wanted.texts else {}
+    images, image_ids = [], []
+    if wanted.images:
+        images = open_images(wanted.image_data)
+        image_ids = typed_ids(images.keys, (image_id for text in records for image_id in text.image_ids))
+    pairs = np.empty((0, 2), np.int64)
+    return RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
+
+
+def output_paths(wanted: Wanted, folder: Path) -> dict[str, Path]:
+    """The files to write, of "image", "text" and "pairs": those that were asked for, or the usual ones.
+
+    Of DATA/lmdb/test/imgs, and of DATA/test_imgs.tsv: DATA/test_imgs.img_feat.jsonl; of DATA/test_texts.jsonl:
+    DATA/test_texts.txt_feat.jsonl; of a data set: image_features.npy, text_features.npy and pairs.npy in `folder`.
+    """
+    paths = {}
+    if wanted.images:
+        usual = _beside_images(wanted.image_data) if wanted.image_data else folder / "image_features.npy"
+        paths["image"] = wanted.image_feat_output_path or usual
+    if wanted.texts:
+        usual = _beside_texts(wanted.text_data) if wanted.text_data else folder / "text_features.npy"
+        paths["text"] = wanted.text_feat_output_path or usual
+    if wanted.images and wanted.texts and not wanted.of_files:
+        paths["pairs"] = folder / "pairs.npy"
+    return paths
+
+
+def _beside_images(path: Path) -> Path:
+    parts = path.absolute().parts
+    if len(parts) > 3 and parts[-3] == "lmdb":  # DATA/lmdb/test/imgs
+        return Path(*parts[:-3]) / f"{parts[-2]}_imgs.img_feat.jsonl"
+    return path.with_name(f"{path.name.removesuffix('.tsv')}.img_feat.jsonl")
+
+
+def _beside_texts(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.txt_feat.jsonl")

@@ -1,0 +1,36 @@
+"""Build the LMDB folders that Chinese-CLIP and `--dataset chinese` read from tsv and jsonl files.
+
+python scripts/build_lmdb.py --data_dir DATA --splits train,valid,test
+
+DATA has {split}_imgs.tsv and {split}_texts.jsonl; written are DATA/lmdb/{split}/imgs and pairs. The same command goes
+on with a build that was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import UserError, run_and_exit
+from clip_retrieval.options import build_parser
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=())
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the tsv and jsonl files")
+    parser.add_argument("--splits", required=True, help="names of splits, with commas between them: train,valid,test")
+    parser.add_argument("--lmdb_dir", type=Path, help="folder to write to (default: lmdb in data_dir)")
+    typed = vars(parser.parse_args())
+
+    from clip_retrieval.data.build_lmdb import build_lmdb
+    from clip_retrieval.reporting.log import start_log
+
+    typed["splits"] = list(dict.fromkeys(filter(None, map(str.strip, typed["splits"].split(",")))))
+    if not typed["splits"]:
+        raise UserError("--splits is empty; name what comes before _imgs.tsv, such as train,valid,test")
+    start_log()
+    build_lmdb(**typed)
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,35 @@
+"""Score a file of predictions: recall at 1, 5 and 10, in percent, and their mean.
+
+python scripts/evaluate_predictions.py DATA/test_texts.jsonl DATA/test_predictions.jsonl output.json
+python scripts/evaluate_predictions.py DATA/test_texts.jsonl DATA/test_tr_predictions.jsonl output.json
+
+Predictions of either direction, answers by text or by image (.tr.jsonl). Where a file is not as it should be, the
+output says {"success": false, "errorMsg": ...}, and the exit code is 2.
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import build_parser
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=())
+    parser.usage = "%(prog)s GOLD PREDICTIONS OUTPUT [options]"
+    parser.add_argument("gold", type=Path, help="the answers: ..._texts.jsonl or ..._texts.tr.jsonl")
+    parser.add_argument("predictions", type=Path, help="the predictions of make_topk_predictions.py")
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--recall_k", type=int, nargs="+", default=[1, 5, 10], help="the K (default: 1 5 10)")
+    args = parser.parse_args()
+
+    from clip_retrieval.retrieval.predictions import score_predictions, write_scores
+
+    write_scores(args.output, lambda: score_predictions(args.gold, args.predictions, args.recall_k))
+    print(args.output.read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,43 @@
+"""Write any data set as the tsv and jsonl files of Chinese-CLIP, which `build_lmdb.py` goes on from.
+
+python scripts/export_tsv.py --dataset flickr30k --dataset_root DATA --output DATA/flickr30k-tsv
+python scripts/export_tsv.py --dataset csv --annotations photos.csv --image_dir photos --output DATA/photos-tsv
+
+Images are the bytes of their files. Their ids are the data set's own; else numbers from 0 on in each split, which
+Chinese-CLIP needs for its features, or with `--ids name` the names of the files.
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import DataOptions, Options, build_parser
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=(DataOptions,))
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--splits",
+        default="",
+        help="splits, with commas between them, under the names to write (default: all there are)",
+    )
+    parser.add_argument(
+        "--ids", choices=("number", "name"), default="number", help="image ids where the data set has none of its own"
+    )
+    typed = vars(parser.parse_args())
+    own = {name: typed.pop(name) for name in ("output", "splits", "ids")}
+    options = Options.settle(typed).data
+
+    from clip_retrieval.data.export import export
+    from clip_retrieval.reporting.log import start_log
+
+    start_log()
+    splits = list(dict.fromkeys(filter(None, map(str.strip, own["splits"].split(",")))))
+    export(options, own["output"], splits, own["ids"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

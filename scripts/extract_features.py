@@ -1,0 +1,48 @@
+"""Write the features of images and texts, of any model and any data set.
+
+python scripts/extract_features.py --resume logs/ex0/best.pt
+    the test split of the checkpoint's data set, to logs/ex0/features_{data set}_test/: image_features.npy,
+    image_ids.json, text_features.npy, text_ids.json, and pairs.npy for evaluate_features.py
+python scripts/extract_features.py --resume clip_cn_vit-b-16.pt --vision-model ViT-B-16 \
+    --text-model RoBERTa-wwm-ext-base-chinese --extract-image-feats --extract-text-feats \
+    --image-data DATA/lmdb/test/imgs --text-data DATA/test_texts.jsonl
+    Chinese-CLIP's files, to DATA/test_imgs.img_feat.jsonl and DATA/test_texts.txt_feat.jsonl
+torchrun --nproc_per_node 8 scripts/extract_features.py ...
+    the same on 8 GPUs
+
+Features are L2-normalised. A file that is named ends in .npy, or holds a JSON record a line.
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions, add_arguments, build_parser
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=(ModelOptions, DataOptions))
+    add_arguments(parser, RunOptions, only=("resume", "checkpoint_path", "device"))
+    add_arguments(parser, EvalOptions, only=("eval_split", "eval_precision"))
+    wanted = parser.add_argument_group("extraction options")
+    wanted.add_argument("--extract_image_feats", action="store_true", help="images only, or with the next: both")
+    wanted.add_argument("--extract_text_feats", action="store_true", help="texts only (default: what there is)")
+    wanted.add_argument("--image_data", type=Path, help="folder lmdb/.../imgs or ..._imgs.tsv, instead of a data set")
+    wanted.add_argument("--text_data", type=Path, help="..._texts.jsonl, instead of a data set")
+    wanted.add_argument("--output", type=Path, help="folder of a data set's features")
+    wanted.add_argument("--image_feat_output_path", type=Path, help="file of the image features, .npy or .jsonl")
+    wanted.add_argument("--text_feat_output_path", type=Path, help="file of the text features, .npy or .jsonl")
+    wanted.add_argument("--img_batch_size", type=int, help="images encoded at a time, in each process")
+    wanted.add_argument("--text_batch_size", type=int, help="texts encoded at a time, in each process")
+    typed = vars(parser.parse_args())
+    own = {action.dest: typed.pop(action.dest) for action in wanted._group_actions if action.dest in typed}
+
+    from clip_retrieval.extract import Wanted, extract
+
+    extract(typed, Wanted(**own))
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,28 @@
+"""Turn answers by text into answers by image: X_texts.jsonl into X_texts.tr.jsonl.
+
+python scripts/transform_ir_annotation_to_tr.py --input DATA/test_texts.jsonl
+
+(evaluate_predictions.py takes either.)
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import build_parser
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=())
+    parser.add_argument("--input", type=Path, required=True, help="..._texts.jsonl")
+    args = parser.parse_args()
+
+    from clip_retrieval.retrieval.predictions import transform_to_tr
+
+    print("wrote", transform_to_tr(args.input))
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,94 @@
+"""mAP@K against plain loops over orders."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_retrieval.evaluation.average_precision import retrieval_map
+from clip_retrieval.evaluation.metrics import report
+from clip_retrieval.evaluation.ranks import retrieval_ranks
+from tests.conftest import read_json
+
+
+def average_precision(relevant, k):
+    """Of relevances in the order they are retrieved in."""
+    hits, total = 0, 0.0
+    for place, hit in enumerate(relevant[:k], 1):
+        if hit:
+            hits += 1
+            total += hits / place
+    return total / min(k, sum(relevant))
+
+
+def plain_map(scores, relevant, k):
+    """Percent; scores and relevant (queries, items). Equal scores are taken in every order."""
+    values = []
+    for row, hits in zip(scores, relevant):
+        if hits.any():
+            orders = [
+                sorted(range(len(row)), key=lambda i, p=p: (-row[i], p[i])) for p in permutations(range(len(row)))
+            ]
+            values.append(np.mean([average_precision([hits[i] for i in order], k) for order in orders]))
+    return 100 * np.mean(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    images=st.integers(1, 5),
+    captions=st.integers(1, 5),
+    levels=st.integers(1, 4),
+    ks=st.sets(st.integers(1, 7), min_size=1, max_size=3),
+)
+def test_ties_give_the_mean_over_all_their_orders(seed, images, captions, levels, ks):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(levels, size=(images, captions)).astype(float)
+    relevant = rng.random((images, captions)) < 0.4
+    relevant[rng.integers(images), rng.integers(captions)] = True
+    # Features whose inner products are the scores.
+    pairs = np.argwhere(relevant)
+    found = retrieval_map(scores, np.eye(captions), np.concatenate([pairs, pairs[:1]]), ks)
+    for k in ks:
+        assert found["i2t"][f"mAP@{k}"] == pytest.approx(plain_map(scores, relevant, k))
+        assert found["t2i"][f"mAP@{k}"] == pytest.approx(plain_map(scores.T, relevant.T, k))
+
+
+def test_hand_computed():
+    scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]])
+    found = retrieval_map(scores, np.eye(5), np.array([[0, 0], [0, 2], [0, 4]]), [1, 3, 10])
+    expected = {1: 1, 3: (1 + 2 / 3) / 3, 10: (1 + 2 / 3 + 3 / 5) / 3}
+    assert found["i2t"] == pytest.approx({f"mAP@{k}": 100 * value for k, value in expected.items()})
+
+
+def test_at_one_it_is_recall():
+    rng = np.random.default_rng(0)
+    images = rng.integers(-1, 2, size=(30, 4)).astype(np.float32)
+    texts = rng.integers(-1, 2, size=(70, 4)).astype(np.float32)
+    pairs = np.stack([rng.integers(30, size=90), rng.integers(70, size=90)], axis=1)
+    recall = report(*retrieval_ranks(images, texts, pairs))
+    found = retrieval_map(images, texts, pairs)
+    for direction in ("i2t", "t2i"):
+        assert found[direction]["mAP@1"] == pytest.approx(recall[direction]["R@1"])
+
+
+def test_a_collapsed_model_scores_chance():
+    pairs = np.stack([np.arange(200) // 4, np.arange(200)], axis=1)
+    found = retrieval_map(np.ones((50, 3)), np.ones((200, 3)), pairs)
+    assert found["i2t"]["mAP@1"] == pytest.approx(2) and found["t2i"]["mAP@1"] == pytest.approx(2)
+
+
+def test_it_is_in_the_results_if_asked_for(run, arguments, tmp_path):
+    found = {}
+    for name, option in (("with", ["--map"]), ("without", [])):
+        code, out, err = run(*arguments, "--eval", "--experiments", name, *option)
+        assert code == 0, err
+        found[name] = read_json(tmp_path / "logs" / name / "results.json")
+        assert ("t2i mAP@10" in out) == (name == "with")
+    for direction in ("i2t", "t2i"):
+        block = found["with"][direction]
+        assert list(block)[-3:] == ["mAP@1", "mAP@5", "mAP@10"]
+        assert block["mAP@1"] == pytest.approx(block["R@1"]) and 0 < block["mAP@10"] <= 100
+        assert list(block)[:-3] == list(found["without"][direction])
