@@ -28,6 +28,16 @@ def test_every_option_in_the_readme_exists():
 
     known = set(build_parser("")._option_string_actions)
     tools = {"--image_features", "--text_features", "--text_to_image", "--results", "--nproc_per_node"}
+    tools |= {
+        "--data_dir",
+        "--splits",
+        "--output",
+        "--image_feats",
+        "--text_feats",
+        "--image_data",
+        "--text_data",
+        "--top_k",
+    }
     named = set(re.findall(r"--[a-z][a-z_0-9]+", (ROOT / "README.md").read_text()))
     assert named <= known | tools, named - known - tools
     assert len(named) > 20

@@ -81,6 +81,28 @@ def test_recipes_of_several_processes(recipe, real_data, captioned, name, words,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, folder", [("muge", "MUGE"), ("flickr30k_cn", "Flickr30k-CN"), ("coco_cn", "COCO-CN")])
+def test_chinese_recipes(recipe, real_data, captioned, tmp_path, name, folder):
+    write_chinese(tmp_path / "datasets" / folder, captioned)
+    (tmp_path / "pretrained_weights").mkdir()
+    tiny = real_data / "chinese_clip_tiny"
+    shutil.copy(tiny / "clip_cn_tiny.pt", tmp_path / "pretrained_weights" / "clip_cn_vit-b-16.pt")
+    script = f"{name}_finetune_vit-b-16.sh"
+    short = ("--tokenizer", tiny / "vocab.txt", "--max_steps", "1", "--batch_size", "8", "--no_eval_first")
+    result = recipe(script, tmp_path, *short)
+    assert result.returncode == 0, result.stderr
+    options = read_json(tmp_path / "experiments" / script.removesuffix(".sh") / "options.json")
+    assert (options["dataset"], options["augment"], options["eval_steps"]) == ("chinese", "auto", 150)
+
+
+def write_chinese(folder, captioned):
+    """The train and valid splits of the small data set as Chinese-CLIP's tsv and jsonl."""
+    command = [sys.executable, str(ROOT / "scripts" / "export_tsv.py"), "--dataset", "csv", "--dataset_root"]
+    command += [str(captioned), "--output", str(folder), "--splits", "train,valid"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.slow
 def test_the_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
     result = recipe("flickr30k_finetune_vit-b-32.sh", tmp_path, "--vision_model", captioned / "small.json")
     assert result.returncode == 2 and str(tmp_path) in result.stderr

@@ -27,7 +27,7 @@ def trained(run, arguments, tmp_path):
 
 def test_a_checkpoint_needs_nothing_else(script, trained, tmp_path):
     best, results = trained
-    code, out, err = script("extract_features", "--resume", best, "--device", "cpu")
+    code, _, err = script("extract_features", "--resume", best, "--device", "cpu")
     assert code == 0, err
     folder = tmp_path / "logs/ex0/features_csv_test"
     images, texts = (
@@ -102,7 +102,7 @@ def test_images_and_texts_of_chinese_clips_files(script, trained, chinese):
     assert code == 0, err
     folder = best.parent / "features_chinese_test"
     assert sorted(json.loads((folder / "image_ids.json").read_text())) == sorted(images.ids)
-    assert read_features(folder / "text_features.npy", "text").ids == texts.ids
+    assert set(read_features(folder / "text_features.npy", "text").ids) == set(texts.ids)
     assert len(np.load(folder / "pairs.npy")) == 4
 
 
@@ -140,7 +140,7 @@ def test_the_context_length_and_random_weights(script, captioned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "typed, words",
     [
         (["--extract-image-feats", "--text-data", "DATA/test_texts.jsonl"], ["--image_data"]),
         (["--extract-text-feats", "--image-data", "DATA/test_imgs.tsv"], ["--text_data"]),
@@ -150,8 +150,8 @@ def test_the_context_length_and_random_weights(script, captioned, tmp_path):
         (["--dataset", "chinese", "--dataset_root", "DATA", "--eval_split", "val"], ["no val split", "--eval_split"]),
     ],
 )
-def test_bad_usage_is_one_line(script, trained, chinese, arguments, words):
-    code, _, err = script("extract_features", "--resume", trained[0], *arguments)
+def test_bad_usage_is_one_line(script, trained, chinese, typed, words):
+    code, _, err = script("extract_features", "--resume", trained[0], *typed)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
