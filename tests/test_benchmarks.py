@@ -34,6 +34,14 @@ def test_ranks(benchmark):
     assert row[0] == "20 / 100" and float(row[3]) > 0
 
 
+def test_knn(benchmark):
+    header, _, row = benchmark("knn", "--sizes", "40/200", "--dim", 16, "--patience", 4)
+    assert header[3] == "ours, both (s)" and float(row[3]) > 0
+    same, _, queries = row[11].partition(" of ")
+    assert same == queries and "NOT" not in "".join(row)
+    assert (int(queries) > 0) == bool(importlib.util.find_spec("cn_clip"))
+
+
 def test_input(benchmark, real_data):
     table = benchmark("input", real_data / "coco_mini", "--images", 2, "--repeats", 1, "--size", 32)
     assert table[0][:2] == ["evaluation", "ms / image"]

@@ -35,6 +35,7 @@ EVALUATIONS = {
     "batches of one": "--eval_batch_size 1 --eval_split val",
     "one batch for all": "--eval_batch_size 256",
     "bf16": "--eval_batch_size 4 --eval_precision bf16",
+    "mAP": "--eval_batch_size 4 --map",
 }
 
 

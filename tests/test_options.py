@@ -76,7 +76,7 @@ def test_every_spelling_with_underscores_or_hyphens(name, spelling):
 
 def test_flags_and_their_inverses():
     flags = ["eval", "freeze_vision", "freeze_text", "overwrite", "no_restval", "no_eval_first", "grad_checkpointing"]
-    for name in [*flags, "reset_optimizer", "reset_data_offset"]:
+    for name in [*flags, "map", "reset_optimizer", "reset_data_offset"]:
         assert options()[name] is False
         assert parse([f"--{name}"])[name] is True
         assert parse([f"--{name.replace('_', '-')}"])[name] is True

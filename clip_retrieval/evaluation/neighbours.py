@@ -31,7 +31,8 @@ from clip_retrieval.evaluation.ranks import TIE
 from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, tile_size
 
 DIRECTIONS = ("i2t", "t2i")
-COLLECTED = 2**22  # candidates, in one direction, after which those are dropped that have become hopeless
+COLLECTED = 2**20  # candidates, in one direction, after which those are dropped that have become hopeless
+CROWD = 64  # candidates beyond twice k that make a query crowded
 DENSE = 2**20  # float64 scores that are settled at a time
 
 
@@ -135,8 +136,7 @@ class _Direction:
     def _drop_hopeless(self) -> None:
         query, item, score = _together(self.candidates)
         keep = score >= self.low[query]
-        crowd = 2 * self.k + 64
-        overfull = torch.bincount(query[keep], minlength=len(self.low)) > crowd
+        overfull = torch.bincount(query[keep], minlength=len(self.low)) > 2 * self.k + CROWD
         self.low[overfull] = torch.inf
         self.crowded[overfull] = 1
         keep &= ~overfull[query]
@@ -219,10 +219,12 @@ class _Settled:
             for start in range(0, len(self.items), step):
                 columns = slice(start, start + step)
                 torch.mm(left, self.items.exact(columns).T, out=exact[:, columns])
-            equal = 2 * TIE * self.queries.norms[rows] * longest
-            low = exact.topk(self.k).values[:, -1] - equal
-            run, item = (exact >= low[:, None]).nonzero(as_tuple=True)
-            self._settle_runs(run, rows[run], item, exact[run, item], torch.zeros_like(run))
+            few = max(1, DENSE // len(self.items))  # all of their items may be equal
+            for some, scores in zip(rows.split(few), exact.split(few)):
+                equal = 2 * TIE * self.queries.norms[some] * longest
+                low = scores.topk(self.k).values[:, -1] - equal
+                run, item = (scores >= low[:, None]).nonzero(as_tuple=True)
+                self._settle_runs(run, some[run], item, scores[run, item], torch.zeros_like(run))
 
     def _settle_runs(self, run: Tensor, query: Tensor, item: Tensor, exact: Tensor, begin: Tensor) -> None:
         """Order runs of candidates: all tensors (n,), sorted by run; exact are float64 scores, begin first places."""

@@ -84,12 +84,14 @@ def random_sides(rng, counts, dim, kind, dtype):
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
     collected=st.integers(1, 60),
+    crowd=st.sampled_from([module.CROWD, -1000]),  # never, and always: each query's whole row
     dense=st.integers(1, 60),
 )
-def test_neighbours_are_those_of_float64(seed, images, captions, dim, k, tile, kind, dtype, collected, dense):
+def test_neighbours_are_those_of_float64(seed, images, captions, dim, k, tile, kind, dtype, collected, crowd, dense):
     sides = random_sides(np.random.default_rng(seed), (images, captions), dim, kind, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "COLLECTED", collected)
+        patch.setattr(module, "CROWD", crowd)
         patch.setattr(module, "DENSE", dense)
         assert_exact(*sides, k, tile=tile)
 

@@ -128,15 +128,15 @@ def test_ids_that_are_texts(script, trained, tmp_path):
     assert read_features(folder / "test_texts.txt_feat.jsonl", "text").ids == ["x", "9"]
 
 
-def test_the_context_length_and_random_weights(script, captioned, tmp_path):
-    text_data = write_jsonl(tmp_path / "x_texts.jsonl", [{"text_id": 1, "text": "red green blue dark light"}])
-    found = []
-    for length in (4, 5, 8):
+def test_the_context_length_cuts_texts_and_random_weights_warn(script, captioned, tmp_path):
+    texts = enumerate(["red green blue dark", "red green", "blue"])
+    text_data = write_jsonl(tmp_path / "x_texts.jsonl", [{"text_id": i, "text": text} for i, text in texts])
+    for length, equal in ((4, True), (5, False)):
         model = ("--vision_model", captioned / "small.json", "--context-length", length)
         code, _, err = script("extract_features", *model, "--text-data", text_data)
         assert code == 0 and "THE WEIGHTS ARE RANDOM" in err
-        found.append(read_features(tmp_path / "x_texts.txt_feat.jsonl", "text").vectors)
-    assert found[0].shape == (1, found[1].shape[1])
+        long, short, other = read_features(tmp_path / "x_texts.txt_feat.jsonl", "text").vectors
+        assert np.allclose(long, short, atol=1e-5) == equal and not np.allclose(short, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_the_context_length_and_random_weights(script, captioned, tmp_path):
         (["--dataset", "chinese", "--dataset_root", "DATA", "--eval_split", "val"], ["no val split", "--eval_split"]),
     ],
 )
-def test_bad_usage_is_one_line(script, trained, chinese, typed, words):
-    code, _, err = script("extract_features", "--resume", trained[0], *typed)
+def test_bad_usage_is_one_line(script, captioned, chinese, typed, words):
+    code, _, err = script("extract_features", "--vision_model", captioned / "small.json", *typed)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
@@ -170,18 +170,18 @@ def test_which_sides_are_wanted(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_write_what_one_does(trained, chinese, tmp_path):
+def test_several_processes_write_what_one_does(script, trained, tmp_path):
     best, _ = trained
     alone, together = tmp_path / "alone", tmp_path / "together"
-    for processes, output in ((1, alone), (2, together)):
-        started = Torchrun(
-            *("scripts/extract_features.py", "--resume", best, "--output", output, "--device", "cpu"),
-            *("--img_batch_size", 2, "--text_batch_size", 3, "--num_workers", 0),
-            processes=(processes,),
-            marker=output,
-        )
-        code, _, err = started.end()
-        assert code == 0, err
+    sizes = ("--device", "cpu", "--img_batch_size", 2, "--text_batch_size", 3, "--num_workers", 0)
+    assert script("extract_features", "--resume", best, "--output", alone, *sizes)[0] == 0
+    started = Torchrun(
+        *("scripts/extract_features.py", "--resume", best, "--output", together, *sizes),
+        processes=(2,),
+        marker=together,
+    )
+    code, _, err = started.end()
+    assert code == 0, err
     assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in together.iterdir())
     for path in alone.iterdir():
         assert path.read_bytes() == (together / path.name).read_bytes(), path.name
