@@ -68,7 +68,7 @@ ROWS = {
     "ours": "ours",
     "no_packing": "ours, captions padded to the longest of the batch",
     "no_trim": "ours, captions padded to the context length",
-    "all_tokens": "ours, all tokens in the last block",
+    "all_tokens": "ours, padded to the longest, all tokens in the last block",
     "no_fused": "ours, AdamW not fused",
     "no_channels_last": "ours, without channels_last",
     "compile": "ours, --compile",
