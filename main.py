@@ -7,13 +7,14 @@ python main.py --eval --vision_model ViT-L/14                 # evaluate pretrai
 
 import sys
 
+from clip_retrieval.command_line import parse
+from clip_retrieval.config import read_config
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.options import parse
 
 
 def main() -> None:
     typed = parse()
-    if typed.get("eval"):
+    if typed.get("eval", read_config(typed.get("config")).get("eval")):
         from clip_retrieval.evaluate import evaluate
 
         return evaluate(typed)

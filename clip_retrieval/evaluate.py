@@ -34,6 +34,8 @@ def evaluate(typed: dict[str, Any]) -> None:
     """Score a model on a split and write what was found."""
     start_log()
     options, checkpoint = settle_options(typed)
+    if "zero_shot_eval" in typed:
+        raise UserError("--zero_shot_eval is for training; scripts/zero_shot.py classifies with a model as it is")
     with joined(options.run.device) as processes:
         evaluate_with(options, checkpoint, typed, processes)
 
@@ -44,13 +46,13 @@ def evaluate_with(
     """The evaluation of one or of several processes, which share the work."""
     device = choose_device(options.run.device)
     with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
+        model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
         split = load_split(options, options.evaluation.eval_split, tokenizer, built.preprocess, device)
     if split is None:
         raise UserError(
-            f"{options.data.dataset} in {options.data.place} has no "
+            f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
     log_samples(split.dataset)
@@ -85,7 +87,7 @@ def evaluate_with(
 
 def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
     """Where an evaluation writes: a folder that was named, or one of its own; never among a training run's files."""
-    suffix = f"{options.data.dataset}_{options.evaluation.eval_split}"
+    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
     if named:
         folder = run_folder(options)
         if (folder / "metrics.jsonl").exists():

@@ -20,6 +20,7 @@ from torch import Tensor
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.data.jsonl import Id
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluate import evaluation_folder
@@ -27,7 +28,6 @@ from clip_retrieval.evaluation.encode import encode_captions, encode_images, enc
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.retrieval.features import write_array, write_features
-from clip_retrieval.retrieval.jsonl import Id
 from clip_retrieval.start import load_model, load_pixels, make_folder, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device, true_float32
 
@@ -99,7 +99,7 @@ def extract_with(
     dataset = read_files(wanted) if wanted.of_files else read_split(options)
     log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
     with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint, typed_model="vision_model" in typed)
+        model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
     folder = wanted.output
     if folder is None:
@@ -150,7 +150,7 @@ def read_split(options: Options) -> RetrievalDataset:
     dataset = read_dataset(options.data, options.evaluation.eval_split)
     if dataset is None:
         raise UserError(
-            f"{options.data.dataset} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
+            f"{options.data.name} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
             "another --eval_split, or other data"
         )
     return dataset

@@ -8,10 +8,12 @@ torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32 --dataset_root DATA
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
+from clip_retrieval.classification.report import summary
+from clip_retrieval.classification.task import ZeroShotTask, score_task
 from clip_retrieval.distributed import joined
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError
 from clip_retrieval.evaluation.protocols import Encoded, encode_split, score
@@ -40,7 +42,7 @@ def finetune(typed: dict[str, Any]) -> None:
         with stop.interruptible():
             if processes.is_main:
                 make_folder(folder)
-            run = prepare(options, checkpoint, folder, stop, processes, typed_model="vision_model" in typed)
+            run = prepare(options, checkpoint, folder, stop, processes)
         if processes.world_size > 1:
             stop.agree = processes.any
         with closing(run.metrics) if run.metrics else nullcontext():
@@ -66,14 +68,16 @@ def interrupted(run: Run) -> Interrupted:
 
 
 def evaluate_first(run: Run) -> None:
-    """Score the model that the run starts from, on the split that is reported at the end."""
-    split = run.test or run.val
-    done = run.progress.step or run.progress.before
-    if done or split is None or run.options.evaluation.no_eval_first:
+    """Score the model that the run starts from, on what is reported at the end."""
+    progress, split = run.progress, run.test or run.val
+    if progress.step or run.options.evaluation.no_eval_first:
         return
-    _, run.progress.before = score_split(run, split)
-    write_scores(run, "before", run.progress.before)
-    log.info("before training:\n" + results_table({split.dataset.split: run.progress.before}))
+    if split is not None and not progress.before:
+        _, progress.before = score_split(run, split)
+        write_scores(run, "before", progress.before)
+        log.info("before training:\n" + results_table({split.dataset.split: progress.before}))
+    if run.zero_shot is not None and not progress.zero_shot_before:
+        progress.zero_shot_before = score_zero_shot(run, run.zero_shot)
 
 
 def train(run: Run) -> None:
@@ -119,7 +123,12 @@ def train_on(run: Run) -> None:
 def is_milestone(run: Run) -> bool:
     """Whether something is to be done after this step: an epoch or the run ends, or an interval of steps does."""
     step, options = run.progress.step, run.options
-    intervals = (len(run.sampler), options.evaluation.eval_steps, options.run.keep_steps)
+    intervals = (
+        len(run.sampler),
+        options.evaluation.eval_steps,
+        options.evaluation.zero_shot_steps,
+        options.run.keep_steps,
+    )
     return step == run.total_steps or any(interval and step % interval == 0 for interval in intervals)
 
 
@@ -130,8 +139,12 @@ def milestone(run: Run) -> None:
     save_last(run)
     after_epochs, after_steps = options.evaluation.eval_every, options.evaluation.eval_steps
     due = (after_epochs and not rest and epoch % after_epochs == 0) or (after_steps and step % after_steps == 0)
-    if run.val is not None and (due or step == run.total_steps):
+    due = due or step == run.total_steps
+    if run.val is not None and due:
         evaluate_val(run, run.val)
+    zero_shot_steps = options.evaluation.zero_shot_steps
+    if run.zero_shot is not None and (step % zero_shot_steps == 0 if zero_shot_steps else due):
+        score_zero_shot(run, run.zero_shot)
     progress.evaluated_step = step
     save_last(run)
     if options.run.keep_every and not rest and epoch % options.run.keep_every == 0:
@@ -171,7 +184,7 @@ def finish(run: Run) -> None:
         _, test = score_split(run, run.test)
         write_scores(run, "test", test)
 
-    results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.dataset})
+    results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.name})
     results |= {
         "weights": run.built.weights,
         "training_precision": run.trainer.precision,
@@ -180,6 +193,9 @@ def finish(run: Run) -> None:
         "seconds": results.get("seconds", {}) | {"training": progress.seconds},
     }
     found = {"before": progress.before, "val": val}
+    if run.zero_shot is not None:
+        found["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
+        found["zero_shot_before"] = progress.zero_shot_before
     if run.processes.is_main:
         write_json(run.folder / "results.json", results | {name: block for name, block in found.items() if block})
 
@@ -191,31 +207,57 @@ def finish(run: Run) -> None:
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
 
 
+@contextmanager
+def evaluating(run: Run) -> Iterator[None]:
+    """A block that can be interrupted, in which features that are not finite are the run's fault."""
+    try:
+        with run.stop.interruptible():
+            yield
+    except NotFiniteError as error:
+        raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
+
+
 def score_split(run: Run, split: Split) -> tuple[Encoded, dict[str, Any]]:
     """The features and the results block of a split."""
     options, device = run.options, run.trainer.device
-    try:
-        with run.stop.interruptible():
-            encoded = encode_split(
-                run.model,
-                split.dataset,
-                split.tokens,
-                split.pixels,
-                options.evaluation,
-                num_workers=options.data.num_workers,
-                device=device,
-                processes=run.processes,
-            )
-            block = score(encoded, split.dataset, options.evaluation, run.processes)
-    except NotFiniteError as error:
-        raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
+    with evaluating(run):
+        encoded = encode_split(
+            run.model,
+            split.dataset,
+            split.tokens,
+            split.pixels,
+            options.evaluation,
+            num_workers=options.data.num_workers,
+            device=device,
+            processes=run.processes,
+        )
+        block = score(encoded, split.dataset, options.evaluation, run.processes)
     return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}
+
+
+def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:
+    """The results block of the zero-shot classification, without what belongs to single classes."""
+    options = run.options
+    with evaluating(run):
+        block = score_task(
+            run.model,
+            task,
+            device=run.trainer.device,
+            eval_batch_size=options.evaluation.eval_batch_size,
+            num_workers=options.data.num_workers,
+            precision=options.evaluation.eval_precision,
+            processes=run.processes,
+        )
+    write_scores(run, kind, block)
+    log.info(f"zero-shot {summary(block)}")
+    return {name: value for name, value in block.items() if name not in ("per_class", "templates")}
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
     """One line of metrics.jsonl for an evaluation."""
     if run.metrics:
         names = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
+        names += ("top1", "top5", "top10", "mean_per_class")
         scores = {name: block[name] for name in names if name in block}
         run.metrics.write(kind, run.progress.step, scores)
 

@@ -1,25 +1,21 @@
 """Every option of a run.
 
-Each group is a dataclass; the command line is built from them, so an option is declared once. A value is
-settled from four layers: built-in defaults, then a checkpoint's options, then what was typed
+Each group is a dataclass; the command line is built from them (`command_line`), so an option is declared once. A value
+is settled from four layers: built-in defaults, then a config file, then a checkpoint's options, then what was typed
 (`Options.settle`). Nothing here imports torch: `--help` stays instant.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import sys
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from clip_retrieval.errors import UserError
 
 AUTO = "auto"
+SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
 LARGEST = 2**63  # what a number may be, in size
 
 
@@ -34,14 +30,16 @@ def option(
     above: float | None = None,
     below: float | None = None,
     auto: bool = False,
+    repeatable: bool = False,
     from_checkpoint: bool = True,
 ) -> Any:
     """Declare an option as a dataclass field.
 
     `aliases` are further spellings of the option, with their dashes. `also` maps other spellings of a value to
     the canonical one; `flags` maps flag options to the value they stand for. A number must be at least
-    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", kept as None. An option with
-    `from_checkpoint=False` is never taken from a checkpoint.
+    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", kept as None. A
+    `repeatable` option that is given several times is a tuple. One with `from_checkpoint=False` is never taken from a
+    checkpoint.
     """
     return field(
         default=default,
@@ -55,9 +53,15 @@ def option(
             "above": above,
             "below": below,
             "auto": auto,
+            "repeatable": repeatable,
             "from_checkpoint": from_checkpoint,
         },
     )
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """What a repeatable option holds, given once or several times."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 @dataclass
@@ -66,27 +70,34 @@ class ModelOptions:
 
     vision_model: str = option(
         "ViT-B/32",
-        "the CLIP model: an OpenAI name, an open_clip name, hf-hub:ORG/NAME, local-dir:PATH, a model config "
-        ".json, or `tiny`",
+        "the CLIP model: an OpenAI name, an open_clip name, hf-hub:ORG/NAME, local-dir:PATH, a model config .json, or "
+        "one of ours: tiny, small, RN50-text6 (clip-training's), resnet18, resnet50, efficientnet (simple-clip's, with "
+        "DistilBERT for captions)",
         "--model",
         "--image_encoder_name",
     )
     text_model: str | None = option(
-        None, "the text tower, where it is named apart (default: the model's)", "--text_encoder_name"
+        None,
+        "the text tower, where it is named apart: RoBERTa-wwm-ext-base-chinese, RoBERTa-wwm-ext-large-chinese or "
+        "RBT3-chinese with Chinese-CLIP's image towers, distilbert-base-uncased with simple-clip's (default: the "
+        "model's)",
+        "--text_encoder_name",
     )
     tokenizer: str | None = option(
-        None, "for Hugging Face text towers: a vocab.txt, a local folder or a hub name (default: the model's)"
+        None,
+        "for Hugging Face text towers: a vocab.txt, a local folder or a hub name (default: what the checkpoint "
+        "carries, else the model's)",
     )
     pretrained: str | None = option(
         None,
-        "weights to start from: an open_clip tag, `none` for random ones, or a file (default: openai for OpenAI's "
-        "names, a hub id's own, else none)",
+        "weights to start from: a tag of open_clip, or of torchvision for simple-clip's image towers (IMAGENET1K_V1), "
+        "`none` for random ones, or a file (default: openai for OpenAI's names, a hub id's own, else none)",
         "--clip_weight_path",
     )
     text_pretrained: str | None = option(
         None,
-        "with --text_model: weights that the text tower starts from, a BERT's folder, weight file or hub name; the "
-        "image tower's come from --pretrained (default: none)",
+        "with --text_model, or simple-clip's image towers: weights that the text tower starts from, a BERT's or "
+        "DistilBERT's folder, weight file or hub name; the image tower's come from --pretrained (default: none)",
         "--bert_weight_path",
     )
     context_length: int | None = option(None, "length captions are cut to, in tokens (default: the model's)", minimum=3)
@@ -102,35 +113,60 @@ class ModelOptions:
 class DataOptions:
     """data"""
 
-    dataset: str = option(
+    dataset: str | tuple[str, ...] = option(
         "coco",
-        "coco, flickr30k, flickr8k, karpathy, csv, chinese, or shapes (built in, needs no files)",
+        "coco, flickr30k, flickr8k, karpathy, csv, chinese, webdataset, huggingface, shapes (built in, needs no files) "
+        "or simple-clip's textcap, sbucaptions, yfcc7m and combined; given several times: a mixture, with "
+        "--dataset_root (--annotations, ...: auto for a data set's own) once for each",
         "--dataset_name",
+        repeatable=True,
     )
-    dataset_root: str = option("datasets", "folder of the data set", "--dataset_path")
-    annotations: str | None = option(
+    dataset_weights: tuple[float, ...] | None = option(
+        None, "a mixture's parts in an epoch, a weight for each data set (default: all their pairs)", above=0
+    )
+    dataset_root: str | tuple[str, ...] = option(
+        "datasets", "folder of the data set", "--dataset_path", repeatable=True
+    )
+    annotations: str | tuple[str | None, ...] | None = option(
         None,
         "captions file instead of the one in dataset_root (coco, karpathy, csv)",
         "--train_annotation_file",
+        auto=True,
+        repeatable=True,
     )
-    image_dir: str | None = option(
+    image_dir: str | tuple[str | None, ...] | None = option(
         None,
         "folder of the images instead of the one in dataset_root (coco, karpathy, csv)",
         "--train_img_dir",
+        auto=True,
+        repeatable=True,
     )
-    train_data: str | None = option(
+    train_data: str | tuple[str | None, ...] | None = option(
         None,
-        "chinese: LMDB folder of the train split, or what the names of its _imgs.tsv and _texts.jsonl begin with, "
-        "instead of those in dataset_root",
+        "chinese: LMDB folder of the train split, or what the names of its _imgs.tsv and _texts.jsonl begin with; "
+        "webdataset: its shards ('shards/{00000..01537}.tar'); instead of those in dataset_root",
+        auto=True,
+        repeatable=True,
     )
-    val_data: str | None = option(None, "chinese: the same for the val split")
+    val_data: str | tuple[str | None, ...] | None = option(
+        None, "the same for the val split", auto=True, repeatable=True
+    )
     no_restval: bool = option(False, "coco: train on the train images only (82,783), without restval (30,504)")
-    image_column: str = option("image", "csv: column of the image path")
-    caption_column: str = option("caption", "csv: column of the caption")
+    image_column: str = option("image", "csv: column of the image path; huggingface: of the image")
+    caption_column: str = option("caption", "csv and huggingface: column of the caption")
     split_column: str = option(
         "split",
         "csv: column of the split (train, val, test); without it all rows are to train on, and all are "
         "what --eval scores",
+    )
+    caption_key: str | None = option(
+        None, "webdataset: key of the caption, or of a list of them, in the .json (default: the .txt, else `caption`)"
+    )
+    train_num_samples: int | None = option(
+        None, "webdataset: pairs in an epoch (default: all, counted, or as sizes.json has them)", minimum=2
+    )
+    shuffle_buffer: int = option(
+        4096, "webdataset: pairs held in memory, over all processes, to shuffle those of each shard", minimum=0
     )
     caption_sampling: str = option(
         "all",
@@ -163,9 +199,46 @@ class DataOptions:
     )
 
     @property
+    def name(self) -> str:
+        """The data set, for messages and the names of files: a mixture is `coco+sbucaptions`."""
+        return "+".join(as_tuple(self.dataset))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the train split is read from shards, one after the other: a mixture is not."""
+        return as_tuple(self.dataset) in [(name,) for name in SHARDED]
+
+    @property
     def place(self) -> str:
         """Where the data are, for messages."""
-        return self.annotations or self.train_data or self.val_data or self.dataset_root
+        places = self.annotations or self.train_data or self.val_data or self.dataset_root
+        return ", ".join(place for place in as_tuple(places) if place)
+
+    def parts(self) -> list[DataOptions]:
+        """The options of each data set of a mixture; of one data set, these.
+
+        Raises UserError where an option was given neither once nor once for each of them.
+        """
+        names = as_tuple(self.dataset)
+        if self.dataset_weights and len(self.dataset_weights) != len(names):
+            raise UserError(
+                f"--dataset_weights has {len(self.dataset_weights)} values, --dataset {len(names)}; give one for each"
+            )
+        values = {}
+        for name in REPEATABLE:
+            given = as_tuple(getattr(self, name))
+            if len(given) == 1 and (given[0] is None or name == "dataset_root" or len(names) == 1):
+                given *= len(names)  # a folder that holds them all
+            if len(given) != len(names):
+                raise UserError(
+                    f"--{name} was given {len(given)} time{'s' * (len(given) > 1)}, --dataset {len(names)}: give it "
+                    "once for each data set, in their order"
+                )
+            values[name] = given
+        return [
+            dataclasses.replace(self, dataset_weights=None, **{name: given[i] for name, given in values.items()})
+            for i in range(len(names))
+        ]
 
 
 @dataclass
@@ -261,8 +334,24 @@ class EvalOptions:
         also={"-1": "0"},
     )
     no_eval_first: bool = option(False, "do not evaluate the model before its first step")
-    imagenet_eval: bool = option(False, "zero-shot ImageNet accuracy during training (not in this version: refused)")
-    imagenet_eval_steps: int | None = option(None, "steps between those (not in this version: refused)", minimum=1)
+    zero_shot_eval: str | None = option(
+        None,
+        "zero-shot accuracy while training: cifar10, cifar100, stl10, imagenet, or a folder with a folder of images "
+        "for each class",
+        flags={"--imagenet_eval": "imagenet"},
+    )
+    zero_shot_root: str | None = option(None, "folder of such a data set (default: --dataset_root)")
+    zero_shot_class_names: str | None = option(None, "file of its class names (default: its own)")
+    zero_shot_templates: str | None = option(
+        None, "its prompts: imagenet, cifar, simple, stl10, chinese, or a file (default: the data set's)"
+    )
+    zero_shot_steps: int = option(
+        0,
+        "steps between zero-shot evaluations; 0: whenever the val split is evaluated, or would be",
+        "--imagenet_eval_steps",
+        minimum=0,
+        also={"-1": "0"},
+    )
     recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always there", minimum=1)
     map: bool = option(False, "mean average precision at 1, 5 and 10 (mAP@K) besides recall")
 
@@ -281,6 +370,11 @@ class RunOptions:
     reset_optimizer: bool = option(False, "with --resume: start with a fresh optimizer", from_checkpoint=False)
     reset_data_offset: bool = option(
         False, "with --resume: start again at the first epoch and step", from_checkpoint=False
+    )
+    config: str | None = option(
+        None,
+        "YAML file of options, e.g. another run's options.json; a checkpoint's and those that are typed go first",
+        from_checkpoint=False,
     )
     checkpoint_path: str = option(
         "logs", "folder of all runs", "--logs", "--save_model_dir", "-save_model_dir", from_checkpoint=False
@@ -303,6 +397,8 @@ class RunOptions:
     device: str | None = option(None, "cuda, mps or cpu, or a numbered one (cuda:1)", auto=True, from_checkpoint=False)
 
 
+REPEATABLE = [f.name for f in dataclasses.fields(DataOptions) if f.metadata["repeatable"]]
+
 GROUPS = {
     "run": RunOptions,
     "model": ModelOptions,
@@ -323,6 +419,8 @@ class Options:
     loss: LossOptions = field(default_factory=LossOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvalOptions = field(default_factory=EvalOptions)
+    given: frozenset[str] = frozenset()
+    """Names of the options that the user gave, typed or in a config file."""
 
     def flat(self) -> dict[str, Any]:
         """All options in one dict, as options.json and the checkpoints hold them."""
@@ -336,9 +434,12 @@ class Options:
         """
         merged: dict[str, Any] = {}
         for layer in layers:
-            if layer.get("train_data") or layer.get("val_data"):
-                merged["dataset"] = "chinese"  # the only one that has them, so that it need not be typed
+            if implied := implied_dataset(layer):
+                merged["dataset"] = implied
             merged.update(layer)
+        if len(as_tuple(merged.get("dataset"))) == 1:  # of what is typed twice for one data set, the last counts
+            repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]
+            merged |= {name: merged[name][-1] for name in repeated}
         options = cls(**{name: _fill(group, merged) for name, group in GROUPS.items()})
         for name in GROUPS:
             check_values(getattr(options, name))
@@ -348,22 +449,42 @@ class Options:
 
     def check_combinations(self) -> None:
         """Raise UserError for options that exclude each other."""
-        train, data = self.train, self.data
-        for name in ("train_data", "val_data"):
-            if getattr(data, name) and data.dataset != "chinese":
-                raise UserError(f"--{name} is for --dataset chinese; drop it, or --dataset {data.dataset}")
+        train = self.train
+        for data in self.data.parts():
+            for name in ("train_data", "val_data"):
+                if getattr(data, name) and data.dataset not in ("chinese", *SHARDED):
+                    raise UserError(
+                        f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {data.dataset}"
+                    )
+        if self.data.train_num_samples and not self.data.streamed:
+            raise UserError(
+                f"--train_num_samples is for --dataset webdataset alone; drop it, or --dataset {self.data.name}"
+            )
+        if self.data.image_cache and self.data.streamed and not self.run.eval:
+            raise UserError(f"--image_cache is not for --dataset {self.data.name}, whose images are a stream; drop it")
         if train.grad_cache and train.accum_freq > 1:
             raise UserError("--grad_cache and --accum_freq say the same in two ways; drop one of them")
         if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
             raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
-        if self.evaluation.imagenet_eval or self.evaluation.imagenet_eval_steps:
-            raise UserError("--imagenet_eval: zero-shot classification is not in this version; leave the option out")
+        if not self.evaluation.zero_shot_eval:
+            for name in ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"):
+                if getattr(self.evaluation, name):
+                    raise UserError(f"--{name} needs --zero_shot_eval, the data set that it is for")
         if self.run.overwrite and self.run.resume == AUTO:
             raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
 
 
+def implied_dataset(given: dict[str, Any]) -> str | None:
+    """The data set that options belong to which only it has, so that it need not be typed."""
+    files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
+    if not files:
+        return None
+    return "webdataset" if any(file.endswith(".tar") for file in files) else "chinese"
+
+
 def _fill(group: type, values: dict[str, Any]) -> Any:
-    return group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
+    given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}
+    return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def check_values(group: Any) -> None:
@@ -392,126 +513,3 @@ def taken_from_checkpoint(flat: dict[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint's options that a new run takes over: unknown and run-bound ones are left out."""
     fields = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
     return {name: v for name, v in flat.items() if name in fields and fields[name].metadata["from_checkpoint"]}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes hyphens for underscores in option names; an error is one line, with the nearest option."""
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        typed = [self._underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = self.parse_known_args(typed, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-        return namespace
-
-    def _underscored(self, arg: str) -> str:
-        if not arg.startswith("-"):
-            return arg
-        name, equals, value = arg.partition("=")
-        dashes = name[: len(name) - len(name.lstrip("-"))]
-        spelled = dashes + name.lstrip("-").replace("-", "_")
-        return spelled + equals + value if spelled in self._option_string_actions else arg
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """All spellings, then what they take, once."""
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
-
-
-def build_parser(description: str, groups: Sequence[type] = tuple(GROUPS.values()), prog: str | None = None):
-    """A parser for the options of `groups`. The namespace it returns holds only what was typed."""
-    parser = _Parser(
-        prog=prog,
-        usage="%(prog)s [options]",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    for group in groups:
-        add_arguments(parser.add_argument_group(f"{group.__doc__} options"), group)
-    return parser
-
-
-def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequence[str] = ()) -> None:
-    """Add one argument per field of the dataclass `group`, or for some of them only."""
-    hints = typing.get_type_hints(group)
-    for f in dataclasses.fields(group):
-        if only and f.name not in only:
-            continue
-        names = [f"--{f.name}", *f.metadata["aliases"]]
-        if hints[f.name] is bool:
-            parser.add_argument(*names, dest=f.name, action="store_true", help=f.metadata["help"])
-            inverse = f.name[3:] if f.name.startswith("no_") else f"no_{f.name}"
-            parser.add_argument(f"--{inverse}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
-            continue
-        parser.add_argument(
-            *names,
-            dest=f.name,
-            help=_help(f),
-            type=_value_type(_item_type(hints[f.name]), f.metadata),
-            nargs="+" if typing.get_origin(hints[f.name]) is tuple else None,
-            metavar={int: "N", float: "X", str: "TEXT"}[_item_type(hints[f.name])],
-        )
-        for flag, value in f.metadata["flags"].items():
-            parser.add_argument(
-                flag, dest=f.name, action="store_const", const=value, help=f"the same as --{f.name} {value}"
-            )
-
-
-def _help(f: dataclasses.Field) -> str:
-    text = f.metadata["help"]
-    if f.metadata["choices"]:
-        text += f" ({', '.join(f.metadata['choices'])})"
-    if f.metadata["auto"]:
-        text += " (default: auto)"
-    elif f.default is not None:
-        default = f.default
-        text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-    return text.replace("%", "%%")
-
-
-def _item_type(hint: Any) -> type:
-    """int of `int`, `int | None` and `tuple[int, ...]`."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0]
-    return hint
-
-
-def _value_type(hint: type, meta: typing.Mapping[str, Any]):
-    """The function that turns a typed string into the option's value."""
-
-    def convert(text: str) -> Any:
-        text = meta["also"].get(text, text)
-        if meta["auto"] and text == AUTO:
-            return None
-        if meta["choices"] and text not in meta["choices"]:
-            near = difflib.get_close_matches(text, [*meta["choices"], *meta["also"]], n=1)
-            hint_text = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(meta['choices'])}{hint_text}")
-        try:
-            return hint(text)
-        except ValueError:
-            kind = {"int": "a whole number", "float": "a number"}[hint.__name__]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}" + (" or auto" * meta["auto"])) from None
-
-    return convert
-
-
-def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What was typed on the command line of main.py, as a flat dict."""
-    parser = build_parser(
-        "Finetune CLIP for image-text retrieval, or evaluate it (--eval).",
-        prog="main.py",
-    )
-    return vars(parser.parse_args(argv))

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from clip_retrieval.classification.catalog import ZeroShotData
+from clip_retrieval.classification.task import ZeroShotTask, prepare_task
 from clip_retrieval.data.dataset import UNSPLIT
-from clip_retrieval.data.loader import TrainLoader, choose_num_workers
+from clip_retrieval.data.loader import Loader, TrainLoader, choose_num_workers
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
@@ -25,10 +27,11 @@ from clip_retrieval.reporting.log import MetricsLog, log, log_to_file
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.start import Split, load_model, load_split, log_samples
+from clip_retrieval.stream import StreamedSplit, make_order, make_stream_loader, open_stream
 from clip_retrieval.training.checkpoint import save_checkpoint
 from clip_retrieval.training.frozen import frozen_images, frozen_texts
 from clip_retrieval.training.precision import choose_device, choose_precision, device_name
-from clip_retrieval.training.state import Progress, restore_training
+from clip_retrieval.training.state import Progress, Sampler, restore_training
 from clip_retrieval.training.step import Trainer
 
 COMPILED_LENGTHS = 16  # a compiled text tower sees lengths that are multiples of this
@@ -44,10 +47,11 @@ class Run:
     built: BuiltModel
     model: RetrievalModel
     trainer: Trainer
-    sampler: BatchSampler
-    loader: TrainLoader
+    sampler: Sampler
+    loader: Loader
     val: Split | None
     test: Split | None
+    zero_shot: ZeroShotTask | None
     metrics: MetricsLog | None
     progress: Progress
     processes: Processes
@@ -86,17 +90,16 @@ def prepare(
     folder: Path,
     stop: StopSignal,
     processes: Processes,
-    *,
-    typed_model: bool,
 ) -> Run:
     """Read the data, build the model, and bring both to where the checkpoint stood."""
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint, typed_model=typed_model)
+        model, built, tokenizer = load_model(options, checkpoint)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-        train, val, test = load_data(options, tokenizer, built.preprocess, device)
+        train, val, test = load_data(options, tokenizer, built.preprocess, device, processes)
+    zero_shot = load_zero_shot(options, tokenizer, built.preprocess)
     sampler = make_sampler(options, train, processes)
     trainer = make_trainer(options, model.to(device), precision, device, processes)
     progress = Progress()
@@ -124,7 +127,8 @@ def prepare(
             bring_best(Path(options.run.resume).parent, folder)
         write_options(folder, options, f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines())
-    run = Run(options, folder, stop, built, model, trainer, sampler, loader, val, test, metrics, progress, processes)
+    data = (sampler, loader, val, test, zero_shot)
+    run = Run(options, folder, stop, built, model, trainer, *data, metrics, progress, processes)
     if options.train.warmup > run.total_steps:
         log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -136,16 +140,18 @@ def prepare(
 
 
 def load_data(
-    options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device
-) -> tuple[Split, Split | None, Split | None]:
+    options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device, processes: Processes
+) -> tuple[Split | StreamedSplit, Split | None, Split | None]:
     """The train, val and test splits; a data set without splits is all to train on, with nothing held out."""
-    train = load_split(options, "train", tokenizer, preprocess, device, options.data.augment)
+    if options.data.streamed:
+        train = open_stream(options, tokenizer, preprocess, device, processes)
+    elif train := load_split(options, "train", tokenizer, preprocess, device, options.data.augment):
+        log_samples(train.dataset)
     if train is None:
         place = options.data.place
-        raise UserError(f"{options.data.dataset} in {place} has no train split; give the data to train on")
-    log_samples(train.dataset)
+        raise UserError(f"{options.data.name} in {place} has no train split; give the data to train on")
     val = test = None
-    if train.dataset.split != UNSPLIT:
+    if train.split != UNSPLIT:
         val = load_split(options, "val", tokenizer, preprocess, device)
         test = load_split(options, "test", tokenizer, preprocess, device, answered=False)
     if val is None:
@@ -155,29 +161,54 @@ def load_data(
     return train, val, test
 
 
-def make_sampler(options: Options, train: Split, processes: Processes) -> BatchSampler:
+def load_zero_shot(options: Options, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask | None:
+    """The labelled images that the model classifies now and then, if there are any."""
+    wanted = options.evaluation
+    if not wanted.zero_shot_eval:
+        return None
+    data = ZeroShotData(
+        wanted.zero_shot_eval,
+        Path(wanted.zero_shot_root or options.data.parts()[0].dataset_root),
+        class_names=Path(wanted.zero_shot_class_names) if wanted.zero_shot_class_names else None,
+        templates=wanted.zero_shot_templates,
+    )
+    return prepare_task(data, tokenizer, preprocess)
+
+
+def make_sampler(options: Options, train: Split | StreamedSplit, processes: Processes) -> Sampler:
     """The batches of the run; a split smaller than the batch shrinks the batch."""
     batch_size, sampling = options.train.batch_size, options.data.caption_sampling
-    samples = number_of_samples(train.dataset, sampling)
+    streamed = isinstance(train, StreamedSplit)
+    samples = train.samples if streamed else number_of_samples(train.dataset, sampling)
     if samples < batch_size:
         shrunk = samples - samples % processes.world_size
         if shrunk < 2:
             raise UserError(f"the train split has {samples} pairs: too few to train on")
         log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
         batch_size = shrunk
-    return BatchSampler(train.dataset, batch_size, sampling, options.train.seed)
+    if streamed:
+        return make_order(options, train, batch_size)
+    weights = options.data.dataset_weights if len(options.data.parts()) > 1 else None
+    sampler = BatchSampler(train.dataset, batch_size, sampling, options.train.seed, weights)
+    if weights:
+        shares = (f"{share:,} of {part.name}" for share, part in zip(sampler.shares, train.dataset.parts))
+        log.info(f"an epoch's {samples:,} pairs: {', '.join(shares)}")
+    return sampler
 
 
 def make_loader(
     options: Options,
     model: RetrievalModel,
-    train: Split,
-    sampler: BatchSampler,
+    train: Split | StreamedSplit,
+    sampler: Sampler,
     precision: str,
     device: torch.device,
     processes: Processes,
-) -> TrainLoader:
+) -> Loader:
     """This process's part of the batches; what a frozen tower gives for them is computed here, once."""
+    bucket = COMPILED_LENGTHS if options.train.compile else 1
+    if isinstance(train, StreamedSplit):
+        return make_stream_loader(options, model, train, sampler, device, processes, bucket=bucket)
     images, texts = train.pixels, train.tokens
     num_workers = choose_num_workers(options.data.num_workers, train.pixels, device)
     if not options.train.no_feature_cache:
@@ -198,7 +229,7 @@ def make_loader(
         images,
         texts,
         trim=model.trims_text,
-        bucket=COMPILED_LENGTHS if options.train.compile else 1,
+        bucket=bucket,
         share=process_slice(sampler.batch_size, processes.rank, processes.world_size),
         num_workers=num_workers,
         device=device,

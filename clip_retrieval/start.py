@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clip_retrieval.config import read_config
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.loader import choose_num_workers
-from clip_retrieval.data.pixels import AutoAugmented, Pixels, make_pixels
+from clip_retrieval.data.mixture import Mixture
+from clip_retrieval.data.pixels import AutoAugmented, MixedPixels, Pixels, make_pixels
+from clip_retrieval.data.shards import absolute_patterns
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer, known_tags, rebuild_model
+from clip_retrieval.models.build import (
+    BuiltModel,
+    build_model,
+    build_tokenizer,
+    keep_vocabulary,
+    known_tags,
+    rebuild_model,
+)
 from clip_retrieval.models.source import check_names
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.weights import read_checkpoint
-from clip_retrieval.options import AUTO, Options, taken_from_checkpoint
+from clip_retrieval.options import AUTO, Options, implied_dataset, taken_from_checkpoint
 from clip_retrieval.reporting.log import log
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PREFIXES = ("train_data", "val_data")  # they may be the beginning of the names of files
 PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
+PLACES += ("caption_key", "train_num_samples")
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
     """The options of a run, and the checkpoint of ours that it resumes, if any.
 
-    Defaults < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives the
-    weights to start from, as --pretrained does.
+    Defaults < --config < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives
+    the weights to start from, as --pretrained does.
     """
-    options = Options.settle(typed, complete=False)  # refuses bad values before anything is read
+    config = read_config(typed.get("config"))
+    if config.pop("overwrite", False):
+        log.warning(f"--config {typed['config']}: overwrite counts only where it is typed")
+    options = Options.settle(config, typed, complete=False)  # refuses bad values before anything is read
     path = _resumed_file(options)
     if path is None:
-        return Options.settle(typed), None
+        return replace(Options.settle(config, typed), given=frozenset(config) | frozenset(typed)), None
     checkpoint = read_checkpoint(path)
     if typed.get("pretrained") not in (None, str(path)):
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
-        return Options.settle(typed, {"pretrained": str(path), "resume": None}), None
+        options = Options.settle(config, typed, {"pretrained": str(path), "resume": None})
+        return replace(options, given=frozenset(config) | frozenset(typed)), None
     stored = checkpoint["options"]
     check_names(options.model, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
     taken = taken_from_checkpoint(stored)
-    implied = "chinese" if any(name in typed for name in PREFIXES) else stored["dataset"]
-    if "dataset_root" in typed or typed.get("dataset", implied) != stored["dataset"]:
+    if checkpoint["model_config"]["text_cfg"].get("vocab"):
+        taken["tokenizer"] = None  # the checkpoint carries its words
+    held = stored["dataset"]
+    other_data = typed.get("dataset", implied_dataset(typed) or held) != held
+    if other_data:
+        taken.pop("dataset_weights", None)  # as many as there were data sets
+    if "dataset_root" in typed or other_data:
         # Other data than the checkpoint's: the places of its files say nothing about them.
         taken = {name: value for name, value in taken.items() if name not in PLACES}
     if "epochs" in typed:
         taken.pop("max_steps", None)  # it would decide the length of the run
-    return Options.settle(taken, typed, {"resume": str(path)}), checkpoint
+    options = Options.settle(config, taken, typed, {"resume": str(path)})
+    return replace(options, given=frozenset(typed)), checkpoint
 
 
 def _resumed_file(options: Options) -> Path | None:
@@ -100,6 +122,11 @@ class Split:
     tokens: Tokens
     pixels: Pixels
 
+    @property
+    def split(self) -> str:
+        """Which one it is."""
+        return self.dataset.split
+
 
 def load_split(
     options: Options,
@@ -125,8 +152,9 @@ def load_split(
     tokens = tokenize(dataset.captions, tokenizer)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
     log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
-    if warning := size_warning(dataset):
-        log.warning(warning)
+    for part in dataset.parts if isinstance(dataset, Mixture) else (dataset,):
+        if warning := size_warning(part):
+            log.warning(warning)
     return Split(dataset, tokens, load_pixels(options, dataset, preprocess, device, augment))
 
 
@@ -136,6 +164,8 @@ def load_pixels(
     """The images as the model sees them, from the cache if there is one."""
     if augment == "auto":
         return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
+    if isinstance(dataset, Mixture):
+        return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
     settings = {"augment": augment, "decoder": options.data.decoder}
     pixels = make_pixels(dataset.images, preprocess, **settings)
     if not options.data.image_cache or pixels.in_memory:
@@ -159,13 +189,11 @@ def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:
         log.info(f"  {Path(dataset.images.name(image)).name}: {dataset.captions[caption]}")
 
 
-def load_model(
-    options: Options, checkpoint: dict[str, Any] | None, *, typed_model: bool
-) -> tuple[RetrievalModel, BuiltModel, Any]:
-    """The model, on the CPU, how it was built, and its tokenizer. `typed_model`: --vision_model was typed."""
+def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:
+    """The model, on the CPU, how it was built, and its tokenizer."""
     logit_bias = options.loss.loss == "siglip" and not options.run.eval
     if checkpoint is None:
-        built = build_model(options.model, typed_model=typed_model, logit_bias=logit_bias)
+        built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
     else:
         built = rebuild_model(
             checkpoint["model_config"],
@@ -185,7 +213,9 @@ def load_model(
         model.adaptor.load_state_dict(built.adaptor_state)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
-    return model, built, build_tokenizer(options.model, built)
+    tokenizer = build_tokenizer(options.model, built)
+    keep_vocabulary(built.config, tokenizer)
+    return model, built, tokenizer
 
 
 def warn_of_random_weights(built: BuiltModel) -> None:
@@ -197,7 +227,16 @@ def warn_of_random_weights(built: BuiltModel) -> None:
 
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """Options for a checkpoint: its data are found from any working directory."""
-    places = [name for name in PATHS if flat[name] and Path(flat[name]).exists()]
-    places += [name for name in PREFIXES if flat[name]]
-    absolute = {name: str(Path(flat[name]).absolute()) for name in places}
-    return flat | absolute
+    absolute = {name: _each(flat[name], _absolute_if_there) for name in PATHS}
+    return flat | absolute | {name: _each(flat[name], absolute_patterns) for name in PREFIXES}
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """The value of an option changed, or each of a tuple's; None stays."""
+    if isinstance(value, tuple):
+        return tuple(_each(item, change) for item in value)
+    return value and change(value)
+
+
+def _absolute_if_there(path: str) -> str:
+    return str(Path(path).absolute()) if Path(path).exists() else path

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
+from clip_retrieval.command_line import build_parser
 from clip_retrieval.errors import UserError, run_and_exit
-from clip_retrieval.options import build_parser
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
+from clip_retrieval.command_line import build_parser
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.options import DataOptions, Options, build_parser
+from clip_retrieval.options import DataOptions, Options
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
+from clip_retrieval.command_line import add_arguments, build_parser
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions, add_arguments, build_parser
+from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
 
 
 def main() -> None:

@@ -5,4 +5,4 @@
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_retrieval.command_line import parse
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.options import parse
-from tests.models.small import small_config
+from tests.models.small import small_config, small_simple_config
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
@@ -29,7 +30,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory):
-    """A folder with a CSV of 26 small images, two or three captions each, in three splits, and two model configs."""
+    """A folder with a CSV of 26 small images, two or three captions each, in three splits, and three model configs."""
     folder = tmp_path_factory.mktemp("captioned")
     rng = np.random.default_rng(0)
     lines = ["image,caption,split"]
@@ -40,6 +41,9 @@ def captioned(tmp_path_factory):
     (folder / "captions.csv").write_text("\n".join(lines) + "\n")
     (folder / "small.json").write_text(json.dumps(small_config()))
     (folder / "resnet.json").write_text(json.dumps(small_config(resnet=True)))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "simple.json").write_text(json.dumps(small_simple_config(len(words), vocab=words)))
     return folder
 
 
@@ -95,6 +99,27 @@ def start():
         process.wait()
 
 
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """script(name, *arguments) runs scripts/{name}.py in this process, in tmp_path: (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = run_and_exit(module.main)
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def read_json(path):
     return json.loads(Path(path).read_text())
 
@@ -104,3 +129,12 @@ def read_lines(path):
     clock = ("pairs_per_second", "data_percent")
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -33,7 +33,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, Options
 from clip_retrieval.prepare import make_trainer
 from clip_retrieval.training.step import Trainer
-from tests.models.small import small_clip, small_preprocess
+from tests.models.small import small_clip, small_preprocess, small_simple_clip
 
 MAIN = Path(__file__).parent.parent / "main.py"
 CPU = torch.device("cpu")
@@ -49,6 +49,9 @@ def cases() -> dict[str, dict[str, Any]]:
     for loss, model, grad_cache in itertools.product(("infonce", "siglip", "margin"), ("vit", "resnet"), (None, CHUNK)):
         name = f"{loss} {model}" + (" grad_cache" if grad_cache else "")
         found[name] = {"loss": loss, "resnet": model == "resnet", "grad_cache": grad_cache}
+    found["infonce simple-clip"] = {"simple_clip": True}
+    found["siglip simple-clip grad_cache"] = {"loss": "siglip", "simple_clip": True, "grad_cache": CHUNK}
+    found["simple-clip grad_checkpointing"] = {"simple_clip": True, "grad_checkpointing": True}
     found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
@@ -91,6 +94,7 @@ def train_small(
     processes: Processes,
     *,
     resnet: bool = False,
+    simple_clip: bool = False,
     grad_cache: int | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -105,10 +109,11 @@ def train_small(
     else:
         own = rows
         grad_cache = grad_cache and 2 * grad_cache
-    batch = part_of(global_batch(32 if resnet else 16), own, rows, own)
+    batch = part_of(global_batch(32 if resnet or simple_clip else 16), own, rows, own)
     # A large epsilon makes an AdamW step as large as the gradient: rounding stays as small as it is.
     settled = Options.settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
-    clip = small_clip(resnet, init_logit_bias=-10.0 if settled.loss.loss == "siglip" else None)
+    bias = -10.0 if settled.loss.loss == "siglip" else None
+    clip = small_simple_clip(vocabulary=49000, bias=bias) if simple_clip else small_clip(resnet, init_logit_bias=bias)
     torch.manual_seed(0)
     model = RetrievalModel(clip, small_preprocess(), adaptor=settled.train.trainable == "adaptor")
     with mock.patch.object(Tensor, "float", Tensor.double):  # the towers' features too

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_retrieval.command_line import parse
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.distributed import ALONE
-from clip_retrieval.options import Options, parse
+from clip_retrieval.options import Options
 from tests import distributed_worker as worker
 from tests.conftest import read_json, read_lines
 from tests.test_resume import ending, results, wait_for_step

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import Options, parse, taken_from_checkpoint
+from clip_retrieval.options import Options, taken_from_checkpoint
 
 
 def options(*argv):
@@ -186,8 +187,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--recall_k 0", ["--recall_k"]),
         ("--grad_cache 8 --accum_freq 4", ["--accum_freq", "--grad_cache"]),
         ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
-        ("--imagenet_eval", ["--imagenet_eval"]),
+        ("--imagenet_eval_steps 5", ["--zero_shot_steps", "--zero_shot_eval"]),
         ("--overwrite --resume auto", ["--overwrite", "--resume auto"]),
+        (
+            "--dataset coco --dataset csv --dataset_root A --dataset_root B --dataset_root C",
+            ["--dataset_root", "3 times"],
+        ),
+        ("--dataset coco --dataset csv --annotations photos.csv", ["--annotations", "1 time,", "once for each"]),
+        ("--dataset coco --dataset csv --dataset_weights 1", ["--dataset_weights", "1 values"]),
+        ("--dataset coco --dataset csv --dataset_weights 1 0", ["--dataset_weights 0", "greater than 0"]),
+        ("--dataset coco --train_data X", ["--train_data", "--dataset chinese and webdataset"]),
     ],
 )
 def test_bad_values_are_refused_by_name(command, words):
@@ -221,3 +230,25 @@ def test_help_is_quick_and_loads_nothing_heavy():
     for group in ("run options", "model options", "data options", "loss options", "training options"):
         assert group in result.stdout
     assert "(default: ViT-B/32)" in result.stdout
+
+
+def test_a_mixture_gives_each_data_set_its_own_options():
+    typed = ["--dataset", "coco", "--dataset", "csv", "--annotations", "auto", "--annotations", "photos.csv"]
+    settled = Options.settle(parse([*typed, "--dataset_root", "DATA", "--dataset_weights", "3", "1"])).data
+    assert settled.name == "coco+csv" and settled.dataset_weights == (3.0, 1.0)
+    assert [(part.dataset, part.dataset_root, part.annotations) for part in settled.parts()] == [
+        ("coco", "DATA", None),
+        ("csv", "DATA", "photos.csv"),
+    ]
+    alone = Options.settle(parse(["--dataset", "csv"])).data
+    assert alone.parts() == [alone]
+
+
+def test_shards_and_chinese_files_tell_their_data_set():
+    assert options("--train_data", "shards/{0..9}.tar")["dataset"] == "webdataset"
+    assert options("--train_data", "lmdb/train")["dataset"] == "chinese"
+    assert options("--train_data", "lmdb/train", "--dataset", "webdataset")["dataset"] == "webdataset"
+
+
+def test_of_a_place_typed_twice_for_one_data_set_the_last_counts():
+    assert options("--dataset_root", "A", "--dataset_root", "B")["dataset_root"] == "B"

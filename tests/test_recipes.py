@@ -54,6 +54,25 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "name, says",
+    [
+        ("coco_from_scratch_rn50", "vision_model: RN50-text6\n"),
+        ("coco_from_scratch_simple_clip", "--vision_model resnet50 "),
+    ],
+)
+def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, says):
+    scripts = ROOT / "scripts"
+    assert says in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
+    short = ("--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none")
+    on_a_cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
+    result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *on_a_cpu, "--image_size", 16)
+    assert result.returncode == 0, result.stderr
+    options = read_json(tmp_path / "logs" / name / "options.json")
+    assert (options["caption_sampling"], options["beta2"], options["eps"]) == ("one", 0.999, 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "name, words, place",
     [
         ("coco_finetune_one_node.sh", "32 = 2 x 16", {"GPUS": 2}),

@@ -45,10 +45,7 @@ class Base64Images:
 
     def encoded(self, index: int) -> bytes:
         """The bytes of the image file. Raises UserError, naming the image, where they are no base64."""
-        try:
-            return base64.b64decode(padded(self.base64(index)).translate(_STANDARD), validate=True)
-        except binascii.Error as error:
-            raise UserError(f"{self.name(index)}: not base64 ({error}); write it anew or take it out") from None
+        return decoded(self.base64(index), self.name(index))
 
     def base64(self, index: int) -> bytes:
         """What stands in the file."""
@@ -152,6 +149,14 @@ def _key(path: Path, number: int, key: bytes) -> str:
         return key.removeprefix(_BOM if number == 1 else b"").strip().decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}, line {number}: the image id {key[:40]!r} is not UTF-8 text") from None
+
+
+def decoded(text: bytes, name: str) -> bytes:
+    """What base64 stands for. Raises UserError, with `name`, where it is none."""
+    try:
+        return base64.b64decode(padded(text).translate(_STANDARD), validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{name}: not base64 ({error}); write it anew or take it out") from None
 
 
 def padded(text: bytes) -> bytes:

@@ -34,7 +34,7 @@ def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
 
     Args:
         captions: the captions.
-        tokenizer: one of open_clip's, or models.chinese_clip's; it knows its context length.
+        tokenizer: one of open_clip's, or models.word_pieces'; it knows its context length.
     """
     index_of: dict[str, int] = {}
     rows = np.fromiter((index_of.setdefault(c, len(index_of)) for c in captions), np.int64, len(captions))

@@ -6,6 +6,7 @@ import difflib
 import importlib
 
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 
@@ -17,6 +18,12 @@ READERS = {
     "karpathy": "karpathy",
     "csv": "csv_file",
     "chinese": "chinese",
+    "huggingface": "huggingface",
+    "sbucaptions": "huggingface",
+    "textcap": "huggingface",
+    "combined": "huggingface",
+    "webdataset": "webdataset",
+    "yfcc7m": "webdataset",
     "shapes": "shapes",
 }
 
@@ -38,9 +45,16 @@ KNOWN_SIZES = {
 def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read the "train", "val" or "test" split; None where the data set has no such split.
 
-    Images are located, not opened. Raises UserError where the data set is unknown, or its files are not as they
-    should be.
+    Of several data sets that is a mixture of their train splits, and what the first of them holds out. Images are
+    located, not opened. Raises UserError where a data set is unknown, or its files are not as they should be.
     """
+    parts = options.parts()
+    if len(parts) > 1:
+        return read_mixture(options.name, parts, split, _read_one)
+    return _read_one(parts[0], split)
+
+
+def _read_one(options: DataOptions, split: str) -> RetrievalDataset | None:
     name = options.dataset
     if name not in READERS:
         near = difflib.get_close_matches(name.lower(), READERS, n=2)

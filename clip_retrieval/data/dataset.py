@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,15 @@ class StoredImages(Images, Protocol):
 
     def stamp(self, index: int) -> tuple[int, int]:
         """Size in bytes and time of the last change (ns): they differ where the content does."""
+        ...
+
+
+@runtime_checkable
+class EncodedImages(Images, Protocol):
+    """Images that are files, or stand in one as they are in a file."""
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image file."""
         ...
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -153,6 +153,47 @@ def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int,
     return in_workers(_PixelsOfMany(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
+class ToDevice:
+    """Puts the parts of a batch on the device; copies to a GPU run beside its computing."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether tensors are copied more quickly from pinned memory."""
+        return self._copies is not None
+
+    def __call__(
+        self, image_parts: Sequence[Tensor], texts: Tensor, positives: Tensor, lengths: Tensor | None
+    ) -> TrainBatch:
+        """The batch whose images stand in these parts, one after the other."""
+        if self._copies is None:
+            images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
+            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)), lengths)
+        with torch.cuda.stream(self._copies):
+            images = torch.cat([self._copied(part) for part in image_parts])
+            texts, positives = self._copied(texts), self._copied(positives)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        for tensor in (images, texts, positives):
+            tensor.record_stream(computing)  # its memory is not given away before the step has used it
+        return TrainBatch(images, texts, positives, lengths)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On the GPU; the copy does not keep this process waiting."""
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+class Loader(Protocol):
+    """Gives a process its training batches, on its device."""
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
+        """The batches of an epoch, from batch number `first_batch` on. Raises UserError where data are broken."""
+        ...
+
+
 class TrainLoader:
     """Training batches of one process, on its device.
 
@@ -184,59 +225,44 @@ class TrainLoader:
         self.trim = trim
         self.bucket = bucket
         self.share = share
-        self.device = device
-        # Copies to a GPU run beside its computing.
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._to_device = ToDevice(device)
         if not isinstance(images, Tensor):
             fetch = _PixelsOfMany(images)
-            self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._copies is not None)
+            self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._to_device.pin_memory)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, from batch number `first_batch` on. Raises UserError for a broken image."""
         batches = self.sampler.epoch(epoch, first_batch)
         if isinstance(self.images, Tensor):
             for batch in batches:
-                yield self._on_device(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
+                yield self._batch(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
         asked: list[tuple[Batch, int]] = []
         parts = self._workers(_part_requests(self.sampler, self.share, epoch, first_batch, asked))
         for part in parts:
             batch, number = asked.pop(0)
-            yield self._on_device(batch, [part, *(next(parts) for _ in range(number - 1))])
+            yield self._batch(batch, [part, *(next(parts) for _ in range(number - 1))])
 
-    def _on_device(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
+    def _batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
         captions = torch.from_numpy(batch.captions)
         lengths = None
         if isinstance(self.texts, Tensor):
             texts = self.texts[captions[self.share]]
         else:
-            texts = self.texts.ids[captions[self.share], : self._length(captions)].long()
+            context_length = self.texts.ids.shape[1]
+            needed = text_length(self.texts.lengths[captions], context_length, trim=self.trim, bucket=self.bucket)
+            texts = self.texts.ids[captions[self.share], :needed].long()
             if self.bucket == 1:
                 lengths = self.texts.lengths[captions[self.share]]
         positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
-        if self._copies is None:
-            images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
-            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)), lengths)
-        with torch.cuda.stream(self._copies):
-            images = torch.cat([self._copied(part) for part in image_parts])
-            texts, positives = self._copied(texts), self._copied(positives)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copies)
-        for tensor in (images, texts, positives):
-            tensor.record_stream(computing)  # its memory is not given away before the step has used it
-        return TrainBatch(images, texts, positives, lengths)
+        return self._to_device(image_parts, texts, positives, lengths)
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        """On the GPU; the copy does not keep this process waiting."""
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _length(self, captions: Tensor) -> int:
-        """Tokens that the captions of a global batch need."""
-        context_length = self.texts.ids.shape[1]
-        if not self.trim:
-            return context_length
-        longest = int(self.texts.lengths[captions].max())
-        return min(-(-longest // self.bucket) * self.bucket, context_length)
+def text_length(lengths: Tensor, context_length: int, *, trim: bool, bucket: int) -> int:
+    """Tokens that captions of these lengths need, as a multiple of `bucket`; without `trim` the whole context."""
+    if not trim:
+        return context_length
+    return min(-(-int(lengths.max()) // bucket) * bucket, context_length)
 
 
 def _part_requests(
@@ -257,8 +283,11 @@ def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) 
     """`asked`, or what suits the images and the device: none where the images are in memory already."""
     if asked is not None:
         return asked
-    if pixels.in_memory:
-        return 0
+    return 0 if pixels.in_memory else usual_num_workers(device)
+
+
+def usual_num_workers(device: torch.device) -> int:
+    """Processes that load images, in each of the training processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of each process that torchrun started here
     # On a CPU, loading and computing share the cores.

@@ -7,12 +7,15 @@ So the batches are the same for any number of processes, and a run can go on fro
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.errors import UserError
 
 
@@ -33,25 +36,52 @@ class BatchSampler:
         sampling: "all": every pair once an epoch, arranged so that no image stands twice in a batch where that
             can be avoided; "one": each image that has a caption once an epoch, with a random one of its captions.
         seed: seed of every epoch's order.
+        weights: for a Mixture, of its parts: an epoch is as long as without them, and a part's pairs (with "one", its
+            images) are that share of it. A part that gives more than it has goes through all of it as often as that
+            fits, and then through a random rest; one that gives less gives a random choice. Both differ by epoch.
 
     The remainder of an epoch, fewer than batch_size pairs, is dropped: other ones each epoch.
     """
 
-    def __init__(self, dataset: RetrievalDataset, batch_size: int, sampling: str = "all", seed: int = 0):
+    def __init__(
+        self,
+        dataset: RetrievalDataset,
+        batch_size: int,
+        sampling: str = "all",
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+    ):
         self.dataset = dataset
         self.batch_size = batch_size
         self.sampling = sampling
         self.seed = seed
+        self.weights = None if weights is None else tuple(weights)
 
     @property
-    def settings(self) -> dict[str, int | str]:
-        """What decides the order, under the names of the options: a run goes on only with the same."""
-        return {"batch_size": self.batch_size, "caption_sampling": self.sampling, "seed": self.seed}
+    def settings(self) -> dict[str, int | str | None]:
+        """What decides the order, as the options are typed: a run goes on only with the same."""
+        return {
+            "batch_size": self.batch_size,
+            "caption_sampling": self.sampling,
+            "seed": self.seed,
+            "dataset_weights": None if self.weights is None else " ".join(map(str, self.weights)),
+        }
 
-    @property
+    @cached_property
     def fingerprint(self) -> int:
-        """A checksum of the pairs: a run goes on only with the data that it began with."""
-        return zlib.crc32(self.dataset.pairs.tobytes())
+        """A checksum of the pairs, and of a mixture's parts: a run goes on only with the data that it began with."""
+        checksum = zlib.crc32(self.dataset.pairs.tobytes())
+        if isinstance(self.dataset, Mixture):
+            # Data sets of equal shape may have changed places: their captions tell.
+            checksum = zlib.crc32(self.dataset.first_image.tobytes(), checksum)
+            for caption in self.dataset.captions:
+                checksum = zlib.crc32(caption.encode(errors="surrogatepass"), checksum)
+        return checksum
+
+    @cached_property
+    def shares(self) -> list[int]:
+        """Of a weighted mixture, how many of an epoch's pairs each part gives, the dropped remainder included."""
+        return proportional(number_of_samples(self.dataset, self.sampling), self.weights)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -60,18 +90,43 @@ class BatchSampler:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `first_batch` on."""
         rng = np.random.default_rng((self.seed, epoch))
-        pairs = self._every_pair(rng) if self.sampling == "all" else self._one_pair_per_image(rng)
-        for rows in pairs[first_batch:]:
+        if self.weights is not None:
+            batches = self._dealt(self._weighted(rng), rng)
+        elif self.sampling == "all":
+            batches = self._dealt(np.arange(len(self.dataset.pairs)), rng)
+        else:
+            batches = self._one_pair_per_image(rng)
+        for rows in batches[first_batch:]:
             yield Batch(images=self.dataset.pairs[rows, 0], captions=self.dataset.pairs[rows, 1])
 
     def _one_pair_per_image(self, rng: np.random.Generator) -> np.ndarray:
-        first = self.dataset.first_pair
-        described = np.flatnonzero(first[1:] > first[:-1])
-        images = rng.permutation(described)[: len(self) * self.batch_size]
-        return rng.integers(first[images], first[images + 1]).reshape(-1, self.batch_size)
+        images = rng.permutation(self._described)[: len(self) * self.batch_size]
+        return self._random_pairs(images, rng).reshape(-1, self.batch_size)
 
-    def _every_pair(self, rng: np.random.Generator) -> np.ndarray:
-        """int64 (batches, batch_size): rows of `pairs`.
+    @cached_property
+    def _described(self) -> np.ndarray:
+        """int64 (n,): the images that have a caption."""
+        first = self.dataset.first_pair
+        return np.flatnonzero(first[1:] > first[:-1])
+
+    def _random_pairs(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """int64 (n,): a row of `pairs` for each image, drawn at random."""
+        first = self.dataset.first_pair
+        return rng.integers(first[images], first[images + 1])
+
+    def _weighted(self, rng: np.random.Generator) -> np.ndarray:
+        """int64 (n,): rows of `pairs`, of each part as many as its share."""
+        bounds = self.dataset.first_image
+        if self.sampling == "all":
+            pairs = np.arange(len(self.dataset.pairs))
+            parts = np.split(pairs, self.dataset.first_pair[bounds[1:-1]])
+            return np.concatenate([_repeated(part, share, rng) for part, share in zip(parts, self.shares)])
+        parts = np.split(self._described, np.searchsorted(self._described, bounds[1:-1]))
+        images = np.concatenate([_repeated(part, share, rng) for part, share in zip(parts, self.shares)])
+        return self._random_pairs(images, rng)
+
+    def _dealt(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """int64 (batches, batch_size): these rows of `pairs`, without the remainder.
 
         The pairs, those of an image one after the other, are dealt to the batches like cards: in each round every
         batch gets one pair, in an order drawn anew. An image whose pairs fall into one round meets each batch once;
@@ -79,7 +134,7 @@ class BatchSampler:
         batches first. So an image stands twice in a batch only if it has more pairs than there are batches.
         """
         batches, pairs = len(self), self.dataset.pairs
-        kept = rng.permutation(len(pairs))[: batches * self.batch_size]
+        kept = rows[rng.permutation(len(rows))[: batches * self.batch_size]]
         image_order = rng.permutation(len(self.dataset.images))
         kept = kept[np.argsort(image_order[pairs[kept, 0]], kind="stable")]
         image = pairs[kept, 0].reshape(self.batch_size, batches)
@@ -107,6 +162,23 @@ def _put_others_first(order: np.ndarray, met: np.ndarray, ahead: int) -> np.ndar
     to_move, free = to_move[:n], free[:n]
     order[to_move], order[free] = order[free], order[to_move]
     return order
+
+
+def _repeated(items: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """`number` of the items: all of them as often as that fits, and a random choice of them for the rest."""
+    whole, rest = divmod(number, len(items))
+    return np.concatenate([np.tile(items, whole), rng.choice(items, rest, replace=False)])
+
+
+def proportional(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` divided in proportion to the weights; what rounding down leaves goes to the largest remainders."""
+    exact = [Fraction(weight) for weight in weights]
+    shares = [total * weight / sum(exact) for weight in exact]
+    floors = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: floors[i] - shares[i])
+    for i in by_remainder[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
 
 
 def number_of_samples(dataset: RetrievalDataset, sampling: str) -> int:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.pretrained import list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip, hub, names
+from clip_retrieval.models import chinese_clip, hub, names, simple_clip
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
 from clip_retrieval.models.load import load_into
-from clip_retrieval.models.source import ModelSource, find_source
+from clip_retrieval.models.simple_clip_model import SimpleCLIP
+from clip_retrieval.models.source import ModelSource, find_source, tags_of
 from clip_retrieval.models.towers import text_part
+from clip_retrieval.models.word_pieces import WordPieceTokenizer
 from clip_retrieval.options import ModelOptions
 
 # Where SigLIP starts, https://arxiv.org/abs/2303.15343.
@@ -34,6 +37,10 @@ DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_IMAGE_SIZE = 224
 RESNET_STRIDE = 32
 ADAPTOR = "adaptor."
+_CONFIG_ERRORS = (
+    *(TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError, ArithmeticError),
+    StrictDataclassError,
+)
 
 
 @dataclass
@@ -41,12 +48,13 @@ class BuiltModel:
     """A model, and what is needed to make it again.
 
     Attributes:
-        clip: open_clip's CLIP, CustomTextCLIP or CoCa, float32, on the CPU, in evaluation mode.
+        clip: open_clip's CLIP, CustomTextCLIP or CoCa, or a SimpleCLIP, float32, on the CPU, in evaluation mode.
         config: open_clip's model config, and the text tower's own config where it is a Hugging Face one
-            (`text_cfg.hf_config`): all that `rebuild_model` needs, without a network. Plain JSON.
+            (`text_cfg.hf_config`), with the words of its tokenizer where `keep_vocabulary` put them
+            (`text_cfg.vocab`): all that `rebuild_model` needs, without a network. Plain JSON.
         preprocess: open_clip's PreprocessCfg. Plain JSON.
         name: canonical name.
-        weights: an open_clip tag, "none" for random ones, "own" for a hub id's, or the file.
+        weights: a tag of open_clip or torchvision, "none" for random ones, "own" for a hub id's, or the file.
         adaptor_state: weights of an adaptor (`0.weight`, `2.weight`) found in the file.
     """
 
@@ -96,8 +104,11 @@ def rebuild_model(
 
 
 def known_tags(name: str) -> list[str]:
-    """The tags of open_clip's pretrained weights for a model; none for a name that open_clip does not know."""
-    return list_pretrained_tags_by_model(names.OPENAI.get(name, name.replace("/", "-")))
+    """The tags of pretrained weights for a model; none for a name that there are none for."""
+    try:
+        return tags_of(names.resolve(name))
+    except UserError:
+        return []
 
 
 def _build(source: ModelSource, image_size: int | None, context_length: int | None, logit_bias: bool) -> BuiltModel:
@@ -137,13 +148,17 @@ def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, contex
 
 
 def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
-    """The open_clip module of `config`, with random weights; completes `config` with what it took to build it."""
+    """The module of `config`, with random weights; completes `config` with what it took to build it."""
+    if simple_clip.is_simple_clip(config):
+        with _config_errors(name):
+            return SimpleCLIP(**config)
     if config["vision_cfg"].get("timm_model_name"):
         config["vision_cfg"]["timm_model_pretrained"] = False
     text = config["text_cfg"]
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False
     arguments = deepcopy(config)
+    arguments["text_cfg"].pop("vocab", None)
     hf_config = arguments["text_cfg"].pop("hf_config", None)
     custom_text = arguments.pop("custom_text", False) or bool(text.get("hf_model_name"))
     model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
@@ -154,6 +169,7 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
             (Path(folder) / "config.json").write_text(json.dumps(hf_config))
             arguments["text_cfg"]["hf_model_name"] = folder
         stack.enter_context(hub.hub_access() if text.get("hf_model_name") and not hf_config else hub.quiet())
+        stack.enter_context(_config_errors(name))
         try:
             clip = model_class(**arguments)
         except OSError as error:
@@ -161,12 +177,19 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
                 f"{name}: its text tower {text.get('hf_model_name')} could not be fetched from huggingface.co; is "
                 "there a network?"
             ) from error
-        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{name}: its model config cannot be built: {reason}") from error
     if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
         text["hf_config"] = json.loads(clip.text.config.to_json_string())
     return clip
+
+
+@contextmanager
+def _config_errors(name: str) -> Iterator[None]:
+    """A block in which what a wrong model config makes the libraries raise becomes a UserError."""
+    try:
+        yield
+    except _CONFIG_ERRORS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: its model config cannot be built: {reason}") from error
 
 
 def _holds_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
@@ -188,16 +211,19 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
         raise UserError(f"--image_size {size}: {name} does not take it ({error})") from None
 
 
-def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | ChineseTokenizer:
+def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
     """The tokenizer that goes with `model`; `data.captions.tokenize` runs it.
 
-    Raises UserError where it cannot be had, or has more tokens than the text tower knows.
+    A WordPiece tokenizer has the words of --tokenizer, else those in the model's config, else the hub's. Raises
+    UserError where it cannot be had, or has more tokens than the text tower knows.
     """
     text = model.config["text_cfg"]
     length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    if chinese_clip.is_chinese_clip(model.config):
-        source = options.tokenizer or chinese_clip.HUB_TOKENIZER
-        return ChineseTokenizer(source, length, text["vocab_size"])
+    is_chinese = chinese_clip.is_chinese_clip(model.config)
+    if is_chinese or simple_clip.is_simple_clip(model.config):
+        words = options.tokenizer or text.get("vocab") or text.get("hf_tokenizer_name", simple_clip.TEXT_MODEL)
+        of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
+        return of_its_kind(words, length, text_part(model.clip).vocab_size)
     extra = text.get("tokenizer_kwargs") or {}
     if text.get("hf_tokenizer_name"):
         tokenizer = _hf_tokenizer(options, model, context_length=length, **extra)
@@ -214,6 +240,12 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
             "that belongs to it"
         )
     return tokenizer
+
+
+def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFTokenizer | WordPieceTokenizer) -> None:
+    """Put the words of a WordPiece tokenizer into its model's config: no checkpoint needs a vocab.txt beside it."""
+    if isinstance(tokenizer, WordPieceTokenizer):
+        config["text_cfg"]["vocab"] = tokenizer.words
 
 
 def _hf_tokenizer(options: ModelOptions, model: BuiltModel, **arguments: Any) -> HFTokenizer:

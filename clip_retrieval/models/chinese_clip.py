@@ -6,18 +6,16 @@ of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.word_pieces import WordPieceTokenizer
 
 CONTEXT_LENGTH = 52
 TOKENIZER_MODE = "chinese_clip"
 HUB_TOKENIZER = "bert-base-chinese"
-MIN_VOCABULARY = 6
-"""transformers gives a vocabulary of the five special tokens where it did not understand the file."""
 
 PREPROCESS = {"interpolation": "bicubic", "resize_mode": "squash"}
 
@@ -94,11 +92,12 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
 
 
 def reference_config(vision: str, text: str) -> dict[str, Any]:
-    """The model config of two of Chinese-CLIP's names. Raises UserError for names that are not its."""
+    """The model config of two of Chinese-CLIP's names, `text` one of TEXT_MODELS.
+
+    Raises UserError for an image tower that is not its.
+    """
     from open_clip.factory import get_model_config
 
-    if text not in TEXT_MODELS:
-        raise UserError(f"--text_model {text}: no such text tower; known are {', '.join(TEXT_MODELS)}")
     if vision not in VISION_MODELS:
         raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}; not with {vision}")
     sizes = TEXT_MODELS[text]
@@ -132,11 +131,16 @@ def is_chinese_clip(config: dict[str, Any]) -> bool:
 
 
 def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to."""
-    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained")
+    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to.
+
+    A Hugging Face tower's own config (`hf_config`) counts where both have it, and there the sizes that both name. The
+    words of the tokenizer are no part of a tower.
+    """
+    hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
+    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
     defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
     a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
-    return a == b
+    return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())
 
 
 def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
@@ -188,69 +192,9 @@ def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
-class ChineseTokenizer:
-    """BERT's word pieces as Chinese-CLIP makes them: [CLS] pieces [SEP], lower case, curly quotes straightened.
-
-    It has the attributes of open_clip's HFTokenizer, and is used as one.
-
-    Args:
-        source: a vocab.txt, a folder with one, or a hub name.
-        context_length: in tokens; longer captions are cut, keeping [SEP].
-        vocabulary: number of tokens the text tower knows.
-
-    Raises:
-        UserError: the vocabulary is not there, or is another than the text tower's.
-    """
-
-    tokenizer_mode = ""
-    strip_sep_token = False
-
-    def __init__(self, source: str, context_length: int, vocabulary: int):
-        self.tokenizer = _bert_tokenizer(source)
-        self.context_length = context_length
-        if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
-            raise UserError(
-                f"--tokenizer {source} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the "
-                "vocab.txt that belongs to the model"
-            )
+class ChineseTokenizer(WordPieceTokenizer):
+    """Word pieces as Chinese-CLIP makes them: curly quotes straightened."""
 
     @staticmethod
     def clean_fn(text: str) -> str:
         return text.lower().replace("“", '"').replace("”", '"')
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """int64 (texts, context_length), padded with 0."""
-        return self.tokenizer(
-            [self.clean_fn(text) for text in texts],
-            return_tensors="pt",
-            max_length=self.context_length,
-            padding="max_length",
-            truncation=True,
-        ).input_ids
-
-
-def _bert_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer, BertTokenizer
-
-    from clip_retrieval.models.hub import FETCH_ERRORS, hub_access, quiet
-
-    path = Path(source)
-    if path.is_dir():
-        path = path / "vocab.txt"
-    if path.exists():
-        try:
-            with quiet():
-                # By position: given as vocab_file=, transformers 5 ignores it.
-                return BertTokenizer(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"--tokenizer {path} is not a vocab.txt ({str(error).splitlines()[0]})") from error
-    if path.suffix == ".txt" or path.is_absolute():
-        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
-    try:
-        with hub_access():
-            return AutoTokenizer.from_pretrained(source)
-    except FETCH_ERRORS:
-        raise UserError(
-            f"the tokenizer {source} could not be fetched from huggingface.co; give the model's word list as "
-            "--tokenizer vocab.txt"
-        ) from None

@@ -23,6 +23,9 @@ OPENAI = {
 }
 """OpenAI's names, and open_clip's for the same architectures."""
 
+ALIASES = {"efficientnet": "efficientnet_v2_s"}
+"""simple-clip's names that are ours for the same model."""
+
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
 OWN_WEIGHTS = "own"
@@ -56,6 +59,7 @@ class ModelName:
 
 def resolve(name: str) -> ModelName:
     """The model that `name` means. Raises UserError, with the nearest known names, where there is none."""
+    name = ALIASES.get(name, name)
     if name in OPENAI:
         return ModelName(name, OPENAI[name], "open_clip", openai_spelling=True)
     for prefix, kind in ((HUB, "hub"), (FOLDER, "folder")):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import factory
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip, hub, names, weights
+from clip_retrieval.models import chinese_clip, hub, names, simple_clip, weights
+from clip_retrieval.models.named_config import preprocess_config, read_config
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
-from clip_retrieval.models.weights import Weights, read_bert, read_weights
+from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
+
+WHOLE = (weights.OURS, weights.CHINESE_CLIP, weights.SIMPLE_CLIP)
+"""Kinds of files that tell their whole model: nothing needs to be named beside them."""
+
+CLIP_TRAINING = "RN50-text6"
+"""clip-training's model, by our name."""
 
 
 @dataclass
@@ -43,40 +48,25 @@ class ModelSource:
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     """The model that `options` name, its weights read but not built yet. See `build.build_model`."""
     name = names.resolve(options.vision_model)
-    if options.text_pretrained and not options.text_model:
-        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model, the tower that it is for")
     pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
-    tag_config = get_pretrained_cfg(name.config, pretrained)
-    if pretrained == NO_WEIGHTS or (pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")):
-        return _named_source(options, name, pretrained)
-    if tag_config:
-        path = hub.fetch_tag(name.name, pretrained, tag_config)
-        if options.text_model:
-            return _two_towers(options, name, pretrained, read_weights(path).state)
-        config, _ = _read_config(name)
-        config["quick_gelu"] = tag_config.get("quick_gelu", config.get("quick_gelu", False))
-        return ModelSource(name.name, config, _preprocess(tag_config), pretrained, read_weights(path).state)
+    own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
+    if pretrained == NO_WEIGHTS or own or _tag(name, pretrained):
+        return _from_name(options, name, pretrained)
     _check_is_no_tag(pretrained, name)
     found = read_weights(pretrained)
-    whole = found.kind in (weights.OURS, weights.CHINESE_CLIP)
-    if whole and options.text_pretrained:
-        raise UserError(f"{found.source} has the weights of its text tower; leave --text_pretrained out")
-    if options.text_model and not whole:
-        return _two_towers(options, name, found.source, found.state)
-    if found.kind == weights.OURS:
-        return _ours(found, options, typed_model)
-    if found.kind == weights.CHINESE_CLIP:
-        config = chinese_clip.infer_config(found.state, found.source)
-        _check_chinese_names(config, options, name if typed_model else None, found.source)
-        preprocess = _preprocess(chinese_clip.PREPROCESS)
-        return ModelSource(chinese_clip.model_name(config), config, preprocess, found.source, found.state)
-    source = _named_source(options, name, found.source)
-    source.state = found.state
-    if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE) or name.openai_spelling:
-        source.config["quick_gelu"] = True
-    if found.kind == weights.OPENAI_CODE:
-        _take_text_layers(source)
-    return source
+    if found.kind in WHOLE:
+        return _whole(found, options, typed_model)
+    return _from_file(found, options, name, typed_model)
+
+
+def tags_of(name: ModelName) -> list[str]:
+    """The tags of open_clip's or torchvision's weights for a model."""
+    return [*list_pretrained_tags_by_model(name.config), *simple_clip.weight_tags(name.config)]
+
+
+def _tag(name: ModelName, tag: str) -> dict[str, Any] | None:
+    """Where the weights of a tag are, and their settings, as open_clip describes them; None for what is no tag."""
+    return get_pretrained_cfg(name.config, tag) or simple_clip.weight_tags(name.config).get(tag)
 
 
 def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
@@ -84,7 +74,7 @@ def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
     path = Path(pretrained)
     if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained:
         return
-    tags = list_pretrained_tags_by_model(name.config)
+    tags = tags_of(name)
     known = f"its tags are {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
     raise UserError(
         f"--pretrained {pretrained} is neither a file nor a tag of {name.name}"
@@ -92,33 +82,113 @@ def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
     )
 
 
-def _named_source(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
-    """Config and preprocessing by name; weights only where a hub id or folder has its own."""
-    if options.text_model:
-        return _two_towers(options, name, pretrained, {})
-    config, preprocess = _read_config(name)
-    source = ModelSource(name.name, config, preprocess, pretrained)
-    if pretrained == OWN_WEIGHTS:
+def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
+    """A model by name; its weights those of a tag, or of the hub id or folder that it is, or random."""
+    two_towers, tag = _has_two_towers(options, name), _tag(name, pretrained)
+    state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state if tag else None
+    if two_towers:
+        return _two_towers(options, name, pretrained, state or {})
+    config, preprocess = read_config(name)
+    if tag:
+        config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
+        preprocess = preprocess_config(tag)
+    elif pretrained == OWN_WEIGHTS:
         location = name.config.partition(":")[2]
         path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
-        source.state = read_weights(path).state
-    return source
+        state = read_weights(path).state
+    return ModelSource(name.name, config, preprocess, pretrained, state)
+
+
+def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
+    """A model by name, its weights from a file that does not tell the model, or not all of it."""
+    if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
+        name = names.resolve(CLIP_TRAINING)
+    if _has_two_towers(options, name) and not any(key.startswith(simple_clip.TRUNK) for key in found.state):
+        return _two_towers(options, name, found.source, found.state)
+    config, preprocess = read_config(name)
+    if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE, weights.CLIP_TRAINING) or name.openai_spelling:
+        config["quick_gelu"] = True
+    if found.kind == weights.CLIP_TRAINING:
+        # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
+        config["text_cfg"]["layers"] = chinese_clip.count_layers(found.state, "transformer.resblocks.")
+        preprocess = read_config(names.resolve(CLIP_TRAINING))[1]
+    return ModelSource(name.name, config, preprocess, found.source, found.state)
+
+
+def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
+    """The model that a file tells; names that were typed must agree with it."""
+    if _text_pretrained(options):
+        raise UserError(f"{found.source} has the weights of its text tower; leave --text_pretrained out")
+    if found.kind == weights.OURS:
+        config, preprocess = found.model_config, found.preprocess or preprocess_config({})
+        held = found.options.get("vision_model") or "model without a name"
+    elif found.kind == weights.SIMPLE_CLIP:
+        config = simple_clip.infer_config(found.state, found.source)
+        preprocess = preprocess_config(simple_clip.PREPROCESS)
+        held = simple_clip.infer_name(found.state, found.source)
+    else:
+        config = chinese_clip.infer_config(found.state, found.source)
+        preprocess = preprocess_config(chinese_clip.PREPROCESS)
+    if chinese_clip.is_chinese_clip(config):
+        held = chinese_clip.model_name(config)
+    check_names(options, typed_model, config, held, found.source)
+    return ModelSource(held, config, preprocess, found.source, found.state)
+
+
+def _text_pretrained(options: ModelOptions) -> str | None:
+    return None if options.text_pretrained == NO_WEIGHTS else options.text_pretrained
+
+
+def _has_two_towers(options: ModelOptions, name: ModelName) -> bool:
+    """Whether each tower starts from weights of its own. Raises UserError for --text_pretrained where it does not."""
+    if options.text_model or _is_simple_clip(name):
+        return True
+    if _text_pretrained(options):
+        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model, the tower that it is for")
+    return False
+
+
+def _is_simple_clip(name: ModelName) -> bool:
+    return name.kind in ("ours", "file") and simple_clip.is_simple_clip(read_config(name)[0])
 
 
 def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
-    """A model of Chinese-CLIP, its image tower from the weights of any CLIP, its text tower from a BERT's."""
-    config = chinese_clip.reference_config(name.config, options.text_model)
-    model, preprocess = chinese_clip.model_name(config), _preprocess(chinese_clip.PREPROCESS)
-    image = {name: v for name, v in state.items() if name.startswith("visual.") or name == "logit_scale"}
+    """A model of Chinese-CLIP or simple-clip: its image tower from `state`, its text tower from --text_pretrained.
+
+    The image tower's are those of any CLIP, or of torchvision; the text tower's a BERT's, or a DistilBERT's.
+    """
+    if _is_simple_clip(name) and options.text_model in (None, simple_clip.TEXT_MODEL):
+        config, preprocess = read_config(name)
+        model, image = name.name, simple_clip.trunk_weights(state)
+        wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip.distilbert_weights
+        random = ("visual.head.", "text.proj.", "logit_scale")
+    else:
+        _check_text_model(options.text_model, name)
+        config = chinese_clip.reference_config(name.config, options.text_model)
+        model, preprocess = chinese_clip.model_name(config), preprocess_config(chinese_clip.PREPROCESS)
+        image = {key: v for key, v in state.items() if key.startswith("visual.") or key == "logit_scale"}
+        wanted, kind, rename = "the weights of a CLIP (visual.*)", "BERT", chinese_clip.bert_to_open_clip
+        random = ("text.proj.", *(() if image else ("logit_scale",)))
     if state and not image:
-        raise UserError(f"--pretrained {pretrained} holds no image tower (visual.*); give the weights of a CLIP")
-    text = read_bert(options.text_pretrained) if options.text_pretrained else {}
+        raise UserError(f"--pretrained {pretrained} holds no image tower of {name.name}; give {wanted}")
+    place = _text_pretrained(options)
+    text = read_text_tower(place, rename, kind) if place else {}
     if not image and not text:
         return ModelSource(model, config, preprocess, NO_WEIGHTS)
-    # What neither has: the projection of the text tower, and the tower that starts from nothing.
-    random = ("text.proj." if text else "text.", *(() if image else ("visual.", "logit_scale")))
-    held = f"{pretrained} for images, {options.text_pretrained or NO_WEIGHTS} for captions"
+    random += (() if image else ("visual.",)) + (() if text else ("text.",))
+    held = f"{pretrained} for images, {place or NO_WEIGHTS} for captions"
     return ModelSource(model, config, preprocess, held, image | text, random)
+
+
+def _check_text_model(text_model: str, name: ModelName) -> None:
+    if text_model == simple_clip.TEXT_MODEL:
+        raise UserError(
+            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip.IMAGE_MODELS)}; not with "
+            f"{name.name}"
+        )
+    if text_model not in chinese_clip.TEXT_MODELS:
+        known = ", ".join([*chinese_clip.TEXT_MODELS, simple_clip.TEXT_MODEL])
+        raise UserError(f"--text_model {text_model}: no such text tower; known are {known}")
 
 
 def _weights_in(folder: str) -> str:
@@ -127,54 +197,6 @@ def _weights_in(folder: str) -> str:
     if path is None:
         raise UserError(f"local-dir:{folder} holds no weights; give them as --pretrained FILE, or --pretrained none")
     return path
-
-
-def _read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model config and preprocessing of a name."""
-    if name.kind == "open_clip":
-        return factory.get_model_config(name.config), _common_preprocess(name.config)
-    if name.kind == "hub":
-        content = hub.fetch_hub_config(name.config.removeprefix(names.HUB))
-    elif name.kind == "folder":
-        content = _read_json(Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json")
-    else:
-        content = _read_json(names.our_configs()[name.config] if name.kind == "ours" else Path(name.config))
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    if lacking := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
-        raise UserError(f"--vision_model {name.name} is not a model config: it has no {', '.join(lacking)}")
-    return config, _preprocess(content.get("preprocess_cfg", {}))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such model config") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not a model config: {error}") from None
-
-
-def _preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
-    """A PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out)."""
-    return json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
-
-
-def _common_preprocess(config_name: str) -> dict[str, Any]:
-    """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
-    tags = list_pretrained_tags_by_model(config_name)
-    of_tags = [_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
-    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else _preprocess({})
-
-
-def _ours(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
-    """A checkpoint of ours: its own config decides."""
-    config = found.model_config
-    held = found.options.get("vision_model") or "model without a name"
-    if chinese_clip.is_chinese_clip(config):
-        held = chinese_clip.model_name(config)
-    check_names(options, typed_model, config, held, found.source)
-    return ModelSource(held, config, found.preprocess or _preprocess({}), found.source, found.state)
 
 
 def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any], held: str, source: str) -> None:
@@ -192,7 +214,7 @@ def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any]
     if chinese_clip.is_chinese_clip(config):
         _check_chinese_names(config, options, name, source)
         return
-    if name and not _same_model(_read_config(name)[0], config):
+    if name and not _same_model(read_config(name)[0], config):
         raise UserError(
             f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
             "another checkpoint"
@@ -214,15 +236,8 @@ def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: M
             f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
             f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
         )
-    if typed and not chinese_clip.same_tower(_read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
+    if typed and not chinese_clip.same_tower(read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
         raise UserError(
             f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
             "leave it out"
         )
-
-
-def _take_text_layers(source: ModelSource) -> None:
-    """clip-training's RN50 has half of OpenAI's text layers: the file tells."""
-    layers = chinese_clip.count_layers(source.state, "transformer.resblocks.")
-    if layers:
-        source.config["text_cfg"]["layers"] = layers

@@ -19,6 +19,10 @@ from clip_retrieval.models.pooled import (
     pools_one_image_token,
     pools_the_end_token,
 )
+from clip_retrieval.models.simple_clip_model import DistilBertTower, TorchvisionTower
+
+HUGGING_FACE = (HFTextEncoder, DistilBertTower)
+"""Text towers of transformers: masked, and projected by a module `proj`."""
 
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
@@ -28,7 +32,7 @@ class RetrievalModel(nn.Module):
     """Encodes images and captions into one space.
 
     Args:
-        clip: an open_clip CLIP or CustomTextCLIP.
+        clip: an open_clip CLIP or CustomTextCLIP, or a SimpleCLIP.
         preprocess: open_clip's preprocessing as a dict; mean and std are applied here, on the device.
         adaptor: put a small adaptor behind the image tower (Clip_crossmodal_retrieval's).
     """
@@ -113,7 +117,7 @@ class RetrievalModel(nn.Module):
         text = text_part(self.clip)
         if lengths is not None and pools_the_end_token(text, _pool_type(text)):
             return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths))
-        if self.trims_text and not isinstance(text, HFTextEncoder):
+        if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
         return self.clip.encode_text(tokens) if text is self.clip else _without_tokens(text(tokens))
 
@@ -124,7 +128,7 @@ class RetrievalModel(nn.Module):
         True where no token sees the padding behind it: causal attention, and masked Hugging Face towers.
         """
         text = text_part(self.clip)
-        return isinstance(text, HFTextEncoder) or (
+        return isinstance(text, HUGGING_FACE) or (
             text.attn_mask is not None
             and getattr(text, "cls_emb", None) is None
             and _pool_type(text) in ("argmax", "eos", "first")
@@ -170,7 +174,7 @@ def text_part(clip: nn.Module) -> nn.Module:
 def embedding_dim(clip: nn.Module) -> int:
     """Width of the features."""
     text = text_part(clip)
-    if isinstance(text, HFTextEncoder):
+    if isinstance(text, HUGGING_FACE):
         return text.output_dim
     projection = text.text_projection
     if projection is None:
@@ -196,9 +200,9 @@ class Projection:
 
 
 def vision_projection(clip: nn.Module) -> Projection:
-    """ViT's `proj`, a ResNet's `attnpool.c_proj`, a timm tower's head."""
+    """ViT's `proj`, a ResNet's `attnpool.c_proj`, the head of a tower of timm or torchvision."""
     visual = clip.visual
-    if isinstance(visual, TimmModel):
+    if isinstance(visual, (TimmModel, TorchvisionTower)):
         return Projection(visual, "head")
     if hasattr(visual, "attnpool"):
         return Projection(visual.attnpool, "c_proj")
@@ -208,7 +212,7 @@ def vision_projection(clip: nn.Module) -> Projection:
 def text_projection(clip: nn.Module) -> Projection:
     """`text_projection`, or a Hugging Face tower's `proj`."""
     text = text_part(clip)
-    return Projection(text, "proj" if isinstance(text, HFTextEncoder) else "text_projection")
+    return Projection(text, "proj" if isinstance(text, HUGGING_FACE) else "text_projection")
 
 
 @contextmanager

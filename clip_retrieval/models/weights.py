@@ -9,7 +9,7 @@ import pickle
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip, hub
+from clip_retrieval.models import chinese_clip, hub, simple_clip
 
 OURS = "ours"
 OPENAI_ARCHIVE = "openai archive"
 OPENAI_CODE = "openai code"
+CLIP_TRAINING = "clip-training"
 CHINESE_CLIP = "chinese-clip"
+SIMPLE_CLIP = "simple-clip"
 STATE_DICT = "state dict"
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
@@ -36,8 +38,8 @@ class Weights:
     Attributes:
         source: the file.
         kind: OURS: a checkpoint of ours; OPENAI_ARCHIVE: OpenAI's TorchScript file; OPENAI_CODE: saved by a system
-            that runs OpenAI's own model (clip-training, Clip_crossmodal_retrieval's adaptor); CHINESE_CLIP;
-            STATE_DICT: any other.
+            that runs OpenAI's own model (Clip_crossmodal_retrieval's adaptor); CLIP_TRAINING; CHINESE_CLIP;
+            SIMPLE_CLIP; STATE_DICT: any other.
         state: float32 CPU tensors under open_clip's names, an adaptor's as `adaptor.*`.
         model_config, preprocess, options: of a checkpoint of ours, else None.
     """
@@ -53,7 +55,7 @@ class Weights:
 def read_weights(path: str | Path) -> Weights:
     """Read a weight file.
 
-    OpenAI's archives, open_clip's .pt and .safetensors, Chinese-CLIP's, CLIP_ITM's, clip-training's and
+    OpenAI's archives, open_clip's .pt and .safetensors, Chinese-CLIP's, CLIP_ITM's, clip-training's, simple-clip's and
     Clip_crossmodal_retrieval's .pt, and checkpoints of ours. Raises UserError where the file is missing, damaged, no
     checkpoint, or holds Python objects.
     """
@@ -67,16 +69,23 @@ def read_weights(path: str | Path) -> Weights:
     return _from_content(path, _read_tensors(path))
 
 
-def read_bert(place: str) -> dict[str, torch.Tensor]:
-    """A BERT's weights from a folder, a file or the hub, float32, under the names of Chinese-CLIP's text tower.
+def read_text_tower(
+    place: str, rename: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], kind: str
+) -> dict[str, torch.Tensor]:
+    """A text tower's weights from a folder, a file or the hub, float32.
 
-    Raises UserError as `read_weights` does, and where the file holds no BERT.
+    Args:
+        place: where they are.
+        rename: gives them the names of our text tower, and nothing where they are of another kind.
+        kind: "BERT" or "DistilBERT", for messages.
+
+    Raises UserError as `read_weights` does, and where the file holds none of this kind.
     """
     path = Path(place)
     if path.is_dir():
         files = [path / name for name in hub.BERT_FILES if (path / name).exists()]
         if not files:
-            raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a BERT")
+            raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a {kind}")
         path = files[0]
     elif not path.exists() and not path.suffix:
         path = Path(hub.fetch_bert(place))
@@ -84,9 +93,9 @@ def read_bert(place: str) -> dict[str, torch.Tensor]:
     content = _read_safetensors(path) if _is_safetensors(path) else _read_tensors(path)
     tensors = content.items() if isinstance(content, dict) else ()
     state = {name: v for name, v in tensors if isinstance(name, str) and isinstance(v, torch.Tensor)}
-    state = chinese_clip.bert_to_open_clip(_float32(_without_prefix(state, "module.")))
+    state = rename(_float32(_without_prefix(state, "module.")))
     if not state:
-        raise UserError(f"{path} holds no BERT (no embeddings.* and encoder.*); give another --text_pretrained")
+        raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
     return state
 
 
@@ -235,8 +244,10 @@ def _from_content(path: Path, content: Any) -> Weights:
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
     if any(name.startswith("clip_model.") for name in state):
         return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
-    # Only clip-training, whose model is OpenAI's, uses this key.
-    return Weights(str(path), OPENAI_CODE if holder == "model_state_dict" else STATE_DICT, state)
+    if simple_clip.is_reference(state):
+        return Weights(str(path), SIMPLE_CLIP, simple_clip.from_reference(state))
+    # Only clip-training uses this key.
+    return Weights(str(path), CLIP_TRAINING if holder == "model_state_dict" else STATE_DICT, state)
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_retrieval.data.jsonl import Id, id_of, is_id, opened, record_of_numbers, write_lines, written
 from clip_retrieval.errors import NotFiniteError, UserError
-from clip_retrieval.retrieval.jsonl import Id, id_of, is_id, opened, record, write_lines, written
 
 ID_KEYS = {"image": "image_id", "text": "text_id"}
 NPY = ".npy"
@@ -208,7 +208,7 @@ def _read_part(request: tuple[Path, str, int, int, int]) -> _Part:
 
 
 def _item(line: bytes, key: str) -> tuple[Id, list[float]]:
-    content = record(line)
+    content = record_of_numbers(line, key)
     item, feature = id_of(content, key), content.get("feature")
     if not isinstance(feature, list) or not feature:
         raise ValueError('no "feature" that is a list of numbers')

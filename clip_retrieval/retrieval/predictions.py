@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from clip_retrieval.data.jsonl import Id, id_of, is_id, read_records, write_lines
 from clip_retrieval.errors import UserError
 from clip_retrieval.retrieval.features import Features, read_features
-from clip_retrieval.retrieval.jsonl import Id, id_of, is_id, read_records, write_lines
 
 STANDARD_K = (1, 5, 10)  # as in evaluation.metrics, which would load torch
 KEYS = {"t2i": ("text_id", "image_ids"), "i2t": ("image_id", "text_ids")}

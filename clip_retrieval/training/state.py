@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.reporting.log import log
 from clip_retrieval.training.step import Trainer
+
+
+class Sampler(Protocol):
+    """What decides which pairs the batches of a run hold."""
+
+    batch_size: int
+
+    @property
+    def settings(self) -> dict[str, int | str | None]:
+        """What decides the order, under the names of the options: a run goes on only with the same."""
+        ...
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of the data: a run goes on only with those that it began with."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
 
 
 @dataclass
@@ -20,6 +39,7 @@ class Progress:
         evaluated_step: the step whose model was last scored on the val split, at an epoch's end.
         best: of the best model on the val split: step, epoch and results block.
         before: results block of the model that the run started from.
+        zero_shot_before: the same of its zero-shot classification.
         seconds: time spent in training steps.
     """
 
@@ -27,16 +47,19 @@ class Progress:
     evaluated_step: int = 0
     best: dict[str, Any] | None = None
     before: dict[str, Any] | None = None
+    zero_shot_before: dict[str, Any] | None = None
     seconds: float = 0.0
 
     def kept_lines(self) -> dict[str, int]:
         """The lines of metrics.jsonl that stand when a run goes on from here: the last step of each kind."""
-        if self.step == 0 and self.before is None:
+        if self.step == 0 and self.before is None and self.zero_shot_before is None:
             return {}
-        return {"before": 0 if self.before else -1, "train": self.step, "val": self.evaluated_step}
+        before = 0 if self.before else -1
+        zero_shot = self.evaluated_step or (0 if self.zero_shot_before else -1)
+        return {"before": before, "train": self.step, "val": self.evaluated_step, "zero_shot": zero_shot}
 
 
-def training_state(trainer: Trainer, sampler: BatchSampler, progress: Progress) -> dict[str, Any]:
+def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
     """The part of a checkpoint that lets a run go on: plain tensors and primitives."""
     epoch, batch = divmod(progress.step, len(sampler))
     return {
@@ -53,7 +76,7 @@ def restore_training(
     checkpoint: dict[str, Any],
     source: str,
     trainer: Trainer,
-    sampler: BatchSampler,
+    sampler: Sampler,
     *,
     reset_optimizer: bool = False,
     reset_data_offset: bool = False,
@@ -65,9 +88,10 @@ def restore_training(
     if "optimizer" not in checkpoint:
         log.info(f"{source} holds a model without its optimizer: its weights start a new run")
         return Progress()
-    stored = {name: checkpoint["sampler"][name] for name in sampler.settings}
+    # (Names that are not there belong to other data, of which more below.)
+    stored = {name: checkpoint["sampler"].get(name, value) for name, value in sampler.settings.items()}
     if stored != sampler.settings and not reset_data_offset:
-        settings = " ".join(f"--{name} {value}" for name, value in stored.items())
+        settings = " ".join(f"--{name} {value}" for name, value in stored.items() if value is not None)
         raise UserError(
             f"{source} was trained with {settings} and goes on only with them; to change them add --reset_data_offset, "
             "or start a new run from its weights (--pretrained)"

@@ -96,7 +96,7 @@ def test_a_file_has_its_name_when_it_is_whole(options, tmp_path, monkeypatch):
     def stop(images, index):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "_file_bytes", stop)
+    monkeypatch.setattr(exporting, "file_bytes", stop)
     with pytest.raises(KeyboardInterrupt):
         export(options, tmp_path)
     assert names(tmp_path) == []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from clip_retrieval.command_line import parse
 from clip_retrieval.data.base64_images import TsvImages, typed_ids
 from clip_retrieval.data.build_lmdb import build_lmdb
 from clip_retrieval.data.image_cache import cached_pixels
@@ -15,7 +16,7 @@ from clip_retrieval.data.images import ImageFiles
 from clip_retrieval.data.loader import image_batches
 from clip_retrieval.data.pixels import make_pixels
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import Options, parse
+from clip_retrieval.options import Options
 from tests.conftest import read_json
 from tests.data.chinese import ALPHABETS, content, photo, write_sample, write_split
 from tests.models.small import small_preprocess
@@ -206,7 +207,7 @@ def test_a_finetune_and_an_evaluation(run, arguments, tmp_path, kind):
         for path in data.glob("*.*"):
             path.unlink()
     data_options = ("--dataset", "chinese", "--dataset_root", data)
-    code, _, err = run(*arguments, *data_options, "--num_workers", "2")
+    code, _, err = run(*arguments[4:], *data_options, "--num_workers", "2")
     assert code == 0, err
     results = read_json(tmp_path / "logs/ex0/results.json")
     assert (results["dataset"], results["images"], results["captions"]) == ("chinese", 4, 8)
@@ -248,7 +249,7 @@ def test_a_checkpoint_of_other_data_is_evaluated_on_a_named_split(run, arguments
 
 def test_a_test_split_without_answers_is_not_scored_and_hinders_no_finetune(run, arguments, tmp_path):
     data = write_run(tmp_path / "data", test_answers=False)
-    code, _, err = run(*arguments, "--dataset", "chinese", "--dataset_root", data)
+    code, _, err = run(*arguments[4:], "--dataset", "chinese", "--dataset_root", data)
     assert code == 0 and "cannot be scored" in err, err
     assert read_json(tmp_path / "logs/ex0/results.json")["split"] == "val"
     code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/best.pt", "--device", "cpu")
@@ -259,7 +260,7 @@ def test_a_test_split_without_answers_is_not_scored_and_hinders_no_finetune(run,
 def test_nothing_is_trained_without_answers(run, arguments, tmp_path, name):
     data = write_run(tmp_path / "data")
     write_split(data, name, {1: photo(1)}, [(5, "一", [])])
-    code, _, err = run(*arguments, "--dataset", "chinese", "--dataset_root", data)
+    code, _, err = run(*arguments[4:], "--dataset", "chinese", "--dataset_root", data)
     assert code == 2 and err.count("\n") == 1 and "no image has a caption" in err
 
 
@@ -351,7 +352,7 @@ LINE = b'{"text_id": 1, "text": "a", "image_ids": [1]}'
         (LINE + b'\n{"text_id": ' + b"1" * 5000 + b"}", "line 2: "),
         (b"[" * 100_000, "line 1: broken JSON"),
         (LINE + b"\n\xff", "line 2: not UTF-8 text (byte 0xff)"),
-        (b"[1]", "line 1: not a record of a text (it holds a list)"),
+        (b"[1]", "line 1: not a JSON object, but a list"),
         (b'{"text": "a", "image_ids": [1]}', 'line 1: no "text_id"'),
         (b'{"text_id": true, "text": "a"}', 'line 1: no "text_id"'),
         (b'{"text_id": 1.5, "text": "a"}', 'line 1: no "text_id"'),

@@ -4,6 +4,8 @@ import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
+from clip_retrieval.models.simple_clip_model import SimpleCLIP
+
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -34,3 +36,25 @@ def small_preprocess(size=16):
         "resize_mode": "shortest",
         "fill_color": 0,
     }
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "red", "green", "dog", "##s", "cafe", "small"]
+"""A vocabulary of 13 word pieces."""
+
+
+def small_simple_config(vocabulary=13, dim=64, dropout=0.0, **text):
+    """A model config of simple-clip's kind: ResNet-18, which is the smallest there is, and a narrow DistilBERT."""
+    sizes = {"dim": dim, "hidden_dim": 48, "n_layers": 2, "n_heads": dim // 32, "max_position_embeddings": 32}
+    hf_config = {"model_type": "distilbert", "vocab_size": vocabulary, "dropout": dropout, "attention_dropout": dropout}
+    return {
+        "embed_dim": 24,
+        "vision_cfg": {"torchvision_model_name": "resnet18", "image_size": 32},
+        "text_cfg": {"context_length": 16, "hf_config": hf_config | sizes, **text},
+    }
+
+
+def small_simple_clip(seed=0, bias=None, **sizes):
+    """A random SimpleCLIP; `seed` decides its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SimpleCLIP(**small_simple_config(**sizes), init_logit_bias=bias).eval()

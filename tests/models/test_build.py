@@ -153,6 +153,49 @@ def test_clip_trainings_rn50_has_the_text_layers_of_its_file(tmp_path):
     )
     assert source.config["text_cfg"]["layers"] == 1
     assert source.config["quick_gelu"]
+    assert source.preprocess["mean"] == [0.4225, 0.4012, 0.3659]
+
+
+@pytest.fixture(scope="module")
+def clip_training_file(tmp_path_factory):
+    """A checkpoint as clip-training writes it, of its one model, and the model."""
+    sizes = get_model_config("RN50")
+    sizes["text_cfg"]["layers"] = 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = CLIP(**sizes, quick_gelu=True).eval()
+    path = tmp_path_factory.mktemp("clip-training") / "checkpoint_34_9999.pt"
+    torch.save({"epoch": 34, "global_step": 9999, "model_state_dict": model.state_dict()}, path)
+    return model, str(path)
+
+
+@pytest.mark.parametrize("typed", [None, "RN50-text6", "RN50"])
+def test_a_checkpoint_of_clip_training_runs_as_it_was_trained(clip_training_file, typed):
+    model, path = clip_training_file
+    options = ModelOptions(pretrained=path) if typed is None else ModelOptions(vision_model=typed, pretrained=path)
+    built = build_model(options, typed_model=typed is not None)
+    ids = build_tokenizer(ModelOptions(), built)(["a dog runs", "two cats"])
+    with torch.no_grad():
+        assert torch.equal(built.clip.encode_text(ids), model.encode_text(ids))
+    assert all(torch.equal(v, built.clip.state_dict()[name]) for name, v in model.state_dict().items())
+    assert built.name == (typed or "RN50-text6")
+    assert (built.preprocess["mean"], built.preprocess["std"]) == ([0.4225, 0.4012, 0.3659], [0.2681, 0.2635, 0.2763])
+    assert (built.preprocess["resize_mode"], built.preprocess["size"]) == ("shortest", 224)
+
+
+def test_clip_trainings_model_starts_from_nothing_by_its_name():
+    with torch.device("meta"):
+        built = build_model(ModelOptions(vision_model="RN50-text6"))
+        reference = CLIP(**get_model_config("RN50"))
+    shapes = {name: value.shape for name, value in reference.state_dict().items()}
+    later = tuple(f"transformer.resblocks.{layer}." for layer in range(6, 12))
+    expected = {name: shape for name, shape in shapes.items() if not name.startswith(later)}
+    assert {name: value.shape for name, value in built.clip.state_dict().items()} == expected
+    assert activation_of_text(built) == "QuickGELU" and built.weights == "none"
+
+
+def activation_of_text(built):
+    return type(built.clip.transformer.resblocks[0].mlp.gelu).__name__
 
 
 def test_clip_itms_checkpoint_loads_under_openais_name(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clip_retrieval.data.preprocess import evaluation_transform
 from clip_retrieval.models.towers import RetrievalModel
-from tests.models.small import TEXT, small_clip, small_config, small_preprocess
+from tests.models.small import TEXT, small_clip, small_config, small_preprocess, small_simple_clip
 
 SOT, EOT = 49406, 49407
 
@@ -134,6 +134,8 @@ def towers(kind):
         config = BertConfig(vocab_size=49408, **sizes)
         clip.text = HFTextEncoder("bert", 24, config, pooler_type="mean_pooler", proj_type="mlp").eval()
         return clip, 16
+    if kind == "simple-clip":
+        return small_simple_clip(vocabulary=49408, dim=32), 32
     if kind == "coca":
         text = TEXT | {"embed_cls": True, "output_tokens": True}
         small = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
@@ -142,7 +144,7 @@ def towers(kind):
     return small_clip(resnet=kind == "resnet", custom_text=kind == "custom text"), 32 if kind == "resnet" else 16
 
 
-@pytest.mark.parametrize("kind", ["vit", "custom text", "resnet", "timm", "hugging face", "coca"])
+@pytest.mark.parametrize("kind", ["vit", "custom text", "resnet", "timm", "hugging face", "simple-clip", "coca"])
 @pytest.mark.parametrize("adaptor", [False, True])
 def test_the_projection_can_be_computed_apart(kind, adaptor):
     torch.manual_seed(0)

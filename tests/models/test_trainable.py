@@ -6,9 +6,10 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.step import Trainer
-from tests.models.small import small_clip, small_preprocess
+from tests.models.small import small_clip, small_preprocess, small_simple_clip
 
 CPU = torch.device("cpu")
+KINDS = ("vit", "resnet", "simple-clip")
 
 
 def changed_by_steps(model, size, steps=2, loss="infonce", **options):
@@ -26,11 +27,12 @@ def changed_by_steps(model, size, steps=2, loss="infonce", **options):
 
 
 def model_of(kind, adaptor=False):
-    size = 32 if kind == "resnet" else 16
-    return RetrievalModel(small_clip(resnet=kind == "resnet"), small_preprocess(size), adaptor=adaptor), size
+    size = 16 if kind == "vit" else 32
+    clip = small_simple_clip(vocabulary=49000) if kind == "simple-clip" else small_clip(resnet=kind == "resnet")
+    return RetrievalModel(clip, small_preprocess(size), adaptor=adaptor), size
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_all(kind):
     model, size = model_of(kind)
     set_trainable(model)
@@ -39,24 +41,28 @@ def test_all(kind):
     assert parameters <= changed
 
 
-RESNET_HEAD = {"clip.visual.attnpool.c_proj.weight", "clip.visual.attnpool.c_proj.bias"}
+PROJECTIONS = {
+    "vit": {"clip.visual.proj", "clip.text_projection"},
+    "resnet": {"clip.visual.attnpool.c_proj.weight", "clip.visual.attnpool.c_proj.bias", "clip.text_projection"},
+    "simple-clip": {f"clip.{tower}.{layer}.weight" for tower in ("visual.head", "text.proj") for layer in (0, 2)},
+}
 
 
-@pytest.mark.parametrize("kind, projection", [("vit", {"clip.visual.proj"}), ("resnet", RESNET_HEAD)])
-def test_linear_projection_changes_the_projections_and_the_scale_and_no_batch_statistics(kind, projection):
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_projection_changes_the_projections_and_the_scale_and_no_batch_statistics(kind):
     model, size = model_of(kind)
     set_trainable(model, "linear_projection")
-    assert changed_by_steps(model, size) == projection | {"clip.text_projection", "clip.logit_scale"}
+    assert changed_by_steps(model, size) == PROJECTIONS[kind] | {"clip.logit_scale"}
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_adaptor_changes_only_the_adaptor_and_the_scale(kind):
     model, size = model_of(kind, adaptor=True)
     set_trainable(model, "adaptor")
     assert changed_by_steps(model, size) == {"adaptor.0.weight", "adaptor.2.weight", "clip.logit_scale"}
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_freezing_a_tower_leaves_all_of_it_as_it_was(kind):
     model, size = model_of(kind)
     set_trainable(model, freeze_vision=True)

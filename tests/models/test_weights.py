@@ -91,7 +91,7 @@ def test_every_layout_gives_back_the_models_features(layout, resnet, tmp_path):
         ("bare", "state dict"),
         ("clip_itm", "state dict"),
         ("openai", "openai archive"),
-        ("clip_training", "openai code"),
+        ("clip_training", "clip-training"),
         ("ours", "ours"),
     ],
 )

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from clip_retrieval.retrieval.features import write_features
-from tests.conftest import read_json
-from tests.retrieval.conftest import read_jsonl, write_jsonl
+from tests.conftest import read_json, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("cn_clip"), reason="cn-clip is not installed")
 

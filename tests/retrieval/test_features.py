@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_retrieval.data import jsonl
 from clip_retrieval.errors import UserError
 from clip_retrieval.retrieval import features as module
 from clip_retrieval.retrieval.features import read_features, write_features
-from tests.retrieval.conftest import write_jsonl
+from tests.conftest import write_jsonl
 
 IDS = [3, 9223372036854775807, -1, 2**70, "a[1].jpg", '女孩 "x"\t', "3", ""]
 
@@ -134,3 +135,21 @@ def test_what_is_not_finite_is_not_written(tmp_path, name):
     with pytest.raises(UserError, match="text_id b: feature is not finite"):
         write_features(tmp_path / name, "text", ["a", "b"], np.array([[1, 2], [3, np.inf]], np.float32))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["orjson", "json"])
+def test_records_are_the_same_with_and_without_orjson(monkeypatch, quick):
+    if quick:
+        pytest.importorskip("orjson")
+    else:
+        monkeypatch.setattr(jsonl, "orjson", None)
+    lines = ['{"image_id": 7, "feature": [1, -0.5, 1e-3, 16777217]}', '{"image_id": "七", "feature": []}']
+    lines += ['{"image_id": 1180591620717411303424, "feature": [2.5]}', '{"image_id": 1, "feature": [Infinity]}']
+    for line in lines:
+        assert jsonl.record_of_numbers(line.encode(), "image_id") == json.loads(line)
+    for line in (b'{"image_id": 1}{"image_id": 2}', b"[1]", b'{"image_id": "\xff"}', b"{", b"[" * 100_000):
+        with pytest.raises(ValueError) as error:
+            jsonl.record_of_numbers(line, "image_id")
+        with pytest.raises(ValueError) as of_json:
+            jsonl.record(line)
+        assert str(error.value) == str(of_json.value)

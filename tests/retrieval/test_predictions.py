@@ -13,8 +13,7 @@ from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Side
 from clip_retrieval.retrieval import faiss_index
 from clip_retrieval.retrieval.features import write_features
-from tests.conftest import read_json
-from tests.retrieval.conftest import read_jsonl, write_jsonl
+from tests.conftest import read_json, read_jsonl, write_jsonl
 
 GOLD = [
     {"text_id": 8428, "text": "高级感托特包斜挎", "image_ids": [1076345, 517602]},

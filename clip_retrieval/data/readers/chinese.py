@@ -12,7 +12,6 @@ A text may have several images, or, in a test set without answers, none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from clip_retrieval.data.base64_images import Base64Images, TsvImages, typed_ids
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.jsonl import read_records
 from clip_retrieval.data.lmdb_files import LmdbImages, read_pairs, read_unanswered
 from clip_retrieval.data.readers import files
 from clip_retrieval.errors import UserError
@@ -166,37 +166,13 @@ def open_images(path: Path) -> Base64Images:
 
 def read_texts(path: Path) -> Texts:
     """Read a `{split}_texts.jsonl`. Raises UserError, naming file and line, where a line is something else."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    texts: list[Text] = []
-    with file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                texts.append(_text(_record(line, number, where), number, where))
+    texts = [_text(record, number, f"{path}, line {number}") for number, record in read_records(path)]
     if not texts:
         raise UserError(f"{path}: holds no texts")
     return Texts(path, "line", texts)
 
 
-def _record(line: bytes, number: int, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            raise UserError(f"{where}: several records are glued together; each stands on a line of its own") from None
-        raise UserError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: broken JSON ({error})") from None
-
-
-def _text(record: Any, number: int, where: str) -> Text:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: not a record of a text (it holds a {type(record).__name__})")
+def _text(record: dict[str, Any], number: int, where: str) -> Text:
     text_id, text, image_ids = (record.get(name) for name in ("text_id", "text", "image_ids"))
     if type(text_id) not in (int, str):
         raise UserError(f'{where}: no "text_id" that is a whole number or a text')

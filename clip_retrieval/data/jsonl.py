@@ -5,6 +5,7 @@ Nothing here imports torch: the processes that read a large file start quickly.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clip_retrieval.errors import UserError
+
+try:
+    import orjson
+except ImportError:
+    orjson = None
 
 Id = int | str
 
@@ -56,6 +62,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record) of each line that is not empty. Raises UserError, naming the line."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
                     yield number, record(line)
@@ -70,12 +78,30 @@ def record(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise ValueError("several records are glued together; each stands on a line of its own") from None
         raise ValueError(f"broken JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("broken JSON (nested too deeply)") from None
     if not isinstance(content, dict):
         raise ValueError(f"not a JSON object, but a {type(content).__name__}")
     return content
+
+
+def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
+    """The same as `record`, several times faster where a list of many numbers goes with the id under `key`.
+
+    With orjson, where it is installed. What that does not take (whole numbers beyond 64 bit become inexact, NaN is none
+    of its numbers) the standard library reads.
+    """
+    if orjson is not None:
+        try:
+            content = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return record(line)
+        if isinstance(content, dict) and is_id(content.get(key)):
+            return content
+    return record(line)
 
 
 def is_id(value: Any) -> bool:

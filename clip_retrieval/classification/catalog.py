@@ -1,0 +1,89 @@
+"""From the name of a data set, or a folder, to labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from clip_retrieval.classification.class_names import imagenet_folder_names, read_class_names, spaced
+from clip_retrieval.classification.folder import read_image_folder
+from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.official_names import OFFICIAL_NAMES
+from clip_retrieval.classification.templates import OF_DATA, Templates, choose_templates
+from clip_retrieval.errors import UserError
+
+IMAGENET = "imagenet"
+NAMES = (*OFFICIAL_NAMES, IMAGENET)
+
+
+@dataclass(frozen=True)
+class ZeroShotData:
+    """What is to be classified, and in which words.
+
+    Attributes:
+        data: cifar10, cifar100, stl10, imagenet, or the path of a folder with a folder of images for each class.
+        data_root: the folder of a data set that goes by name: the one that holds the archive or what was extracted
+            from it, or ImageNet's folder of class folders (also that of a variant).
+        class_names: file with the names of the classes (see `read_class_names`), instead of the data set's own.
+        all_classes: the classes that this file, or ImageNet, knows without there being a folder count as classes.
+        templates: a set of templates, or a file.
+        template: templates themselves.
+        download: fetch an archive that is missing.
+    """
+
+    data: str
+    data_root: Path = Path("datasets")
+    class_names: Path | None = None
+    all_classes: bool = False
+    templates: str | None = None
+    template: tuple[str, ...] = ()
+    download: bool = False
+
+
+def read_labelled(wanted: ZeroShotData) -> tuple[LabelledImages, Templates]:
+    """The labelled images, and the templates that go with them.
+
+    Raises UserError, naming the file or the folder, where one is missing or not as it should be.
+    """
+    if wanted.download and wanted.data not in OFFICIAL_NAMES:
+        raise UserError(f"--download fetches {', '.join(OFFICIAL_NAMES)}; drop it, {wanted.data} has to be there")
+    if wanted.all_classes and wanted.data != IMAGENET and wanted.class_names is None:
+        raise UserError("--all_classes takes the classes from --class_names; give the file, or drop the option")
+    if wanted.data in OFFICIAL_NAMES:
+        labelled = _archive(wanted)
+    elif wanted.data == IMAGENET or Path(wanted.data).exists():
+        labelled = _folder(wanted)
+    else:
+        raise UserError(f"{wanted.data}: no such folder of images, and none of {', '.join(NAMES)}")
+    usual = OF_DATA.get(wanted.data, "imagenet")
+    return labelled, choose_templates(wanted.templates, wanted.template, labelled.class_names, usual)
+
+
+def _archive(wanted: ZeroShotData) -> LabelledImages:
+    from clip_retrieval.classification.archives import read_archive
+
+    if wanted.all_classes:
+        raise UserError(f"--all_classes is for folders: {wanted.data} has images of all its classes; drop it")
+    images, labels, classes = read_archive(wanted.data, wanted.data_root, download=wanted.download)
+    names = read_class_names(wanted.class_names, classes) if wanted.class_names else {c: spaced(c) for c in classes}
+    if missing := [each for each in classes if each not in names]:
+        raise UserError(f'{wanted.class_names}: has no name for the class "{missing[0]}" of {wanted.data}; add it')
+    return LabelledImages(wanted.data, images, labels, [names[each] for each in classes])
+
+
+def _folder(wanted: ZeroShotData) -> LabelledImages:
+    if wanted.class_names:
+        names_of = partial(read_class_names, wanted.class_names)
+    elif wanted.data == IMAGENET:
+        names_of = imagenet_folder_names
+    else:
+        names_of = _folder_names
+    if wanted.data == IMAGENET:
+        return read_image_folder(wanted.data_root, IMAGENET, names_of, all_classes=wanted.all_classes)
+    folder = Path(wanted.data)
+    return read_image_folder(folder, folder.resolve().name, names_of, all_classes=wanted.all_classes)
+
+
+def _folder_names(folders: list[str]) -> dict[str, str]:
+    return {folder: spaced(folder) for folder in folders}

@@ -1,0 +1,164 @@
+"""The command line: argparse, built from the groups of options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from clip_retrieval.options import AUTO, GROUPS, as_tuple
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Takes hyphens for underscores in option names; an error is one line, with the nearest option."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        typed = [self._underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
+        namespace, unknown = self.parse_known_args(typed, namespace)
+        if unknown:
+            self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
+        return namespace
+
+    def action(self, name: str) -> argparse.Action | None:
+        """What an option does, by any of its spellings."""
+        return self._option_string_actions.get(name)
+
+    def nearest(self, name: str) -> str:
+        """What to add to a message: `; did you mean --lr?`, or nothing."""
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def _underscored(self, arg: str) -> str:
+        if not arg.startswith("-"):
+            return arg
+        name, equals, value = arg.partition("=")
+        dashes = name[: len(name) - len(name.lstrip("-"))]
+        spelled = dashes + name.lstrip("-").replace("-", "_")
+        return spelled + equals + value if spelled in self._option_string_actions else arg
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """All spellings, then what they take, once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
+
+
+def build_parser(
+    description: str,
+    groups: Sequence[type] = tuple(GROUPS.values()),
+    prog: str | None = None,
+    parser_class: type[OptionParser] = OptionParser,
+) -> OptionParser:
+    """A parser for the options of `groups`. The namespace it returns holds only what was typed."""
+    parser = parser_class(
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for group in groups:
+        add_arguments(parser.add_argument_group(f"{group.__doc__} options"), group)
+    return parser
+
+
+def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequence[str] = ()) -> None:
+    """Add one argument per field of the dataclass `group`, or for some of them only."""
+    hints = typing.get_type_hints(group)
+    for f in dataclasses.fields(group):
+        if only and f.name not in only:
+            continue
+        names = [f"--{f.name}", *f.metadata["aliases"]]
+        if hints[f.name] is bool:
+            parser.add_argument(*names, dest=f.name, action="store_true", help=f.metadata["help"])
+            inverse = f.name[3:] if f.name.startswith("no_") else f"no_{f.name}"
+            parser.add_argument(f"--{inverse}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            continue
+        parser.add_argument(
+            *names,
+            dest=f.name,
+            help=_help(f),
+            type=_value_type(_item_type(hints[f.name]), f.metadata),
+            nargs="+" if _is_list(hints[f.name]) else None,
+            action=OneOrMore if f.metadata["repeatable"] else "store",
+            metavar={int: "N", float: "X", str: "TEXT"}[_item_type(hints[f.name])],
+        )
+        for flag, value in f.metadata["flags"].items():
+            parser.add_argument(
+                flag, dest=f.name, action="store_const", const=value, help=f"the same as --{f.name} {value}"
+            )
+
+
+def _help(f: dataclasses.Field) -> str:
+    text = f.metadata["help"]
+    if f.metadata["choices"]:
+        text += f" ({', '.join(f.metadata['choices'])})"
+    if f.metadata["auto"]:
+        text += "" if f.metadata["repeatable"] else " (default: auto)"
+    elif f.default is not None:
+        default = f.default
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+    return text.replace("%", "%%")
+
+
+class OneOrMore(argparse.Action):
+    """Keeps the value of an option that is given once, and a tuple of those of one that is given again."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = as_tuple(getattr(namespace, self.dest)) if hasattr(namespace, self.dest) else ()
+        setattr(namespace, self.dest, (*before, values) if before else values)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option takes several values at once: `tuple[int, ...]`, or that or None."""
+    return typing.get_origin(hint if not isinstance(hint, types.UnionType) else typing.get_args(hint)[0]) is tuple
+
+
+def _item_type(hint: Any) -> type:
+    """int of `int`, `int | None`, `tuple[int, ...]` and `tuple[int, ...] | None`."""
+    while isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def _value_type(hint: type, meta: typing.Mapping[str, Any]):
+    """The function that turns a typed string into the option's value."""
+
+    def convert(text: str) -> Any:
+        text = meta["also"].get(text, text)
+        if meta["auto"] and text == AUTO:
+            return None
+        if meta["choices"] and text not in meta["choices"]:
+            near = difflib.get_close_matches(text, [*meta["choices"], *meta["also"]], n=1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(meta['choices'])}{hint_text}")
+        try:
+            return hint(text)
+        except ValueError:
+            kind = {"int": "a whole number", "float": "a number"}[hint.__name__]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}" + (" or auto" * meta["auto"])) from None
+
+    return convert
+
+
+def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What was typed on the command line of main.py, as a flat dict."""
+    parser = build_parser(
+        "Finetune CLIP for image-text retrieval, or evaluate it (--eval).",
+        prog="main.py",
+    )
+    return vars(parser.parse_args(argv))

@@ -1,0 +1,167 @@
+"""Hugging Face data sets, and simple-clip's: what `save_to_disk` of a Dataset or a DatasetDict wrote.
+
+    DATA/dataset_dict.json, DATA/train/, DATA/validation/, DATA/test/     a DatasetDict: splits
+    DATA/state.json, DATA/data-00000-of-00004.arrow                       a Dataset: all of it is to train on
+
+A row is an image (see `data.saved_columns`) and its caption or a list of them; without the one or the other it is left
+out, with a warning. Rows with the same image, byte for byte, are one image with the captions of all of them.
+
+    huggingface     --image_column, --caption_column
+    sbucaptions     {root}/sbu_captions_images, or the root itself: image, caption
+    textcap         {root}/textcap, or the root itself: image_base64_str, outputs (M3IT's), or image, caption
+    combined        the mixture of {root}/coco, {root}/textcap and {root}/sbu_captions_images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
+from clip_retrieval.data.images import image_files
+from clip_retrieval.data.mixture import read_mixture
+from clip_retrieval.data.readers import files
+from clip_retrieval.data.saved_columns import Contents, SavedImages, first_alike, is_saved, open_saved
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+from clip_retrieval.reporting.log import log, progress_bar
+
+SPLITS_FILE = "dataset_dict.json"
+# Where simple-clip keeps its data sets.
+FOLDERS = {"coco": "coco", "textcap": "textcap", "sbucaptions": "sbu_captions_images"}
+# Columns that the named sets have where M3IT's are not renamed.
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_base64_str"), ("caption", "outputs")
+
+
+def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read one split; None where the data set has no such split."""
+    root = Path(options.dataset_root)
+    files.check_root(root)
+    if options.dataset == "combined":
+        parts = [replace(options, dataset=name, dataset_root=str(root / folder)) for name, folder in FOLDERS.items()]
+        return read_mixture("combined", parts, split, _read_saved)
+    folder = FOLDERS.get(options.dataset)
+    if folder and (root / folder).is_dir():
+        options = replace(options, dataset_root=str(root / folder))
+    return _read_saved(options, split)
+
+
+def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read one split of the data set that was saved in dataset_root."""
+    root = Path(options.dataset_root)
+    files.check_root(root)
+    if is_saved(root):
+        return None if split == "val" else _dataset(options, UNSPLIT, root)
+    if not (root / SPLITS_FILE).is_file():
+        raise UserError(
+            f"{root}: holds neither a {SPLITS_FILE} nor a state.json, as save_to_disk of a Hugging Face data set "
+            "writes them; give such a folder as --dataset_root"
+        )
+    names = _split_names(root / SPLITS_FILE)
+    if split not in names:
+        return None
+    return _dataset(options, split, root / names[split])
+
+
+def _split_names(path: Path) -> dict[str, str]:
+    """The folder of each split."""
+    content = files.read_json(path)
+    found = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f'{path}: names no "splits"; save the data set anew')
+    names = {files.SPLITS[name]: name for name in found if name in files.SPLITS}
+    if not names:
+        raise UserError(f"{path}: none of its splits ({', '.join(found)}) is one of {', '.join(files.SPLITS)}")
+    return names
+
+
+def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset:
+    table = open_saved(folder)
+    image_column = _column(options, "image_column", IMAGE_COLUMNS, table, folder)
+    caption_column = _column(options, "caption_column", CAPTION_COLUMNS, table, folder)
+    captions = _captions(table.column(caption_column), f"{folder}, column {caption_column}")
+    contents = _contents(table.column(image_column), f"{folder}, column {image_column}")
+    description = f"{options.dataset} {split}"
+    sizes = np.fromiter(
+        (len(content) for content in progress_bar(contents, total=len(contents), desc=description, leave=False)),
+        np.int64,
+        count=len(contents),
+    )
+    described = np.array([bool(texts) for texts in captions], dtype=bool)
+    rows = np.flatnonzero((sizes > 0) & described)
+    if len(rows) == 0:
+        raise UserError(f"{folder}: no row has one image in {image_column} and a caption in {caption_column}")
+    if len(rows) < len(sizes):
+        log.warning(
+            f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are left out: "
+            f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~described):,} without a caption"
+        )
+    first = first_alike(contents, rows, sizes[rows], description)
+    # Images are numbered in the order of their first rows.
+    firsts, image_of_row = np.unique(first, return_inverse=True)
+    images = _images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
+    texts, pairs = _pairs(image_of_row, [captions[row] for row in rows])
+    return RetrievalDataset(options.dataset, split, images, texts, pairs)
+
+
+def _column(options: DataOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
+    """The column that was asked for; of a data set that has a name here, else the first of the known ones."""
+    asked = getattr(options, option)
+    known = (asked,) if options.dataset == "huggingface" else tuple(dict.fromkeys((asked, *known)))
+    for name in known:
+        if name in table.column_names:
+            return name
+    found = ", ".join(table.column_names) or "none"
+    raise UserError(f"{folder}: no column {' or '.join(known)} (the columns found: {found}); name it with --{option}")
+
+
+def _captions(column: Any, where: str) -> list[list[str]]:
+    """The captions of each row, without empty ones."""
+    try:
+        column.validate(full=True)
+        values = column.to_pylist()
+    except (ValueError, OSError) as error:  # what pyarrow's errors are
+        raise UserError(f"{where}: damaged ({error}); fetch the data set again") from None
+    captions = []
+    for value in values:
+        texts = value if isinstance(value, list) else [value]
+        if any(not isinstance(text, str) and text is not None for text in texts):
+            raise UserError(f"{where}: holds {column.type}, not texts; name another with --caption_column")
+        captions.append([clean for text in texts if text and (clean := files.clean_caption(text))])
+    return captions
+
+
+def _contents(column: Any, where: str) -> Contents:
+    """The bytes, base64 or path of the image in each row."""
+    try:
+        contents = Contents(column)
+        if not any(len(content) for content in contents):
+            return Contents(column, "path")
+        return contents
+    except TypeError as error:
+        raise UserError(f"{where}: {error}, not images; name another with --image_column") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{where}: damaged ({error}); fetch the data set again") from None
+
+
+def _images(
+    options: DataOptions, folder: Path, column: str, contents: Contents, rows: np.ndarray, sizes: np.ndarray
+) -> Images:
+    if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
+        places = options.image_dir or folder
+        return image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
+    return SavedImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)
+
+
+def _pairs(image_of_row: np.ndarray, captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """The captions, the same one of the same image once, and int64 (pairs, 2): image and caption."""
+    numbers: dict[tuple[int, str], int] = {}
+    for image, texts in zip(image_of_row.tolist(), captions):
+        for text in texts:
+            numbers.setdefault((image, text), len(numbers))
+    pairs = np.array([(image, number) for (image, _), number in numbers.items()], dtype=np.int64)
+    return [text for _, text in numbers], pairs

@@ -1,0 +1,123 @@
+"""Tar shards as a data set: captions in memory, images read from where they stand in the shard when asked for.
+
+Its val and test splits are read so, what `--eval` scores, and its train split in a mixture with others; alone, the
+train split is a stream (`data.shard_stream`). Samples without an image or a caption are left out, with a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.shard_samples import (
+    Member,
+    Unusable,
+    caption_ending,
+    image_ending,
+    read_captions,
+    read_members,
+)
+from clip_retrieval.data.shards import find_shards
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+from clip_retrieval.reporting.log import log, progress_bar
+
+
+class ShardImages:
+    """Images by index, read from tar shards.
+
+    Args:
+        paths: the shards.
+        places: int64 (images, 3): shard, first byte and size of each image.
+        members: what each is called in its shard.
+    """
+
+    def __init__(self, paths: Sequence[Path], places: np.ndarray, members: Sequence[str]):
+        self.paths = paths
+        self.places = places
+        self.members = members
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image file."""
+        shard, begin, size = self.places[index].tolist()
+        # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
+        try:
+            with self.paths[shard].open("rb") as file:
+                file.seek(begin)
+                return file.read(size)
+        except OSError as error:
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+
+    def name(self, index: int) -> str:
+        return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes of the image, and time of the shard's last change (ns)."""
+        shard, _, size = self.places[index].tolist()
+        return size, os.stat(self.paths[shard]).st_mtime_ns  # noqa: PTH116  a hundred thousand times
+
+
+def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+    """Read one split; None where there are no shards of it."""
+    found = find_shards(options, split)
+    if found is None:
+        return None
+    places, pairs = array("q"), array("q")
+    keys: list[str] = []
+    members: list[str] = []
+    captions: list[str] = []
+    left_out: list[str] = []
+    for shard, path in enumerate(progress_bar(found.paths, desc=f"{options.dataset} {split}", leave=False)):
+        for sample in _samples(path, options.caption_key):
+            if isinstance(sample, str):
+                left_out.append(sample)
+                continue
+            for caption in sample.captions:
+                pairs.extend((len(keys), len(captions)))
+                captions.append(caption)
+            places.extend((shard, sample.image.begin, sample.image.size))
+            keys.append(sample.image.key)
+            members.append(f"{sample.image.key}.{sample.image.ending}")
+    if not keys:
+        raise UserError(left_out[0] if left_out else f"{found.paths[0]}: holds no images with captions")
+    if left_out:
+        log.warning(f"{len(left_out):,} of {len(keys) + len(left_out):,} samples are left out; {left_out[0]}")
+    images = ShardImages(found.paths, np.array(places).reshape(-1, 3), members)
+    ids = keys if len(set(keys)) == len(keys) else None
+    return RetrievalDataset(options.dataset, found.split, images, captions, np.array(pairs), ids)
+
+
+class _Sample(NamedTuple):
+    image: Member
+    captions: list[str]
+
+
+def _samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str]:
+    """The samples of a shard; of one that cannot be used, its name and why."""
+    try:
+        with path.open("rb") as file:
+            for members in read_members(path):
+                of = {member.ending: member for member in reversed(members)}  # of two of the same name the first
+                try:
+                    image, text = of[image_ending(of)], of[caption_ending(of, caption_key)]
+                    file.seek(text.begin)
+                    yield _Sample(image, read_captions(file.read(text.size), text.ending, caption_key))
+                except Unusable as problem:
+                    yield f"{path}, sample {members[0].key}: {problem}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

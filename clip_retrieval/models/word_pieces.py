@@ -1,0 +1,95 @@
+"""WordPiece tokenizers, BERT's: their vocabulary from a vocab.txt, a folder, the hub, or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.hub import FETCH_ERRORS, hub_access, quiet
+
+MIN_VOCABULARY = 6
+"""transformers gives a vocabulary of the five special tokens where it did not understand the file."""
+
+
+class WordPieceTokenizer:
+    """BERT's word pieces, uncased: [CLS] pieces [SEP].
+
+    It has the attributes of open_clip's HFTokenizer, and is used as one.
+
+    Args:
+        source: a vocab.txt, a folder with one, a hub name, or the words themselves in the order of their ids.
+        context_length: in tokens; longer captions are cut, keeping [SEP].
+        vocabulary: number of tokens the text tower knows.
+
+    Raises:
+        UserError: the vocabulary is not there, or is another than the text tower's.
+    """
+
+    tokenizer_mode = ""
+    strip_sep_token = False
+
+    def __init__(self, source: str | list[str], context_length: int, vocabulary: int):
+        self.tokenizer = _of_words(source) if isinstance(source, list) else _read(source)
+        self.context_length = context_length
+        if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
+            place = "the vocabulary in the model config" if isinstance(source, list) else f"--tokenizer {source}"
+            raise UserError(
+                f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt that "
+                "belongs to the model"
+            )
+
+    @property
+    def words(self) -> list[str]:
+        """The vocabulary in the order of its ids; `source` may be this list."""
+        ids = self.tokenizer.get_vocab()
+        return sorted(ids, key=ids.__getitem__)
+
+    @staticmethod
+    def clean_fn(text: str) -> str:
+        # Also keeps a caption that spells "[SEP]" out from being read as the special token.
+        return text.lower()
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 (texts, context_length), padded with 0."""
+        return self.tokenizer(
+            [self.clean_fn(text) for text in texts],
+            return_tensors="pt",
+            max_length=self.context_length,
+            padding="max_length",
+            truncation=True,
+        ).input_ids
+
+
+def _of_words(words: list[str]) -> Any:
+    from transformers import BertTokenizer
+
+    with quiet():
+        return BertTokenizer({word: number for number, word in enumerate(words)})
+
+
+def _read(source: str) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / "vocab.txt"
+    if path.exists():
+        try:
+            with quiet():
+                # By position: given as vocab_file=, transformers 5 ignores it.
+                return BertTokenizer(str(path))
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise UserError(f"--tokenizer {path} is not a vocab.txt ({str(error).splitlines()[0]})") from error
+    if path.suffix == ".txt" or path.is_absolute():
+        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
+    try:
+        with hub_access():
+            return AutoTokenizer.from_pretrained(source)
+    except FETCH_ERRORS:
+        raise UserError(
+            f"the tokenizer {source} could not be fetched from huggingface.co; give the model's word list as "
+            "--tokenizer vocab.txt"
+        ) from None

@@ -1,0 +1,133 @@
+"""A train split that is read from tar shards: found, counted, looked into, and brought to a run in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clip_retrieval.data.loader import in_workers, usual_num_workers
+from clip_retrieval.data.pixels import ImageTransform
+from clip_retrieval.data.shard_lanes import LaneReader, decode_sample
+from clip_retrieval.data.shard_order import ShardOrder, Shards
+from clip_retrieval.data.shard_samples import Unusable, count_samples, read_samples
+from clip_retrieval.data.shard_stream import StreamLoader
+from clip_retrieval.data.shards import find_shards, known_sizes
+from clip_retrieval.distributed import Processes
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import Options
+from clip_retrieval.reporting.log import log, progress_bar
+
+SHARDS_A_WORKER = 4  # fewer are counted faster than a process starts
+
+
+@dataclass
+class StreamedSplit:
+    """A train split in shards.
+
+    Attributes:
+        split: "train", or UNSPLIT.
+        shards: where the samples are.
+        samples: pairs in an epoch, its dropped remainder included.
+        transform: what the model sees of an image.
+        tokenizer: the model's.
+        num_workers: processes that load.
+    """
+
+    split: str
+    shards: Shards
+    samples: int
+    transform: ImageTransform
+    tokenizer: Callable
+    num_workers: int
+
+
+def open_stream(
+    options: Options, tokenizer: Callable, preprocess: dict[str, Any], device: torch.device, processes: Processes
+) -> StreamedSplit | None:
+    """Find the shards of the train split, and count their samples unless an epoch's length is given.
+
+    Raises UserError where a shard is missing or no whole tar, or none of the first one's samples can be used.
+    """
+    data = options.data.parts()[0]
+    found = find_shards(data, "train")
+    if found is None:
+        return None
+    workers = usual_num_workers(device) if data.num_workers is None else data.num_workers
+    sizes = known_sizes(found.paths)
+    if (samples := data.train_num_samples) is None:
+        sizes = _counted(found.paths, sizes, workers, processes)
+        samples = sum(sizes)
+    log.info(f"{data.dataset} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
+    transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
+    stream = StreamedSplit(found.split, Shards(found.paths, sizes), samples, transform, tokenizer, workers)
+    _log_samples(stream, data.caption_key)
+    return stream
+
+
+def _counted(paths: list[Path], sizes: list[int | None], workers: int, processes: Processes) -> list[int]:
+    """Samples of each shard; the processes share the counting."""
+    unknown = [shard for shard, size in enumerate(sizes) if size is None]
+    own = unknown[processes.rank :: processes.world_size]
+    counts = torch.tensor([size or 0 for size in sizes] if processes.is_main else [0] * len(sizes))
+    workers = min(workers, len(own) // SHARDS_A_WORKER)
+    found = in_workers(count_samples, [paths[shard] for shard in own], num_workers=workers)
+    for shard, count in zip(own, progress_bar(found, total=len(own), desc="counting", leave=False), strict=True):
+        counts[shard] = count
+    return processes.sum(counts).tolist()
+
+
+def _log_samples(stream: StreamedSplit, caption_key: str | None, number: int = 3) -> None:
+    """Say a few captions of the first shard. Raises UserError where none of its samples can be used."""
+    path, said, problem = stream.shards.paths[0], 0, ""
+    for sample in read_samples(path):
+        try:
+            _, caption = decode_sample(sample, path, stream.transform, caption_key, np.random.default_rng(0))
+        except Unusable as unusable:
+            problem = problem or str(unusable)
+            continue
+        log.info(f"  {sample['__key__']}: {caption}")
+        said += 1
+        if said == number:
+            return
+    if not said:
+        raise UserError(problem or f"{path}: holds no images with captions")
+
+
+def make_order(options: Options, stream: StreamedSplit, batch_size: int) -> ShardOrder:
+    """The order in which a run reads the shards."""
+    return ShardOrder(
+        stream.shards,
+        batch_size,
+        num_samples=options.data.train_num_samples,
+        shuffle_buffer=options.data.shuffle_buffer,
+        seed=options.train.seed,
+    )
+
+
+def make_stream_loader(
+    options: Options,
+    model: RetrievalModel,
+    stream: StreamedSplit,
+    order: ShardOrder,
+    device: torch.device,
+    processes: Processes,
+    *,
+    bucket: int,
+) -> StreamLoader:
+    """This process's part of the batches. Raises UserError where the processes cannot share them."""
+    log.info(f"the shards are read in {order.lanes} places at a time")
+    return StreamLoader(
+        LaneReader(order, stream.transform, options.data.caption_key),
+        stream.tokenizer,
+        trim=model.trims_text,
+        bucket=bucket,
+        num_workers=stream.num_workers,
+        device=device,
+        processes=processes,
+    )

@@ -1,0 +1,83 @@
+"""The accuracy of a model as a zero-shot classifier: class names become prompts, the nearest class is the answer.
+
+python scripts/zero_shot.py --resume logs/ex0/best.pt --data cifar100 --data_root DIR
+python scripts/zero_shot.py --vision_model ViT-B/32 --data imagenet --data_root DIR/val
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
+from clip_retrieval.classification.report import per_class_table, summary
+from clip_retrieval.classification.task import score_task, task_of
+from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.options import Options
+from clip_retrieval.reporting.log import log, log_to_file, start_log
+from clip_retrieval.reporting.results import write_json, write_options
+from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.training.precision import choose_device, device_name
+
+
+def classify(typed: dict[str, Any], wanted: ZeroShotData, output: Path | None = None) -> None:
+    """Score the model of the options, and write results.json and results.txt.
+
+    Args:
+        typed: options of the model and of the evaluation.
+        wanted: what is to be classified.
+        output: folder of the results (default: one beside the checkpoint, or in --checkpoint_path).
+    """
+    start_log()
+    options, checkpoint = settle_options({**typed, "eval": True})
+    with joined(options.run.device) as processes:
+        classify_with(options, checkpoint, wanted, output, processes)
+
+
+def classify_with(
+    options: Options,
+    checkpoint: dict[str, Any] | None,
+    wanted: ZeroShotData,
+    output: Path | None,
+    processes: Processes,
+) -> None:
+    """The classification of one or of several processes, which share the work."""
+    device = choose_device(options.run.device)
+    with processes.main_first():  # it may download or extract
+        labelled, templates = read_labelled(wanted)
+    with processes.main_first():
+        model, built, tokenizer = load_model(options, checkpoint)
+    warn_of_random_weights(built)
+    folder = output or results_folder(options, built.name, labelled.name, of_checkpoint=checkpoint is not None)
+    if processes.is_main:
+        make_folder(folder)
+        log_to_file(folder)
+        write_options(folder, options, f"{device} ({device_name(device)})")
+    block = score_task(
+        model.to(device),
+        task_of(labelled, templates, tokenizer, built.preprocess),
+        device=device,
+        eval_batch_size=options.evaluation.eval_batch_size,
+        num_workers=options.data.num_workers,
+        precision=options.evaluation.eval_precision,
+        processes=processes,
+    )
+    table = per_class_table(block)
+    if processes.is_main:
+        write_json(folder / "results.json", {"model": built.name, "weights": built.weights, **block})
+        text = f"{built.name}, weights: {built.weights}\n{summary(block)}\n\n{table}\n"
+        (folder / "results.txt").write_text(text, encoding="utf-8")
+    log.info(f"\n{table}\n\n{summary(block)}")
+    log.info(f"wrote {folder / 'results.json'} and results.txt")
+
+
+def results_folder(options: Options, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
+    """A folder of its own: beside a checkpoint of ours, else in --checkpoint_path with the model in its name."""
+    if of_checkpoint:
+        return Path(options.run.resume).parent / f"zero_shot_{_file_name(data_name)}"
+    return Path(options.run.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.@-]+", "-", name)

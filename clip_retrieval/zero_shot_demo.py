@@ -1,0 +1,160 @@
+"""What a model takes images for: the five best labels of each, printed and drawn, as clip-training's demo does.
+
+python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_dir photos --show_prediction
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_retrieval.classification.class_names import imagenet_names, read_names, spaced
+from clip_retrieval.classification.encode import prompted
+from clip_retrieval.classification.folder import image_paths, say_skipped
+from clip_retrieval.classification.official_names import OFFICIAL_NAMES
+from clip_retrieval.classification.templates import choose_templates
+from clip_retrieval.data.images import ImageFiles, decode_rgb
+from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import log, start_log
+from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.training.precision import choose_device
+
+SHOWN = 5
+SETS = (*OFFICIAL_NAMES, "imagenet")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is to be shown.
+
+    Attributes:
+        img_path, img_dir: an image, or a folder of images; one of the two.
+        show_prediction: draw a figure as well.
+        labels: a set of labels, a file of them, or labels separated by commas.
+        templates, template: see `choose_templates`; "a photo of a {}." by default.
+        temperature: what cosines are divided by before the softmax (default: the model's own, 1 / exp(logit_scale)).
+        output: the folder of the figures.
+    """
+
+    img_path: Path | None = None
+    img_dir: Path | None = None
+    show_prediction: bool = False
+    labels: str = "cifar100"
+    templates: str | None = None
+    template: tuple[str, ...] = ()
+    temperature: float | None = None
+    output: Path = Path("demo_output")
+
+    def __post_init__(self) -> None:
+        if (self.img_path is None) == (self.img_dir is None):
+            raise UserError("give --img_path, an image, or --img_dir, a folder of images: one of the two")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature:g}: must be a number greater than 0")
+
+
+def show(typed: dict[str, Any], demo: Demo) -> None:
+    """Print, and draw where that is wanted, what the model of the options takes each image for."""
+    start_log()
+    options, checkpoint = settle_options({**typed, "eval": True})
+    device = choose_device(options.run.device)
+    names = read_labels(demo.labels)
+    templates = choose_templates(demo.templates, demo.template, names, usual="single")
+    paths = [demo.img_path] if demo.img_path else readable_images(demo.img_dir)
+    model, built, tokenizer = load_model(options, checkpoint)
+    warn_of_random_weights(built)
+    images = ImageFiles([str(path) for path in paths])
+    ready = prompted("demo", images, names, templates, tokenizer, built.preprocess)
+    features = ready.encode(
+        model.to(device),
+        device=device,
+        eval_batch_size=options.evaluation.eval_batch_size,
+        num_workers=options.data.num_workers,
+        precision=options.evaluation.eval_precision,
+    )
+    scale = 1 / demo.temperature if demo.temperature else float(model.clip.logit_scale.detach().exp())
+    predictions = best_labels(probabilities(features.images, features.classes, scale), names)
+    for path, bars in zip(paths, predictions):
+        log.info("\n".join([path.name, *(f"{percent:8.2f}%  {name}" for name, percent in bars)]))
+    if demo.show_prediction:
+        words = templates.texts[0] if len(templates.texts) == 1 else f"{templates.name} ({len(templates.texts)})"
+        heading = f"{built.name}, zero-shot, {len(names):,} labels, prompts: {words.rstrip('.')}."
+        _draw(demo, paths, images, predictions, heading)
+
+
+def _draw(
+    demo: Demo,
+    paths: Sequence[Path],
+    images: ImageFiles,
+    predictions: Sequence[Sequence[tuple[str, float]]],
+    heading: str,
+) -> None:
+    from clip_retrieval.reporting.figures import Panel, draw_predictions
+
+    make_folder(demo.output)
+    what = demo.img_path.stem if demo.img_path else demo.img_dir.resolve().name
+    panels = [
+        Panel(path.name, partial(images.__getitem__, row), bars)
+        for row, (path, bars) in enumerate(zip(paths, predictions))
+    ]
+    for written in draw_predictions(panels, demo.output / f"zero_shot_{what}.png", heading):
+        log.info(f"wrote {written}")
+
+
+def read_labels(asked: str) -> list[str]:
+    """The labels of a set, of a file, or those that are typed, separated by commas. Raises UserError otherwise."""
+    if asked in OFFICIAL_NAMES:
+        return [spaced(name) for name in OFFICIAL_NAMES[asked]]
+    if asked == "imagenet":
+        return list(imagenet_names().values())
+    if Path(asked).is_file():
+        return read_names(Path(asked))
+    labels = [label for part in re.split("[,，、]", asked) if (label := spaced(part))]
+    if len(labels) < 2:
+        raise UserError(f'--labels {asked}: no such file, none of {", ".join(SETS)}, and not several, as "cat,dog"')
+    return labels
+
+
+def readable_images(folder: Path) -> list[Path]:
+    """The images in a folder, by name; what is no image is left out, and said.
+
+    Raises UserError where none is left.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--img_dir {folder}: no such folder; a single image is given as --img_path")
+    paths, others = image_paths(folder, below=False)
+    say_skipped(folder, others)
+    readable = []
+    for path in paths:
+        try:
+            decode_rgb(str(path), str(path))
+        except UserError as error:
+            log.warning(f"skipped: {error}")
+        else:
+            readable.append(path)
+    if not readable:
+        raise UserError(f"--img_dir {folder}: holds no readable images")
+    return readable
+
+
+def probabilities(images: Tensor, classes: Tensor, scale: float) -> Tensor:
+    """float64 (images, classes): the softmax over the classes of scale times the cosine.
+
+    images (images, dim) and classes (classes, dim) are L2-normalised.
+    """
+    return torch.softmax(scale * images.double().cpu() @ classes.double().cpu().T, dim=1)
+
+
+def best_labels(shares: Tensor, names: Sequence[str]) -> list[list[tuple[str, float]]]:
+    """For each row of probabilities (images, classes) the best few labels and their percent, best first."""
+    percent, best = (100 * shares).sort(dim=1, descending=True, stable=True)
+    return [
+        [(names[label], value) for label, value in zip(row[:SHOWN], values[:SHOWN])]
+        for row, values in zip(best.tolist(), percent.tolist())
+    ]

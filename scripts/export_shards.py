@@ -1,0 +1,43 @@
+"""Write any data set as the tar shards that `--dataset webdataset` reads.
+
+python scripts/export_shards.py --dataset coco --dataset_root DATA --output DATA/coco-shards
+python main.py --dataset webdataset --dataset_root DATA/coco-shards
+
+A sample is an image, the bytes of its file, and its caption (.txt) or captions (.json, as a list under `caption`).
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.command_line import build_parser
+from clip_retrieval.errors import UserError, run_and_exit
+from clip_retrieval.options import DataOptions, Options
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=(DataOptions,))
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--splits",
+        default="",
+        help="splits, with commas between them, under the names to write (default: all there are)",
+    )
+    parser.add_argument("--shard_size", type=int, default=1000, help="images in a shard (default: 1000)")
+    typed = vars(parser.parse_args())
+    own = {name: typed.pop(name) for name in ("output", "splits", "shard_size")}
+    if own["shard_size"] < 1:
+        raise UserError(f"--shard_size {own['shard_size']}: must be at least 1")
+    options = Options.settle(typed).data
+
+    from clip_retrieval.data.export_shards import export_shards
+    from clip_retrieval.reporting.log import start_log
+
+    start_log()
+    splits = list(dict.fromkeys(filter(None, map(str.strip, own["splits"].split(",")))))
+    export_shards(options, own["output"], splits, own["shard_size"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,63 @@
+"""Show what a model takes images for: the five best labels of each, printed, and drawn beside the image.
+
+python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_path photo.jpg --show_prediction
+    demo_output/zero_shot_photo.png
+python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_dir photos --show_prediction --labels "cat,dog,horse"
+    all images of a folder, many on several pages, with labels of one's own
+python scripts/zero_shot_demo.py --vision_model ViT-B/32 --img_dir photos --labels imagenet
+    any model; only printed
+
+Also clip-training's spelling: --checkpoint_path is the checkpoint here.
+"""
+
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401
+
+from clip_retrieval.command_line import add_arguments, build_parser
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
+
+
+def main() -> None:
+    parser = build_parser(__doc__.partition("\n")[0], groups=(ModelOptions,))
+    parser.add_argument(
+        *("--resume", "--ckpt_path", "--checkpoint_path"), dest="resume", help="checkpoint (ours), or weights (others')"
+    )
+    add_arguments(parser, RunOptions, only=("device",))
+    add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
+    add_arguments(parser, DataOptions, only=("num_workers",))
+    demo = parser.add_argument_group("demo options")
+    demo.add_argument("--img_path", type=Path, help="an image")
+    demo.add_argument("--img_dir", type=Path, help="a folder of images")
+    demo.add_argument(
+        *("--show_prediction", "--show_predictions"), action="store_true", help="draw a figure, into --output"
+    )
+    demo.add_argument(
+        "--labels",
+        help='cifar100, cifar10, stl10, imagenet, a file with one per line, or "cat,dog,horse" (default: cifar100)',
+    )
+    demo.add_argument("--templates", help="prompts: a set or a file, as in zero_shot.py")
+    demo.add_argument(
+        "--template", action="append", help='a template itself (default: "a photo of a {}.", Chinese ones for Chinese '
+        "labels); may be given several times",
+    )  # fmt: skip
+    demo.add_argument(
+        "--temperature",
+        type=float,
+        help="T in softmax(cosine / T), over the labels: 0.01 is a scale of 100 (default: the model's own, "
+        "1 / exp(logit_scale))",
+    )
+    demo.add_argument("--output", type=Path, help="folder of the figures (default: demo_output)")
+    typed = vars(parser.parse_args())
+    own = {action.dest: typed.pop(action.dest) for action in demo._group_actions if action.dest in typed}
+    own["template"] = tuple(own.get("template", ()))
+
+    from clip_retrieval.zero_shot_demo import Demo, show
+
+    show(typed, Demo(**own))
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_exit(main))

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from clip_retrieval.classification.class_names import (
+    imagenet_folder_names,
+    imagenet_names,
+    read_class_names,
+    read_names,
+)
+from clip_retrieval.errors import UserError
+
+FOLDERS = ["n01", "n02", "n03"]
+
+
+@pytest.mark.parametrize(
+    "content, names",
+    [
+        ("tench\ngreat white_shark\n\nhen, a bird\n", ["tench", "great white shark", "hen, a bird"]),
+        ("n01\ttench\nn02\tgreat white shark\nn03\then, a bird", ["tench", "great white shark", "hen, a bird"]),
+        ("n03, hen\nn01,tench\nn02, shark\n", ["tench", "shark", "hen"]),
+        ("n01 tench, Tinca tinca\nn02 shark\nn03 hen", ["tench, Tinca tinca", "shark", "hen"]),
+        ("n02 2 great_white\nn01 1 tench\nn03 3 hen\n", ["tench", "great white", "hen"]),
+        ("n01 7 dwarfs\nn02 shark\nn03 hen\n", ["7 dwarfs", "shark", "hen"]),
+        ("苹果\n狗\n一只猫\n", ["苹果", "狗", "一只猫"]),
+        ("\ufeffn01,苹果\nn02,狗\nn03,猫", ["苹果", "狗", "猫"]),
+    ],
+)
+def test_text_files_are_lists_or_go_by_folder(tmp_path, content, names):
+    (tmp_path / "names.txt").write_text(content, encoding="utf-8")
+    found = read_class_names(tmp_path / "names.txt", FOLDERS)
+    assert [found[folder] for folder in FOLDERS] == names
+
+
+@pytest.mark.parametrize(
+    "content", [["tench", "white_shark", "hen"], {"n03": "hen", "n01": "tench", "n02": "white shark"}]
+)
+def test_json_files_are_lists_or_go_by_folder(tmp_path, content):
+    (tmp_path / "names.json").write_text(json.dumps(content))
+    found = read_class_names(tmp_path / "names.json", FOLDERS)
+    assert [found[folder] for folder in FOLDERS] == ["tench", "white shark", "hen"]
+    assert read_names(tmp_path / "names.json") == [
+        each.replace("_", " ") for each in (content.values() if isinstance(content, dict) else content)
+    ]
+
+
+def test_names_that_begin_as_a_folder_does_are_no_mapping(tmp_path):
+    (tmp_path / "names.txt").write_text("great white\ntiger\ntiger shark\n")
+    folders = ["great_white", "tiger", "tiger_shark"]
+    assert list(read_class_names(tmp_path / "names.txt", folders).values()) == ["great white", "tiger", "tiger shark"]
+
+
+def test_a_file_by_folder_may_name_more(tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"n{number:02} class number_{number}\n" for number in range(50)))
+    found = read_class_names(tmp_path / "names.txt", FOLDERS)
+    assert len(found) == 50 and found["n02"] == "class number 2"
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("n.txt", "tench\nshark\n", ["names 2 classes", "there are 3", "n01, n02, n03"]),
+        ("n.json", '["a", "b", "c", "d"]', ["names 4 classes", "there are 3"]),
+        ("n.txt", "n01,tench\nn02\nn03,hen\n", ["n.txt, line 2", '"n02"']),
+        ("n.txt", "n01,tench\nn01,shark\nn02,hen\n", ["n.txt, line 2", "another name"]),
+        ("n.txt", "\n", ["n.txt", "no classes"]),
+        ("n.json", "[1, 2, 3]", ["n.json", "JSON list"]),
+        ("n.json", '"tench"', ["n.json", "JSON list"]),
+        ("n.json", "{", ["n.json, line 1", "broken JSON"]),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_class_names(tmp_path / name, FOLDERS)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_imagenets_names_go_by_wordnet_id_or_by_number():
+    names = imagenet_names()
+    assert len(names) == 1000 and list(names) == sorted(names)
+    assert (
+        names["n01440764"] == "tench"
+        and names["n02012849"] == "crane bird"
+        and names["n03126707"] == "construction crane"
+    )
+    assert len(set(names.values())) < 1000  # two of them are called missile, and stay two
+    assert imagenet_folder_names(["n15075141"])["n15075141"] == "toilet paper"
+    assert imagenet_folder_names(["0", "999"])["999"] == "toilet paper"
+
+
+@pytest.mark.parametrize(
+    "folders, unknown", [(["n01440764", "train"], "train"), (["0", "1000"], "0"), (["cat"], "cat")]
+)
+def test_folders_that_are_none_of_imagenets_ask_for_a_class_file(folders, unknown):
+    with pytest.raises(UserError, match=f'"{unknown}".*--class_names'):
+        imagenet_folder_names(folders)

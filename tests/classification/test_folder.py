@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
+from clip_retrieval.classification.folder import class_folders, image_paths
+from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import start_log
+from tests.classification.conftest import paint
+
+
+def read(folder, **options):
+    return read_labelled(ZeroShotData(str(folder), **options))[0]
+
+
+def test_each_folder_is_a_class_in_their_order(colours):
+    labelled = read(colours)
+    assert (labelled.name, labelled.class_names) == ("colours", ["blue", "green", "red"])
+    assert labelled.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and labelled.labels.dtype == np.int64
+    assert [labelled.images.name(row).split("colours")[1] for row in (1, 7)] == ["/blue/1.png", "/red/3.png"]
+
+
+def test_numbered_folders_go_by_their_value(tmp_path):
+    for number in (10, 9, 0):
+        paint(tmp_path / str(number) / "a.png", "red")
+    assert class_folders(tmp_path) == ["0", "9", "10"]
+    paint(tmp_path / "x" / "a.png", "red")
+    assert class_folders(tmp_path) == ["0", "10", "9", "x"]
+
+
+def test_images_of_all_kinds_are_read_as_rgb(tmp_path):
+    kinds = {"L": "0.png", "P": "1.png", "CMYK": "2.JPG", "I;16": "3.tif", "RGBA": "4.webp", "1": "5.gif"}
+    for mode, name in kinds.items():
+        path = tmp_path / "data" / "deep_er" / "below" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (8, 6)).save(path)
+    labelled = read(tmp_path / "data")
+    assert len(labelled.images) == len(kinds) and labelled.class_names == ["deep er"]
+    assert all(labelled.images[row].mode == "RGB" for row in range(len(kinds)))
+
+
+def test_what_is_no_image_is_skipped_with_a_word(colours, capsys):
+    for name in ("Thumbs.db", "notes.txt", ".DS_Store"):
+        (colours / "red" / name).write_text("x")
+    (colours / ".git").mkdir()
+    (colours / "README.md").write_text("x")
+    start_log()
+    labelled = read(colours)
+    assert len(labelled.images) == 8 and len(labelled.class_names) == 3
+    assert f"skipped, as it is no image: {colours / 'red' / 'Thumbs.db'} and 1 more" in capsys.readouterr().out
+
+
+def test_images_below_are_left_out_where_they_are_not_wanted(colours):
+    paint(colours / "a.png", "red")
+    images, others = image_paths(colours, below=False)
+    assert [path.name for path in images] == ["a.png"] and others == []
+
+
+def test_class_names_from_a_file_and_classes_without_a_folder(colours, tmp_path):
+    file = tmp_path / "names.csv"
+    file.write_text("red,Rot\nblack,Schwarz\nblue,Blau\ngreen,Grün\n", encoding="utf-8")
+    assert read(colours, class_names=file).class_names == ["Blau", "Grün", "Rot"]
+    labelled = read(colours, class_names=file, all_classes=True)
+    assert labelled.class_names == ["Schwarz", "Blau", "Grün", "Rot"]
+    assert labelled.labels.tolist() == [1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_imagenet_is_a_folder_whose_folders_need_no_names(tmp_path):
+    for folder in ("n01443537", "n01440764"):
+        paint(tmp_path / folder / "a.JPEG", "red")
+    wanted = ZeroShotData("imagenet", tmp_path)
+    labelled, templates = read_labelled(wanted)
+    assert (labelled.name, labelled.class_names, templates.name) == ("imagenet", ["tench", "goldfish"], "imagenet")
+    everything, _ = read_labelled(ZeroShotData("imagenet", tmp_path, all_classes=True))
+    assert len(everything.class_names) == 1000 and everything.labels.tolist() == [0, 1]
+    (tmp_path / "names.txt").write_text("丁鲷\n金鱼\n", encoding="utf-8")
+    labelled, templates = read_labelled(ZeroShotData("imagenet", tmp_path, class_names=tmp_path / "names.txt"))
+    assert (labelled.class_names, templates.name) == (["丁鲷", "金鱼"], "chinese")
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    for folder in ("n04008634", "n03773504"):
+        paint(tmp_path / folder / "a.png", "red")
+    labelled, _ = read_labelled(ZeroShotData("imagenet", tmp_path))
+    assert labelled.class_names == ["missile", "missile"] and labelled.labels.tolist() == [0, 1]
+
+
+def test_an_empty_folder_is_an_error_and_so_is_an_empty_class(colours, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no folders"):
+        read(tmp_path / "empty")
+    (colours / "yellow").mkdir()
+    with pytest.raises(UserError, match="yellow: holds no images"):
+        read(colours)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"data": "nowhere"}, ["nowhere: no such folder", "cifar10"]),
+        ({"data": "imagenet", "data_root": Path("nowhere")}, ["nowhere: no such folder"]),
+        ({"data": "colours/red/0.png"}, ["0.png: a file"]),
+        ({"data": "colours", "class_names": Path("two.txt")}, ["two.txt", "names 2 classes", "there are 3"]),
+        ({"data": "colours", "class_names": Path("lacks.txt")}, ["colours/green", "no name"]),
+        ({"data": "colours", "all_classes": True}, ["--all_classes", "--class_names"]),
+        ({"data": "colours", "download": True}, ["--download", "colours"]),
+        ({"data": "imagenet", "data_root": Path("colours")}, ['"blue"', "--class_names"]),
+    ],
+)
+def test_bad_input_is_one_line(colours, tmp_path, monkeypatch, options, words):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    (tmp_path / "lacks.txt").write_text("red,Rot\nblue,Blau\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        read_labelled(ZeroShotData(**options))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)

@@ -1,0 +1,159 @@
+"""Encoding and scoring: against a plain loop, by hand, and what they must not depend on."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_retrieval.classification.catalog import ZeroShotData
+from clip_retrieval.classification.encode import class_embeddings, prompted
+from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.task import prepare_task, score_task, task_of
+from clip_retrieval.classification.templates import SETS, Templates
+from clip_retrieval.data.images import ImageArray, ImageFiles
+from clip_retrieval.models.towers import RetrievalModel
+from tests.classification.conftest import TOKENIZER
+from tests.models.small import small_clip, small_preprocess
+
+CPU = torch.device("cpu")
+HERE = {"device": CPU, "num_workers": 0}
+PLAIN = Templates("own", ("a photo of a {}.",))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RetrievalModel(small_clip(), small_preprocess()).eval()
+
+
+def noise(number):
+    return ImageArray(np.random.default_rng(0).integers(0, 256, (number, 16, 16, 3), dtype=np.uint8), "noise")
+
+
+def test_class_embeddings_are_those_of_a_plain_loop(model):
+    names = ["cat", "great white shark", "cat", "crane"]
+    templates = Templates("cifar", SETS["cifar"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    rows = []
+    with torch.no_grad():
+        for name in names:
+            texts = tokenizer([template.format(name) for template in templates.texts])
+            features = F.normalize(model.clip.encode_text(texts).double(), dim=-1)
+            rows.append(F.normalize(features.mean(0), dim=-1))
+    ready = prompted("test", noise(2), names, templates, tokenizer, small_preprocess())
+    found = ready.encode(model, eval_batch_size=5, **HERE).classes
+    assert found.dtype == torch.float32 and torch.equal(found[0], found[2])
+    torch.testing.assert_close(found.double(), torch.stack(rows), rtol=0, atol=1e-6)
+
+
+def test_scores_are_those_of_clips_reference_recipe(model, captioned):
+    names = ["dog", "teddy bear", "school bus"]
+    labelled = LabelledImages("photos", ImageFiles([str(captioned / f"{i}.jpg") for i in range(7)]), [0] * 7, names)
+    templates = Templates("imagenet", SETS["imagenet"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**small_preprocess()), is_train=False
+    )
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(model.clip, tokenizer, names, templates.texts)
+        images = torch.stack([transform(labelled.images[row]) for row in range(7)])
+        reference = F.normalize(model.clip.encode_image(images), dim=-1) @ classifier
+    features = task_of(labelled, templates, tokenizer, small_preprocess()).prompted.encode(model, **HERE)
+    torch.testing.assert_close(features.images @ features.classes.T, reference, rtol=0, atol=1e-5)
+
+
+def test_the_mean_is_over_the_templates_of_a_class():
+    prompts = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1]])
+    expected = torch.tensor([[0.5**0.5, 0.5**0.5], [0, 1]])
+    torch.testing.assert_close(class_embeddings(prompts, 2), expected)
+
+
+def test_accuracy_on_a_folder_by_hand(colour_model, colours, preprocess):
+    """Seven images are nearest to their class; blue/1 is redder and red/3 bluer: their own class comes second."""
+    task = prepare_task(ZeroShotData(str(colours), template=("a {} thing", "{}")), TOKENIZER, preprocess)
+    block = score_task(colour_model, task, **HERE)
+    assert block["top1"] == pytest.approx(75)
+    assert block["mean_per_class"] == pytest.approx((50 + 100 + 75) / 3)
+    assert {name: block[name] for name in ("dataset", "images", "classes", "precision", "template_set")} == {
+        "dataset": "colours",
+        "images": 8,
+        "classes": 3,
+        "precision": "fp32",
+        "template_set": "own",
+    }
+    assert block["templates"] == ["a {} thing", "{}"]
+    blue, green, red = block["per_class"]
+    assert (blue["top1"], blue["confused_with"], blue["confused"]) == (50, "red", 50)
+    assert (green["top1"], green["confused_with"]) == (100, None)
+    assert (red["images"], red["top1"], red["confused_with"], red["confused"]) == (4, 75, "blue", 25)
+    assert set(block["seconds"]) == {"images", "classes", "ranks", "total"}
+
+
+def test_two_classes_of_one_name_share_their_images(colour_model, preprocess):
+    """Red images of two classes called red: each is right half of the time, whatever the order."""
+    pixels = np.zeros((4, 16, 16, 3), np.uint8)
+    pixels[:, :, :, 0] = 255
+    pixels[3] = (0, 255, 0)
+    labelled = LabelledImages("twins", ImageArray(pixels, "twins"), [0, 1, 2, 1], ["red", "green", "red"])
+    block = score_task(colour_model, task_of(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
+    assert block["classes"] == 3 and [each["label"] for each in block["per_class"]] == [0, 1, 2]
+    assert [each["top1"] for each in block["per_class"]] == [50, 50, 50]
+    assert block["top1"] == 50
+
+
+class Collapsed(nn.Module):
+    """Gives everything the same features."""
+
+    trims_text = True
+
+    def encode_image(self, images):
+        return F.normalize(torch.ones(len(images), 7), dim=1)
+
+    def encode_text(self, ids, lengths):
+        return F.normalize(torch.ones(len(ids), 7), dim=1)
+
+
+def test_a_collapsed_model_scores_chance(preprocess):
+    names = [f"class {number}" for number in range(20)]
+    labelled = LabelledImages("same", noise(30), np.arange(30) % 20, names)
+    block = score_task(Collapsed(), task_of(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
+    assert [block[name] for name in ("top1", "top5", "top10", "mean_per_class")] == pytest.approx([5, 25, 50, 5])
+
+
+@pytest.fixture(scope="module")
+def task():
+    names = ["cat", "dog", "great white shark", "crane", "cat", "bus"]
+    labelled = LabelledImages("noise", noise(25), np.arange(25) % 6, names)
+    return task_of(labelled, Templates("simple", SETS["simple"]), TOKENIZER, small_preprocess())
+
+
+def numbers(block):
+    return {name: value for name, value in block.items() if name != "seconds"}
+
+
+def test_batches_and_workers_change_nothing_and_it_can_be_repeated(model, task):
+    expected = numbers(score_task(model, task, **HERE))
+    for settings in ({"eval_batch_size": 1}, {"eval_batch_size": 7, "num_workers": 2}, {}):
+        assert numbers(score_task(model, task, **{**HERE, **settings})) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode(model, task, training):
+    model.train(training)
+    score_task(model, task, **HERE)
+    assert model.training == training and model.clip.visual.training == training
+    model.eval()
+
+
+def test_lower_precision_is_recorded_and_leaves_the_model_as_it_is(model, task):
+    block = score_task(model, task, precision="bf16", **HERE)
+    assert block["precision"] == "bf16"
+    assert model.clip.logit_scale.dtype == torch.float32
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="label for each"):
+        LabelledImages("x", noise(2), [0], ["a"])
+    with pytest.raises(ValueError, match="outside"):
+        LabelledImages("x", noise(2), [0, 1], ["a"])

@@ -1,0 +1,67 @@
+import pytest
+
+from clip_retrieval.classification.templates import SETS, Templates, choose_templates
+from clip_retrieval.errors import UserError
+
+
+def test_the_sets_of_published_values_are_whole():
+    sizes = {name: len(set(texts)) for name, texts in SETS.items()}
+    assert sizes == {"imagenet": 80, "simple": 7, "cifar": 18, "single": 1, "stl10": 2, "chinese": 8}
+    assert {"a low contrast photo of the {}.", "a photo of a big {}.", "a photo of the {}."} <= set(SETS["cifar"])
+    assert "itap of my {}." in SETS["imagenet"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_template_has_one_place(name):
+    assert all(text.count("{}") == 1 and "{" not in text.replace("{}", "") for text in SETS[name])
+
+
+def test_the_prompts_of_a_class_stand_together():
+    templates = Templates("own", ("a {}.", "the {}."))
+    assert templates.prompts(["cat", "dog"]) == ["a cat.", "the cat.", "a dog.", "the dog."]
+
+
+@pytest.mark.parametrize(
+    "names, usual, chosen",
+    [(["cat"], "imagenet", "imagenet"), (["cat"], "cifar", "cifar"), (["cat", "狗"], "cifar", "chinese")],
+)
+def test_the_usual_templates_are_the_datas_or_chinese(names, usual, chosen):
+    templates = choose_templates(None, (), names, usual)
+    assert (templates.name, templates.texts) == (chosen, SETS[chosen])
+
+
+def test_a_set_a_file_or_a_template_can_be_asked_for(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("a photo of {c}\n\n  {} there \n", encoding="utf-8")
+    assert choose_templates("simple", (), ["狗"]).texts == SETS["simple"]
+    assert choose_templates(str(file), (), ["cat"]) == Templates(str(file), ("a photo of {}", "{} there"))
+    assert choose_templates(None, ("my {}", "{c}!"), ["cat"]) == Templates("own", ("my {}", "{}!"))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("a {}\na photo\n", ["t.txt, line 2", "has 0"]),
+        ("a {} and {c}\n", ["t.txt, line 1", "has 2"]),
+        ("\n \n", ["t.txt", "no templates"]),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_the_line(tmp_path, content, words):
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(UserError) as error:
+        choose_templates(str(tmp_path / "t.txt"), (), ["cat"])
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "asked, typed, words",
+    [
+        ("cifer", (), ["cifer", "no such file", "cifar"]),
+        ("cifar", ("a {}",), ["--templates", "--template"]),
+        (None, ("a photo",), ['--template "a photo"', "has 0"]),
+    ],
+)
+def test_bad_usage_names_the_option(asked, typed, words):
+    with pytest.raises(UserError) as error:
+        choose_templates(asked, typed, ["cat"])
+    assert all(word in str(error.value) for word in words)

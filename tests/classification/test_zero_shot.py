@@ -1,0 +1,220 @@
+"""scripts/zero_shot.py: any model, any labelled images."""
+
+import shutil
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.classification.conftest import paint
+from tests.conftest import read_json
+from tests.models.small import small_clip, small_preprocess
+from tests.torchrun import Torchrun
+
+CPU = ("--device", "cpu", "--num_workers", 0)
+
+
+@pytest.fixture
+def own(checkpoint, tmp_path):
+    """A checkpoint of ours in a folder of its own."""
+    (tmp_path / "run").mkdir()
+    return shutil.copy(checkpoint, tmp_path / "run" / "best.pt")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights that are no checkpoint of ours."""
+    torch.save({"state_dict": small_clip(seed=3).state_dict()}, tmp_path / "theirs.pt")
+    return tmp_path / "theirs.pt"
+
+
+def numbers(results, *without):
+    return {name: value for name, value in results.items() if name not in ("seconds", *without)}
+
+
+def test_a_checkpoint_and_a_folder_need_nothing_else(script, own, colours):
+    code, out, err = script("zero_shot", "--resume", own, "--data", colours, "--device", "cpu")
+    assert code == 0, err
+    folder = own.parent / "zero_shot_colours"
+    results = read_json(folder / "results.json")
+    assert list(results) == [
+        *("model", "weights", "dataset", "precision", "template_set", "templates", "images", "classes"),
+        *("top1", "mean_per_class", "seconds", "per_class"),
+    ]
+    assert (results["weights"], results["template_set"], len(results["templates"])) == (str(own), "imagenet", 80)
+    text = (folder / "results.txt").read_text(encoding="utf-8")
+    for each in results["per_class"]:
+        line = next(line for line in text.splitlines() if line.startswith(each["class"]))
+        assert f"{each['top1']:.2f}" in line and line in out
+    assert f"top1 {results['top1']:.2f}" in out and str(folder / "results.json") in out
+    assert (folder / "options.json").is_file() and (folder / "log.txt").is_file()
+
+
+def test_it_is_clips_reference_recipe(script, weights, captioned, tmp_path):
+    """Every image read from the folder and every class, with open_clip's own code; scores as they come, no ties."""
+    names = ["dog", "great white shark", "crane", "bus", "red apple", "teddy bear", "school"]
+    for number, name in enumerate(names):
+        for image in range(4):
+            source = captioned / f"{(4 * number + image) % 26}.jpg"
+            target = tmp_path / "data" / name.replace(" ", "_") / f"{image}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(source).rotate(90 * (number % 4)).save(target)
+    model = ("--vision_model", captioned / "small.json", "--pretrained", weights)
+    code, _, err = script("zero_shot", *model, "--data", "data", "--output", "out", "--templates", "cifar", *CPU)
+    assert code == 0, err
+    results = read_json(tmp_path / "out/results.json")
+
+    clip, size = small_clip(seed=3), small_preprocess()
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**size), is_train=False)
+    classifier = open_clip.build_zero_shot_classifier(
+        clip, open_clip.SimpleTokenizer(context_length=clip.context_length), sorted(names), results["templates"]
+    )
+    hits = []
+    for label, name in enumerate(sorted(names)):
+        folder = tmp_path / "data" / name.replace(" ", "_")
+        images = torch.stack([transform(Image.open(path)) for path in sorted(folder.iterdir())])
+        with torch.no_grad():
+            scores = F.normalize(clip.encode_image(images), dim=-1) @ classifier
+        hits.append((scores.argsort(dim=1, descending=True) == label).float().cumsum(1))
+        assert results["per_class"][label]["top1"] == pytest.approx(100 * float(hits[-1][:, 0].mean()), abs=1e-5)
+    hits = torch.cat(hits)
+    assert results["top1"] == pytest.approx(100 * float(hits[:, 0].mean()), abs=1e-5)
+    assert results["top5"] == pytest.approx(100 * float(hits[:, 4].mean()), abs=1e-5)
+    assert 0 < results["top5"] < 100
+
+
+def test_other_weights_and_random_ones_get_a_folder_in_checkpoint_path(script, weights, captioned, colours, tmp_path):
+    data = ("--vision_model", captioned / "small.json", "--data", colours, "--checkpoint_path", "runs", *CPU)
+    code, _, err = script("zero_shot", *data, "--resume", weights)
+    assert code == 0 and "RANDOM" not in err, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "zero_shot_small_colours" or folder.name.endswith("_colours")
+    code, _, err = script("zero_shot", *data)
+    assert code == 0 and "THE WEIGHTS ARE RANDOM" in err
+
+
+def test_options_of_the_evaluation(script, own, colours, tmp_path):
+    command = ("zero_shot", "--resume", own, "--data", colours)
+    settings = {
+        "plain": CPU,
+        "small_batches": ("--eval_batch_size", 1, "--num_workers", 2, "--device", "cpu"),
+        "bf16": ("--eval_precision", "bf16", *CPU),
+    }
+    found = {}
+    for name, typed in settings.items():
+        code, _, err = script(*command, *typed, "--output", name)
+        assert code == 0, err
+        found[name] = read_json(tmp_path / name / "results.json")
+    assert numbers(found["plain"]) == numbers(found["small_batches"])
+    assert (found["plain"]["precision"], found["bf16"]["precision"]) == ("fp32", "bf16")
+    assert read_json(tmp_path / "plain/options.json")["device_used"].startswith("cpu")
+
+
+def test_options_of_the_classes_and_the_prompts(script, own, tmp_path):
+    for name in ("n01440764", "n01443537"):
+        paint(tmp_path / "in" / name / "a.png", "red")
+    (tmp_path / "names.txt").write_text("n01440764 丁鲷\nn01443537 金鱼\nn01484850 大白鲨\n", encoding="utf-8")
+    (tmp_path / "templates.txt").write_text("{} here\nthis is {c}\n")
+    base = ("zero_shot", "--resume", own, *CPU, "--output", "out")
+    imagenet = ("--data", "imagenet", "--data_root", "in", "--template", "a {}")
+    chinese = ("--data", "in", "--class_names", "names.txt")
+    expected = {
+        imagenet: ("imagenet", ["tench", "goldfish"], 2, ["a {}"]),
+        (*imagenet, "--all_classes", "--template", "the {}"): (
+            "imagenet",
+            ["tench", "goldfish"],
+            1000,
+            ["a {}", "the {}"],
+        ),
+        (*chinese, "--templates", "simple"): ("in", ["丁鲷", "金鱼"], 2, None),
+        (*chinese, "--all_classes", "--templates", "templates.txt"): (
+            "in",
+            ["丁鲷", "金鱼"],
+            3,
+            ["{} here", "this is {}"],
+        ),
+    }
+    for typed, (dataset, names, classes, templates) in expected.items():
+        code, _, err = script(*base, *typed)
+        assert code == 0, err
+        results = read_json(tmp_path / "out/results.json")
+        assert (results["dataset"], results["classes"]) == (dataset, classes)
+        assert [each["class"] for each in results["per_class"]] == names
+        assert results["templates"] == templates or (templates is None and len(results["templates"]) == 7)
+
+
+def test_a_download_is_tried_only_where_it_is_asked_for(script, own, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", lambda *_, **__: (tmp_path / "tried").touch())
+    command = ("zero_shot", "--resume", own, "--data", "cifar100", "--data_root", "data")
+    for typed, tried in (((), False), (("--download",), True)):
+        code, _, err = script(*command, *typed)
+        assert code == 2 and "cifar-100-python.tar.gz" in err and err.count("\n") == 1
+        assert (tmp_path / "tried").exists() == tried
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        ([], ["--data"]),
+        (["--data", "nowhere"], ["nowhere"]),
+        (["--data", "empty"], ["empty: holds no folders"]),
+        (["--data", "colours", "--class_names", "two.txt"], ["names 2 classes", "there are 3"]),
+        (["--data", "colours", "--class_names", "none.txt"], ["none.txt: no such file"]),
+        (["--data", "colours", "--template", "a photo"], ["a photo", "{}"]),
+        (["--data", "colours", "--templates", "cifer"], ["cifer", "cifar"]),
+        (["--data", "cifar10", "--data_root", "empty"], ["cifar-10-python.tar.gz", "--download"]),
+    ],
+)
+def test_bad_usage_is_one_line(script, captioned, colours, tmp_path, typed, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    code, _, err = script("zero_shot", "--vision_model", captioned / "small.json", *typed)
+    assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_a_broken_image_is_named(script, own, colours):
+    (colours / "red" / "2.png").write_bytes(b"no image")
+    code, _, err = script("zero_shot", "--resume", own, "--data", colours, "--device", "cpu")
+    assert code == 2 and str(colours / "red" / "2.png") in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_does(script, own, colours, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    typed = ("--resume", own, "--data", colours, *CPU, "--eval_batch_size", 3)
+    assert script("zero_shot", *typed, "--output", alone)[0] == 0
+    started = Torchrun("scripts/zero_shot.py", *typed, "--output", together, processes=(2,), marker=together)
+    code, _, err = started.end()
+    assert code == 0, err
+    assert numbers(read_json(alone / "results.json")) == numbers(read_json(together / "results.json"))
+
+
+def test_a_chinese_clip_and_chinese_names(script, real_data, colours, tmp_path):
+    tiny = real_data / "chinese_clip_tiny"
+    (tmp_path / "names.txt").write_text("蓝色\n绿色\n红色\n", encoding="utf-8")
+    model = ("--resume", tiny / "clip_cn_tiny.pt", "--tokenizer", tiny / "vocab.txt")
+    data = ("--data", colours, "--class_names", "names.txt")
+    code, out, err = script("zero_shot", *model, *data, "--output", "out", *CPU)
+    assert code == 0, err
+    results = read_json(tmp_path / "out/results.json")
+    assert (results["template_set"], [each["class"] for each in results["per_class"]]) == (
+        "chinese",
+        ["蓝色", "绿色", "红色"],
+    )
+    assert "蓝色" in out
+
+
+def test_real_photographs_of_a_hundred_classes(script, own, real_data, tmp_path):
+    code, _, err = script(
+        *("zero_shot", "--resume", own, "--data", real_data / "cifar100_test", "--template", "a photo of a {}."),
+        *("--output", "out", *CPU),
+    )
+    assert code == 0, err
+    results = read_json(tmp_path / "out/results.json")
+    assert (results["images"], results["classes"]) == (2000, 100)
+    assert results["top1"] == pytest.approx(results["mean_per_class"])  # 20 images each
+    assert 0 <= results["top1"] <= results["top5"] <= results["top10"] < 100

@@ -1,0 +1,131 @@
+"""Samples in a tar shard."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from clip_retrieval.data.shard_samples import (
+    Unusable,
+    caption_ending,
+    count_samples,
+    image_ending,
+    read_captions,
+    read_members,
+    read_samples,
+)
+from clip_retrieval.errors import UserError
+from tests.data.shards import jpeg, numbered, write_shard
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Samples of all kinds: six of them, among members that are no samples."""
+    samples = [
+        ("./a/00", {"jpg": jpeg(0), "txt": "zero", "cls": "5"}),
+        ("a/01", {"JPEG": jpeg(1), "json": '{"caption": "one"}'}),
+        ("02", {"npy": b"12"}),
+        ("__meta__/a", {"txt": "not one"}),
+        ("03", {"txt": "three"}),
+        ("._04", {"jpg": b"made by macOS"}),
+        ("04.seg", {"png": jpeg(4)}),
+        ("05" * 80, {"png": jpeg(5), "txt": "a name that a header does not hold"}),
+        ("06", {"webp": jpeg(6), "txt": "six"}),
+        ("06", {"txt": "again"}),
+    ]
+    return write_shard(tmp_path / "mixed.tar", samples)
+
+
+def test_headers_tell_the_samples_that_the_stream_reads(mixed):
+    from_headers = [{m.ending: m for m in reversed(members)} for members in read_members(mixed)]
+    streamed = list(read_samples(mixed))
+    assert count_samples(mixed) == len(streamed) == len(from_headers)
+    content = mixed.read_bytes()
+    for members, sample in zip(from_headers, streamed):
+        assert set(members) == {name for name in sample if not name.startswith("__")}
+        for ending, member in members.items():
+            assert member.key == sample["__key__"]
+            assert content[member.begin : member.begin + member.size] == sample[ending]
+    assert [sample["__key__"] for sample in streamed] == ["./a/00", "a/01", "03", "05" * 80, "06"]
+    assert streamed[-1]["txt"] == b"six"
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_reading_can_begin_at_any_sample(tmp_path, form):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for key, parts in numbered(0, 6):
+            for ending, content in parts.items():
+                content = content if isinstance(content, bytes) else content.encode()
+                info = tarfile.TarInfo(
+                    f"{'long' * 24}/{key}{'long' * (12 if form == tarfile.USTAR_FORMAT else 40)}.{ending}"
+                )
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    whole = list(read_samples(path))
+    assert len(whole) == 6
+    for first in range(7):
+        assert list(read_samples(path, first)) == whole[first:]
+
+
+def test_a_shard_that_is_broken_inside_is_named(tmp_path):
+    path = write_shard(tmp_path / "x.tar", numbered(0, 6))
+    content = bytearray(path.read_bytes())
+    third = next(members for i, members in enumerate(read_members(path)) if i == 3)[0].header
+    content[third : third + 100] = b"\xff" * 100
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"x.tar: broken at byte {third:,}"):
+        count_samples(path)
+
+
+@pytest.mark.parametrize("read", [count_samples, lambda path: list(read_samples(path))])
+def test_half_a_shard_is_named(tmp_path, read):
+    path = write_shard(tmp_path / "x.tar", numbered(0, 6))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"x\.tar: cannot be read as a tar"):
+        read(path)
+
+
+def captions(key=None, **parts):
+    ending = caption_ending(parts, key)
+    return read_captions(parts[ending].encode() if isinstance(parts[ending], str) else parts[ending], ending, key)
+
+
+def test_captions_stand_in_the_txt_or_under_a_key_of_the_json():
+    record = json.dumps({"caption": "of the json", "alt": ["first", " second ", "first", ""]})
+    assert captions(txt=" of the\ntxt ", json=record) == ["of the txt"]
+    assert captions(json=record) == ["of the json"]
+    assert captions("caption", txt="of the txt", json=record) == ["of the json"]
+    assert captions("alt", txt="of the txt", json=record) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "key, parts, reason",
+    [
+        (None, {"jpg": b""}, "no .txt and no .json"),
+        ("alt", {"txt": "there"}, "no .json"),
+        (None, {"txt": " \n"}, "its caption is empty"),
+        (None, {"txt": b"\xff\xfe"}, "not UTF-8"),
+        (None, {"json": "{"}, "its .json is broken"),
+        (None, {"json": '{"text": "x"}'}, "no 'caption'.*text.*--caption_key"),
+        (None, {"json": '["x"]'}, "no 'caption'.*list"),
+        (None, {"json": '{"caption": 5}'}, "neither a text nor a list"),
+        (None, {"json": '{"caption": []}'}, "empty"),
+        (None, {"json": '{"caption": null}'}, "neither a text nor a list"),
+    ],
+)
+def test_why_a_sample_has_no_caption(key, parts, reason):
+    with pytest.raises(Unusable, match=reason):
+        captions(key, **parts)
+
+
+def test_images_of_four_kinds():
+    assert [image_ending({ending: 0, "txt": 0}) for ending in ("jpg", "jpeg", "png", "webp")] == [
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+    ]
+    with pytest.raises(Unusable, match="no image"):
+        image_ending({"gif": 0, "txt": 0})

@@ -1,0 +1,143 @@
+"""Which shards a split has, and whether they are whole."""
+
+import gzip
+import json
+
+import pytest
+
+from clip_retrieval.data.shards import absolute_patterns, check_whole, expand, find_shards, known_sizes
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+from tests.data.shards import numbered, write_shard
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """tars("a.tar", ...) writes whole shards into the test's folder."""
+
+    def write(*names):
+        return [write_shard(tmp_path / name, numbered(0, 2)) for name in names]
+
+    return write
+
+
+def names(found):
+    return None if found is None else (found.split, [path.name for path in found.paths])
+
+
+def find(root, split, dataset="webdataset", **options):
+    return names(find_shards(DataOptions(dataset=dataset, dataset_root=str(root), **options), split))
+
+
+def test_braces_wildcards_folders_and_several_patterns(tmp_path, tars):
+    a, b, c, d = tars("s/00000.tar", "s/00001.tar", "other/x.tar", "with blank/y.tar")
+    assert expand(f"{tmp_path}/s/{{00000..00001}}.tar", "--train_data") == [a, b]
+    assert expand(f"{tmp_path}/s/*.tar", "--train_data") == [a, b]
+    assert expand(f"{tmp_path}/s", "--train_data") == [a, b]
+    assert expand(f"{c} {tmp_path}/s/0000[01].tar", "--train_data") == [c, a, b]
+    assert expand(f"{tmp_path}/with blank/*.tar", "--train_data") == [d]
+    assert expand(f"{b} {tmp_path}/s/*.tar", "--train_data") == [b, a]  # each once
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("{00000..00002}.tar", ["00001.tar", "there is no shard"]),
+        ("empty/*.tar", ["empty/*.tar", "holds no shards"]),
+        ("folder", ["folder", "holds no shards"]),
+        ("{00000..", ["00000..", "braces do not fit"]),
+        ("a b.tar", ["a", "there is no shard"]),
+        (" ", ["names no shards"]),
+    ],
+)
+def test_what_a_pattern_names_must_be_there(tmp_path, monkeypatch, tars, pattern, words):
+    tars("00000.tar", "00002.tar")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        expand(pattern, "--val_data")
+    assert all(word in str(error.value) for word in ["--val_data", *words]) and "\n" not in str(error.value)
+
+
+def test_splits_are_told_by_the_names_of_files_or_folders(tmp_path, tars):
+    tars("train-000.tar", "train1.tar", "trainable.tar", "valid_00.tar", "test/x.tar", "._train-000.tar")
+    assert find(tmp_path, "train") == ("train", ["train-000.tar", "train1.tar"])
+    assert find(tmp_path, "val") == ("val", ["valid_00.tar"])
+    assert find(tmp_path, "test") == ("test", ["x.tar"])
+
+
+def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):
+    tars("00000.tar", "00001.tar")
+    assert find(tmp_path, "train") == find(tmp_path, "test") == ("all", ["00000.tar", "00001.tar"])
+    assert find(tmp_path, "val") is None
+
+
+def test_patterns_go_before_the_folder(tmp_path, tars):
+    (held,) = tars("elsewhere/v.tar")
+    tars("00000.tar", "00001.tar")
+    assert find(tmp_path, "val", val_data=str(held)) == ("val", ["v.tar"])
+    assert find(tmp_path, "train", val_data=str(held)) == (
+        "train",
+        ["00000.tar", "00001.tar"],
+    )  # no longer to be scored
+    assert find(tmp_path, "test", val_data=str(held)) is None
+    assert find("/nowhere", "train", val_data=str(held)) is None
+    assert find("/nowhere", "val", train_data=str(held)) is None
+
+
+def test_yfcc7m_is_in_a_folder_of_its_name_as_simple_clip_has_it(tmp_path, tars):
+    tars("yfcc7m/00000.tar", "yfcc7m/00001.tar")
+    assert find(tmp_path, "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
+    assert find(tmp_path / "yfcc7m", "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
+
+
+def test_a_folder_without_shards_says_how_to_name_them(tmp_path):
+    with pytest.raises(UserError, match="--train_data"):
+        find(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda content: content[: len(content) // 2], "its end is missing"),
+        (lambda content: content[:-1024], "its end is missing"),
+        (lambda content: b"no tar at all" * 1000, "not a tar"),
+        (lambda content: gzip.compress(content), "decompress it"),
+        (lambda content: b"", "not a tar"),
+        (lambda content: bytes(10240), "holds no samples"),
+    ],
+)
+def test_what_is_no_whole_tar_is_refused_before_it_is_read(tars, spoil, words):
+    (path,) = tars("a.tar")
+    check_whole(path)
+    content = path.read_bytes().rstrip(b"\0") + bytes(1024)
+    content += bytes(-len(content) % 512)
+    path.write_bytes(content)
+    check_whole(path)
+    path.write_bytes(spoil(content))
+    with pytest.raises(UserError, match=words) as error:
+        check_whole(path)
+    assert str(path) in str(error.value)
+
+
+def test_sizes_json_says_how_many_samples_there_are(tmp_path, tars):
+    paths = tars("a/0.tar", "a/1.tar", "b/0.tar")
+    (tmp_path / "a/sizes.json").write_text(json.dumps({"0.tar": 7, "2.tar": 9}))
+    (tmp_path / "b/sizes.json").write_text(json.dumps({"0.tar": "12"}))
+    assert known_sizes(paths) == [7, None, 12]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"0.tar": -1}', '{"0.tar": 1.5}', '{"0.tar": null, "0.tar": "x"}', "{"])
+def test_a_sizes_json_that_is_none_is_named(tmp_path, tars, content):
+    paths = tars("0.tar")
+    (tmp_path / "sizes.json").write_text(content)
+    with pytest.raises(UserError, match=r"sizes\.json"):
+        known_sizes(paths)
+
+
+def test_patterns_are_made_absolute_one_by_one(tmp_path, monkeypatch, tars):
+    monkeypatch.chdir(tmp_path)
+    tars("my data/x.tar")
+    assert absolute_patterns("a/{0..1}.tar b/*.tar") == f"{tmp_path}/a/{{0..1}}.tar {tmp_path}/b/*.tar"
+    assert absolute_patterns("my data/*.tar") == f"{tmp_path}/my data/*.tar"
+    assert absolute_patterns("my data/train") == f"{tmp_path}/my data/train"  # Chinese-CLIP's

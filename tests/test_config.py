@@ -1,0 +1,135 @@
+"""Options from a YAML file, and in which order files, checkpoints and what is typed decide."""
+
+import json
+
+import pytest
+
+from clip_retrieval.command_line import parse
+from clip_retrieval.config import read_config
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import Options
+from tests.conftest import read_json
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_says_what_could_be_typed(config):
+    text = """
+    # clip-training's names, hyphens, and YAML's own idea of numbers
+    learning_rate: 5e-4
+    eps: 1.0e-08
+    weight-decay: 0.1
+    warmup: 0.2
+    experiments: 7
+    use_siglip: true
+    freeze_vision: false
+    no_restval: true
+    num_workers: auto
+    max_steps: null
+    recall_k: [1, 20]
+    dataset: [coco, csv]
+    annotations: [null, photos.csv]
+    """
+    typed = "-lr 5e-4 --eps 1e-8 -wd 0.1 --warmup 0.2 --name 7 --use_siglip --no_freeze_vision --no_restval"
+    typed += (
+        " --num_workers auto --recall_k 1 20 --dataset coco --dataset csv --annotations auto --annotations photos.csv"
+    )
+    assert read_config(config(text)) == parse(typed.split())
+
+
+def test_no_file_and_an_empty_file_say_nothing(config):
+    assert read_config(None) == read_config(config("# nothing\n")) == {}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1", ["learning_rat", "did you mean --learning_rate"]),
+        ("lr: fast", ["--lr", "fast", "number"]),
+        ("lr: [1, 2]", ["lr", "one value"]),
+        ("freeze_vision: 3", ["freeze_vision", "true or false"]),
+        ("train: {lr: 1}", ["unknown option train"]),
+        ("lr: {peak: 1}", ["lr", "section"]),
+        ("loss: infonc", ["infonc", "infonce"]),
+        ("- lr", ["option: value"]),
+        ("lr: [1", ["line 1", "YAML"]),
+        ("lr: !!python/object/apply:os.system ['true']", ["line 1", "YAML"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_file(config, text, words):
+    path = config(text)
+    with pytest.raises(UserError) as error:
+        read_config(path)
+    assert all(word in str(error.value) for word in [str(path), *words])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_line_and_exit_code_2(run, tmp_path):
+    code, _, error = run("--config", tmp_path / "none.yaml")
+    assert code == 2 and "none.yaml: no such file" in error and error.count("\n") == 1
+
+
+def test_what_is_typed_beats_the_file_and_the_file_the_defaults(arguments, config, run, tmp_path):
+    path = config("lr: 3e-4\nbatch_size: 7\nexperiments: from_file\nseed: 5\n")
+    code, _, error = run(*arguments, "--max_steps", "1", "--config", path)
+    assert code == 0, error
+    settled = read_json(tmp_path / "logs/from_file/options.json")
+    assert (settled["lr"], settled["batch_size"], settled["seed"]) == (1e-3, 10, 5)
+    assert settled["config"] == str(path)
+
+
+def test_a_checkpoint_beats_the_file(arguments, config, run, tmp_path):
+    assert run(*arguments, "--max_steps", "2", "--seed", "4")[0] == 0
+    last = tmp_path / "logs/ex0/last.pt"
+    path = config("seed: 5\nmargin: 0.4\nexperiments: other\neval: true\n")
+    code, _, error = run("--eval", "--resume", last, "--config", path, "--device", "cpu")
+    assert code == 0, error
+    settled = read_json(tmp_path / "logs/ex0/eval_csv_test/options.json")
+    assert settled["seed"] == 4 and settled["margin"] == 0.1
+
+
+def test_the_options_of_a_run_are_a_config_that_repeats_it(arguments, run, tmp_path):
+    assert run(*arguments, "--max_steps", "2", "--seed", "4")[0] == 0
+    first = tmp_path / "logs/ex0"
+    code, _, error = run("--config", first / "options.json", "--experiments", "again")
+    assert code == 0, error
+    second = tmp_path / "logs/again"
+    changed = {"experiments", "config"}
+    before, after = read_json(first / "options.json"), read_json(second / "options.json")
+    assert {name for name in before if before[name] != after[name]} == changed
+    results = [read_json(folder / "results.json") for folder in (first, second)]
+    assert results[0]["i2t"] == results[1]["i2t"] and results[0]["t2i"] == results[1]["t2i"]
+
+
+def test_a_file_takes_no_run_away(arguments, config, run, tmp_path):
+    assert run(*arguments, "--max_steps", "1")[0] == 0
+    code, _, error = run(*arguments, "--max_steps", "1", "--config", config("overwrite: true\n"))
+    assert code == 2 and "already holds a run" in error
+
+
+def test_a_model_that_the_file_names_counts_as_named(arguments, captioned, config, run, tmp_path):
+    assert run(*arguments, "--max_steps", "1")[0] == 0
+    other = config(f"vision_model: {captioned / 'resnet.json'}\npretrained: {tmp_path / 'logs/ex0/last.pt'}\n")
+    typed = [a for a in map(str, arguments) if a not in ("--vision_model", str(captioned / "small.json"))]
+    code, _, error = run(*typed, "--name", "ex1", "--config", other)
+    assert code == 2 and "contradicts" in error
+
+
+def test_evaluation_can_be_asked_for_in_the_file(config, tmp_path):
+    path = config("eval: true\n")
+    assert Options.settle(read_config(path)).run.eval
+
+
+def test_every_default_survives_the_way_through_options_json(tmp_path):
+    path = tmp_path / "options.json"
+    defaults = Options().flat()
+    path.write_text(json.dumps(defaults | {"versions": {"torch": "2"}, "device_used": "cpu"}))
+    assert Options.settle(read_config(path)).flat() == defaults

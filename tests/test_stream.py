@@ -1,0 +1,240 @@
+"""Finetuning on tar shards, from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_retrieval.data import shard_order
+from clip_retrieval.training.step import Trainer
+from tests.conftest import read_json, read_lines
+from tests.data.shards import jpeg, numbered, shards_of_csv, write_shard, write_shards
+from tests.test_bad_input import is_one_line
+from tests.test_resume import Killed, assert_same_ending
+from tests.torchrun import MINUTE, Torchrun
+
+
+@pytest.fixture
+def shards(captioned, tmp_path):
+    """The images of `captioned` in shards of five: 14 to train on in three of them, 6 of val, 6 of test."""
+    return shards_of_csv(captioned / "captions.csv", tmp_path / "shards")
+
+
+@pytest.fixture
+def settings(arguments):
+    """Arguments of a small finetune, without those that name its data: two epochs, in batches of 4."""
+    return [*arguments[arguments.index("--vision_model") :], "--batch_size", "4"]
+
+
+@pytest.fixture
+def on_shards(settings, shards):
+    """Arguments of a small finetune on the shards: 6 steps."""
+    return ["--dataset", "webdataset", "--dataset_root", shards, *settings]
+
+
+def last(tmp_path, name="ex0"):
+    return torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)
+
+
+def steps_of(tmp_path, name="ex0"):
+    return [line["step"] for line in read_lines(tmp_path / "logs" / name / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def test_a_run_says_what_it_reads_and_is_scored_on_what_is_held_out(run, on_shards, tmp_path):
+    code, out, err = run(*on_shards)
+    assert code == 0, err
+    assert "webdataset train: 3 shards, 14 pairs an epoch" in out and "  00000: a " in out
+    assert "webdataset val: 6 images, 15 captions" in out and steps_of(tmp_path) == list(range(1, 7))
+    results = read_json(tmp_path / "logs/ex0/results.json")
+    assert (results["dataset"], results["split"], results["images"]) == ("webdataset", "test", 6)
+    assert results["val"]["images"] == 6
+
+
+def test_patterns_imply_the_data_set_and_are_found_from_anywhere(run, settings, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--train_data", "shards/train-{000..001}.tar shards/train-002.tar", "--val_data", "shards/val-*.tar"]
+    code, out, err = run(*settings, *data, "--dataset_root", "nowhere", "--max_steps", "1")
+    assert code == 0, err
+    assert "webdataset train: 3 shards, 14 pairs" in out and "there is no test split" in err
+    monkeypatch.chdir(tmp_path / "logs")
+    checkpoint = ["--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--device", "cpu"]
+    code, out, err = run(*checkpoint, "--max_steps", "2", "--num_workers", "0")
+    assert code == 0, err
+    code, out, err = run("--eval", *checkpoint, "--eval_split", "val")
+    assert code == 0, err
+    assert "webdataset val: 6 images" in out
+    code, out, err = run("--eval", *checkpoint)
+    assert code == 2 and is_one_line(err) and "has no test split; choose another --eval_split" in err
+
+
+def test_yfcc7m_is_read_as_simple_clip_lays_it_out(run, settings, tmp_path):
+    write_shards(tmp_path / "data/yfcc7m", [6, 6], prefix="0")
+    code, out, err = run(*settings, "--dataset", "yfcc7m", "--dataset_root", tmp_path / "data")
+    assert code == 0, err
+    assert "yfcc7m train: 2 shards, 12 pairs an epoch" in out and "there is no val split" in err
+
+
+@pytest.fixture
+def spoilt(shards):
+    """The same with two samples more that cannot be used, in the second shard."""
+    from clip_retrieval.data.shard_samples import read_samples
+
+    path = shards / "train-001.tar"
+    samples = [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in read_samples(path)]
+    odd = [("broken", {"jpg": jpeg(0)[:300], "txt": "x"}), ("without", {"jpg": jpeg(1)})]
+    write_shard(path, [*samples[:2], *odd, *samples[2:]])
+    return shards
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("extra", [(), ("--train_num_samples", "14")], ids=["counted", "given"])
+def test_killed_within_a_shard_and_resumed_ends_bit_identical(
+    run, on_shards, spoilt, tmp_path, monkeypatch, num_workers, extra
+):
+    command = [*on_shards, "--augment", "crop", "--shuffle_buffer", "8", *extra]
+    code, _, err = run(*command, "--experiments", "whole")
+    assert code == 0 and "could not be used" in err, err
+    normal = Trainer.step
+    command += ["--save_every", "1", "--resume", "auto", "--num_workers", num_workers]
+    for killed_in_step in (3, 6):
+
+        def step(self, batch, number, rate, killed_in_step=killed_in_step):
+            if number == killed_in_step:
+                raise Killed
+            return normal(self, batch, number, rate)
+
+        monkeypatch.setattr(Trainer, "step", step)
+        with pytest.raises(Killed):
+            run(*command)
+    monkeypatch.setattr(Trainer, "step", normal)
+    code, out, err = run(*command)
+    assert code == 0 and "step 5" in out, err
+    assert_same_ending(tmp_path / "logs/whole", tmp_path / "logs/ex0")
+
+
+def test_evaluations_within_an_epoch_change_no_batch(run, on_shards, tmp_path):
+    for name, steps in (("whole", "0"), ("ex0", "1")):
+        code, _, err = run(*on_shards, "--augment", "crop", "--eval_steps", steps, "--experiments", name)
+        assert code == 0, err
+    whole, other = (last(tmp_path, name)["model"] for name in ("whole", "ex0"))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_each_option_reaches_the_stream(run, on_shards, tmp_path):
+    options = ["", "--augment crop", "--augment auto", "--decoder fast", "--shuffle_buffer 0", "--seed 5"]
+    losses = []
+    for number, extra in enumerate(options):
+        command = [*on_shards, *extra.split(), "--max_steps", "1", "--no_eval_first", "--eval_every", "0"]
+        code, _, err = run(*command, "--experiments", f"ex{number}")
+        assert code == 0, err
+        (line,) = (x for x in read_lines(tmp_path / f"logs/ex{number}/metrics.jsonl") if x["kind"] == "train")
+        losses.append(line["loss"])
+    assert len(set(losses)) == len(options)
+
+
+def test_an_epoch_of_a_given_length_is_not_counted_up_front(run, on_shards, tmp_path, monkeypatch):
+    counted = []
+    normal = shard_order.count_samples
+    monkeypatch.setattr(shard_order, "count_samples", lambda path: counted.append(path) or normal(path))
+    monkeypatch.setattr("clip_retrieval.stream.count_samples", lambda path: 1 / 0)
+    code, out, err = run(*on_shards, "--train_num_samples", "9", "--max_steps", "1", "--no_eval_first")
+    assert code == 0, err
+    assert "3 shards, 9 pairs an epoch" in out and "1 steps, 2 an epoch" in out and len(counted) < 3
+
+
+def test_sizes_json_is_believed(run, on_shards, shards, monkeypatch):
+    (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "train-001.tar": 5, "train-002.tar": 4}))
+    monkeypatch.setattr("clip_retrieval.stream.count_samples", lambda path: 1 / 0)
+    code, out, err = run(*on_shards)
+    assert code == 0 and "14 pairs an epoch" in out, err
+    (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "train-001.tar": 5, "train-002.tar": 7}))
+    code, _, err = run(*on_shards, "--overwrite", "--batch_size", "17")
+    assert code == 2 and is_one_line(err) and "train-002.tar: holds fewer samples than the 7" in err
+
+
+def test_a_train_split_smaller_than_the_batch_shrinks_the_batch(run, on_shards):
+    code, _, err = run(*on_shards, "--batch_size", "256", "--max_steps", "1")
+    assert code == 0 and "the train split has 14 pairs an epoch: --batch_size 256 becomes 14" in err
+
+
+def test_a_frozen_tower_stays_and_the_other_learns(run, on_shards, tmp_path):
+    code, out, err = run(*on_shards, "--freeze_vision", "--eval_every", "0", "--keep_steps", "1")
+    assert code == 0 and "encoded once" not in out, err
+    before, after = (
+        torch.load(tmp_path / f"logs/ex0/{name}", weights_only=True)["model"] for name in ("step_1.pt", "last.pt")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith("visual.") for name in moved)
+
+
+def test_what_decides_the_order_must_stay_when_a_run_goes_on(run, on_shards, shards, arguments):
+    assert run(*on_shards, "--epochs", "1")[0] == 0
+    code, _, err = run(*on_shards, "--resume", "auto", "--shuffle_buffer", "5")
+    assert code == 2 and is_one_line(err) and "--shuffle_buffer 4096" in err
+    write_shard(shards / "train-003.tar", numbered(50, 3))
+    code, _, err = run(*on_shards, "--resume", "auto")
+    assert code == 2 and is_one_line(err) and "other data" in err
+    code, _, err = run(*arguments, "--batch_size", "4", "--resume", "auto")
+    assert code == 2 and is_one_line(err) and "other data" in err
+    code, _, err = run(*on_shards, "--resume", "auto", "--reset_data_offset")
+    assert code == 0, err
+
+
+def spoil(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "spoil, extra, words",
+    [
+        (None, ("--train_data", "{}/train-{000..003}.tar"), ["--train_data", "train-003.tar", "no shard"]),
+        (None, ("--train_data", "{}/none-*.tar"), ["--train_data", "none-*.tar", "holds no shards"]),
+        (None, ("--val_data", "{}/none.tar"), ["--val_data", "none.tar"]),
+        (lambda content: content[:3000], (), ["train-001.tar", "its end is missing"]),
+        (lambda content: b"no tar" * 2000, (), ["train-001.tar", "not a tar"]),
+        (lambda content: content[:512] + b"\xff" * 5120 + content[5632:], (), ["train-001.tar"]),
+        (None, ("--caption_key", "alt"), ["train-000.tar, sample 00000", "no 'alt'", "--caption_key"]),
+        (None, ("--image_cache", "{}/cache"), ["--image_cache", "webdataset"]),
+        (None, ("--train_num_samples", "1"), ["--train_num_samples", "at least 2"]),
+        (None, ("--shuffle_buffer", "-1"), ["--shuffle_buffer", "at least 0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line_before_anything_is_trained(run, on_shards, shards, spoil, extra, words):
+    if spoil:
+        path = shards / "train-001.tar"
+        path.write_bytes(spoil(path.read_bytes()))
+    code, out, err = run(*on_shards, *(value.replace("{}", str(shards)) for value in extra))
+    assert code == 2 and is_one_line(err) and "step 1" not in out, err
+    assert all(word in err for word in words), err
+
+
+def test_what_is_for_a_stream_is_refused_elsewhere(run, arguments, settings, tmp_path):
+    code, _, err = run(*arguments, "--train_num_samples", "9")
+    assert code == 2 and is_one_line(err) and "--train_num_samples is for --dataset webdataset" in err
+    code, _, err = run("--dataset", "webdataset", "--dataset_root", tmp_path / "nowhere", *settings)
+    assert code == 2 and is_one_line(err) and "nowhere: no such folder" in err
+
+
+def test_shards_stand_in_a_mixture(run, arguments, shards):
+    code, out, err = run(*arguments, "--dataset", "webdataset", "--dataset_root", shards, "--max_steps", "1")
+    assert code == 0, err
+    assert "csv: 14 images, 35 captions" in out and "webdataset: 14 images, 35 captions" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_two_processes_see_what_one_sees(run, on_shards, spoilt, tmp_path):
+    command = [*on_shards, "--augment", "crop", "--eps", "1", "--lr", "0.1"]
+    code, _, err = run(*command, "--experiments", "one")
+    assert code == 0 and "2 samples could not be used" in err
+    torchrun = Torchrun("main.py", *command, "--experiments", "two", marker=tmp_path)
+    try:
+        code, out, err = torchrun.end(timeout=2 * MINUTE)
+    finally:
+        torchrun.kill()
+    assert code == 0, err
+    assert "of 4 = 2 x 2 pairs" in out and "2 samples could not be used" in err
+    one, two = last(tmp_path, "one")["model"], last(tmp_path, "two")["model"]
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)

@@ -1,0 +1,102 @@
+"""Zero-shot accuracy while a model learns: --zero_shot_eval."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import read_json, read_lines
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """A folder with a folder of images for each of three colours."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "classes" / name / f"{number}.png")
+    return tmp_path / "classes"
+
+
+def zero_shot_lines(folder, kind="zero_shot"):
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == kind]
+
+
+def test_accuracy_before_after_each_epoch_and_of_the_best(run, arguments, coloured, tmp_path):
+    code, out, error = run(*arguments, "--zero_shot_eval", coloured)
+    assert code == 0, error
+    folder = tmp_path / "logs/ex0"
+    lines = zero_shot_lines(folder)
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    results = read_json(folder / "results.json")
+    assert results["zero_shot"]["images"] == 12 and results["zero_shot"]["classes"] == 3
+    assert results["zero_shot_before"]["top1"] == lines[0]["top1"]
+    of_best = {line["step"]: line["top1"] for line in lines}[results["step"]]
+    assert results["zero_shot"]["top1"] == of_best == zero_shot_lines(folder, "zero_shot_end")[0]["top1"]
+    assert out.count("zero-shot classes: 12 images") == 4
+
+
+def test_the_same_accuracy_as_the_tool_gives(run, arguments, coloured, script, tmp_path):
+    assert run(*arguments, "--zero_shot_eval", coloured, "--zero_shot_templates", "simple")[0] == 0
+    best = tmp_path / "logs/ex0/best.pt"
+    code, _, error = script("zero_shot", "--resume", best, "--data", coloured, "--templates", "simple")
+    assert code == 0, error
+    found = read_json(tmp_path / "logs/ex0/zero_shot_classes/results.json")
+    during = read_json(tmp_path / "logs/ex0/results.json")["zero_shot"]
+    names = ("top1", "mean_per_class", "template_set", "classes")
+    assert [found[name] for name in names] == [during[name] for name in names]
+
+
+def test_steps_between_evaluations(run, arguments, coloured, tmp_path):
+    assert run(*arguments, "--zero_shot_eval", coloured, "--imagenet_eval_steps", "2", "--no_eval_first")[0] == 0
+    assert [line["step"] for line in zero_shot_lines(tmp_path / "logs/ex0")] == [2, 4, 6]
+
+
+def test_evaluating_in_between_changes_nothing_of_the_training(run, arguments, coloured, tmp_path):
+    assert run(*arguments)[0] == 0
+    assert run(*arguments, "--name", "watched", "--zero_shot_eval", coloured, "--zero_shot_steps", "1")[0] == 0
+    plain, watched = (
+        [line for line in read_lines(tmp_path / "logs" / name / "metrics.jsonl") if line["kind"] in ("train", "val")]
+        for name in ("ex0", "watched")
+    )
+    assert plain == watched
+
+
+def test_a_run_that_goes_on_repeats_no_line(run, arguments, coloured, tmp_path):
+    whole = ("--zero_shot_eval", coloured, "--zero_shot_steps", "2")
+    assert run(*arguments, *whole)[0] == 0
+    assert run(*arguments, *whole, "--name", "cut", "--max_steps", "4")[0] == 0
+    cut = tmp_path / "logs/cut"
+    code, _, error = run(
+        "--resume", cut / "last.pt", "--checkpoint_path", tmp_path / "logs", "--name", "cut", "--epochs", "2"
+    )
+    assert code == 0, error
+    assert [line["step"] for line in zero_shot_lines(cut)] == [0, 2, 4, 6]
+
+
+def test_names_and_place_of_the_classes(run, arguments, coloured, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("azure\nforest\nruby\n")
+    named = ("--imagenet_eval", "--zero_shot_root", coloured, "--zero_shot_class_names", names)
+    code, out, error = run(*arguments, "--max_steps", "1", *named)
+    assert code == 0, error
+    assert "zero-shot imagenet: 12 images, 3 classes" in out
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (("--zero_shot_eval", "cifar1000"), ["cifar1000", "cifar100"]),
+        (("--imagenet_eval", "--zero_shot_root", "/nowhere"), ["/nowhere"]),
+        (("--imagenet_eval_steps", "5"), ["--zero_shot_steps", "--zero_shot_eval"]),
+        (("--eval", "--zero_shot_eval", "cifar100"), ["--zero_shot_eval", "scripts/zero_shot.py"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_is_wrong_is_one_line(run, arguments, extra, words):
+    code, _, error = run(*arguments, *extra)
+    assert code == 2 and error.count("\n") == 1
+    assert all(word in error for word in words), error
