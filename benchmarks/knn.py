@@ -155,10 +155,10 @@ def time_peer(folder: Path, direction: Direction, queries: int, patience: float)
     while True:
         took, done = run_peer(folder, direction, number), number
         each = max(took - started, 1e-3) / done
-        if done == queries or took > patience / 4:
+        if done == queries or took - started > patience / 4:
             return (took if done == queries else started + each * queries), each, done
-        wanted = int((patience - started) / each)
-        number = queries if wanted >= queries else min(queries, max(2 * done, min(wanted, 10 * done)))
+        # (A few queries say little of all: what a run takes beside them varies by more.)
+        number = min(queries, max(2 * done, min(int(patience / each), 10 * done)))
 
 
 def run_peer(folder: Path, direction: Direction, queries: int) -> float:

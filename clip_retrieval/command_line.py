@@ -11,7 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clip_retrieval.options import AUTO, GROUPS, as_tuple
+from clip_retrieval.options import GROUPS, as_tuple
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -108,7 +108,7 @@ def _help(f: dataclasses.Field) -> str:
     if f.metadata["choices"]:
         text += f" ({', '.join(f.metadata['choices'])})"
     if f.metadata["auto"]:
-        text += "" if f.metadata["repeatable"] else " (default: auto)"
+        text += "" if f.metadata["repeatable"] else f" (default: {f.metadata['auto']})"
     elif f.default is not None:
         default = f.default
         text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
@@ -140,7 +140,7 @@ def _value_type(hint: type, meta: typing.Mapping[str, Any]):
 
     def convert(text: str) -> Any:
         text = meta["also"].get(text, text)
-        if meta["auto"] and text == AUTO:
+        if meta["auto"] and text == meta["auto"]:
             return None
         if meta["choices"] and text not in meta["choices"]:
             near = difflib.get_close_matches(text, [*meta["choices"], *meta["also"]], n=1)
@@ -150,7 +150,8 @@ def _value_type(hint: type, meta: typing.Mapping[str, Any]):
             return hint(text)
         except ValueError:
             kind = {"int": "a whole number", "float": "a number"}[hint.__name__]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}" + (" or auto" * meta["auto"])) from None
+            kind += f" or {meta['auto']}" if meta["auto"] else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
 
     return convert
 

@@ -10,6 +10,8 @@ from clip_retrieval.errors import UserError
 
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
 RECORDED = ("versions", "device_used", "config")
+NOTHING = ("null", "~", "")
+TRUE, FALSE = ("true", "True"), ("false", "False")
 
 
 def read_config(path: str | Path | None) -> dict[str, Any]:
@@ -23,9 +25,15 @@ def read_config(path: str | Path | None) -> dict[str, Any]:
         return {}
     parser = build_parser("", prog=f"--config {path}", parser_class=_ConfigParser)
     arguments: list[str] = []
-    for key, value in _read_mapping(Path(path)).items():
-        if value is not None and key not in RECORDED:
-            arguments += _typed(parser, str(key), value)
+    content = _read_mapping(Path(path))
+    recorded = RECORDED if "versions" in content else ()
+    spelled: dict[str, str] = {}
+    for key, value in content.items():
+        if key not in recorded and value not in NOTHING:
+            option, words = _typed(parser, key, value)
+            if spelled.setdefault(option, key) != key:
+                parser.error(f"{spelled[option]} and {key} are the same option; keep one of them")
+            arguments += words
     return vars(parser.parse_args(arguments))
 
 
@@ -35,42 +43,61 @@ class _ConfigParser(OptionParser):
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read ({error}); give a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: no YAML ({getattr(error, 'problem', None) or error})") from None
-    if content is None:
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: no YAML ({str(error) or 'nested too deeply'})") from None
+    if content is None or content == "":
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: not a YAML file of `option: value` lines")
     return content
 
 
-def _typed(parser: OptionParser, key: str, value: Any) -> list[str]:
-    """What would be typed for `key: value`."""
+def _parsed(text: str) -> Any:
+    """What YAML holds, every value as it is written: that 010 is no 8, and 1.10 no 1.1.
+
+    Raises ValueError, with the line, where it is no YAML, or a key stands twice.
+    """
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for number, (key, _) in enumerate(node.value):
+                if key.value in keys[:number]:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # a BaseLoader makes texts, lists and dicts, and nothing else
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from None
+
+
+def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
+    """The option's own name, and what would be typed for `key: value`."""
     name = f"--{key.replace('-', '_')}"
     action = parser.action(name)
-    if action is None:
+    if action is None or action.dest in ("help", "config"):
         parser.error(f"unknown option {key}{parser.nearest(name)}")
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(v, (dict, list)) for v in values):
-        parser.error(f"{key} holds a section; options stand side by side")
+    if not values or any(isinstance(v, (dict, list)) for v in values):
+        parser.error(f"{key} holds no value; options stand side by side")
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        if value not in TRUE + FALSE:
             parser.error(f"{key}: {value!r} is not true or false")
         inverse = f"--{key[3:]}" if key.startswith("no_") else f"--no_{name[2:]}"
-        return [name] if value else [inverse] if parser.action(inverse) else []
-    words = ["auto" if v is None else str(v) for v in values]
+        return action.dest, [name] if value in TRUE else [inverse] if parser.action(inverse) else []
+    words = ["auto" if v in NOTHING else str(v) for v in values]
     if action.nargs:
-        return [name, *words]
+        return action.dest, [name, *words]
     if len(words) > 1 and not isinstance(action, OneOrMore):
         parser.error(f"{key} takes one value")
-    return [f"{name}={word}" for word in words]
+    return action.dest, [f"{name}={word}" for word in words]

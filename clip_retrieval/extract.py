@@ -108,7 +108,7 @@ def extract_with(
     paths = output_paths(wanted, folder)
     if processes.is_main:
         for place in {path.parent for path in paths.values()}:
-            make_folder(place)
+            make_folder(place, "--output")
     encoder = encoding_model(model.to(device), options.evaluation.eval_precision)
     shared = {"device": device, "processes": processes}
     with true_float32():

@@ -15,7 +15,7 @@ from typing import Any
 from clip_retrieval.classification.report import summary
 from clip_retrieval.classification.task import ZeroShotTask, score_task
 from clip_retrieval.distributed import joined
-from clip_retrieval.errors import Interrupted, NotFiniteError, RunError
+from clip_retrieval.errors import Interrupted, NotFiniteError, RunError, UserError
 from clip_retrieval.evaluation.protocols import Encoded, encode_split, score
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.prepare import Run, prepare, refuse_another_run
@@ -52,6 +52,11 @@ def finetune(typed: dict[str, Any]) -> None:
             except KeyboardInterrupt:
                 save_last(run)
                 raise interrupted(run) from None
+            except UserError as error:  # of broken data; of several processes, the others do not know of it
+                if processes.world_size > 1 or not run.progress.step:
+                    raise
+                save_last(run)
+                raise UserError(f"{error} (saved at step {run.progress.step}; --resume auto goes on)") from None
             try:
                 finish(run)
             except KeyboardInterrupt:

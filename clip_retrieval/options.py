@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import escape, glob
 from typing import Any
 
 from clip_retrieval.errors import UserError
@@ -29,7 +30,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    auto: bool = False,
+    auto: bool | str = False,
     repeatable: bool = False,
     from_checkpoint: bool = True,
 ) -> Any:
@@ -37,9 +38,9 @@ def option(
 
     `aliases` are further spellings of the option, with their dashes. `also` maps other spellings of a value to
     the canonical one; `flags` maps flag options to the value they stand for. A number must be at least
-    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", kept as None. A
-    `repeatable` option that is given several times is a tuple. One with `from_checkpoint=False` is never taken from a
-    checkpoint.
+    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", or the
+    word that it is, kept as None. A `repeatable` option that is given several times is a tuple. One with
+    `from_checkpoint=False` is never taken from a checkpoint.
     """
     return field(
         default=default,
@@ -52,7 +53,7 @@ def option(
             "minimum": minimum,
             "above": above,
             "below": below,
-            "auto": auto,
+            "auto": AUTO if auto is True else auto,
             "repeatable": repeatable,
             "from_checkpoint": from_checkpoint,
         },
@@ -170,7 +171,8 @@ class DataOptions:
     )
     caption_sampling: str = option(
         "all",
-        "all: every caption once an epoch; one: each image once an epoch with a random caption",
+        "all: every caption once an epoch; one: each image once an epoch with a random caption, of shards that are "
+        "streamed always one",
         choices=("all", "one"),
     )
     augment: str = option(
@@ -339,6 +341,7 @@ class EvalOptions:
         "zero-shot accuracy while training: cifar10, cifar100, stl10, imagenet, or a folder with a folder of images "
         "for each class",
         flags={"--imagenet_eval": "imagenet"},
+        auto="none",
     )
     zero_shot_root: str | None = option(None, "folder of such a data set (default: --dataset_root)")
     zero_shot_class_names: str | None = option(None, "file of its class names (default: its own)")
@@ -397,6 +400,17 @@ class RunOptions:
     device: str | None = option(None, "cuda, mps or cpu, or a numbered one (cuda:1)", auto=True, from_checkpoint=False)
 
 
+PREFIXES = ("train_data", "val_data")  # they may be the beginning of the names of files
+PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
+PLACES += ("caption_key", "train_num_samples")
+"""Where and how the files of a data set are read: of no use for another one."""
+
+BELONGING = {
+    "dataset": (*PLACES, "dataset_weights"),
+    "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
+}
+"""Options that go with what another one names."""
+
 REPEATABLE = [f.name for f in dataclasses.fields(DataOptions) if f.metadata["repeatable"]]
 
 GROUPS = {
@@ -434,8 +448,14 @@ class Options:
         """
         merged: dict[str, Any] = {}
         for layer in layers:
-            if implied := implied_dataset(layer):
-                merged["dataset"] = implied
+            held = merged.get("dataset")
+            implied = implied_dataset(layer)
+            if implied and implied not in ("webdataset" if name in SHARDED else name for name in as_tuple(held)):
+                layer = {"dataset": implied} | layer
+            for name, belonging in BELONGING.items():
+                if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
+                    # Other data than those of the layers below: where their files are says nothing about them.
+                    merged = {other: value for other, value in merged.items() if other not in belonging}
             merged.update(layer)
         if len(as_tuple(merged.get("dataset"))) == 1:  # of what is typed twice for one data set, the last counts
             repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]
@@ -451,7 +471,7 @@ class Options:
         """Raise UserError for options that exclude each other."""
         train = self.train
         for data in self.data.parts():
-            for name in ("train_data", "val_data"):
+            for name in PREFIXES:
                 if getattr(data, name) and data.dataset not in ("chinese", *SHARDED):
                     raise UserError(
                         f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {data.dataset}"
@@ -467,7 +487,7 @@ class Options:
         if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
             raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
         if not self.evaluation.zero_shot_eval:
-            for name in ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"):
+            for name in BELONGING["zero_shot_eval"]:
                 if getattr(self.evaluation, name):
                     raise UserError(f"--{name} needs --zero_shot_eval, the data set that it is for")
         if self.run.overwrite and self.run.resume == AUTO:
@@ -479,7 +499,11 @@ def implied_dataset(given: dict[str, Any]) -> str | None:
     files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
     if not files:
         return None
-    return "webdataset" if any(file.endswith(".tar") for file in files) else "chinese"
+    names = [name for file in files for name in (file, *file.replace("::", " ").split())]
+    tars = (".tar", ".tar.gz", ".tgz")
+    # (A Path's own glob fails on a text that is too long for a name.)
+    sharded = any(name.endswith(tars) or glob(f"{escape(name)}/*.tar") for name in names)  # noqa: PTH207
+    return "webdataset" if sharded else "chinese"
 
 
 def _fill(group: type, values: dict[str, Any]) -> Any:

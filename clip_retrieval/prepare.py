@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.classification.catalog import ZeroShotData
+from clip_retrieval.classification.catalog import OptionNames, ZeroShotData
 from clip_retrieval.classification.task import ZeroShotTask, prepare_task
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.loader import Loader, TrainLoader, choose_num_workers
@@ -99,7 +99,8 @@ def prepare(
         model, built, tokenizer = load_model(options, checkpoint)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
         train, val, test = load_data(options, tokenizer, built.preprocess, device, processes)
-    zero_shot = load_zero_shot(options, tokenizer, built.preprocess)
+    with processes.main_first():  # an archive may have to be extracted
+        zero_shot = load_zero_shot(options, tokenizer, built.preprocess)
     sampler = make_sampler(options, train, processes)
     trainer = make_trainer(options, model.to(device), precision, device, processes)
     progress = Progress()
@@ -125,7 +126,7 @@ def prepare(
         log_to_file(folder)
         if progress.best is not None:
             bring_best(Path(options.run.resume).parent, folder)
-        write_options(folder, options, f"{device} ({device_name(device)})")
+        write_options(folder, as_begun(options, folder), f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines())
     data = (sampler, loader, val, test, zero_shot)
     run = Run(options, folder, stop, built, model, trainer, *data, metrics, progress, processes)
@@ -171,6 +172,7 @@ def load_zero_shot(options: Options, tokenizer: Any, preprocess: dict[str, Any])
         Path(wanted.zero_shot_root or options.data.parts()[0].dataset_root),
         class_names=Path(wanted.zero_shot_class_names) if wanted.zero_shot_class_names else None,
         templates=wanted.zero_shot_templates,
+        options=OptionNames("--zero_shot_root", "--zero_shot_class_names", "--zero_shot_templates", download=None),
     )
     return prepare_task(data, tokenizer, preprocess)
 
@@ -264,6 +266,14 @@ def make_trainer(
         device=device,
         processes=processes,
     )
+
+
+def as_begun(options: Options, folder: Path) -> Options:
+    """The options that begin the run in `folder` anew, where these go on with it."""
+    source = options.run.resume
+    if source is None or Path(source).resolve().parent != folder.resolve():
+        return options
+    return replace(options, run=replace(options.run, resume=None))
 
 
 def clear_run(folder: Path) -> None:

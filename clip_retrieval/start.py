@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from clip_retrieval.classification.catalog import NAMES as ZERO_SHOT_NAMES
+from clip_retrieval.classification.templates import SETS as TEMPLATE_SETS
 from clip_retrieval.config import read_config
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
@@ -26,16 +28,17 @@ from clip_retrieval.models.build import (
     known_tags,
     rebuild_model,
 )
+from clip_retrieval.models.chinese_clip import UNNAMED, named_apart
 from clip_retrieval.models.source import check_names
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.weights import read_checkpoint
-from clip_retrieval.options import AUTO, Options, implied_dataset, taken_from_checkpoint
+from clip_retrieval.options import AUTO, PLACES, PREFIXES, Options, taken_from_checkpoint
 from clip_retrieval.reporting.log import log
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
-PREFIXES = ("train_data", "val_data")  # they may be the beginning of the names of files
-PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
-PLACES += ("caption_key", "train_num_samples")
+PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
+NO_PATHS = {"zero_shot_eval": ZERO_SHOT_NAMES, "zero_shot_templates": tuple(TEMPLATE_SETS)}  # names go before folders
+ONLY_TYPED = ("overwrite", "reset_optimizer", "reset_data_offset")  # what a command that is repeated would do again
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
@@ -45,35 +48,40 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
     the weights to start from, as --pretrained does.
     """
     config = read_config(typed.get("config"))
-    if config.pop("overwrite", False):
-        log.warning(f"--config {typed['config']}: overwrite counts only where it is typed")
+    for name in ONLY_TYPED:
+        if config.pop(name, False):
+            log.warning(f"--config {typed['config']}: {name} counts only where it is typed")
     options = Options.settle(config, typed, complete=False)  # refuses bad values before anything is read
     path = _resumed_file(options)
     if path is None:
-        return replace(Options.settle(config, typed), given=frozenset(config) | frozenset(typed)), None
+        return _given(Options.settle(config, typed), config, typed), None
     checkpoint = read_checkpoint(path)
     if typed.get("pretrained") not in (None, str(path)):
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
         options = Options.settle(config, typed, {"pretrained": str(path), "resume": None})
-        return replace(options, given=frozenset(config) | frozenset(typed)), None
+        return _given(options, config, typed), None
     stored = checkpoint["options"]
-    check_names(options.model, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
+    named = named_apart(options.model)
+    check_names(named, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
     taken = taken_from_checkpoint(stored)
     if checkpoint["model_config"]["text_cfg"].get("vocab"):
         taken["tokenizer"] = None  # the checkpoint carries its words
-    held = stored["dataset"]
-    other_data = typed.get("dataset", implied_dataset(typed) or held) != held
-    if other_data:
-        taken.pop("dataset_weights", None)  # as many as there were data sets
-    if "dataset_root" in typed or other_data:
-        # Other data than the checkpoint's: the places of its files say nothing about them.
+    if "dataset_root" in typed:
         taken = {name: value for name, value in taken.items() if name not in PLACES}
     if "epochs" in typed:
         taken.pop("max_steps", None)  # it would decide the length of the run
     options = Options.settle(config, taken, typed, {"resume": str(path)})
     return replace(options, given=frozenset(typed)), checkpoint
+
+
+def _given(options: Options, *layers: dict[str, Any]) -> Options:
+    """The options of a run that no checkpoint of ours decides on; they know which of them the user gave."""
+    given = frozenset().union(*layers)
+    if options.model.vision_model == UNNAMED:  # what options.json calls a model that its file alone tells
+        return replace(options, model=replace(options.model, vision_model="ViT-B/32"), given=given - {"vision_model"})
+    return replace(options, model=named_apart(options.model), given=given)
 
 
 def _resumed_file(options: Options) -> Path | None:
@@ -95,10 +103,10 @@ def run_folder(options: Options) -> Path:
     return Path(options.run.checkpoint_path) / options.run.experiments
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
     """Make `folder`, see that it can be written, and sweep away what a kill left half written.
 
-    Raises UserError where it cannot be written.
+    Raises UserError, naming the options that choose another, where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +116,7 @@ def make_folder(folder: Path) -> None:
         for half_written in folder.glob(".*.tmp"):
             half_written.unlink()
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}); choose another place with --checkpoint_path and "
-            "--experiments"
-        ) from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with {options}") from None
 
 
 @dataclass
@@ -223,11 +228,15 @@ def warn_of_random_weights(built: BuiltModel) -> None:
     if built.weights == "none":
         tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
         log.warning(f"THE WEIGHTS ARE RANDOM: what follows is chance. Give --pretrained ({tags}) or --resume")
+    elif built.random:
+        parts = ", ".join(built.random)
+        log.warning(f"PARTS OF THE WEIGHTS ARE RANDOM ({parts}): what follows is chance before a finetune of them")
 
 
 def with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """Options for a checkpoint: its data are found from any working directory."""
-    absolute = {name: _each(flat[name], _absolute_if_there) for name in PATHS}
+    paths = [name for name in PATHS if flat[name] not in NO_PATHS.get(name, ())]
+    absolute = {name: _each(flat[name], _absolute_if_there) for name in paths}
     return flat | absolute | {name: _each(flat[name], absolute_patterns) for name in PREFIXES}
 
 

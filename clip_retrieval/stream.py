@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from clip_retrieval.data.loader import in_workers, usual_num_workers
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_lanes import LaneReader, decode_sample
 from clip_retrieval.data.shard_order import ShardOrder, Shards
-from clip_retrieval.data.shard_samples import Unusable, count_samples, read_samples
+from clip_retrieval.data.shard_samples import Unusable, captions_of, count_samples, read_samples
 from clip_retrieval.data.shard_stream import StreamLoader
 from clip_retrieval.data.shards import find_shards, known_sizes
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import Options
+from clip_retrieval.options import DataOptions, Options
 from clip_retrieval.reporting.log import log, progress_bar
 
 SHARDS_A_WORKER = 4  # fewer are counted faster than a process starts
+FIRST = 10  # samples of a shard that is not worth reading whole, only to see what it holds
 
 
 @dataclass
@@ -52,7 +54,7 @@ def open_stream(
 ) -> StreamedSplit | None:
     """Find the shards of the train split, and count their samples unless an epoch's length is given.
 
-    Raises UserError where a shard is missing or no whole tar, or none of the first one's samples can be used.
+    Raises UserError where a shard is missing or no whole tar, or no sample can be used of those that are looked at.
     """
     data = options.data.parts()[0]
     found = find_shards(data, "train")
@@ -66,7 +68,7 @@ def open_stream(
     log.info(f"{data.dataset} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
     transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
     stream = StreamedSplit(found.split, Shards(found.paths, sizes), samples, transform, tokenizer, workers)
-    _log_samples(stream, data.caption_key)
+    _log_samples(stream, data)
     return stream
 
 
@@ -82,21 +84,35 @@ def _counted(paths: list[Path], sizes: list[int | None], workers: int, processes
     return processes.sum(counts).tolist()
 
 
-def _log_samples(stream: StreamedSplit, caption_key: str | None, number: int = 3) -> None:
-    """Say a few captions of the first shard. Raises UserError where none of its samples can be used."""
-    path, said, problem = stream.shards.paths[0], 0, ""
-    for sample in read_samples(path):
+def _log_samples(stream: StreamedSplit, data: DataOptions, number: int = 3) -> None:
+    """Say a few captions, and whether there are several of an image.
+
+    Raises UserError where none can be used of the first shard's samples and of those that the others begin with.
+    """
+    said, several, problem = 0, False, ""
+    for path, sample in _first_samples(stream.shards.paths):
         try:
-            _, caption = decode_sample(sample, path, stream.transform, caption_key, np.random.default_rng(0))
+            decode_sample(sample, path, stream.transform, data.caption_key, np.random.default_rng(0))
         except Unusable as unusable:
             problem = problem or str(unusable)
             continue
-        log.info(f"  {sample['__key__']}: {caption}")
+        captions = captions_of(sample, data.caption_key)
+        log.info(f"  {sample['__key__']}: {captions[0]}")
+        several |= len(captions) > 1
         said += 1
         if said == number:
-            return
+            break
     if not said:
-        raise UserError(problem or f"{path}: holds no images with captions")
+        raise UserError(problem or f"{stream.shards.paths[0]}: holds no images with captions")
+    if several and data.caption_sampling == "all":
+        log.info("  shards give one caption of an image an epoch, drawn anew each time, whatever --caption_sampling is")
+
+
+def _first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, bytes]]]:
+    """The samples of the first shard, then FIRST of each other one."""
+    for number, path in enumerate(paths):
+        for sample in islice(read_samples(path), FIRST if number else None):
+            yield path, sample
 
 
 def make_order(options: Options, stream: StreamedSplit, batch_size: int) -> ShardOrder:

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
+from clip_retrieval.classification.catalog import IMAGENET, ZeroShotData, read_labelled
+from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
 from clip_retrieval.distributed import Processes, joined
@@ -49,9 +50,9 @@ def classify_with(
     with processes.main_first():
         model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
-    folder = output or results_folder(options, built.name, labelled.name, of_checkpoint=checkpoint is not None)
+    folder = output or results_folder(options, built.name, data_name(labelled), of_checkpoint=checkpoint is not None)
     if processes.is_main:
-        make_folder(folder)
+        make_folder(folder, "--output")
         log_to_file(folder)
         write_options(folder, options, f"{device} ({device_name(device)})")
     block = score_task(
@@ -77,6 +78,14 @@ def results_folder(options: Options, model_name: str, data_name: str, *, of_chec
     if of_checkpoint:
         return Path(options.run.resume).parent / f"zero_shot_{_file_name(data_name)}"
     return Path(options.run.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
+
+
+def data_name(labelled: LabelledImages) -> str:
+    """What the results are called after: of a variant of ImageNet, its folder, so that each has results of its own."""
+    place = labelled.place.resolve().name if labelled.place else ""
+    if labelled.name != IMAGENET or place.lower() in (IMAGENET, "val", ""):
+        return labelled.name
+    return place if place.lower().startswith(IMAGENET) else f"{IMAGENET}_{place}"
 
 
 def _file_name(name: str) -> str:

@@ -5,6 +5,7 @@ python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_dir photos --sh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clip_retrieval.classification.arguments import is_there
 from clip_retrieval.classification.class_names import imagenet_names, read_names, spaced
 from clip_retrieval.classification.encode import prompted
 from clip_retrieval.classification.folder import image_paths, say_skipped
 from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images import ImageFiles, decode_rgb
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import NotFiniteError, UserError
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device
@@ -55,8 +57,10 @@ class Demo:
     def __post_init__(self) -> None:
         if (self.img_path is None) == (self.img_dir is None):
             raise UserError("give --img_path, an image, or --img_dir, a folder of images: one of the two")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature:g}: must be a number greater than 0")
+        if self.temperature is not None and math.isinf(1 / self.temperature):
+            raise UserError(f"--temperature {self.temperature:g}: too small to divide by; give a larger one")
 
 
 def show(typed: dict[str, Any], demo: Demo) -> None:
@@ -78,7 +82,11 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
         num_workers=options.data.num_workers,
         precision=options.evaluation.eval_precision,
     )
+    refuse_not_finite(features.images, "image", [str(path) for path in paths])
+    refuse_not_finite(features.classes, "label", names)
     scale = 1 / demo.temperature if demo.temperature else float(model.clip.logit_scale.detach().exp())
+    if not math.isfinite(scale):
+        raise NotFiniteError(f"{built.name}, {built.weights}: exp(logit_scale) is not finite; give a --temperature")
     predictions = best_labels(probabilities(features.images, features.classes, scale), names)
     for path, bars in zip(paths, predictions):
         log.info("\n".join([path.name, *(f"{percent:8.2f}%  {name}" for name, percent in bars)]))
@@ -97,7 +105,7 @@ def _draw(
 ) -> None:
     from clip_retrieval.reporting.figures import Panel, draw_predictions
 
-    make_folder(demo.output)
+    make_folder(demo.output, "--output")
     what = demo.img_path.stem if demo.img_path else demo.img_dir.resolve().name
     panels = [
         Panel(path.name, partial(images.__getitem__, row), bars)
@@ -113,7 +121,7 @@ def read_labels(asked: str) -> list[str]:
         return [spaced(name) for name in OFFICIAL_NAMES[asked]]
     if asked == "imagenet":
         return list(imagenet_names().values())
-    if Path(asked).is_file():
+    if is_there(asked):
         return read_names(Path(asked))
     labels = [label for part in re.split("[,，、]", asked) if (label := spaced(part))]
     if len(labels) < 2:
@@ -143,12 +151,20 @@ def readable_images(folder: Path) -> list[Path]:
     return readable
 
 
+def refuse_not_finite(features: Tensor, kind: str, names: Sequence[str]) -> None:
+    """Raise NotFiniteError, with the name of the first row of features (rows, dim) that is not finite."""
+    for name, finite in zip(names, features.isfinite().all(1).tolist()):
+        if not finite:
+            raise NotFiniteError(f'{kind} "{name}": feature is not finite; nothing can be scored against it')
+
+
 def probabilities(images: Tensor, classes: Tensor, scale: float) -> Tensor:
     """float64 (images, classes): the softmax over the classes of scale times the cosine.
 
     images (images, dim) and classes (classes, dim) are L2-normalised.
     """
-    return torch.softmax(scale * images.double().cpu() @ classes.double().cpu().T, dim=1)
+    cosines = images.double().cpu() @ classes.double().cpu().T
+    return torch.softmax(scale * (cosines - cosines.amax(1, keepdim=True)), dim=1)  # no scale is too large so
 
 
 def best_labels(shares: Tensor, names: Sequence[str]) -> list[list[tuple[str, float]]]:

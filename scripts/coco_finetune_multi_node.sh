@@ -11,5 +11,5 @@
 set -euo pipefail
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:?number of machines}" --node_rank "${NODE_RANK:?number of this machine, from 0}" \
     --master_addr "${MASTER_ADDR:?the first machine}" --master_port "${MASTER_PORT:-29500}" --nproc_per_node "${GPUS:-gpu}" \
-    "$(dirname "$0")/../main.py" --dataset coco --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
+    "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
     --batch_size 2048 --epochs 10 --lr 3e-5 --warmup 0.1 --experiments coco_vit-b-32_multi_node "${@:2}"

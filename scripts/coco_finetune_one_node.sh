@@ -6,5 +6,5 @@
 # --batch_size is the global one, over all GPUs: the numbers do not depend on how many there are.
 set -euo pipefail
 exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-gpu}" "$(dirname "$0")/../main.py" \
-    --dataset coco --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
+    --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \
     --batch_size 1024 --epochs 10 --lr 2e-5 --warmup 0.1 --experiments coco_vit-b-32_one_node "${@:2}"

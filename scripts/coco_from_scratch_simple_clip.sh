@@ -4,7 +4,7 @@
 # or none for random ones.
 #     bash scripts/coco_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail
-exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset coco --dataset_root "${1:?give the folder of the data}" \
+exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" \
     --vision_model resnet50 --pretrained IMAGENET1K_V2 --text_pretrained distilbert-base-uncased --image_size 224 \
     --caption_sampling one --batch_size 256 --epochs 10 --lr 1e-4 --warmup 0 --weight_decay 0 --beta2 0.999 \
     --eps 1e-8 --fp16_precision --experiments coco_from_scratch_simple_clip "${@:2}"

@@ -2,6 +2,6 @@
 # Train only the two projections of ViT-L/14 on COCO with the margin-pairwise loss.
 #     bash scripts/coco_margin_linear_projection.sh DATA [further options of main.py]
 set -euo pipefail
-exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset coco --dataset_root "${1:?give the folder of the data}" --vision_model ViT-L/14 \
+exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" --vision_model ViT-L/14 \
     --loss margin --margin 0.1 --trainable linear_projection --batch_size 256 --epochs 1 --lr 1e-4 \
     --weight_decay 1e-3 --warmup 0.1 --experiments coco_margin_linear_projection "${@:2}"

@@ -9,7 +9,7 @@ output=${OUTPUT:-logs/coco_zero_shot}
 results=()
 for model in ${MODELS:-RN50 RN101 RN50x4 RN50x16 RN50x64 ViT-B/32 ViT-B/16 ViT-L/14 ViT-L/14@336px}; do
     name=${model//\//-}
-    "$python" "$scripts/../main.py" --eval --dataset coco --dataset_root "${1:?give the folder of the data}" --vision_model "$model" \
+    "$python" "$scripts/../main.py" --eval --dataset_root "${1:?give the folder of the data}" --vision_model "$model" \
         --checkpoint_path "$output" --experiments "$name" "${@:2}"
     results+=("$output/$name/results.json")
 done

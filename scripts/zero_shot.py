@@ -13,10 +13,10 @@ Results are printed, and written to logs/ex0/zero_shot_{data}/: results.json and
 """
 
 import sys
-from pathlib import Path
 
 import _path  # noqa: F401
 
+from clip_retrieval.classification.arguments import take_values
 from clip_retrieval.command_line import add_arguments, build_parser
 from clip_retrieval.errors import run_and_exit
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
@@ -31,11 +31,12 @@ def main() -> None:
     wanted.add_argument(
         "--data", required=True, help="cifar10, cifar100, stl10, imagenet, or a folder with a folder for each class"
     )
-    wanted.add_argument("--data_root", type=Path, help="folder of a data set that goes by name (default: datasets)")
+    wanted.add_argument(
+        "--data_root", help="folder of a data set that goes by name, or the one above it (default: datasets)"
+    )
     wanted.add_argument("--download", action="store_true", help="fetch the archive of cifar10, cifar100 or stl10")
     wanted.add_argument(
         "--class_names",
-        type=Path,
         help="file of class names: one per line in the order of the folders, lines `folder, name`, or JSON (default: "
         "the data set's, or those of the folders)",
     )
@@ -52,11 +53,10 @@ def main() -> None:
     wanted.add_argument(
         "--template", action="append", help='a template itself, "a photo of a {}."; may be given several times'
     )
-    wanted.add_argument("--output", type=Path, help="folder of the results")
+    wanted.add_argument("--output", help="folder of the results")
     typed = vars(parser.parse_args())
-    own = {action.dest: typed.pop(action.dest) for action in wanted._group_actions if action.dest in typed}
+    own = take_values(wanted, typed, paths=("data_root", "class_names", "output"))
     output = own.pop("output", None)
-    own["template"] = tuple(own.get("template", ()))
 
     from clip_retrieval.classification.catalog import ZeroShotData
     from clip_retrieval.zero_shot import classify

@@ -11,10 +11,10 @@ Also clip-training's spelling: --checkpoint_path is the checkpoint here.
 """
 
 import sys
-from pathlib import Path
 
 import _path  # noqa: F401
 
+from clip_retrieval.classification.arguments import take_values
 from clip_retrieval.command_line import add_arguments, build_parser
 from clip_retrieval.errors import run_and_exit
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
@@ -29,8 +29,8 @@ def main() -> None:
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
     add_arguments(parser, DataOptions, only=("num_workers",))
     demo = parser.add_argument_group("demo options")
-    demo.add_argument("--img_path", type=Path, help="an image")
-    demo.add_argument("--img_dir", type=Path, help="a folder of images")
+    demo.add_argument("--img_path", help="an image")
+    demo.add_argument("--img_dir", help="a folder of images")
     demo.add_argument(
         *("--show_prediction", "--show_predictions"), action="store_true", help="draw a figure, into --output"
     )
@@ -49,10 +49,9 @@ def main() -> None:
         help="T in softmax(cosine / T), over the labels: 0.01 is a scale of 100 (default: the model's own, "
         "1 / exp(logit_scale))",
     )
-    demo.add_argument("--output", type=Path, help="folder of the figures (default: demo_output)")
+    demo.add_argument("--output", help="folder of the figures (default: demo_output)")
     typed = vars(parser.parse_args())
-    own = {action.dest: typed.pop(action.dest) for action in demo._group_actions if action.dest in typed}
-    own["template"] = tuple(own.get("template", ()))
+    own = take_values(demo, typed, paths=("img_path", "img_dir", "output"))
 
     from clip_retrieval.zero_shot_demo import Demo, show
 

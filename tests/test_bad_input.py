@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import stat
 
 import pytest
@@ -50,6 +51,23 @@ def test_a_truncated_photograph_stops_the_run_and_is_named(run, arguments, capti
         command = [*arguments, "--dataset_root", broken, "--num_workers", workers, "--overwrite"]
         code, _, err = run(*command)
         assert code == 2 and is_one_line(err) and str(broken / "3.jpg") in err
+
+
+def test_a_photograph_that_breaks_in_mid_run_costs_no_steps(run, arguments, captioned, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(captioned, data)
+    whole = (captioned / "3.jpg").read_bytes()
+    (data / "3.jpg").write_bytes(whole[:300])
+    command = [*arguments, "--dataset_root", data, "--no_eval_first", "--batch_size", "5"]
+    code, _, err = run(*command, "--seed", "1")
+    assert code == 2 and is_one_line(err) and "3.jpg" in err and "--resume auto goes on" in err
+    (data / "3.jpg").write_bytes(whole)
+    code, out, err = run(*command, "--seed", "1", "--resume", "auto")
+    assert code == 0 and "going on from" in out, err
+    assert run(*command, "--seed", "1", "--name", "whole")[0] == 0
+    files = (tmp_path / "logs" / name / "last.pt" for name in ("ex0", "whole"))
+    broken, never = (torch.load(file, weights_only=True)["model"] for file in files)
+    assert all(torch.equal(broken[name], never[name]) for name in never)
 
 
 def test_a_missing_photograph_is_named_before_anything_is_trained(run, arguments, captioned, tmp_path):

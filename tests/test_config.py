@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.config import read_config
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import Options
+from clip_retrieval.start import settle_options
 from tests.conftest import read_json
 
 
@@ -45,6 +47,12 @@ def test_a_file_says_what_could_be_typed(config):
     assert read_config(config(text)) == parse(typed.split())
 
 
+def test_values_are_what_is_written(config):
+    """YAML itself reads 010 as 8, 1.10 as 1.1, 12:30:00 as 45000, off as false and the last one as no day at all."""
+    for value in ("010", "1.10", "12:30:00", "off", "2024-02-30"):
+        assert read_config(config(f"experiments: {value}\n")) == {"experiments": value}
+
+
 def test_no_file_and_an_empty_file_say_nothing(config):
     assert read_config(None) == read_config(config("# nothing\n")) == {}
 
@@ -57,11 +65,18 @@ def test_no_file_and_an_empty_file_say_nothing(config):
         ("lr: [1, 2]", ["lr", "one value"]),
         ("freeze_vision: 3", ["freeze_vision", "true or false"]),
         ("train: {lr: 1}", ["unknown option train"]),
-        ("lr: {peak: 1}", ["lr", "section"]),
+        ("lr: {peak: 1}", ["lr", "stand side by side"]),
+        ("lr: []", ["lr holds no value"]),
+        ("lr: true", ["--lr", "'true' is not a number"]),
+        ("lr: 1\nseed: 2\nlr: 3", ["line 3", "lr stands there twice"]),
+        ("lr: 1\nlearning_rate: 2", ["lr", "learning_rate", "the same option"]),
+        ("help: true", ["unknown option help"]),
+        ("config: other.yaml", ["unknown option config"]),
+        ("[" * 3000, ["YAML"]),
         ("loss: infonc", ["infonc", "infonce"]),
         ("- lr", ["option: value"]),
         ("lr: [1", ["line 1", "YAML"]),
-        ("lr: !!python/object/apply:os.system ['true']", ["line 1", "YAML"]),
+        ("lr: !!python/object/apply:os.system ['true']", ["'true' is not a number"]),
     ],
 )
 def test_what_is_wrong_is_said_with_the_file(config, text, words):
@@ -109,6 +124,26 @@ def test_the_options_of_a_run_are_a_config_that_repeats_it(arguments, run, tmp_p
     assert results[0]["i2t"] == results[1]["i2t"] and results[0]["t2i"] == results[1]["t2i"]
 
 
+def test_the_options_of_a_run_that_was_resumed_begin_it_anew(arguments, run, tmp_path):
+    assert run(*arguments, "--max_steps", "2")[0] == 0
+    first = tmp_path / "logs/ex0"
+    assert run("--resume", first / "last.pt", "--checkpoint_path", tmp_path / "logs", "--max_steps", "4")[0] == 0
+    code, out, error = run("--config", first / "options.json", "--experiments", "again")
+    assert code == 0 and "before training" in out, error
+    weights = [
+        torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"] for name in ("ex0", "again")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_a_repeated_command_would_do_again_must_be_typed(arguments, config, run, tmp_path):
+    path = config("reset_data_offset: true\nreset_optimizer: true\n")
+    assert run(*arguments, "--max_steps", "1")[0] == 0
+    code, out, error = run(*arguments, "--max_steps", "2", "--resume", "auto", "--config", path)
+    assert code == 0, error
+    assert "going on from" in out and "reset_data_offset counts only where it is typed" in error
+
+
 def test_a_file_takes_no_run_away(arguments, config, run, tmp_path):
     assert run(*arguments, "--max_steps", "1")[0] == 0
     code, _, error = run(*arguments, "--max_steps", "1", "--config", config("overwrite: true\n"))
@@ -133,3 +168,38 @@ def test_every_default_survives_the_way_through_options_json(tmp_path):
     defaults = Options().flat()
     path.write_text(json.dumps(defaults | {"versions": {"torch": "2"}, "device_used": "cpu"}))
     assert Options.settle(read_config(path)).flat() == defaults
+
+
+def test_the_options_of_a_chinese_clip_are_a_config_too(arguments, run, real_data, tmp_path):
+    """The file alone tells its model, which options.json calls by a name that --vision_model has not."""
+    tiny = real_data / "chinese_clip_tiny"
+    place = arguments.index("--vision_model")
+    given = [*arguments[:place], *arguments[place + 2 :], "--pretrained", tiny / "clip_cn_tiny.pt"]
+    code, _, error = run(*given, "--tokenizer", tiny / "vocab.txt", "--max_steps", "1", "--no_eval_first")
+    assert code == 0, error
+    code, _, error = run("--config", tmp_path / "logs/ex0/options.json", "--experiments", "again")
+    assert code == 0, error
+    assert read_json(tmp_path / "logs/again/options.json")["vision_model"] == "Chinese-CLIP"
+
+
+def test_chinese_clips_joint_names_are_two_options():
+    options, _ = settle_options({"vision_model": "ViT-B-16@RoBERTa-wwm-ext-base-chinese"})
+    assert (options.model.vision_model, options.model.text_model) == ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese")
+    options, _ = settle_options({"vision_model": "ViT-L/14@336px"})
+    assert (options.model.vision_model, options.model.text_model) == ("ViT-L/14@336px", None)
+
+
+def test_data_that_are_typed_leave_nothing_of_the_files_places(config):
+    path = config("dataset: [coco, csv]\ndataset_root: [A, B]\nannotations: [null, x.csv]\ndataset_weights: [1, 2]\n")
+    options, _ = settle_options({"config": str(path), "dataset": "coco"})
+    data = options.data
+    assert (data.dataset_root, data.annotations, data.dataset_weights) == ("datasets", None, None)
+
+
+def test_shards_that_are_typed_for_a_mixture_stay_in_it(config):
+    path = config('dataset: [coco, webdataset]\ndataset_root: A\ntrain_data: [null, "a/{0..9}.tar"]\n')
+    options, _ = settle_options({"config": str(path), "train_data": (None, "b/{0..9}.tar")})
+    assert [(part.dataset, part.train_data) for part in options.data.parts()] == [
+        ("coco", None),
+        ("webdataset", "b/{0..9}.tar"),
+    ]

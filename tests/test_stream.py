@@ -1,5 +1,6 @@
 """Finetuning on tar shards, from the command line."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -68,6 +69,35 @@ def test_patterns_imply_the_data_set_and_are_found_from_anywhere(run, settings, 
     assert code == 2 and is_one_line(err) and "has no test split; choose another --eval_split" in err
 
 
+def test_patterns_survive_a_checkpoint_also_in_a_folder_with_blanks(run, settings, shards, tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    shards.rename(tmp_path / "a b/s")
+    monkeypatch.chdir(tmp_path / "a b")
+    data = ["--train_data", "s/train-000.tar s/train-001.tar", "--val_data", "s/val-000.tar s/val-001.tar"]
+    code, out, err = run(*settings, *data, "--max_steps", "1")
+    assert code == 0 and "train: 2 shards" in out, err
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("--eval", "--resume", tmp_path / "logs/ex0/last.pt", "--eval_split", "val", "--device", "cpu")
+    assert code == 0 and "webdataset val: 6 images" in out, err
+
+
+def test_a_folder_of_tars_implies_the_data_set_and_packed_ones_are_refused(run, settings, shards, tmp_path):
+    code, out, err = run(*settings, "--train_data", shards, "--max_steps", "1", "--no_eval_first")
+    assert code == 0 and "webdataset train: 7 shards" in out, err
+    for name in ("x.tgz", "x.tar.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(shards.joinpath("train-000.tar").read_bytes()))
+        code, _, err = run(*settings, "--train_data", tmp_path / name, "--overwrite")
+        assert code == 2 and is_one_line(err) and f"{name}: not a tar; decompress it" in err
+
+
+def test_shards_that_are_named_for_one_split_are_not_trained_on(run, settings, tmp_path):
+    root = tmp_path / "leak"
+    write_shards(root, [6, 6, 6], prefix="0")
+    data = ["--dataset", "webdataset", "--dataset_root", root, "--val_data", root / "0-002.tar"]
+    code, out, err = run(*settings, *data, "--max_steps", "1")
+    assert code == 0 and "webdataset train: 2 shards, 12 pairs" in out and "webdataset val: 6 images" in out, err
+
+
 def test_yfcc7m_is_read_as_simple_clip_lays_it_out(run, settings, tmp_path):
     write_shards(tmp_path / "data/yfcc7m", [6, 6], prefix="0")
     code, out, err = run(*settings, "--dataset", "yfcc7m", "--dataset_root", tmp_path / "data")
@@ -85,6 +115,20 @@ def spoilt(shards):
     odd = [("broken", {"jpg": jpeg(0)[:300], "txt": "x"}), ("without", {"jpg": jpeg(1)})]
     write_shard(path, [*samples[:2], *odd, *samples[2:]])
     return shards
+
+
+def test_what_was_left_out_is_said_where_a_run_ends_within_an_epoch(run, on_shards, spoilt):
+    code, _, err = run(*on_shards, "--max_steps", "3", "--eval_every", "0")  # of 4 an epoch
+    assert code == 0 and "epoch 1, batches 1 to 3: 2 samples could not be used" in err
+    code, _, err = run(*on_shards, "--max_steps", "8", "--eval_every", "0", "--resume", "auto")
+    assert code == 0 and "epoch 2, batches 1 to 4: 2 samples could not be used" in err
+    assert "epoch 1, batches 1" not in err
+
+
+def test_a_first_shard_none_of_whose_samples_can_be_used_does_not_stop_a_run(run, on_shards, shards):
+    write_shard(shards / "train-000.tar", [(f"{i}", {"jpg": b"none", "txt": "x"}) for i in range(5)])
+    code, out, err = run(*on_shards, "--max_steps", "3")
+    assert code == 0 and "  00005: a " in out, err
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -133,6 +177,15 @@ def test_each_option_reaches_the_stream(run, on_shards, tmp_path):
     assert len(set(losses)) == len(options)
 
 
+def test_where_samples_have_several_captions_it_says_that_one_is_drawn_an_epoch(run, on_shards, shards):
+    command = [*on_shards, "--max_steps", "1", "--no_eval_first", "--eval_every", "0", "--overwrite"]
+    said = "shards give one caption of an image an epoch"
+    assert said in run(*command)[1] and said not in run(*command, "--caption_sampling", "one")[1]
+    for number in range(3):
+        write_shard(shards / f"train-{number:03}.tar", numbered(5 * number, 5))
+    assert said not in run(*command)[1]
+
+
 def test_an_epoch_of_a_given_length_is_not_counted_up_front(run, on_shards, tmp_path, monkeypatch):
     counted = []
     normal = shard_order.count_samples
@@ -172,6 +225,8 @@ def test_what_decides_the_order_must_stay_when_a_run_goes_on(run, on_shards, sha
     assert run(*on_shards, "--epochs", "1")[0] == 0
     code, _, err = run(*on_shards, "--resume", "auto", "--shuffle_buffer", "5")
     assert code == 2 and is_one_line(err) and "--shuffle_buffer 4096" in err
+    code, _, err = run(*on_shards, "--resume", "auto", "--train_num_samples", "12")
+    assert code == 2 and is_one_line(err) and "--train_num_samples" in err and "other data" not in err
     write_shard(shards / "train-003.tar", numbered(50, 3))
     code, _, err = run(*on_shards, "--resume", "auto")
     assert code == 2 and is_one_line(err) and "other data" in err

@@ -1,9 +1,13 @@
 """Zero-shot accuracy while a model learns: --zero_shot_eval."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from clip_retrieval import prepare
+from clip_retrieval.distributed import Processes
 from tests.conftest import read_json, read_lines
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
@@ -100,3 +104,64 @@ def test_what_is_wrong_is_one_line(run, arguments, extra, words):
     code, _, error = run(*arguments, *extra)
     assert code == 2 and error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+def test_the_classes_are_found_from_another_folder_and_can_be_left_out(run, arguments, coloured, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "simple").mkdir()  # of the name of a set of templates
+    named = ("--zero_shot_eval", "classes", "--zero_shot_templates", "simple")
+    assert run(*arguments, *named, "--max_steps", "2")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    go_on = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--max_steps", "4")
+    code, _, error = run(*go_on)
+    assert code == 0, error
+    assert [line["step"] for line in zero_shot_lines(tmp_path / "logs/ex0")] == [0, 2, 3, 4]
+
+    code, _, error = run(*go_on[:-1], "6", "--zero_shot_eval", "none")
+    assert code == 0, error
+    assert "zero_shot" not in read_json(tmp_path / "logs/ex0/results.json")
+
+
+def test_messages_name_the_options_that_there_are(run, arguments, coloured, tmp_path):
+    messages = {
+        ("imagenet",): ["as --zero_shot_root,", "with --zero_shot_class_names"],
+        ("cifar10",): ["cifar-10-python.tar.gz", "or give its folder as --zero_shot_root"],
+        (coloured, "--zero_shot_templates", "cifer"): ["--zero_shot_templates cifer: no such file"],
+    }
+    for typed, words in messages.items():
+        code, _, error = run(*arguments, "--zero_shot_root", coloured, "--zero_shot_eval", *typed)
+        assert code == 2 and error.count("\n") == 1
+        assert all(word in error for word in words) and " --data_root" not in error and "--download" not in error
+
+
+def test_imagenet_is_found_below_the_root(run, arguments, coloured, tmp_path):
+    for name, wordnet_id in zip(COLOURS, ("n01440764", "n01443537", "n01484850")):
+        (tmp_path / "data" / "imagenet").mkdir(parents=True, exist_ok=True)
+        (coloured / name).rename(tmp_path / "data" / "imagenet" / wordnet_id)
+    code, _, error = run(*arguments, "--max_steps", "1", "--imagenet_eval", "--zero_shot_root", tmp_path / "data")
+    assert code == 0, error
+    block = read_json(tmp_path / "logs/ex0/results.json")["zero_shot"]
+    assert (block["classes"], block["data_root"]) == (3, str(tmp_path / "data/imagenet"))
+
+
+def test_one_process_reads_the_classes_first_and_may_extract_them(run, arguments, coloured, monkeypatch):
+    """Of several processes the others wait until the first is out of the block."""
+    inside, seen = [], []
+    waiting, reading = Processes.main_first, prepare.load_zero_shot
+
+    @contextmanager
+    def main_first(processes):
+        with waiting(processes):
+            inside.append(True)
+            yield
+            inside.pop()
+
+    def load_zero_shot(*arguments):
+        seen.append(bool(inside))
+        return reading(*arguments)
+
+    monkeypatch.setattr(Processes, "main_first", main_first)
+    monkeypatch.setattr(prepare, "load_zero_shot", load_zero_shot)
+    assert run(*arguments, "--max_steps", "1", "--zero_shot_eval", coloured)[0] == 0
+    assert seen == [True]

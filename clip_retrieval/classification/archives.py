@@ -23,13 +23,23 @@ READERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": 
 TEST = {"cifar10": {"train": False}, "cifar100": {"train": False}, "stl10": {"split": "test"}}
 
 
-def read_archive(name: str, root: Path, *, download: bool = False) -> tuple[ImageArray, np.ndarray, Sequence[str]]:
+def archive_root(name: str, root: Path) -> Path:
+    """The folder of an archive, or of what was extracted from it: {root}/{name} where it is there, else `root`."""
+    reader = READERS[name]
+    below = root / name
+    return below if any((below / held).exists() for held in (reader.filename, reader.base_folder)) else root
+
+
+def read_archive(
+    name: str, root: Path, *, download: bool = False, mend: str = "fetch it with --download"
+) -> tuple[ImageArray, np.ndarray, Sequence[str]]:
     """The test images, their labels int64 (images,), and the official names of the classes.
 
     Args:
         name: one of READERS.
         root: the folder that holds the archive (it is extracted there) or what was extracted from it.
         download: fetch the archive where it is missing.
+        mend: what else than putting the archive there helps where it is missing.
 
     Raises:
         UserError: the files are missing, or are not the official ones; or the download failed.
@@ -45,9 +55,7 @@ def read_archive(name: str, root: Path, *, download: bool = False) -> tuple[Imag
         data = reader(str(root), download=download, **TEST[name])
     except RuntimeError:  # torchvision's word for missing or changed files, and for a download that broke
         found = "is not the official one, or not whole" if extracted.is_dir() else "is missing"
-        raise UserError(
-            f"{extracted}: {found}; put {reader.filename} ({reader.url}) into {root}, or fetch it with --download"
-        ) from None
+        raise UserError(f"{extracted}: {found}; put {reader.filename} ({reader.url}) into {root}, or {mend}") from None
     except OSError as error:
         if not download:
             raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from clip_retrieval.classification.arguments import is_there
 from clip_retrieval.classification.class_names import imagenet_folder_names, read_class_names, spaced
 from clip_retrieval.classification.folder import read_image_folder
 from clip_retrieval.classification.labelled import LabelledImages
@@ -18,18 +19,30 @@ NAMES = (*OFFICIAL_NAMES, IMAGENET)
 
 
 @dataclass(frozen=True)
+class OptionNames:
+    """What the program that runs calls its options, for messages; None for what it has not."""
+
+    data_root: str = "--data_root"
+    class_names: str = "--class_names"
+    templates: str = "--templates"
+    download: str | None = "--download"
+
+
+@dataclass(frozen=True)
 class ZeroShotData:
     """What is to be classified, and in which words.
 
     Attributes:
         data: cifar10, cifar100, stl10, imagenet, or the path of a folder with a folder of images for each class.
         data_root: the folder of a data set that goes by name: the one that holds the archive or what was extracted
-            from it, or ImageNet's folder of class folders (also that of a variant).
+            from it, or ImageNet's folder of class folders (also that of a variant); or the folder that holds this
+            one under the data set's name.
         class_names: file with the names of the classes (see `read_class_names`), instead of the data set's own.
         all_classes: the classes that this file, or ImageNet, knows without there being a folder count as classes.
         templates: a set of templates, or a file.
         template: templates themselves.
         download: fetch an archive that is missing.
+        options: what messages call the options.
     """
 
     data: str
@@ -39,6 +52,7 @@ class ZeroShotData:
     templates: str | None = None
     template: tuple[str, ...] = ()
     download: bool = False
+    options: OptionNames = OptionNames()
 
 
 def read_labelled(wanted: ZeroShotData) -> tuple[LabelledImages, Templates]:
@@ -52,35 +66,44 @@ def read_labelled(wanted: ZeroShotData) -> tuple[LabelledImages, Templates]:
         raise UserError("--all_classes takes the classes from --class_names; give the file, or drop the option")
     if wanted.data in OFFICIAL_NAMES:
         labelled = _archive(wanted)
-    elif wanted.data == IMAGENET or Path(wanted.data).exists():
+    elif wanted.data == IMAGENET or is_there(wanted.data):
         labelled = _folder(wanted)
     else:
         raise UserError(f"{wanted.data}: no such folder of images, and none of {', '.join(NAMES)}")
     usual = OF_DATA.get(wanted.data, "imagenet")
-    return labelled, choose_templates(wanted.templates, wanted.template, labelled.class_names, usual)
+    templates = choose_templates(
+        wanted.templates, wanted.template, labelled.class_names, usual, option=wanted.options.templates
+    )
+    return replace(labelled, names_file=wanted.class_names), templates
 
 
 def _archive(wanted: ZeroShotData) -> LabelledImages:
-    from clip_retrieval.classification.archives import read_archive
+    from clip_retrieval.classification.archives import archive_root, read_archive
 
     if wanted.all_classes:
         raise UserError(f"--all_classes is for folders: {wanted.data} has images of all its classes; drop it")
-    images, labels, classes = read_archive(wanted.data, wanted.data_root, download=wanted.download)
+    options = wanted.options
+    mend = f"fetch it with {options.download}" if options.download else f"give its folder as {options.data_root}"
+    root = archive_root(wanted.data, wanted.data_root)
+    images, labels, classes = read_archive(wanted.data, root, download=wanted.download, mend=mend)
     names = read_class_names(wanted.class_names, classes) if wanted.class_names else {c: spaced(c) for c in classes}
     if missing := [each for each in classes if each not in names]:
         raise UserError(f'{wanted.class_names}: has no name for the class "{missing[0]}" of {wanted.data}; add it')
-    return LabelledImages(wanted.data, images, labels, [names[each] for each in classes])
+    return LabelledImages(wanted.data, images, labels, [names[each] for each in classes], root)
 
 
 def _folder(wanted: ZeroShotData) -> LabelledImages:
     if wanted.class_names:
         names_of = partial(read_class_names, wanted.class_names)
     elif wanted.data == IMAGENET:
-        names_of = imagenet_folder_names
+        options = wanted.options
+        names_of = partial(imagenet_folder_names, root_option=options.data_root, names_option=options.class_names)
     else:
         names_of = _folder_names
     if wanted.data == IMAGENET:
-        return read_image_folder(wanted.data_root, IMAGENET, names_of, all_classes=wanted.all_classes)
+        below = wanted.data_root / IMAGENET
+        folder = below if below.is_dir() else wanted.data_root
+        return read_image_folder(folder, IMAGENET, names_of, all_classes=wanted.all_classes)
     folder = Path(wanted.data)
     return read_image_folder(folder, folder.resolve().name, names_of, all_classes=wanted.all_classes)
 

@@ -10,9 +10,13 @@ from pathlib import Path
 from clip_retrieval.data.readers.files import read_json, read_text
 from clip_retrieval.errors import UserError
 
+BLANK = r"\s"
 # What may stand between a folder and its name, and the share of the folders that must be named so: a blank is common
 # within names.
-SEPARATORS = {r"\t": 0, ",": 0, r"\s": 1 / 2}
+SEPARATORS = {r"\t": 0, ",": 0, BLANK: 1 / 2}
+HEADER = {"folder", "directory", "class", "class_id", "id", "label", "wnid", "wordnet_id", "synset"}
+"""What a first line calls the folders, where it says what the columns are."""
+DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"\d+\s+(?=\S)")  # `n02119789 1 kit_fox`, as in ImageNet's map_clsloc.txt
 
 
@@ -25,8 +29,10 @@ def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
     """Folder to name, from a text file (.txt, .csv, ...) or a .json.
 
     A text file has a line per class, blank ones apart: the name alone, in the order of `folders`, or the folder, then
-    a tab, a comma or blanks, then the name (where all lines have a number in front of it, that is left out). A JSON
-    file is a list of names, or an object from folder to name. A file with folders may name more of them than there are.
+    a tab, a comma or blanks, then the name (where all lines have a number in front of it, that is left out). Blanks
+    count only behind folders that are ids, each with a digit in it, as n02119789 is: names have blanks in them. Above
+    folders and names a header may stand. A JSON file is a list of names, or an object from folder to name. A file with
+    folders may name more of them than there are.
 
     Args:
         path: the file.
@@ -79,8 +85,13 @@ def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: frozenset[st
     for separator, least in SEPARATORS.items():
         pattern = re.compile(rf"\s*{separator}\s*")
         parts = [(number, *pattern.split(text, maxsplit=1)) for number, text in lines]
+        if parts[0][1].lower() in HEADER and parts[0][1] not in folders:
+            del parts[0]
         named = [part for part in parts if len(part) == 3]
-        if 2 * len(named) >= len(lines) and len(folders & {part[1] for part in named}) >= max(1, least * len(folders)):
+        found = folders & {part[1] for part in named}
+        if separator == BLANK and not all(map(DIGIT.search, found)):
+            continue
+        if 2 * len(named) >= len(parts) and len(found) >= max(1, least * len(folders)):
             break
     else:
         return {}
@@ -104,11 +115,13 @@ def imagenet_names() -> dict[str, str]:
     return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
-def imagenet_folder_names(folders: Sequence[str]) -> dict[str, str]:
+def imagenet_folder_names(
+    folders: Sequence[str], *, root_option: str = "--data_root", names_option: str = "--class_names"
+) -> dict[str, str]:
     """Folder to name, of ImageNet or a variant of it: folders are WordNet ids (ImageNet, -A, -R, -Sketch) or the
     classes' numbers from 0 (ImageNetV2).
 
-    Raises UserError for any other folder.
+    Raises UserError, naming the two options that may mend it, for any other folder.
     """
     names = imagenet_names()
     numbered = {str(number): name for number, name in enumerate(names.values())}
@@ -118,7 +131,7 @@ def imagenet_folder_names(folders: Sequence[str]) -> dict[str, str]:
         return known
     raise UserError(
         f'the folder "{unknown}" is none of ImageNet\'s classes (n01440764, ..., or 0 to 999); give the folder that '
-        "holds these as --data_root, or name the classes with --class_names"
+        f"holds these as {root_option}, or name the classes with {names_option}"
     )
 
 

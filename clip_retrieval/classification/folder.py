@@ -36,6 +36,8 @@ def read_image_folder(
     for missing in (each for each in folders if each not in names):
         raise UserError(f'{folder / missing}: the class file has no name for the folder "{missing}"; add it')
     classes = in_order(names) if all_classes else folders
+    if all_classes:
+        log.info(f"{folder}: {len(classes) - len(folders):,} classes without a folder are candidates as well")
     paths: list[str] = []
     labels: list[int] = []
     skipped: list[Path] = []
@@ -49,7 +51,7 @@ def read_image_folder(
         labels += [label] * len(images)
         skipped += others
     say_skipped(folder, skipped)
-    return LabelledImages(name, ImageFiles(paths), np.array(labels), [names[of_class] for of_class in classes])
+    return LabelledImages(name, ImageFiles(paths), np.array(labels), [names[of_class] for of_class in classes], folder)
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,12 +20,16 @@ class LabelledImages:
         images: the images, opened when asked for.
         labels: int64 (images,), the class of each image.
         class_names: what the classes are called, (classes,). Two classes may have the same name, and stay two.
+        place: the folder that the images were read from, if any.
+        names_file: the file that named the classes, if any.
     """
 
     name: str
     images: Images
     labels: np.ndarray
     class_names: Sequence[str]
+    place: Path | None = None
+    names_file: Path | None = None
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels, dtype=np.int64)

@@ -94,6 +94,8 @@ def score_task(
     seconds = features.seconds | {"ranks": time.perf_counter() - started}
     return {
         "dataset": labelled.name,
+        "data_root": labelled.place and str(labelled.place.absolute()),
+        "class_names": labelled.names_file and str(labelled.names_file.absolute()),
         "precision": precision,
         "template_set": task.templates.name,
         "templates": list(task.templates.texts),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
+from clip_retrieval.classification.arguments import is_there
 from clip_retrieval.data.readers.files import read_text
 from clip_retrieval.errors import UserError
 
@@ -63,7 +64,12 @@ class Templates:
 
 
 def choose_templates(
-    asked: str | None, typed: Sequence[str], class_names: Sequence[str], usual: str = "imagenet"
+    asked: str | None,
+    typed: Sequence[str],
+    class_names: Sequence[str],
+    usual: str = "imagenet",
+    *,
+    option: str = "--templates",
 ) -> Templates:
     """The templates that were asked for: a set or a file, or some that were typed; else the usual ones.
 
@@ -72,23 +78,25 @@ def choose_templates(
         typed: templates themselves.
         class_names: names in Chinese characters make the Chinese set the usual one.
         usual: the usual set otherwise.
+        option: what messages call the option for `asked`.
 
     Raises:
         UserError: both are given, no such set or file, or a template has not exactly one place for the name.
     """
     if asked and typed:
-        raise UserError("--templates and --template both say what is asked; drop one of them")
+        raise UserError(f"{option} and --template both say what is asked; drop one of them")
     if typed:
         return Templates("own", tuple(_checked(text, f'--template "{text}"') for text in typed))
     if asked and asked not in SETS:
-        return _from_file(Path(asked))
+        return _from_file(asked, option)
     name = asked or ("chinese" if any(map(CHINESE.search, class_names)) else usual)
     return Templates(name, SETS[name])
 
 
-def _from_file(path: Path) -> Templates:
-    if not path.exists():
-        raise UserError(f"--templates {path}: no such file, and no set of templates ({', '.join(SETS)})")
+def _from_file(asked: str, option: str) -> Templates:
+    if not is_there(asked):
+        raise UserError(f"{option} {asked}: no such file, and no set of templates ({', '.join(SETS)})")
+    path = Path(asked)
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
     texts = tuple(_checked(line, f"{path}, line {number}") for number, line in lines if line)
     if not texts:

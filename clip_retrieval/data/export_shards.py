@@ -13,9 +13,8 @@ import numpy as np
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.export import export_each, file_bytes, whole
 from clip_retrieval.data.images import decode_rgb
-from clip_retrieval.data.readers import files
 from clip_retrieval.data.shard_samples import CAPTION
-from clip_retrieval.data.shards import SIZES
+from clip_retrieval.data.shards import SIZES, read_sizes
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
@@ -27,13 +26,13 @@ MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 def export_shards(options: DataOptions, output: Path, splits: Sequence[str] = (), shard_size: int = 1000) -> None:
     """Write the splits of a data set to `output` as shards, and how many images each holds as sizes.json.
 
-    Raises UserError where there is no such split, shards of it are there already, an image cannot be read, or the
-    folder cannot be written.
+    Raises UserError where there is no such split, shards of it are there already, the sizes.json that is there is no
+    table, an image cannot be read, or the folder cannot be written.
     """
-    sizes: dict[str, int] = {}
-    export_each(options, output, splits, lambda dataset, name: sizes.update(_export(dataset, output, name, shard_size)))
     table = output / SIZES
-    write_json(table, (files.read_json(table) if table.is_file() else {}) | sizes)
+    sizes = read_sizes(table)
+    export_each(options, output, splits, lambda dataset, name: sizes.update(_export(dataset, output, name, shard_size)))
+    write_json(table, sizes)
 
 
 def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """The pairs of a lane, decoded as a training batch asks for them.
 
 Samples that cannot be used (no image, an image that cannot be decoded, no caption) are left out: the next one of the
-lane stands in for such a one, and is then there twice. So what stands at a place depends on nothing before it, and a
-run that goes on there need not know what was left out.
+lane stands in for such a one, and is then there twice. For a lane that has none, one of another lane does, the same all
+epoch. So what stands at a place depends on nothing before it, and a run that goes on there need not know what was left
+out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from clip_retrieval.data.images import decode_rgb
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_order import Segment, ShardOrder
-from clip_retrieval.data.shard_samples import Unusable, caption_ending, image_ending, read_captions, read_samples
+from clip_retrieval.data.shard_samples import Unusable, captions_of, image_ending, read_samples
 from clip_retrieval.errors import UserError
 
 
@@ -51,13 +52,17 @@ class LaneReader:
             A pair; and where it stands in for a sample that cannot be used, which one that is, and why.
 
         Raises:
-            UserError: a shard cannot be read, or the lane has no sample that can be used.
+            UserError: a shard cannot be read, or no sample at all can be used.
         """
         replaced: list[str] = []
-        last_round = 0
+        last_round = None
         for segment, numbers in self.order.lane(epoch, lane, first):
-            if replaced and segment.round > last_round + 1:
-                raise UserError(f"{replaced[0]}; nor can any other sample near it be used")
+            last_round = segment.round if last_round is None else last_round
+            if segment.round > last_round + 1:  # a whole round had none
+                stand_in = self._elsewhere(epoch, lane, replaced[0])
+                for problem in replaced:
+                    yield stand_in, problem
+                replaced, last_round = [], segment.round - 1
             for pair in self._pairs(epoch, segment, numbers):
                 if isinstance(pair, str):
                     replaced.append(pair)
@@ -66,6 +71,14 @@ class LaneReader:
                     yield pair, problem
                 yield pair, None
                 replaced, last_round = [], segment.round
+
+    def _elsewhere(self, epoch: int, lane: int, problem: str) -> Pair:
+        """The pair that stands in for a lane's that cannot be used, one and all."""
+        for segment, numbers in self.order.elsewhere(epoch, lane):
+            for pair in self._pairs(epoch, segment, numbers):
+                if isinstance(pair, Pair):
+                    return pair
+        raise UserError(f"{problem}; nor can any other sample be used")
 
     def _pairs(self, epoch: int, segment: Segment, numbers: np.ndarray) -> Iterator[Pair | str]:
         """The pairs with these numbers; of one that cannot be used, its name and why."""
@@ -89,8 +102,7 @@ def decode_sample(
     """
     name = f"{path}, sample {sample['__key__']}"
     try:
-        ending = caption_ending(sample, caption_key)
-        captions = read_captions(sample[ending], ending, caption_key)
+        captions = captions_of(sample, caption_key)
         image = decode_rgb(io.BytesIO(sample[image_ending(sample)]), name)
     except Unusable as problem:
         raise Unusable(f"{name}: {problem}") from None

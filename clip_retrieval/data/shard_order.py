@@ -89,16 +89,21 @@ class ShardOrder:
         self.lane_share = batch_size // self.lanes
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int | None]:
         """What decides the order, under the names of the options: a run goes on only with the same."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "shuffle_buffer": self.shuffle_buffer}
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+            "train_num_samples": self.num_samples,
+        }
 
     @cached_property
     def fingerprint(self) -> int:
         """A checksum of the shards' names and sizes: a run goes on only with the data that it began with."""
         names = [path.name for path in self.shards.paths]
         sizes = [path.stat().st_size for path in self.shards.paths] if self.num_samples else self._counts.tolist()
-        return zlib.crc32(repr((names, sizes, self.num_samples)).encode())
+        return zlib.crc32(repr((names, sizes)).encode())
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -129,14 +134,38 @@ class ShardOrder:
             yield segment, segment.begin + buffer_shuffled(number, size, rng)[first:]
             first = 0
 
-    def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
+    def elsewhere(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
+        """All samples, for a lane none of whose own can be used; what the epoch drops comes first.
+
+        Yields:
+            As `lane`, once round, in the order in which they stand in their shards.
+        """
+        shards, cut = self._circle(epoch)
+        if self.num_samples:
+            parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())
+        else:
+            first = cut + len(self) * self.batch_size + lane
+            parts = self._part(shards, first, first + self.samples)
+        for shard, begin, end in parts:
+            if begin < end:
+                yield Segment(shard, begin, end), np.arange(begin, end)
+
+    def _circle(self, epoch: int) -> tuple[np.ndarray, int]:
+        """The shards in an epoch's order, and where the circle of their samples is cut for the first lane.
+
+        That decides which samples are dropped, also where there is one shard only. (Uncounted, the shards are no
+        circle.)
+        """
         rng = np.random.default_rng((self.seed, epoch))
         shards = rng.permutation(len(self.shards))
+        return shards, 0 if self.num_samples else int(rng.integers(self.samples))
+
+    def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
+        shards, cut = self._circle(epoch)
         if self.num_samples:
             yield from self._whole_shards(shards[lane :: self.lanes].tolist())
         length = len(self) * self.lane_share
-        # Where the circle of all samples is cut decides which are dropped, also where there is one shard only.
-        start = int(rng.integers(self.samples)) + lane * length
+        start = cut + lane * length
         own = self._part(shards, start, start + length)
         for round in itertools.count():
             for shard, begin, end in own:

@@ -144,6 +144,12 @@ def read_captions(content: bytes, ending: str, caption_key: str | None) -> list[
     return captions
 
 
+def captions_of(sample: Mapping[str, bytes], caption_key: str | None) -> list[str]:
+    """The captions of a sample that was read, as `read_captions` has them."""
+    ending = caption_ending(sample, caption_key)
+    return read_captions(sample[ending], ending, caption_key)
+
+
 def _texts_of_json(text: str, key: str) -> list[str]:
     try:
         record = json.loads(text)

@@ -1,8 +1,8 @@
 """Training batches that are read from tar shards, one sample after the other, by worker processes.
 
 A batch is the lanes' parts one after the other; a process computes some lanes, and each of its workers reads some of
-these. A sample that stands in for one that cannot be used is twice in its batch, and the batch says that both captions
-belong to both images.
+these. A sample that stands in for one that cannot be used may be twice in its batch: where both are of one lane, the
+batch says that both captions belong to both images. (Of the others' lanes a process does not know what they hold.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Part(NamedTuple):
         images: uint8 (n, 3, height, width).
         ids: int32 (n, context_length).
         lengths: int64 (n,), as in `captions.Tokens`.
-        sources: int64 (n, 2), shard of each pair, and its number there.
+        sources: int64 (n, 3), lane and shard of each pair, and its number there.
         left_out: the samples for which others stand in.
     """
 
@@ -51,11 +51,11 @@ class _LaneParts:
 
     def __call__(self, request: tuple[int, int, range]) -> Part:
         epoch, batch, lanes = request
-        found = [pair for lane in lanes for pair in self._pairs(epoch, batch, lane)]
-        pairs = [pair for pair, _ in found]
+        found = [(lane, *pair) for lane in lanes for pair in self._pairs(epoch, batch, lane)]
+        pairs = [pair for _, pair, _ in found]
         tokens = tokenize([pair.caption for pair in pairs], self.tokenizer)
-        sources = torch.tensor([pair.source for pair in pairs])
-        left_out = [problem for _, problem in found if problem]
+        sources = torch.tensor([(lane, *pair.source) for lane, pair, _ in found])
+        left_out = [problem for _, _, problem in found if problem]
         return Part(torch.stack([pair.pixels for pair in pairs]), tokens.ids, tokens.lengths, sources, left_out)
 
     def _pairs(self, epoch: int, batch: int, lane: int) -> list[tuple[Pair, str | None]]:
@@ -115,16 +115,23 @@ class StreamLoader:
         """
         if self._next != (epoch, first_batch):
             self._parts = self._workers(_requests(epoch, range(first_batch, len(self.order)), self._groups))
-            self._left_out, self._first_left_out = 0, ""
+            self._left_out, self._first_left_out, self._said, self._begun_with = 0, "", 0, first_batch
         for batch in range(first_batch, len(self.order)):
             parts = [next(self._parts) for _ in self._groups]
             self._next = epoch, batch + 1
             left_out = [problem for part in parts for problem in part.left_out]
             self._left_out += len(left_out)
             self._first_left_out = self._first_left_out or "".join(left_out[:1])
-            if batch + 1 == len(self.order):
-                self._say_what_was_left_out(epoch)
-            yield self._batch(parts)
+            last = batch + 1 == len(self.order)
+            if last:
+                self._say_what_was_left_out(int(self.processes.sum(torch.tensor(self._left_out))))
+            try:
+                yield self._batch(parts)
+            except GeneratorExit:
+                # The other processes need not be here, so that there is no asking them.
+                if not last and self._left_out > self._said:
+                    self._say_what_was_left_out(self._left_out, " of this process's" * (self.processes.world_size > 1))
+                raise
 
     def _batch(self, parts: list[Part]) -> TrainBatch:
         images, ids, lengths, sources, _ = zip(*parts)
@@ -133,11 +140,17 @@ class StreamLoader:
         positives = same_rows(torch.cat(sources)) + torch.tensor([0, self._first_row])
         return self._to_device(list(images), texts, positives, lengths if self.bucket == 1 else None)
 
-    def _say_what_was_left_out(self, epoch: int) -> None:
-        number = int(self.processes.sum(torch.tensor(self._left_out)))
-        if number:
-            first = f": {self._first_left_out}" if self._first_left_out else ""
-            log.warning(f"epoch {epoch + 1}: {number:,} samples could not be used, others stood in for them{first}")
+    def _say_what_was_left_out(self, number: int, of: str = "") -> None:
+        """Warn of what was left out since this process began with the epoch."""
+        if not number:
+            return
+        epoch, end = self._next
+        first = f": {self._first_left_out}" if self._first_left_out else ""
+        log.warning(
+            f"epoch {epoch + 1}, batches {self._begun_with + 1:,} to {end:,}: {number:,}{of} samples could not be "
+            f"used, others stood in for them{first}"
+        )
+        self._said = self._left_out
 
 
 def _requests(epoch: int, batches: range, groups: list[range]) -> Iterator[tuple[int, int, range]]:

@@ -3,6 +3,8 @@
 --train_data 'shards/{00000..01537}.tar' --val_data 'val/*.tar'
 DATA/train-{0000..0099}.tar, DATA/val-0.tar, DATA/test.tar     or  DATA/train/*.tar, DATA/valid/*.tar, ...
 DATA/*.tar                                                     without splits: all are to train on
+
+Blanks divide patterns, or SEPARATOR does, where they hold blanks.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
@@ -23,6 +26,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
+SEPARATOR = "::"
 _OF_A_SPLIT = re.compile(rf"({'|'.join(sorted(files.SPLITS, key=len, reverse=True))})([^A-Za-z].*)?\.tar")
 _GZIP = b"\x1f\x8b"
 
@@ -58,7 +62,9 @@ def find_shards(options: DataOptions, split: str) -> SplitShards | None:
 
 
 def _split_patterns(text: str, where: str) -> list[str]:
-    """The patterns of one option: what blanks divide, unless files match it with its blanks."""
+    """The patterns of one option: what SEPARATOR divides, else what blanks do, unless files match it whole."""
+    if SEPARATOR in text:
+        return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
     if any(_matches(name) for name in _braces_expanded(text, where)):
         return [text]
     return text.split()
@@ -66,8 +72,22 @@ def _split_patterns(text: str, where: str) -> list[str]:
 
 def absolute_patterns(text: str) -> str:
     """The same patterns, to be used from any working directory; what names no tars is one path, blanks and all."""
-    patterns = _split_patterns(text, text) if ".tar" in text or glob.has_magic(text) else [text]
-    return " ".join(str(Path(pattern).absolute()) for pattern in patterns)
+    if not _names_tars(text):
+        return str(Path(text).absolute())
+    return SEPARATOR.join(name for pattern in _split_patterns(text, text) for name in _absolute(pattern))
+
+
+def _names_tars(text: str) -> bool:
+    if ".tar" in text or SEPARATOR in text or glob.has_magic(text):
+        return True
+    return not Path(text).exists() and all(_tars(Path(folder)) for folder in text.split())
+
+
+def _absolute(pattern: str) -> list[str]:
+    """The pattern itself, made absolute; what its braces stand for, where only some of that is absolute already."""
+    names = _braces_expanded(pattern, pattern) if "{" in pattern else [pattern]
+    mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() for name in names)
+    return [str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
 
 def expand(text: str, option: str) -> list[Path]:
@@ -78,18 +98,23 @@ def expand(text: str, option: str) -> list[Path]:
     paths: list[Path] = []
     for pattern in _split_patterns(text, f"{option} {text}"):
         for name in _braces_expanded(pattern, f"{option} {text}"):
-            path = Path(name)
-            if path.is_file():
-                paths.append(path)
-            elif found := _tars(path) if path.is_dir() else _matches(name):
+            if found := _files(name):
                 paths += found
-            elif path.is_dir() or glob.has_magic(name):
+            elif Path(name).is_dir() or glob.has_magic(name):
                 raise UserError(f"{option} {text}: {name} holds no shards; correct the pattern, or bring the files")
             else:
                 raise UserError(f"{option} {text}: there is no shard {name}; fetch it, or correct the pattern")
     if not paths:
         raise UserError(f"{option} {text!r} names no shards; give a pattern like 'shards/{{00000..00099}}.tar'")
     return list(dict.fromkeys(paths))
+
+
+def _files(name: str) -> list[Path]:
+    """The files that a name stands for: itself, the tars of a folder, or what wildcards match."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    return _tars(path) if path.is_dir() else _matches(name)
 
 
 def _braces_expanded(pattern: str, where: str) -> list[str]:
@@ -104,6 +129,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _in_root(options: DataOptions, split: str) -> SplitShards | None:
+    """The shards of a split in the root, without those that an option names for another one."""
     root = Path(options.dataset_root)
     if (root / options.dataset).is_dir():  # simple-clip's datasets/yfcc7m
         root = root / options.dataset
@@ -112,18 +138,32 @@ def _in_root(options: DataOptions, split: str) -> SplitShards | None:
         files.check_root(root)
     elif not root.is_dir():
         return None
+    taken = _resolved(options.train_data) if split != "train" else _resolved(options.val_data)
     of_split = {name: list(_of_split(root, name)) for name in ("train", "val", "test")}
     if any(of_split.values()):
-        return SplitShards(split, of_split[split]) if of_split[split] else None
+        return _without(SplitShards(split, of_split[split]), taken)
     everything = _tars(root)
     if named:  # it has the split that is not named, and that is the one to train on
-        return SplitShards(split, everything) if everything and split == "train" else None
+        return _without(SplitShards(split, everything), taken) if split == "train" else None
     if not everything:
         raise UserError(
             f"{root}: holds no .tar shards; give their folder as --dataset_root, or patterns as --train_data and "
             "--val_data"
         )
     return None if split == "val" else SplitShards(UNSPLIT, everything)
+
+
+def _resolved(patterns: str | None) -> set[Path]:
+    """The files that patterns name, as far as they are there."""
+    if not patterns:
+        return set()
+    names = (name for pattern in _split_patterns(patterns, patterns) for name in _braces_expanded(pattern, patterns))
+    return {path.resolve() for name in names for path in _files(name)}
+
+
+def _without(found: SplitShards, taken: set[Path]) -> SplitShards | None:
+    paths = [path for path in found.paths if path.resolve() not in taken]
+    return SplitShards(found.split, paths) if paths else None
 
 
 def _of_split(root: Path, split: str) -> Iterator[Path]:
@@ -169,14 +209,20 @@ def known_sizes(paths: Sequence[Path]) -> list[int | None]:
     for path in paths:
         source = path.parent / SIZES
         if source not in tables:
-            tables[source] = files.read_json(source) if source.is_file() else {}
-            if not isinstance(tables[source], dict):
-                raise UserError(f"{source}: not a table of samples by shard; mend it, or take it away")
+            tables[source] = read_sizes(source)
         size = tables[source].get(path.name)
         if size is not None and not _is_count(size):
             raise UserError(f"{source}: {path.name} has {json.dumps(size)} samples; mend it, or take it away")
         found.append(None if size is None else int(size))
     return found
+
+
+def read_sizes(source: Path) -> dict[str, Any]:
+    """What a `sizes.json` holds; nothing where there is none. Raises UserError unless it is a table."""
+    table = files.read_json(source) if source.is_file() else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{source}: not a table of samples by shard; mend it, or take it away")
+    return table
 
 
 def _is_count(size: object) -> bool:

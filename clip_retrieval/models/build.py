@@ -56,6 +56,7 @@ class BuiltModel:
         name: canonical name.
         weights: a tag of open_clip or torchvision, "none" for random ones, "own" for a hub id's, or the file.
         adaptor_state: weights of an adaptor (`0.weight`, `2.weight`) found in the file.
+        random: beginnings of the names of what is random although there are weights for the rest, e.g. "text.proj".
     """
 
     clip: torch.nn.Module
@@ -64,6 +65,7 @@ class BuiltModel:
     name: str
     weights: str
     adaptor_state: dict[str, torch.Tensor] | None = None
+    random: tuple[str, ...] = ()
 
 
 def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias: bool = False) -> BuiltModel:
@@ -130,7 +132,9 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         torch.nn.init.constant_(clip.logit_scale, SIGLIP_SCALE)
         torch.nn.init.constant_(clip.logit_bias, SIGLIP_BIAS)
     preprocess = {**source.preprocess, "size": config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)}
-    return BuiltModel(clip.float().eval(), config, preprocess, source.name, source.weights, adaptor or None)
+    # The scale, too, is in no file of a tower's, but starts at a value of its own.
+    random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
+    return BuiltModel(clip.float().eval(), config, preprocess, source.name, source.weights, adaptor or None, random)
 
 
 def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, context_length: int | None) -> None:

@@ -6,12 +6,14 @@ of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.word_pieces import WordPieceTokenizer
+from clip_retrieval.options import ModelOptions
 
 CONTEXT_LENGTH = 52
 TOKENIZER_MODE = "chinese_clip"
@@ -25,6 +27,8 @@ TEXT_MODELS = {
     "RoBERTa-wwm-ext-large-chinese": {"hidden_size": 1024, "num_hidden_layers": 24},
     "RBT3-chinese": {"hidden_size": 768, "num_hidden_layers": 3},
 }
+UNNAMED = "Chinese-CLIP"
+"""What a model of other sizes is called; its file tells it."""
 VOCABULARY = 21128
 POSITIONS = 512
 HEAD_WIDTH = 64
@@ -113,16 +117,24 @@ def reference_config(vision: str, text: str) -> dict[str, Any]:
 
 
 def model_name(config: dict[str, Any]) -> str:
-    """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or "Chinese-CLIP"."""
+    """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
     from open_clip.factory import get_model_config
 
     text, vision = config["text_cfg"]["hf_model_name"], config["vision_cfg"]
     towers = {name: get_model_config(name)["vision_cfg"] for name in VISION_MODELS}
     same = [name for name in towers if same_tower(towers[name], vision)]
     if text not in TEXT_MODELS or not same:
-        return "Chinese-CLIP"
+        return UNNAMED
     # ViT-L-14 and ViT-L-14-336 differ in the image size only.
     return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
+
+
+def named_apart(options: ModelOptions) -> ModelOptions:
+    """`options` with the towers of a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` under their two options."""
+    vision, _, text = options.vision_model.rpartition("@")
+    if text not in TEXT_MODELS:
+        return options
+    return replace(options, vision_model=vision, text_model=options.text_model or text)
 
 
 def is_chinese_clip(config: dict[str, Any]) -> bool:

@@ -161,21 +161,21 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
         config, preprocess = read_config(name)
         model, image = name.name, simple_clip.trunk_weights(state)
         wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip.distilbert_weights
-        random = ("visual.head.", "text.proj.", "logit_scale")
+        random = ("visual.head." if image else "visual.", "logit_scale")
     else:
         _check_text_model(options.text_model, name)
         config = chinese_clip.reference_config(name.config, options.text_model)
         model, preprocess = chinese_clip.model_name(config), preprocess_config(chinese_clip.PREPROCESS)
         image = {key: v for key, v in state.items() if key.startswith("visual.") or key == "logit_scale"}
         wanted, kind, rename = "the weights of a CLIP (visual.*)", "BERT", chinese_clip.bert_to_open_clip
-        random = ("text.proj.", *(() if image else ("logit_scale",)))
+        random = () if image else ("visual.", "logit_scale")
     if state and not image:
         raise UserError(f"--pretrained {pretrained} holds no image tower of {name.name}; give {wanted}")
     place = _text_pretrained(options)
     text = read_text_tower(place, rename, kind) if place else {}
     if not image and not text:
         return ModelSource(model, config, preprocess, NO_WEIGHTS)
-    random += (() if image else ("visual.",)) + (() if text else ("text.",))
+    random += ("text.proj." if text else "text.",)
     held = f"{pretrained} for images, {place or NO_WEIGHTS} for captions"
     return ModelSource(model, config, preprocess, held, image | text, random)
 

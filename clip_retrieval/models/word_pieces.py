@@ -20,7 +20,8 @@ class WordPieceTokenizer:
     It has the attributes of open_clip's HFTokenizer, and is used as one.
 
     Args:
-        source: a vocab.txt, a folder with one, a hub name, or the words themselves in the order of their ids.
+        source: a vocab.txt, a folder with one or with a tokenizer.json, a hub name, or the words themselves in the
+            order of their ids.
         context_length: in tokens; longer captions are cut, keeping [SEP].
         vocabulary: number of tokens the text tower knows.
 
@@ -70,11 +71,25 @@ def _of_words(words: list[str]) -> Any:
         return BertTokenizer({word: number for number, word in enumerate(words)})
 
 
+def _saved(folder: Path) -> Any:
+    """The tokenizer that transformers' save_pretrained wrote."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--tokenizer {folder}: its tokenizer.json cannot be read ({reason})") from error
+
+
 def _read(source: str) -> Any:
     from transformers import AutoTokenizer, BertTokenizer
 
     path = Path(source)
     if path.is_dir():
+        if not (path / "vocab.txt").exists() and (path / "tokenizer.json").exists():
+            return _saved(path)
         path = path / "vocab.txt"
     if path.exists():
         try:

@@ -91,9 +91,10 @@ def restore_training(
     # (Names that are not there belong to other data, of which more below.)
     stored = {name: checkpoint["sampler"].get(name, value) for name, value in sampler.settings.items()}
     if stored != sampler.settings and not reset_data_offset:
-        settings = " ".join(f"--{name} {value}" for name, value in stored.items() if value is not None)
+        differing = {name: value for name, value in stored.items() if value != sampler.settings[name]}
+        words = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
         raise UserError(
-            f"{source} was trained with {settings} and goes on only with them; to change them add --reset_data_offset, "
+            f"{source} was trained with {' '.join(words)} and goes on only so; to change them add --reset_data_offset, "
             "or start a new run from its weights (--pretrained)"
         )
     if checkpoint["sampler"]["data"] != sampler.fingerprint and not reset_data_offset:

@@ -145,3 +145,16 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
 def test_the_names_of_cifar100_are_those_of_its_images(real_data):
     assert sorted(OFFICIAL_NAMES["cifar100"]) == sorted(path.name for path in (real_data / "cifar100_test").iterdir())
     assert OFFICIAL_NAMES["cifar100"] == sorted(OFFICIAL_NAMES["cifar100"])
+
+
+@pytest.mark.parametrize("name", archives.READERS)
+def test_an_archive_may_be_below_the_root(sums_are_right, tmp_path, name):
+    write_archive(tmp_path / name, name)
+    labelled, _ = read_labelled(ZeroShotData(name, tmp_path))
+    assert (labelled.labels.tolist(), labelled.place) == (LABELS[name], tmp_path / name)
+
+
+def test_a_folder_of_the_name_that_holds_no_archive_hides_none(sums_are_right, tmp_path):
+    write_archive(tmp_path, "cifar10")
+    (tmp_path / "cifar10" / "cat").mkdir(parents=True)
+    assert read_labelled(ZeroShotData("cifar10", tmp_path))[0].place == tmp_path

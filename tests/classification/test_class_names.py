@@ -20,6 +20,8 @@ FOLDERS = ["n01", "n02", "n03"]
         ("n01\ttench\nn02\tgreat white shark\nn03\then, a bird", ["tench", "great white shark", "hen, a bird"]),
         ("n03, hen\nn01,tench\nn02, shark\n", ["tench", "shark", "hen"]),
         ("n01 tench, Tinca tinca\nn02 shark\nn03 hen", ["tench, Tinca tinca", "shark", "hen"]),
+        ("folder,name\nn03, hen\nn01,tench\nn02, shark\n", ["tench", "shark", "hen"]),
+        ("wnid\tlabel\tname\nn01\t1\ttench\nn02\t2\tshark\nn03\t3\then\n", ["tench", "shark", "hen"]),
         ("n02 2 great_white\nn01 1 tench\nn03 3 hen\n", ["tench", "great white", "hen"]),
         ("n01 7 dwarfs\nn02 shark\nn03 hen\n", ["7 dwarfs", "shark", "hen"]),
         ("苹果\n狗\n一只猫\n", ["苹果", "狗", "一只猫"]),
@@ -95,3 +97,17 @@ def test_imagenets_names_go_by_wordnet_id_or_by_number():
 def test_folders_that_are_none_of_imagenets_ask_for_a_class_file(folders, unknown):
     with pytest.raises(UserError, match=f'"{unknown}".*--class_names'):
         imagenet_folder_names(folders)
+
+
+def test_a_blank_separates_only_behind_ids(tmp_path):
+    """Half of these lines begin with a folder; it is the whole line that is the name."""
+    (tmp_path / "names.txt").write_text("crane bird\nshark fish\nlemon\nteddy bear\n")
+    found = read_class_names(tmp_path / "names.txt", ["crane", "shark", "lemon", "teddy"])
+    assert list(found.values()) == ["crane bird", "shark fish", "lemon", "teddy bear"]
+
+
+def test_a_header_is_no_class(tmp_path):
+    (tmp_path / "names.csv").write_text("class,name\nn03,hen\nn01,tench\nn02,shark\nn04,owl\n")
+    assert set(read_class_names(tmp_path / "names.csv", FOLDERS)) == {"n01", "n02", "n03", "n04"}
+    found = read_class_names(tmp_path / "names.csv", ["class", "n01"])
+    assert found["class"] == "name"  # a folder of this name makes it none

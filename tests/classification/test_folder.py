@@ -58,11 +58,13 @@ def test_images_below_are_left_out_where_they_are_not_wanted(colours):
     assert [path.name for path in images] == ["a.png"] and others == []
 
 
-def test_class_names_from_a_file_and_classes_without_a_folder(colours, tmp_path):
+def test_class_names_from_a_file_and_classes_without_a_folder(colours, tmp_path, capsys):
     file = tmp_path / "names.csv"
     file.write_text("red,Rot\nblack,Schwarz\nblue,Blau\ngreen,Grün\n", encoding="utf-8")
     assert read(colours, class_names=file).class_names == ["Blau", "Grün", "Rot"]
+    start_log()
     labelled = read(colours, class_names=file, all_classes=True)
+    assert f"{colours}: 1 classes without a folder are candidates as well" in capsys.readouterr().out
     assert labelled.class_names == ["Schwarz", "Blau", "Grün", "Rot"]
     assert labelled.labels.tolist() == [1, 1, 2, 2, 3, 3, 3, 3]
 
@@ -116,3 +118,9 @@ def test_bad_input_is_one_line(colours, tmp_path, monkeypatch, options, words):
     with pytest.raises(UserError) as error:
         read_labelled(ZeroShotData(**options))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_imagenet_may_be_below_the_root(tmp_path):
+    paint(tmp_path / "imagenet" / "n01440764" / "a.png", "red")
+    labelled, _ = read_labelled(ZeroShotData("imagenet", tmp_path))
+    assert (labelled.class_names, labelled.place) == (["tench"], tmp_path / "imagenet")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision import models
 
 from tests.classification.conftest import paint
 from tests.conftest import read_json
@@ -40,8 +41,8 @@ def test_a_checkpoint_and_a_folder_need_nothing_else(script, own, colours):
     folder = own.parent / "zero_shot_colours"
     results = read_json(folder / "results.json")
     assert list(results) == [
-        *("model", "weights", "dataset", "precision", "template_set", "templates", "images", "classes"),
-        *("top1", "mean_per_class", "seconds", "per_class"),
+        *("model", "weights", "dataset", "data_root", "class_names", "precision", "template_set", "templates"),
+        *("images", "classes", "top1", "mean_per_class", "seconds", "per_class"),
     ]
     assert (results["weights"], results["template_set"], len(results["templates"])) == (str(own), "imagenet", 80)
     text = (folder / "results.txt").read_text(encoding="utf-8")
@@ -165,6 +166,12 @@ def test_a_download_is_tried_only_where_it_is_asked_for(script, own, tmp_path, m
         (["--data", "colours", "--class_names", "two.txt"], ["names 2 classes", "there are 3"]),
         (["--data", "colours", "--class_names", "none.txt"], ["none.txt: no such file"]),
         (["--data", "colours", "--template", "a photo"], ["a photo", "{}"]),
+        (["--data", "long" * 100], ["longlong: no such folder", "cifar10"]),
+        (["--data", "colours", "--templates", "long" * 100], ["longlong: no such file", "cifar"]),
+        *(
+            (["--data", "colours", option, ""], [f"error: {option} is empty; give it a value or leave it out"])
+            for option in ("--data", "--data_root", "--class_names", "--templates", "--template", "--output")
+        ),
         (["--data", "colours", "--templates", "cifer"], ["cifer", "cifar"]),
         (["--data", "cifar10", "--data_root", "empty"], ["cifar-10-python.tar.gz", "--download"]),
     ],
@@ -218,3 +225,37 @@ def test_real_photographs_of_a_hundred_classes(script, own, real_data, tmp_path)
     assert (results["images"], results["classes"]) == (2000, 100)
     assert results["top1"] == pytest.approx(results["mean_per_class"])  # 20 images each
     assert 0 <= results["top1"] <= results["top5"] <= results["top10"] < 100
+
+
+def test_variants_of_imagenet_keep_results_of_their_own_that_say_what_was_read(script, own, tmp_path):
+    for name in ("imagenet-r", "sketch", "val"):
+        paint(tmp_path / name / "n01440764" / "a.png", "red")
+    (tmp_path / "names.txt").write_text("a fish\n")
+    typed = ("zero_shot", "--resume", own, *CPU, "--data", "imagenet", "--template", "{}", "--data_root")
+    folders = {
+        "imagenet-r": "zero_shot_imagenet-r",
+        "sketch": "zero_shot_imagenet_sketch",
+        "val": "zero_shot_imagenet",
+    }
+    for name, folder in folders.items():
+        code, _, err = script(*typed, name)
+        assert code == 0, err
+        results = read_json(own.parent / folder / "results.json")
+        assert (results["dataset"], results["data_root"]) == ("imagenet", str(tmp_path / name))
+        assert results["class_names"] is None
+    assert script(*typed, "val", "--class_names", "names.txt")[0] == 0
+    assert read_json(own.parent / "zero_shot_imagenet/results.json")["class_names"] == str(tmp_path / "names.txt")
+
+
+def test_a_place_that_cannot_be_written_is_changed_with_output(script, own, colours):
+    output = colours / "red" / "0.png" / "below"
+    code, _, err = script("zero_shot", "--resume", own, "--data", colours, "--output", output, "--device", "cpu")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{output} cannot be written (Not a directory); choose another place with --output\n" in err
+
+
+def test_weights_for_one_tower_only_warn_loudly(script, captioned, colours, tmp_path):
+    torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    model = ("--vision_model", captioned / "simple.json", "--pretrained", tmp_path / "resnet18.pth")
+    code, _, err = script("zero_shot", *model, "--data", colours, "--output", "out", "--template", "{}", *CPU)
+    assert code == 0 and "PARTS OF THE WEIGHTS ARE RANDOM (visual.head, text)" in err, err

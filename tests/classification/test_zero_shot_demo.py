@@ -59,6 +59,11 @@ def test_probabilities_are_a_softmax_of_scaled_cosines():
     torch.testing.assert_close(probabilities(images, classes, 2.0), expected)
 
 
+def test_no_scale_is_too_large_for_probabilities():
+    images, classes = torch.tensor([[1.0 + 2**-20, 0]]), torch.tensor([[1.0, 0], [0, 1]])
+    assert probabilities(images, classes, 1.7e308).tolist() == [[1, 0]]
+
+
 def test_the_best_five_come_in_order():
     shares = torch.tensor([[0.1, 0.3, 0.1, 0.2, 0.05, 0.25]])
     assert [name for name, _ in best_labels(shares, list("abcdef"))[0]] == ["b", "f", "d", "a", "c"]
@@ -133,6 +138,7 @@ def test_labels_of_a_set_a_file_or_typed(tmp_path):
     assert [len(read_labels(name)) for name in ("cifar10", "stl10", "imagenet")] == [10, 10, 1000]
     assert read_labels("cat, great_white shark,dog,") == ["cat", "great white shark", "dog"]
     assert read_labels("苹果，狗、猫") == ["苹果", "狗", "猫"]
+    assert len(read_labels(",".join(f"animal number {number}" for number in range(100)))) == 100
     (tmp_path / "labels.txt").write_text("cat, tabby\n\ndog\n")
     assert read_labels(str(tmp_path / "labels.txt")) == ["cat, tabby", "dog"]
     with pytest.raises(UserError, match="--labels cat: no such file, none of cifar10"):
@@ -158,6 +164,13 @@ def test_batches_precision_and_labels_of_imagenet(script, model, photos):
         (["--img_dir", "photos", "--labels", "cat"], ["--labels cat"]),
         (["--img_dir", "photos", "--temperature", "0"], ["--temperature 0"]),
         (["--img_dir", "photos", "--temperature", "nan"], ["--temperature nan"]),
+        (["--img_dir", "photos", "--temperature", "1e-310"], ["--temperature 1e-310: too small"]),
+        (["--img_dir", "photos", "--templates", "long" * 100], ["longlong: no such file"]),
+        (["--img_dir", "photos", "--show_prediction", "--output", "photos/b.jpg/x"], ["another place with --output"]),
+        *(
+            (["--img_dir", "photos", option, ""], [f"error: {option} is empty; give it a value or leave it out"])
+            for option in ("--img_path", "--img_dir", "--labels", "--templates", "--template", "--output")
+        ),
         (["--img_dir", "photos", "--template", "photo"], ['"photo"']),
     ],
 )
@@ -178,3 +191,22 @@ def test_help_needs_none_of_the_large_libraries(name):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]" and "--template" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("visual.proj", ['image "', 'a.PNG": feature is not finite']),
+        ("token_embedding.weight", ['label "cat": feature is not finite']),
+        ("logit_scale", ["theirs.pt: exp(logit_scale) is not finite", "--temperature"]),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named_and_never_shown(script, model, photos, tmp_path, name, words):
+    clip = small_clip(seed=3)
+    state = clip.state_dict()
+    state[name] = torch.full_like(state[name], math.nan if state[name].ndim else 100)
+    torch.save({"state_dict": state}, tmp_path / "theirs.pt")
+    code, out, err = script("zero_shot_demo", *model, "--img_dir", photos, "--labels", "cat,dog", "--show_prediction")
+    (error,) = [line for line in err.splitlines() if not line.startswith("WARNING")]
+    assert code == 2 and all(word in error for word in words), err
+    assert "%" not in out

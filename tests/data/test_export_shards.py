@@ -67,6 +67,15 @@ def test_shards_that_are_there_are_not_mixed_with_others(options, tmp_path):
         export_shards(options, tmp_path, ["test"], shard_size=3)
 
 
+def test_a_sizes_json_that_is_no_table_is_refused_before_anything_is_written(script, captioned, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "sizes.json").write_text("[1]")
+    code, _, err = script("export_shards", "--dataset", "csv", "--dataset_root", captioned, "--output", output)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and f"{output / 'sizes.json'}: not a table" in err
+    assert [path.name for path in output.iterdir()] == ["sizes.json"]
+
+
 def test_the_script(script, captioned, tmp_path):
     data = ("--dataset", "csv", "--dataset_root", captioned, "--output", tmp_path / "out")
     code, out, err = script("export_shards", *data, "--splits", "val,test", "--shard_size", "4")

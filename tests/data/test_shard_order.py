@@ -146,7 +146,29 @@ def test_the_fingerprint_tells_other_data(tmp_path):
     paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
     for path in paths:
         path.write_bytes(b"1234")
-    given = [ShardOrder(Shards(paths), 2, num_samples=number) for number in (10, 10, 12)]
-    assert given[0].fingerprint == given[1].fingerprint != given[2].fingerprint
+    before = ShardOrder(Shards(paths), 2, num_samples=10).fingerprint
+    assert before == ShardOrder(Shards(paths), 2, num_samples=10).fingerprint
     paths[0].write_bytes(b"12345")
-    assert ShardOrder(Shards(paths), 2, num_samples=10).fingerprint != given[0].fingerprint
+    assert before != ShardOrder(Shards(paths), 2, num_samples=10).fingerprint
+
+
+def test_the_length_of_an_epoch_is_a_setting_and_not_the_data(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"1234")
+    given = [ShardOrder(Shards([tmp_path / "a.tar"]), 2, num_samples=number) for number in (10, 12)]
+    assert [one.settings["train_num_samples"] for one in (*given, order())] == [10, 12, None]
+    assert given[0].fingerprint == given[1].fingerprint
+
+
+@pytest.mark.parametrize("options", [{}, {"num_samples": 100}], ids=["counted", "given"])
+def test_elsewhere_are_all_samples_once_what_an_epoch_drops_first(options):
+    counts = [7, 12, 5, 1, 11, 30]
+    one = order(counts, **options)
+    everything = [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+    for lane in range(one.lanes):
+        found = [(s.shard, int(i)) for s, numbers in one.elsewhere(1, lane) for i in numbers]
+        assert sorted(found) == everything
+        own = lane_samples(one, 1, lane)
+        assert found[0] not in own
+    if not options:
+        dropped = set(everything) - {sample for lane in epoch_samples(one, 1) for sample in lane}
+        assert {(s.shard, int(n[0])) for s, n in (next(one.elsewhere(1, 0)),)} <= dropped

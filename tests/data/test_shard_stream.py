@@ -222,7 +222,7 @@ def test_samples_that_cannot_be_used_are_counted_and_others_stand_in(stream, spo
     seen = pairs(batches)
     assert len(seen) == 40 and len(set(seen)) == 34
     (said,) = caplog.messages
-    assert "epoch 1: 6 samples could not be used" in said and ".tar, sample 000" in said
+    assert "epoch 1, batches 1 to 5: 6 samples could not be used" in said and ".tar, sample 000" in said
     for batch in batches:
         of = pairs([batch])
         assert sorted(batch.positives.tolist()) == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
@@ -238,7 +238,93 @@ def test_samples_that_cannot_be_used_are_skipped_the_same_when_a_run_goes_on(str
             assert batch.images[rows].equal(part.images)
 
 
-def test_a_lane_of_nothing_but_unusable_samples_is_an_error_that_names_the_first(stream, tmp_path):
+def without_image(samples):
+    return [(key, parts | {"jpg": b"none"}) for key, parts in samples]
+
+
+@pytest.fixture
+def one_bad(tmp_path):
+    """41 samples of which one cannot be used: of batches of 32 a lane has one sample an epoch."""
+    samples = numbered(0, 41)
+    return [write_shard(tmp_path / "one.tar", [*samples[:20], *without_image(samples[20:21]), *samples[21:]])]
+
+
+@pytest.fixture
+def bad_shard(tmp_path):
+    """Four shards of 10 samples; those of one cannot be used."""
+    samples = [numbered(10 * i, 10) for i in range(4)]
+    return [write_shard(tmp_path / f"{i}.tar", without_image(s) if i == 1 else s) for i, s in enumerate(samples)]
+
+
+@pytest.mark.parametrize(
+    "which, options",
+    [
+        ("one_bad", {"batch_size": 32}),
+        ("bad_shard", {"batch_size": 8}),
+        ("bad_shard", {"batch_size": 4}),
+        ("bad_shard", {"batch_size": 4, "num_samples": 120}),
+    ],
+    ids=["sample", "lane", "part of a lane", "given"],
+)
+def test_a_lane_of_nothing_but_unusable_samples_gets_others_the_same_when_a_run_goes_on(
+    stream, request, caplog, which, options
+):
+    paths = request.getfixturevalue(which)
+    left_out = 0
+    for epoch in range(3):
+        whole = list(stream(paths, **options).epoch(epoch))
+        left_out += len(caplog.messages)
+        caplog.clear()
+        for first in range(1, len(whole)):
+            assert_same(stream(paths, **options).epoch(epoch, first), whole[first:])
+        for rank in range(2):
+            rows = options["batch_size"] // 2
+            parts = stream(paths, rank=rank, processes=2, num_workers=rank, **options).epoch(epoch)
+            for batch, part in zip(whole, parts, strict=True):
+                own = batch.positives[batch.positives[:, 0] // rows == rank] - torch.tensor([rank * rows, 0])
+                assert batch.images[rank * rows :][:rows].equal(part.images) and part.positives.equal(own)
+    assert left_out
+
+
+def test_a_lane_that_goes_on_in_a_later_round_looks_all_round_for_one_that_can_be_used(stream, tmp_path):
+    samples = numbered(0, 6)
+    paths = [write_shard(tmp_path / f"{i}.tar", without_image([s]) if i < 5 else [s]) for i, s in enumerate(samples)]
+    options = {"batch_size": 2, "num_samples": 40}  # two lanes of three shards of a sample each
+    whole = list(stream(paths, **options).epoch(0))
+    for first in range(len(whole)):
+        assert_same(stream(paths, **options).epoch(0, first), whole[first:])
+
+
+def test_what_was_left_out_is_said_also_where_an_epoch_is_broken_off_and_of_which_batches(stream, spoilt, caplog):
+    loader = stream(spoilt)
+    batches = loader.epoch(0)
+    for _ in range(3):
+        next(batches)
+    assert not caplog.messages
+    batches.close()
+    assert len(list(loader.epoch(0, 3))) == 2
+    first, last = caplog.messages
+    assert first.startswith("epoch 1, batches 1 to 3: ") and ".tar, sample 000" in first
+    assert last.startswith("epoch 1, batches 1 to 5: 6 samples could not be used")
+    caplog.clear()
+    list(stream(spoilt).epoch(0, 2))
+    assert [said.split(":")[0] for said in caplog.messages] == ["epoch 1, batches 3 to 5"]
+
+
+def test_a_process_that_breaks_off_speaks_of_its_own_and_asks_no_other(stream, spoilt, caplog, monkeypatch):
+    monkeypatch.setattr(Simulated, "_reduce", lambda *_: pytest.fail("the others are not there"))
+    found = []
+    for rank in range(2):
+        batches = stream(spoilt, rank=rank, processes=2).epoch(0)
+        for _ in range(4):
+            next(batches)
+        batches.close()
+        found += caplog.messages
+        caplog.clear()
+    assert found and all("of this process's samples could not be used" in said for said in found)
+
+
+def test_a_data_set_of_nothing_but_unusable_samples_is_an_error_that_names_the_first(stream, tmp_path):
     path = write_shard(tmp_path / "bad.tar", [(f"{i:05}", {"jpg": b"none", "txt": "x"}) for i in range(16)])
     for num_workers in (0, 1):
         with pytest.raises(UserError, match=r"^[^\n]*bad\.tar, sample 000\d\d: not a readable image[^\n]*$"):

@@ -85,6 +85,27 @@ def test_patterns_go_before_the_folder(tmp_path, tars):
     assert find("/nowhere", "val", train_data=str(held)) is None
 
 
+def test_what_one_split_is_given_by_name_no_other_gets_from_the_folder(tmp_path, tars):
+    a, b = tars("leak/00000.tar", "leak/00001.tar")
+    root = tmp_path / "leak"
+    (tmp_path / "link").symlink_to(root)
+    for named in (str(b), f"{tmp_path}/link/00001.tar", f"{root}/0000[1-9].tar"):
+        assert find(root, "train", val_data=named) == ("train", ["00000.tar"])
+    assert find(root, "train", val_data=f"{a} {b}") is None
+    assert find(root, "train", val_data=str(root)) is None
+
+
+def test_what_a_split_is_called_in_the_folder_does_not_count_where_it_is_named_for_another(tmp_path, tars):
+    tars("train-0.tar", "train-1.tar", "val-0.tar", "test-0.tar")
+    assert find(tmp_path, "train", val_data=f"{tmp_path}/train-1.tar") == ("train", ["train-0.tar"])
+    assert find(tmp_path, "val", train_data=f"{tmp_path}/*.tar") is None
+    assert find(tmp_path, "test", train_data=f"{tmp_path}/*.tar") is None
+    assert find(tmp_path, "test", val_data=f"{tmp_path}/test-0.tar") == ("test", ["test-0.tar"])
+    gone = f"{tmp_path}/val-0.tar {tmp_path}/gone.tar"
+    assert find(tmp_path, "test", train_data=gone) == ("test", ["test-0.tar"])
+    assert find(tmp_path, "val", train_data=gone) is None
+
+
 def test_yfcc7m_is_in_a_folder_of_its_name_as_simple_clip_has_it(tmp_path, tars):
     tars("yfcc7m/00000.tar", "yfcc7m/00001.tar")
     assert find(tmp_path, "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
@@ -138,6 +159,26 @@ def test_a_sizes_json_that_is_none_is_named(tmp_path, tars, content):
 def test_patterns_are_made_absolute_one_by_one(tmp_path, monkeypatch, tars):
     monkeypatch.chdir(tmp_path)
     tars("my data/x.tar")
-    assert absolute_patterns("a/{0..1}.tar b/*.tar") == f"{tmp_path}/a/{{0..1}}.tar {tmp_path}/b/*.tar"
+    assert absolute_patterns("a/{0..1}.tar b/*.tar") == f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b/*.tar"
     assert absolute_patterns("my data/*.tar") == f"{tmp_path}/my data/*.tar"
     assert absolute_patterns("my data/train") == f"{tmp_path}/my data/train"  # Chinese-CLIP's
+    assert absolute_patterns("a{ b/train") == f"{tmp_path}/a{{ b/train"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["s/00000.tar s/00001.tar", "s/0000{0..1}.tar", "s/*0.tar s/*1.tar", "d0 d1", "s/00000.tar::d1"],
+)
+def test_absolute_patterns_name_the_same_files_also_in_a_folder_with_blanks(tmp_path, monkeypatch, tars, pattern):
+    tars("a b/s/00000.tar", "a b/s/00001.tar", "a b/d0/00000.tar", "a b/d1/00001.tar")
+    monkeypatch.chdir(tmp_path / "a b")
+    found = [path.resolve() for path in expand(pattern, "--train_data")]
+    absolute = absolute_patterns(pattern)
+    monkeypatch.chdir(tmp_path)
+    assert [path.resolve() for path in expand(absolute, "--train_data")] == found
+    assert absolute_patterns(absolute) == absolute
+
+
+def test_braces_with_absolute_and_other_alternatives_are_made_absolute_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_patterns("{/abs,rel}/0.tar") == f"/abs/0.tar::{tmp_path}/rel/0.tar"

@@ -239,6 +239,7 @@ def test_starts_from_a_clips_image_tower_and_a_bert(tmp_path, small_names, old_n
     text = built.clip.text.transformer.state_dict()
     assert len(text) > 30 and all(torch.equal(value, own[name]) for name, value in text.items())
     assert all(place in built.weights for place in places.values())
+    assert built.random == ("text.proj",)
 
     only_text = build_model(ModelOptions(**small_names, text_pretrained=places["text_pretrained"]))
     assert torch.equal(
@@ -248,6 +249,7 @@ def test_starts_from_a_clips_image_tower_and_a_bert(tmp_path, small_names, old_n
     only_vision = build_model(ModelOptions(**small_names, pretrained=places["pretrained"]))
     assert torch.equal(only_vision.clip.visual.conv1.weight, clip.visual.conv1.weight)
     assert "none for captions" in only_vision.weights
+    assert (only_text.random, only_vision.random) == (("visual", "text.proj"), ("text",))
 
 
 def test_text_weights_that_are_none(tmp_path, small_names):

@@ -258,6 +258,7 @@ def test_each_tower_starts_from_weights_of_its_own(config_file, tmp_path, kind):
     assert built.weights == f"{image_place} for images, {text_place} for captions"
     assert built.preprocess["mean"] == [0.4, 0.5, 0.6]
     assert built.clip.logit_scale.item() == pytest.approx(torch.tensor(1 / 0.07).log().item())
+    assert built.random == ("visual.head", "text.proj")
 
 
 def test_a_tower_without_weights_stays_random_and_is_said(config_file, tmp_path):
@@ -266,9 +267,11 @@ def test_a_tower_without_weights_stays_random_and_is_said(config_file, tmp_path)
     only_image = build_model(ModelOptions(vision_model=config_file, pretrained=image_place))
     assert_holds(only_image.clip.visual.trunk, trunk)
     assert only_image.weights == f"{image_place} for images, none for captions"
+    assert only_image.random == ("visual.head", "text")
     only_text = build_model(ModelOptions(vision_model=config_file, text_pretrained=text_place))
     assert_holds(only_text.clip.text.transformer, text)
     assert only_text.weights == f"none for images, {text_place} for captions"
+    assert only_text.random == ("visual", "text.proj")
     neither = build_model(ModelOptions(vision_model=config_file, pretrained="none", text_pretrained="none"))
     assert neither.weights == "none"
 

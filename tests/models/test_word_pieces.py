@@ -1,4 +1,5 @@
 import pytest
+from transformers import BertTokenizer
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.errors import UserError
@@ -44,3 +45,27 @@ def test_a_vocabulary_of_another_size_is_refused(vocabulary):
         WordPieceTokenizer(str(vocabulary), 7, 20)
     with pytest.raises(UserError, match=r"the vocabulary in the model config has 12 entries, the text tower 13"):
         WordPieceTokenizer(WORDS[:-1], 7, 13)
+
+
+@pytest.fixture
+def saved(vocabulary, tmp_path):
+    """A folder as transformers 5 saves a tokenizer: without a vocab.txt."""
+    BertTokenizer(str(vocabulary)).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "vocab.txt").unlink(missing_ok=True)
+    return tmp_path / "saved"
+
+
+def test_a_saved_tokenizer_is_read_without_a_network(vocabulary, saved, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the network is asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    tokenizer = WordPieceTokenizer(str(saved), 7, len(WORDS))
+    assert tokenizer.words == WORDS
+    assert tokenizer(CAPTIONS).tolist() == WordPieceTokenizer(str(vocabulary), 7, len(WORDS))(CAPTIONS).tolist()
+
+
+def test_a_broken_saved_tokenizer_is_named(saved):
+    (saved / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"--tokenizer .*saved: its tokenizer.json cannot be read"):
+        WordPieceTokenizer(str(saved), 7, len(WORDS))
