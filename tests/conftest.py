@@ -81,6 +81,32 @@ def run(capsys):
     return run_main
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run gets to run after it."""
+
+
+@pytest.fixture
+def run_killed(run, monkeypatch):
+    """run_killed(number, *arguments) runs main.py until it would do the training step of this number."""
+
+    def run_until(number, *arguments):
+        from clip_retrieval.training.step import Trainer
+
+        normal = Trainer.step
+
+        def step(self, batch, at, rate):
+            if at == number:
+                raise Killed
+            return normal(self, batch, at, rate)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "step", step)
+            with pytest.raises(Killed):
+                run(*arguments)
+
+    return run_until
+
+
 @pytest.fixture
 def start():
     """start(*arguments) starts main.py as a process of its own."""

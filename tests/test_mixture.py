@@ -15,10 +15,9 @@ from clip_retrieval.data.export import export
 from clip_retrieval.data.readers import csv_file, shapes
 from clip_retrieval.data.sampler import BatchSampler, process_slice
 from clip_retrieval.options import DataOptions
-from clip_retrieval.training.step import Trainer
 from tests.conftest import ROOT, read_json
 from tests.test_bad_input import is_one_line
-from tests.test_resume import Killed, assert_same_ending
+from tests.test_resume import assert_same_ending
 
 
 @pytest.fixture
@@ -94,22 +93,12 @@ def test_weights_decide_what_an_epoch_holds(run, settings, both, tmp_path):
 
 @pytest.mark.parametrize("sampling", ["all", "one"])
 def test_a_weighted_mixture_that_was_killed_and_resumed_ends_bit_identical(
-    run, settings, both, tmp_path, monkeypatch, sampling
+    run, run_killed, settings, both, tmp_path, sampling
 ):
     command = [*settings, *both, "--dataset_weights", "1", "3", "--caption_sampling", sampling, "--batch_size", "7"]
     command += ["--augment", "crop", "--save_every", "1", "--resume", "auto"]
     assert run(*command, "--experiments", "whole")[0] == 0
-    normal = Trainer.step
-
-    def step(self, batch, number, rate):
-        if number == 3:
-            raise Killed
-        return normal(self, batch, number, rate)
-
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(Killed):
-        run(*command)
-    monkeypatch.setattr(Trainer, "step", normal)
+    run_killed(3, *command)
     code, _, err = run(*command)
     assert code == 0, err
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")

@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from clip_retrieval.data.readers import csv_file
-from clip_retrieval.training.step import Trainer
-from tests.conftest import read_json, read_lines
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run gets to run after it."""
+from tests.conftest import Killed, read_json, read_lines
 
 
 def ending(folder):
@@ -46,21 +41,9 @@ def whole(run, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("killed_in_step", range(1, 7))
-def test_killed_in_any_step_and_resumed_ends_bit_identical(
-    run, arguments, tmp_path, whole, monkeypatch, killed_in_step
-):
-    normal = Trainer.step
-
-    def step(self, batch, number, rate):
-        if number == killed_in_step:
-            raise Killed
-        return normal(self, batch, number, rate)
-
+def test_killed_in_any_step_and_resumed_ends_bit_identical(run, run_killed, arguments, tmp_path, whole, killed_in_step):
     command = [*arguments, "--augment", "crop", "--save_every", "2", "--resume", "auto"]
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(Killed):
-        run(*command)
-    monkeypatch.setattr(Trainer, "step", normal)
+    run_killed(killed_in_step, *command)
     code, _, err = run(*command)
     assert code == 0, err
     assert_same_ending(whole, tmp_path / "logs" / "ex0")

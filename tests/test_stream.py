@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from clip_retrieval.data import shard_order
-from clip_retrieval.training.step import Trainer
 from tests.conftest import read_json, read_lines
 from tests.data.shards import jpeg, numbered, shards_of_csv, write_shard, write_shards
 from tests.test_bad_input import is_one_line
-from tests.test_resume import Killed, assert_same_ending
+from tests.test_resume import assert_same_ending
 from tests.torchrun import MINUTE, Torchrun
 
 
@@ -134,24 +133,14 @@ def test_a_first_shard_none_of_whose_samples_can_be_used_does_not_stop_a_run(run
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("extra", [(), ("--train_num_samples", "14")], ids=["counted", "given"])
 def test_killed_within_a_shard_and_resumed_ends_bit_identical(
-    run, on_shards, spoilt, tmp_path, monkeypatch, num_workers, extra
+    run, run_killed, on_shards, spoilt, tmp_path, num_workers, extra
 ):
     command = [*on_shards, "--augment", "crop", "--shuffle_buffer", "8", *extra]
     code, _, err = run(*command, "--experiments", "whole")
     assert code == 0 and "could not be used" in err, err
-    normal = Trainer.step
     command += ["--save_every", "1", "--resume", "auto", "--num_workers", num_workers]
     for killed_in_step in (3, 6):
-
-        def step(self, batch, number, rate, killed_in_step=killed_in_step):
-            if number == killed_in_step:
-                raise Killed
-            return normal(self, batch, number, rate)
-
-        monkeypatch.setattr(Trainer, "step", step)
-        with pytest.raises(Killed):
-            run(*command)
-    monkeypatch.setattr(Trainer, "step", normal)
+        run_killed(killed_in_step, *command)
     code, out, err = run(*command)
     assert code == 0 and "step 5" in out, err
     assert_same_ending(tmp_path / "logs/whole", tmp_path / "logs/ex0")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torchvision import models
 
-from clip_retrieval.training.step import Trainer
 from tests.conftest import read_json, read_lines
 from tests.models.small import WORDS
 from tests.models.test_simple_clip import Reference
@@ -17,25 +16,11 @@ def simple(arguments, captioned):
     return [*arguments[:at], "--vision_model", captioned / "simple.json", *arguments[at + 2 :]]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run gets to run after it."""
-
-
-def test_killed_and_resumed_it_ends_bit_identical_and_evaluates_from_its_checkpoint(run, simple, tmp_path, monkeypatch):
+def test_killed_and_resumed_it_ends_bit_identical_and_evaluates_from_its_checkpoint(run, run_killed, simple, tmp_path):
     command = [*simple, "--max_steps", 4, "--eval_every", 0, "--no_eval_first", "--grad_checkpointing"]
     assert run(*command, "--experiments", "whole")[0] == 0
-    normal = Trainer.step
-
-    def step(self, batch, number, rate):
-        if number == 4:
-            raise Killed
-        return normal(self, batch, number, rate)
-
     command += ["--experiments", "killed", "--save_every", 2, "--resume", "auto"]
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(Killed):
-        run(*command)
-    monkeypatch.setattr(Trainer, "step", normal)
+    run_killed(4, *command)
     code, _, err = run(*command)
     assert code == 0, err
     whole, killed = tmp_path / "logs/whole", tmp_path / "logs/killed"
