@@ -19,6 +19,10 @@ from torch import Tensor
 
 from clip_retrieval.errors import UserError
 
+# torch renamed them; under the old names the new versions warn.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -96,13 +100,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, tensor: Tensor, processes: Processes) -> Tensor:
         ctx.processes = processes
         gathered = tensor.new_empty(processes.world_size * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        all_gather_single(gathered, tensor.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         part = gradient.new_empty(len(gradient) // ctx.processes.world_size, *gradient.shape[1:])
-        dist.reduce_scatter_tensor(part, gradient.contiguous())
+        reduce_scatter_single(part, gradient.contiguous())
         return part, None
 
 

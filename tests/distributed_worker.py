@@ -33,13 +33,14 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, Options
 from clip_retrieval.prepare import make_trainer
 from clip_retrieval.training.step import Trainer
-from tests.models.small import small_clip, small_preprocess, small_simple_clip
+from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
 
 MAIN = Path(__file__).parent.parent / "main.py"
 CPU = torch.device("cpu")
 
 # Which picture each pair of the global batch shows: several stand in both halves.
 PICTURES = torch.tensor([0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 2, 7])
+VOCABULARY = 1000
 CHUNK = 4  # of the 6 pairs of each of two processes: the last chunk is a smaller one
 
 
@@ -69,7 +70,7 @@ def global_batch(size: int) -> TrainBatch:
     """A batch with pictures and captions that stand in it several times."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (len(PICTURES), 3, size, size), dtype=torch.uint8, generator=generator)[PICTURES]
-    texts = torch.randint(1, 49000, (len(PICTURES), 7), generator=generator)
+    texts = torch.randint(1, VOCABULARY, (len(PICTURES), 7), generator=generator)
     texts[7] = texts[0]
     positives = PICTURES[:, None] == PICTURES
     positives[3, 9] = True  # a caption of two pictures
@@ -113,7 +114,10 @@ def train_small(
     # A large epsilon makes an AdamW step as large as the gradient: rounding stays as small as it is.
     settled = Options.settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
     bias = -10.0 if settled.loss.loss == "siglip" else None
-    clip = small_simple_clip(vocabulary=49000, bias=bias) if simple_clip else small_clip(resnet, init_logit_bias=bias)
+    if simple_clip:
+        clip = small_simple_clip(vocabulary=VOCABULARY, bias=bias)
+    else:
+        clip = small_clip(resnet, text_cfg=TEXT | {"vocab_size": VOCABULARY}, init_logit_bias=bias)
     torch.manual_seed(0)
     model = RetrievalModel(clip, small_preprocess(), adaptor=settled.train.trainable == "adaptor")
     with mock.patch.object(Tensor, "float", Tensor.double):  # the towers' features too

@@ -103,7 +103,9 @@ def crossed(captioned, folder, other):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
+    folder = tmp_path_factory.mktemp("distributed")
+    yield folder
+    shutil.rmtree(folder)  # gigabytes of checkpoints
 
 
 @pytest.fixture(scope="module")
