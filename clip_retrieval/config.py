@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
 from clip_retrieval.errors import UserError
+from clip_retrieval.options import REPEATABLE, as_tuple
 
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
 RECORDED = ("versions", "device_used", "config")
@@ -34,7 +35,14 @@ def read_config(path: str | Path | None) -> dict[str, Any]:
             if spelled.setdefault(option, key) != key:
                 parser.error(f"{spelled[option]} and {key} are the same option; keep one of them")
             arguments += words
-    return vars(parser.parse_args(arguments))
+    found = vars(parser.parse_args(arguments))
+    for name in REPEATABLE:
+        if len(as_tuple(found.get(name))) > 1 and len(as_tuple(found.get("dataset"))) == 1:
+            parser.error(
+                f"{spelled[name]} has {len(found[name])} values, one for each dataset of a mixture, but there is one; "
+                "several shards are one value, with blanks between them"
+            )
+    return found
 
 
 class _ConfigParser(OptionParser):
@@ -44,6 +52,8 @@ class _ConfigParser(OptionParser):
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--config {path}: not a file; give a YAML file")  # a pipe cannot be read twice
         content = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
@@ -78,7 +88,7 @@ def _parsed(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from None
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from None
 
 
 def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:

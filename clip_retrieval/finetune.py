@@ -56,7 +56,8 @@ def finetune(typed: dict[str, Any]) -> None:
                 if processes.world_size > 1 or not run.progress.step:
                     raise
                 save_last(run)
-                raise UserError(f"{error} (saved at step {run.progress.step}; --resume auto goes on)") from None
+                saved = f"saved at step {run.progress.step}; once that is mended, --resume auto goes on"
+                raise UserError(f"{error} ({saved})") from None
             try:
                 finish(run)
             except KeyboardInterrupt:
@@ -280,6 +281,8 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
         "pairs_per_second": speed,
         "data_percent": waited,
     }
+    if run.model.clip.logit_bias is not None:
+        values["logit_bias"] = run.model.clip.logit_bias.item()
     accuracy = ""
     if run.options.run.report_training_batch_acc:
         values["i2t_accuracy"], values["t2i_accuracy"] = i2t, t2i = result.accuracy(run.processes)

@@ -17,6 +17,7 @@ from clip_retrieval.errors import UserError
 
 AUTO = "auto"
 SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
+PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")  # images that are no files of their own
 LARGEST = 2**63  # what a number may be, in size
 
 
@@ -209,6 +210,11 @@ class DataOptions:
     def streamed(self) -> bool:
         """Whether the train split is read from shards, one after the other: a mixture is not."""
         return as_tuple(self.dataset) in [(name,) for name in SHARDED]
+
+    @property
+    def packed(self) -> bool:
+        """Whether images are packed together, at least some, so that nobody mends a broken one by hand."""
+        return any(name in PACKED for name in as_tuple(self.dataset))
 
     @property
     def place(self) -> str:
@@ -450,7 +456,9 @@ class Options:
         for layer in layers:
             held = merged.get("dataset")
             implied = implied_dataset(layer)
-            if implied and implied not in ("webdataset" if name in SHARDED else name for name in as_tuple(held)):
+            known = ["webdataset" if name in SHARDED else name for name in as_tuple(held)]
+            # ("chinese" is a guess: shards that are missing look like its files that are.)
+            if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
                 layer = {"dataset": implied} | layer
             for name, belonging in BELONGING.items():
                 if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:

@@ -235,6 +235,8 @@ def make_loader(
         share=process_slice(sampler.batch_size, processes.rank, processes.world_size),
         num_workers=num_workers,
         device=device,
+        processes=processes,
+        pass_over=options.data.packed,
     )
 
 

@@ -56,7 +56,8 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
     if path is None:
         return _given(Options.settle(config, typed), config, typed), None
     checkpoint = read_checkpoint(path)
-    if typed.get("pretrained") not in (None, str(path)):
+    started_from = checkpoint["options"].get("pretrained") if checkpoint else None  # a command may be repeated
+    if typed.get("pretrained") not in (None, str(path), started_from):
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")

@@ -15,7 +15,7 @@ from clip_retrieval.data.loader import in_workers, usual_num_workers
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_lanes import LaneReader, decode_sample
 from clip_retrieval.data.shard_order import ShardOrder, Shards
-from clip_retrieval.data.shard_samples import Unusable, captions_of, count_samples, read_samples
+from clip_retrieval.data.shard_samples import Unusable, captions_of, check_layout, count_samples, read_samples
 from clip_retrieval.data.shard_stream import StreamLoader
 from clip_retrieval.data.shards import find_shards, known_sizes
 from clip_retrieval.distributed import Processes
@@ -89,6 +89,7 @@ def _log_samples(stream: StreamedSplit, data: DataOptions, number: int = 3) -> N
 
     Raises UserError where none can be used of the first shard's samples and of those that the others begin with.
     """
+    check_layout(stream.shards.paths[0], data.caption_key)
     said, several, problem = 0, False, ""
     for path, sample in _first_samples(stream.shards.paths):
         try:

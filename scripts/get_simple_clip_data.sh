@@ -16,6 +16,13 @@ set -euo pipefail
 data="${1:?give the folder for the data}"
 shift
 [ $# -gt 0 ] || set -- coco textcap sbucaptions
+for name in "$@"; do
+    case "$name" in
+        coco | textcap | sbucaptions) ;;
+        yfcc7m) echo "yfcc7m: its images are not on the hub; bring them as shards in $data/yfcc7m, as the top of this script says" >&2; exit 2 ;;
+        *) echo "$name: not one of coco, textcap, sbucaptions" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$data"
 if [ -z "${PYTHON:-}" ]; then
     [ -x "$data/fetch/bin/python" ] || python3 -m venv "$data/fetch"
@@ -64,6 +71,8 @@ def with_images(rows):
 
 links = load_dataset("vicenteor/sbu_captions", split="train", trust_remote_code=True)
 columns = Features({"image": Image(), "caption": Value("string")})
+if not any(map(fetched, links[:100]["image_url"])):
+    sys.exit("none of the first 100 photographs can be fetched; is there a network?")
 rows = links.map(with_images, batched=True, batch_size=256, remove_columns=links.column_names, features=columns)
 rows.save_to_disk(sys.argv[1])
 PYTHON
@@ -73,6 +82,5 @@ for name in "$@"; do
     case "$name" in
         coco | textcap) m3it "$name" ;;
         sbucaptions) sbucaptions ;;
-        *) echo "$name: not one of coco, textcap, sbucaptions" >&2; exit 2 ;;
     esac
 done

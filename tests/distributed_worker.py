@@ -17,15 +17,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_retrieval.data.loader import TrainBatch
-from clip_retrieval.data.sampler import process_slice
+from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageArray
+from clip_retrieval.data.loader import TrainBatch, TrainLoader
+from clip_retrieval.data.pixels import ImageTransform, make_pixels
+from clip_retrieval.data.sampler import BatchSampler, process_slice
+from clip_retrieval.data.shard_lanes import LaneReader
+from clip_retrieval.data.shard_order import ShardOrder, Shards
+from clip_retrieval.data.shard_stream import StreamLoader
 from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.models.batch_norm import shared_statistics
@@ -33,6 +44,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, Options
 from clip_retrieval.prepare import make_trainer
 from clip_retrieval.training.step import Trainer
+from tests.data.shards import jpeg, write_shard
 from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
 
 MAIN = Path(__file__).parent.parent / "main.py"
@@ -192,6 +204,44 @@ def ranks_of_many_tiles(processes: Processes) -> list[list[int]]:
     return [counts.tolist() for direction in ranks for counts in vars(direction).values()]
 
 
+class SomeBroken(ImageArray):
+    """Images of which two cannot be read."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if index in (3, 7):
+            raise UserError(f"image {index} is broken")
+        return super().__getitem__(index)
+
+
+def with_stand_ins(processes: Processes) -> list[TrainBatch]:
+    """The batches of two epochs in which other pairs stand in for images that cannot be read."""
+    images = SomeBroken(np.random.default_rng(0).integers(0, 256, (12, 20, 26, 3), dtype=np.uint8), "some broken")
+    pairs = np.array([(i // 2, i) for i in range(24)])
+    dataset = RetrievalDataset("some broken", "train", images, [str(i) for i in range(24)], pairs)
+    loader = TrainLoader(
+        BatchSampler(dataset, 8, seed=3),
+        make_pixels(images, small_preprocess(), augment="crop"),
+        Tokens(torch.arange(24)[:, None].int(), torch.ones(24, dtype=torch.int64), 0),
+        trim=True,
+        share=process_slice(8, processes.rank, processes.world_size),
+        num_workers=0,
+        device=CPU,
+        processes=processes,
+        pass_over=True,
+    )
+    return [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+
+
+def of_shards_with_a_sample_for_each_caption(processes: Processes, folder: Path) -> list[TrainBatch]:
+    """The batches of an epoch of 16 captions of four images, each image four times in the shard."""
+    samples = [(f"{i:05}", {"jpg": jpeg(i // 4), "txt": f"thing {i}"}) for i in range(16)]
+    path = write_shard(folder / f"alike-{processes.world_size}-{processes.rank}.tar", samples)
+    reader = LaneReader(ShardOrder(Shards([path]), 8, seed=3), ImageTransform(small_preprocess()))
+    tokenizer = SimpleTokenizer(context_length=16)
+    loader = StreamLoader(reader, tokenizer, trim=False, num_workers=0, device=CPU, processes=processes)
+    return list(loader.epoch(0))
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the run gets to run after it."""
 
@@ -248,6 +298,8 @@ def main() -> None:
             "rows": rows_of_uneven_length(processes),
             "largest": largest_tensor(processes),
             "ranks": ranks_of_many_tiles(processes),
+            "stand-ins": [vars(batch) for batch in with_stand_ins(processes)],
+            "alike": [vars(batch) for batch in of_shards_with_a_sample_for_each_caption(processes, folder)],
         }
     found["runs"] = {
         name: run_main_in_a_group(number, command) for number, (name, command) in enumerate(commands.items())

@@ -1,6 +1,7 @@
 """Options from a YAML file, and in which order files, checkpoints and what is typed decide."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -203,3 +204,27 @@ def test_shards_that_are_typed_for_a_mixture_stay_in_it(config):
         ("coco", None),
         ("webdataset", "b/{0..9}.tar"),
     ]
+
+
+def test_a_list_for_one_data_set_is_refused(config):
+    for text in ("train_data: [a/0.tar, a/1.tar]\n", "dataset: csv\ndataset_root: [A, B]\n"):
+        with pytest.raises(UserError, match=r"--config .*has 2 values, one for each dataset of a mixture"):
+            read_config(config(text))
+
+
+def test_what_is_no_file_is_refused_as_it_would_be_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="not a file; give a YAML file"):
+            read_config(path)
+
+
+def test_characters_that_yaml_has_not_are_one_line(config):
+    with pytest.raises(UserError, match=r"^[^\n]*no YAML[^\n]*$"):
+        read_config(config("lr: 1\0\n"))
+
+
+def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
+    path = config("dataset: webdataset\n")
+    options, _ = settle_options({"config": str(path), "train_data": "gone"})
+    assert options.data.dataset == "webdataset"

@@ -192,6 +192,30 @@ def test_no_process_holds_the_matrix_of_the_batch_nor_its_own_rows_of_it(two):
         assert found["largest"] == {"infonce": 300 * 300, "siglip": 300 * 300, "margin": 300 * 300}
 
 
+def assert_shares_make_the_batches_of_one(found, expected):
+    """Each process's part of the batches, with its positives, together those of one process."""
+    for batch, *shares in zip(expected, *found, strict=True):
+        for name in ("images", "texts"):
+            assert torch.equal(getattr(batch, name), torch.cat([share[name] for share in shares]))
+        rows = len(batch.images) // len(shares)
+        positives = [share["positives"] + torch.tensor([rank * rows, 0]) for rank, share in enumerate(shares)]
+        assert torch.equal(batch.positives, torch.cat(positives))
+
+
+def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
+    expected = worker.with_stand_ins(ALONE)
+    assert_shares_make_the_batches_of_one([found["stand-ins"] for found in two], expected)
+    assert any(len(batch.positives) > 8 for batch in expected)
+
+
+def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too(two, folder):
+    expected = worker.of_shards_with_a_sample_for_each_caption(ALONE, folder)
+    assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)
+    for batch in expected:
+        of = [image.numpy().tobytes() for image in batch.images]
+        assert batch.positives.tolist() == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
+
+
 def test_ranks_are_counted_together_to_the_last_hit(two):
     expected = worker.ranks_of_many_tiles(ALONE)
     assert two[0]["ranks"] == two[1]["ranks"] == expected

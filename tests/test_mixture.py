@@ -16,6 +16,7 @@ from clip_retrieval.data.readers import csv_file, shapes
 from clip_retrieval.data.sampler import BatchSampler, process_slice
 from clip_retrieval.options import DataOptions
 from tests.conftest import ROOT, read_json
+from tests.data.shards import jpeg, numbered, write_shard
 from tests.test_bad_input import is_one_line
 from tests.test_resume import assert_same_ending
 
@@ -176,6 +177,20 @@ def test_loading_processes_read_a_mixture(run, settings, both, tmp_path):
     for name, workers in (("none", "0"), ("two", "2")):
         assert run(*settings, *both, "--max_steps", "2", "--num_workers", workers, "--experiments", name)[0] == 0
     assert_same_ending(tmp_path / "logs" / "none", tmp_path / "logs" / "two")
+
+
+def test_a_broken_image_in_a_shard_is_passed_over_and_counted_in_a_mixture_too(run, settings, halves, tmp_path):
+    write_shard(tmp_path / "s/train-0.tar", [*numbered(0, 9), ("broken", {"jpg": jpeg(9)[:300], "txt": "x"})])
+    mixture = ("--dataset", "csv", "--dataset", "webdataset", "--dataset_root", halves[0], "--dataset_root")
+    code, _, err = run(*settings, *mixture, tmp_path / "s", "--no_eval_first")
+    assert code == 0, err
+    said = [line for line in err.splitlines() if "could not be used" in line]
+    assert 1 <= len(said) <= 2  # one of the 30 pairs; an epoch drops none
+    assert "1 images could not be used, others stood in for them" in said[0] and "train-0.tar, broken.jpg" in said[0]
+    # A file of one's own is mended instead.
+    (halves[0] / "0.jpg").write_bytes(b"no image")
+    code, _, err = run(*settings, "--dataset", "csv", "--dataset_root", halves[0], "--experiments", "own")
+    assert code == 2 and "0.jpg: not a readable image" in err
 
 
 def test_every_process_sees_its_part_of_the_same_batches(halves):

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_a_finished_run_that_is_resumed_evaluates_and_writes_the_results(run, ar
     code, out, _ = run(*arguments, "--resume", "auto")
     assert code == 0 and "pairs/s" not in out
     assert results(folder) == first
+
+
+def test_the_same_command_goes_on_also_where_it_names_the_weights_it_began_with(run, arguments, tmp_path):
+    for begin in ("none", tmp_path / "weights.pt"):
+        command = [*arguments, "--pretrained", begin, "--resume", "auto", "--experiments", f"from {Path(begin).name}"]
+        assert run(*command, "--max_steps", "1", "--no_eval_first")[0] == 0
+        code, out, err = run(*command, "--max_steps", "2")
+        assert code == 0 and "going on from" in out, err
+        torch.save(torch.load(tmp_path / "logs/from none/last.pt", weights_only=True)["model"], tmp_path / "weights.pt")
+    code, _, err = run(*arguments, "--pretrained", "none", "--resume", "auto", "--experiments", "from weights.pt")
+    assert code == 2 and "--pretrained none both give weights" in err
 
 
 def test_more_epochs_go_on_from_a_finished_run(run, arguments, tmp_path):

@@ -25,7 +25,14 @@ from clip_retrieval.data.dataset import StoredImages
 from clip_retrieval.data.loader import in_workers
 from clip_retrieval.data.pixel_file import RECORD, PartialFile, PixelFile, read_records, sole_writer
 from clip_retrieval.data.pixels import Pixels
-from clip_retrieval.data.preprocess import crop_region, evaluation_transform, model_size, resized, size_for_crops
+from clip_retrieval.data.preprocess import (
+    crop_region,
+    evaluation_transform,
+    interpolation_mode,
+    model_size,
+    resized,
+    size_for_crops,
+)
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.reporting.log import log, progress_bar
 
@@ -245,6 +252,7 @@ class _CroppedPixels:
         self._file = file
         self._size = model_size(preprocess)
         self._decoder = decoder
+        self._interpolation = interpolation_mode(preprocess)
 
     def __len__(self) -> int:
         return len(self._file)
@@ -256,7 +264,7 @@ class _CroppedPixels:
         rows = slice(round(top * down), round(bottom * down))
         columns = slice(round(left * across), round(right * across))
         image = self._file[index].reshape(height, width, 3)[rows, columns]
-        return resized(image, self._size, self._decoder)
+        return resized(image, self._size, self._decoder, self._interpolation)
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         self._file.will_read(indices)

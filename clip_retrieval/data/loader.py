@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.passed_over import PassedOver
 from clip_retrieval.data.pixels import Pixels
 from clip_retrieval.data.sampler import Batch, BatchSampler
+from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import outlive_first_signal
 
@@ -147,6 +149,36 @@ class _PixelsOfMany:
         return self.pixels.batch(*request)
 
 
+class _PixelsOfReadable:
+    """Fetches the images of some rows of a global batch; for one that cannot be read the next row that can stands in.
+
+    Given are the rows, and all images and seeds of the batch: who stands in does not depend on how it is split up.
+    """
+
+    def __init__(self, pixels: Pixels):
+        self.pixels = pixels
+
+    def __call__(self, request: tuple[range, np.ndarray, np.ndarray]) -> tuple[Tensor, list[int], list[str]]:
+        """uint8 (n, 3, height, width), the n rows that they are, and what keeps the others from being read."""
+        rows, indices, seeds = request
+        try:
+            return self.pixels.batch(indices[rows.start : rows.stop], seeds[rows.start : rows.stop]), list(rows), []
+        except UserError:
+            found = [self._readable(row, indices, seeds) for row in rows]
+        images, used, problems = zip(*found)
+        return torch.stack(images), list(used), [problem for problem in problems if problem]
+
+    def _readable(self, row: int, indices: np.ndarray, seeds: np.ndarray) -> tuple[Tensor, int, str]:
+        problem = ""
+        for place in range(row, row + len(indices)):
+            used = place % len(indices)
+            try:
+                return self.pixels(int(indices[used]), int(seeds[used])), used, problem
+            except UserError as error:
+                problem = problem or str(error)
+        raise UserError(f"{problem}; nor can any other image of its batch")
+
+
 def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool) -> Iterator[Tensor]:
     """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for a broken image."""
     requests = ((indices, [0] * len(indices)) for indices in batches)
@@ -205,6 +237,8 @@ class TrainLoader:
         bucket: cut to multiples of so many tokens: few lengths, for a compiled tower.
         share: the part of a global batch that this process computes.
         num_workers: processes that load.
+        processes: those that share a batch.
+        pass_over: go on where an image cannot be read: another pair of the batch stands in, and is there twice.
     """
 
     def __init__(
@@ -218,6 +252,8 @@ class TrainLoader:
         num_workers: int,
         device: torch.device,
         bucket: int = 1,
+        processes: Processes = ALONE,
+        pass_over: bool = False,
     ):
         self.sampler = sampler
         self.images = images
@@ -226,8 +262,10 @@ class TrainLoader:
         self.bucket = bucket
         self.share = share
         self._to_device = ToDevice(device)
+        self.processes = processes
+        self._passed_over = PassedOver("images", processes) if pass_over else None
         if not isinstance(images, Tensor):
-            fetch = _PixelsOfMany(images)
+            fetch = _PixelsOfReadable(images) if pass_over else _PixelsOfMany(images)
             self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._to_device.pin_memory)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
@@ -238,10 +276,32 @@ class TrainLoader:
                 yield self._batch(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
         asked: list[tuple[Batch, int]] = []
-        parts = self._workers(_part_requests(self.sampler, self.share, epoch, first_batch, asked))
-        for part in parts:
+        requests = _part_requests(self.sampler, self.share, epoch, first_batch, asked, whole=bool(self._passed_over))
+        parts = self._workers(requests)
+        if self._passed_over:
+            self._passed_over.begin(epoch, first_batch)
+        for batch_number, part in enumerate(parts, first_batch):
             batch, number = asked.pop(0)
-            yield self._batch(batch, [part, *(next(parts) for _ in range(number - 1))])
+            found = [part, *(next(parts) for _ in range(number - 1))]
+            if not self._passed_over:
+                yield self._batch(batch, found)
+                continue
+            rows = [row for _, part_rows, _ in found for row in part_rows]
+            self._passed_over.count([problem for *_, problems in found for problem in problems])
+            last = batch_number + 1 == len(self.sampler)
+            if last:
+                self._passed_over.say_all()
+            try:
+                yield self._batch(self._as_read(batch, rows), [images for images, *_ in found])
+            except GeneratorExit:
+                if not last:
+                    self._passed_over.say_own()
+                raise
+
+    def _as_read(self, batch: Batch, own_rows: list[int]) -> Batch:
+        """The batch in which others stand in for what cannot be read; `own_rows` are those that this process read."""
+        rows = self.processes.gather(torch.tensor(own_rows)).numpy()
+        return replace(batch, images=batch.images[rows], captions=batch.captions[rows])
 
     def _batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
         captions = torch.from_numpy(batch.captions)
@@ -266,17 +326,27 @@ def text_length(lengths: Tensor, context_length: int, *, trim: bool, bucket: int
 
 
 def _part_requests(
-    sampler: BatchSampler, share: slice, epoch: int, first_batch: int, asked: list[tuple[Batch, int]]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts."""
+    sampler: BatchSampler,
+    share: slice,
+    epoch: int,
+    first_batch: int,
+    asked: list[tuple[Batch, int]],
+    *,
+    whole: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray] | tuple[range, np.ndarray, np.ndarray]]:
+    """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts.
+
+    Or the rows of a few, and the indices and seeds of the `whole` batch.
+    """
     for number, batch in enumerate(sampler.epoch(epoch, first_batch), first_batch):
         rng = np.random.default_rng((sampler.seed, epoch, number))
-        seeds = rng.integers(2**63, size=len(batch.images))[share]
-        indices = batch.images[share]
-        starts = range(0, len(indices), PART)
-        asked.append((batch, len(starts)))
-        for start in starts:
-            yield indices[start : start + PART], seeds[start : start + PART]
+        seeds = rng.integers(2**63, size=len(batch.images))
+        rows = range(len(batch.images))[share]
+        parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
+        asked.append((batch, len(parts)))
+        for part in parts:
+            chosen = slice(part.start, part.stop)
+            yield (part, batch.images, seeds) if whole else (batch.images[chosen], seeds[chosen])
 
 
 def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) -> int:

@@ -86,11 +86,12 @@ class CropTransform:
     def __init__(self, preprocess: dict, decoder: str = "pillow"):
         self.size = model_size(preprocess)
         self.decoder = decoder
+        self.interpolation = interpolation_mode(preprocess)
 
     def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
         """uint8 (3, height, width). The same seed gives the same crop, in whatever process."""
         left, top, right, bottom = crop_region(image.width, image.height, seed)
-        return resized(image.crop((left, top, right, bottom)), self.size, self.decoder)
+        return resized(image.crop((left, top, right, bottom)), self.size, self.decoder, self.interpolation)
 
 
 def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]:
@@ -115,6 +116,11 @@ def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]
     short = min(width, height)
     kept = min(short, math.ceil(max(model_size(preprocess)) * SPARE))
     return round(height * kept / short), round(width * kept / short)
+
+
+def interpolation_mode(preprocess: dict) -> InterpolationMode:
+    """The model's way of resizing; open_clip's "random" is bicubic here."""
+    return InterpolationMode.BILINEAR if preprocess["interpolation"] == "bilinear" else InterpolationMode.BICUBIC
 
 
 def model_size(preprocess: dict) -> tuple[int, int]:

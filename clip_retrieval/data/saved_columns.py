@@ -8,7 +8,6 @@ as a base64 text, as a list with one of these, or as a path.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from bisect import bisect_right
@@ -22,11 +21,9 @@ from PIL import Image
 from clip_retrieval.data.base64_images import decoded
 from clip_retrieval.data.images import decode_rgb
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import progress_bar
 
 STATE = "state.json"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # what an Arrow stream ends with when all of it was written
-GLANCE = 1024  # bytes from the middle of two images, of the same size, that are compared before all of them
 
 
 def is_saved(folder: Path) -> bool:
@@ -199,36 +196,3 @@ class Contents:
         if self.field and scalar.is_valid:
             scalar = scalar[self.field]
         return memoryview(scalar.as_buffer() if scalar.is_valid else b"")
-
-
-def first_alike(contents: Contents, rows: np.ndarray, sizes: np.ndarray, description: str) -> np.ndarray:
-    """int64 (rows,): for each row the position of the first one that holds the same bytes.
-
-    Only rows of equal size are looked at, a glance first; all of the bytes are read only of those that look the same.
-
-    Args:
-        contents: the bytes in all rows.
-        rows: int64 (rows,), the rows to compare.
-        sizes: int64 (rows,), their sizes in bytes.
-        description: of the progress bar.
-    """
-    group = np.unique(sizes, return_inverse=True)[1]
-    for look in (_glance, _digest):
-        alike = np.flatnonzero(np.bincount(group)[group] > 1)
-        numbers: dict[tuple[int, bytes], int] = {}
-        told_apart = group.copy()
-        for position in progress_bar(alike.tolist(), desc=f"{description}, {look.__name__.strip('_')}", leave=False):
-            key = (int(group[position]), look(contents[int(rows[position])]))
-            told_apart[position] = len(group) + numbers.setdefault(key, len(numbers))
-        group = np.unique(told_apart, return_inverse=True)[1]
-    first = np.unique(group, return_index=True)[1]
-    return first[group]
-
-
-def _glance(content: memoryview) -> bytes:
-    middle = len(content) // 2
-    return _digest(content[max(0, middle - GLANCE // 2) : middle + GLANCE // 2])
-
-
-def _digest(content: memoryview) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()

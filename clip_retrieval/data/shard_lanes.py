@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from clip_retrieval.data.alike import image_key
 from clip_retrieval.data.images import decode_rgb
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_order import Segment, ShardOrder
@@ -24,11 +25,11 @@ from clip_retrieval.errors import UserError
 
 
 class Pair(NamedTuple):
-    """An image as the model sees it, uint8 (3, height, width), its caption, and its shard and number there."""
+    """An image as the model sees it, uint8 (3, height, width), its caption, and its `image_key`."""
 
     pixels: Tensor
     caption: str
-    source: tuple[int, int]
+    key: int
 
 
 class LaneReader:
@@ -87,29 +88,29 @@ class LaneReader:
             seed = (self.order.seed, epoch, segment.shard, number, segment.round)
             try:
                 rng = np.random.default_rng(seed)
-                image, caption = decode_sample(sample, path, self.transform, self.caption_key, rng)
-                yield Pair(image, caption, (segment.shard, number))
+                yield decode_sample(sample, path, self.transform, self.caption_key, rng)
             except Unusable as problem:
                 yield str(problem)
 
 
 def decode_sample(
     sample: dict[str, bytes], path: Path, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
-) -> tuple[Tensor, str]:
-    """What the model sees of a sample's image, uint8 (3, height, width), and one of its captions.
+) -> Pair:
+    """A sample's image and one of its captions.
 
     Raises Unusable, with the names of the shard and the sample, where it has no image or no caption.
     """
     name = f"{path}, sample {sample['__key__']}"
     try:
         captions = captions_of(sample, caption_key)
-        image = decode_rgb(io.BytesIO(sample[image_ending(sample)]), name)
+        content = sample[image_ending(sample)]
+        image = decode_rgb(io.BytesIO(content), name)
     except Unusable as problem:
         raise Unusable(f"{name}: {problem}") from None
     except UserError as error:
         raise Unusable(str(error)) from None
     caption = captions[rng.integers(len(captions))]
-    return transform(image, int(rng.integers(2**63))), caption
+    return Pair(transform(image, int(rng.integers(2**63))), caption, image_key(content))
 
 
 def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> Iterator[tuple[int, dict[str, bytes]]]:
@@ -138,5 +139,5 @@ def _other_count(order: ShardOrder, shard: int, than: str) -> UserError:
     path, count = order.shards.paths[shard], order.shards.count(shard)
     return UserError(
         f"{path}: holds {than} samples than the {count:,} that it had before, or has in the sizes.json beside it; "
-        "bring the shard back, or take that file away"
+        "bring the shard back, or take that file away and begin the run anew (--overwrite)"
     )

@@ -102,8 +102,9 @@ class ShardOrder:
     def fingerprint(self) -> int:
         """A checksum of the shards' names and sizes: a run goes on only with the data that it began with."""
         names = [path.name for path in self.shards.paths]
-        sizes = [path.stat().st_size for path in self.shards.paths] if self.num_samples else self._counts.tolist()
-        return zlib.crc32(repr((names, sizes)).encode())
+        sizes = [path.stat().st_size for path in self.shards.paths]
+        counts = [] if self.num_samples else self._counts.tolist()
+        return zlib.crc32(repr((names, sizes, counts)).encode())
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -195,10 +196,12 @@ def number_of_lanes(batch_size: int, most: int) -> int:
     """How many lanes a batch has: it divides the batch, and is at most `most`.
 
     As many as may be, and a power of two times whatever else divides the batch: so that it can be shared by as many
-    processes as are usual.
+    processes as are usual, 3, 6 or 12 among them where the batch is a multiple of 3.
     """
-    most = min(most, max(MOST_LANES, batch_size // LANE_SHARE))
-    power = min(batch_size & -batch_size, 1 << (most.bit_length() - 1))
+    odd = next((factor for factor in (3, 5, 7) if batch_size % factor == 0), 1)
+    usual = max(MOST_LANES, batch_size // LANE_SHARE)
+    power = min(batch_size & -batch_size, 1 << (min(most, usual).bit_length() - 1))
+    most = min(most, odd * usual)
     return max(n for n in range(power, most + 1, power) if batch_size % n == 0)
 
 

@@ -20,9 +20,11 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from clip_retrieval.data.readers.files import clean_caption
 from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import log
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION = "caption"  # its key in a .json, unless another one is given
+CHUNK = 1 << 20  # bytes
 _ENDINGS = {*IMAGES, "txt", "json"}
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -61,6 +63,8 @@ def _members(path: Path) -> Iterator[Member]:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{path}: broken at byte {tar.offset:,}; fetch it again")
+            if any(chunk.strip(b"\0") for chunk in iter(lambda: tar.fileobj.read(CHUNK), b"")):
+                raise UserError(f"{path}: goes on behind its end at byte {tar.offset:,}; is it several tars in one?")
     except (tarfile.TarError, OSError) as error:
         raise _unreadable(path, error) from None
 
@@ -74,6 +78,42 @@ def _is_part(name: str) -> bool:
     """Whether a member is part of a sample: an image, a text or a JSON, and none of webdataset's own notes."""
     key, ending = base_plus_ext(name)
     return key is not None and ending.lower() in _ENDINGS and not _META.match(name)
+
+
+def check_layout(path: Path, caption_key: str | None) -> None:
+    """Say what in the headers of a shard looks as if it had been packed in another way.
+
+    Raises UserError where most of its samples are no pairs.
+    """
+    samples = incomplete = 0
+    for members in read_members(path):
+        samples += 1
+        of = {member.ending: member for member in members}
+        try:
+            image_ending(of), caption_ending(of, caption_key)
+        except Unusable as problem:
+            incomplete += 1
+            first = f"sample {members[0].key}: {problem}"
+    dotted = [name for name in _other_names(path) if name.rpartition(".")[2].lower() in _ENDINGS]
+    if dotted:
+        log.warning(
+            f"{path}: {len(dotted):,} files are left out, as their names have further dots ({dotted[0]}): to "
+            "webdataset all behind the first dot is the ending; name them otherwise"
+        )
+    if incomplete:
+        text = f"{path}: {incomplete:,} of {samples:,} samples are no pairs; {first}"
+        if 2 * incomplete > samples:
+            raise UserError(f"{text}. The files of a sample must stand one after the other (tar --sort=name)")
+        log.warning(text)
+
+
+def _other_names(path: Path) -> Iterator[str]:
+    """The names of files that are part of no sample, and not webdataset's own notes."""
+    with tarfile.open(path, "r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()
+            if info.isreg() and not _is_part(info.name) and not _META.match(info.name):
+                yield info.name
 
 
 def count_samples(path: Path) -> int:

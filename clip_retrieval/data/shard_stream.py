@@ -1,8 +1,8 @@
 """Training batches that are read from tar shards, one sample after the other, by worker processes.
 
 A batch is the lanes' parts one after the other; a process computes some lanes, and each of its workers reads some of
-these. A sample that stands in for one that cannot be used may be twice in its batch: where both are of one lane, the
-batch says that both captions belong to both images. (Of the others' lanes a process does not know what they hold.)
+these. The same image may be in a batch several times, as shards with a sample for each caption have it, or where a
+sample stands in for one that cannot be used: all its captions belong to each, whichever processes compute them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.loader import ToDevice, TrainBatch, Workers, text_length
+from clip_retrieval.data.passed_over import PassedOver
 from clip_retrieval.data.shard_lanes import LaneReader, Pair
 from clip_retrieval.data.shard_order import ShardOrder
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import log
 
 
 class Part(NamedTuple):
@@ -30,14 +30,16 @@ class Part(NamedTuple):
         images: uint8 (n, 3, height, width).
         ids: int32 (n, context_length).
         lengths: int64 (n,), as in `captions.Tokens`.
-        sources: int64 (n, 3), lane and shard of each pair, and its number there.
+        keys: int64 (n,), the images' `image_key`.
+        cut: how many captions were longer than the context.
         left_out: the samples for which others stand in.
     """
 
     images: Tensor
     ids: Tensor
     lengths: Tensor
-    sources: Tensor
+    keys: Tensor
+    cut: int
     left_out: list[str]
 
 
@@ -51,12 +53,12 @@ class _LaneParts:
 
     def __call__(self, request: tuple[int, int, range]) -> Part:
         epoch, batch, lanes = request
-        found = [(lane, *pair) for lane in lanes for pair in self._pairs(epoch, batch, lane)]
-        pairs = [pair for _, pair, _ in found]
+        found = [pair for lane in lanes for pair in self._pairs(epoch, batch, lane)]
+        pairs = [pair for pair, _ in found]
         tokens = tokenize([pair.caption for pair in pairs], self.tokenizer)
-        sources = torch.tensor([(lane, *pair.source) for lane, pair, _ in found])
-        left_out = [problem for _, _, problem in found if problem]
-        return Part(torch.stack([pair.pixels for pair in pairs]), tokens.ids, tokens.lengths, sources, left_out)
+        images, keys = torch.stack([pair.pixels for pair in pairs]), torch.tensor([pair.key for pair in pairs])
+        left_out = [problem for _, problem in found if problem]
+        return Part(images, tokens.ids, tokens.lengths, keys, tokens.cut, left_out)
 
     def _pairs(self, epoch: int, batch: int, lane: int) -> list[tuple[Pair, str | None]]:
         share = self.read.order.lane_share
@@ -99,7 +101,6 @@ class StreamLoader:
         self.bucket = bucket
         self.processes = processes
         own = lanes_of_process(self.order, processes)
-        self._first_row = own.start * self.order.lane_share
         number = max(1, min(num_workers, len(own)))
         cuts = [own.start + len(own) * i // number for i in range(number + 1)]
         self._groups = [range(*cut) for cut in pairwise(cuts)]
@@ -107,6 +108,7 @@ class StreamLoader:
         fetch = _LaneParts(read, tokenizer)
         self._workers = Workers(fetch, num_workers=min(num_workers, number), pin_memory=self._to_device.pin_memory)
         self._next: tuple[int, int] | None = None
+        self._passed_over = PassedOver("samples", processes, tokenizer.context_length)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, from batch number `first_batch` on; it may be broken off and gone on with.
@@ -115,42 +117,29 @@ class StreamLoader:
         """
         if self._next != (epoch, first_batch):
             self._parts = self._workers(_requests(epoch, range(first_batch, len(self.order)), self._groups))
-            self._left_out, self._first_left_out, self._said, self._begun_with = 0, "", 0, first_batch
+            self._passed_over.begin(epoch, first_batch)
         for batch in range(first_batch, len(self.order)):
             parts = [next(self._parts) for _ in self._groups]
             self._next = epoch, batch + 1
-            left_out = [problem for part in parts for problem in part.left_out]
-            self._left_out += len(left_out)
-            self._first_left_out = self._first_left_out or "".join(left_out[:1])
+            problems = [problem for part in parts for problem in part.left_out]
+            self._passed_over.count(problems, cut=sum(part.cut for part in parts))
             last = batch + 1 == len(self.order)
             if last:
-                self._say_what_was_left_out(int(self.processes.sum(torch.tensor(self._left_out))))
+                self._passed_over.say_all()
             try:
                 yield self._batch(parts)
             except GeneratorExit:
-                # The other processes need not be here, so that there is no asking them.
-                if not last and self._left_out > self._said:
-                    self._say_what_was_left_out(self._left_out, " of this process's" * (self.processes.world_size > 1))
+                if not last:
+                    self._passed_over.say_own()
                 raise
 
     def _batch(self, parts: list[Part]) -> TrainBatch:
-        images, ids, lengths, sources, _ = zip(*parts)
+        images, ids, lengths, keys, *_ = zip(*parts)
         ids, lengths = torch.cat(ids), torch.cat(lengths)
         texts = ids[:, : text_length(lengths, ids.shape[1], trim=self.trim, bucket=self.bucket)].long()
-        positives = same_rows(torch.cat(sources)) + torch.tensor([0, self._first_row])
+        keys = torch.cat(keys)
+        positives = (keys[:, None] == self.processes.gather(keys)).nonzero()
         return self._to_device(list(images), texts, positives, lengths if self.bucket == 1 else None)
-
-    def _say_what_was_left_out(self, number: int, of: str = "") -> None:
-        """Warn of what was left out since this process began with the epoch."""
-        if not number:
-            return
-        epoch, end = self._next
-        first = f": {self._first_left_out}" if self._first_left_out else ""
-        log.warning(
-            f"epoch {epoch + 1}, batches {self._begun_with + 1:,} to {end:,}: {number:,}{of} samples could not be "
-            f"used, others stood in for them{first}"
-        )
-        self._said = self._left_out
 
 
 def _requests(epoch: int, batches: range, groups: list[range]) -> Iterator[tuple[int, int, range]]:
@@ -175,11 +164,3 @@ def lanes_of_process(order: ShardOrder, processes: Processes) -> range:
         )
     share = order.lanes // world_size
     return range(rank * share, (rank + 1) * share)
-
-
-def same_rows(sources: Tensor) -> Tensor:
-    """int64 (P, 2): all (i, j) for which rows i and j of `sources`, int64 (n, columns), are equal."""
-    distinct, which = torch.unique(sources, dim=0, return_inverse=True)
-    if len(distinct) == len(sources):
-        return torch.arange(len(sources))[:, None].repeat(1, 2)
-    return (which[:, None] == which).nonzero()

@@ -1,7 +1,7 @@
 """Which tar shards a split has: patterns expanded, folders searched, each file looked at before anything begins.
 
 --train_data 'shards/{00000..01537}.tar' --val_data 'val/*.tar'
-DATA/train-{0000..0099}.tar, DATA/val-0.tar, DATA/test.tar     or  DATA/train/*.tar, DATA/valid/*.tar, ...
+DATA/train-{0000..0099}.tar, DATA/cc3m-val-0.tar, DATA/test.tar    or  DATA/train/*.tar, DATA/valid/*.tar, ...
 DATA/*.tar                                                     without splits: all are to train on
 
 Blanks divide patterns, or SEPARATOR does, where they hold blanks.
@@ -27,7 +27,8 @@ from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
 SEPARATOR = "::"
-_OF_A_SPLIT = re.compile(rf"({'|'.join(sorted(files.SPLITS, key=len, reverse=True))})([^A-Za-z].*)?\.tar")
+_WORDS = "|".join(sorted(files.SPLITS, key=len, reverse=True))
+_OF_A_SPLIT = re.compile(rf"(?:.*[^A-Za-z])?({_WORDS})([^A-Za-z].*)?\.tar")
 _GZIP = b"\x1f\x8b"
 
 
@@ -167,7 +168,7 @@ def _without(found: SplitShards, taken: set[Path]) -> SplitShards | None:
 
 
 def _of_split(root: Path, split: str) -> Iterator[Path]:
-    """Tars of `root` whose names begin with a word for the split, and all that are in folders named so."""
+    """Tars of `root` with a word for the split in their names, and all that are in folders named so."""
     for path in _tars(root):
         if (match := _OF_A_SPLIT.fullmatch(path.name)) and files.SPLITS[match[1]] == split:
             yield path

@@ -27,7 +27,7 @@ from clip_retrieval.models.load import load_into
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
 from clip_retrieval.models.towers import text_part
-from clip_retrieval.models.word_pieces import WordPieceTokenizer
+from clip_retrieval.models.word_pieces import WordPieceTokenizer, folder_of_words
 from clip_retrieval.options import ModelOptions
 
 # Where SigLIP starts, https://arxiv.org/abs/2303.15343.
@@ -76,7 +76,7 @@ def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias:
         typed_model: the user named --vision_model, so a checkpoint that holds another model is an error; otherwise
             the checkpoint decides.
         logit_bias: give the model a logit bias (SigLIP loss). Where the weights have none, scale and bias start
-            where SigLIP's do.
+            where SigLIP's do, or where the model config says (`init_logit_scale`, `init_logit_bias`).
 
     Raises:
         UserError: an unknown name or tag, weights that cannot be fetched or read or do not fit.
@@ -129,8 +129,8 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         load_into(clip, state, source.weights, source.name, source.random)
     _resize_timm(clip, config, source.name)
     if logit_bias and "logit_bias" not in state:
-        torch.nn.init.constant_(clip.logit_scale, SIGLIP_SCALE)
-        torch.nn.init.constant_(clip.logit_bias, SIGLIP_BIAS)
+        torch.nn.init.constant_(clip.logit_scale, config.get("init_logit_scale", SIGLIP_SCALE))
+        torch.nn.init.constant_(clip.logit_bias, config["init_logit_bias"])
     preprocess = {**source.preprocess, "size": config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)}
     # The scale, too, is in no file of a tower's, but starts at a value of its own.
     random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
@@ -208,6 +208,9 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
     size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
     if clip.visual.trunk.default_cfg["input_size"][-1] == size:
         return
+    patch_size = getattr(getattr(clip.visual.trunk, "patch_embed", None), "patch_size", (1, 1))
+    if size % patch_size[0]:
+        raise UserError(f"--image_size {size}: {name} takes multiples of {patch_size[0]}")
     try:
         with hub.quiet():
             clip.visual.set_input_size(size)
@@ -218,14 +221,16 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
 def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
     """The tokenizer that goes with `model`; `data.captions.tokenize` runs it.
 
-    A WordPiece tokenizer has the words of --tokenizer, else those in the model's config, else the hub's. Raises
-    UserError where it cannot be had, or has more tokens than the text tower knows.
+    A WordPiece tokenizer has the words of --tokenizer, else those in the model's config, else those beside the weights
+    of --text_pretrained, else the hub's. Raises UserError where it cannot be had, or has more tokens than the text
+    tower knows.
     """
     text = model.config["text_cfg"]
     length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
     is_chinese = chinese_clip.is_chinese_clip(model.config)
     if is_chinese or simple_clip.is_simple_clip(model.config):
-        words = options.tokenizer or text.get("vocab") or text.get("hf_tokenizer_name", simple_clip.TEXT_MODEL)
+        words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
+        words = words or text.get("hf_tokenizer_name", simple_clip.TEXT_MODEL)
         of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
         return of_its_kind(words, length, text_part(model.clip).vocab_size)
     extra = text.get("tokenizer_kwargs") or {}

@@ -33,7 +33,27 @@ def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
     kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
     if lacking := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
         raise UserError(f"--vision_model {name.name} is not a model config: it has no {', '.join(lacking)}")
-    return config, preprocess_config(content.get("preprocess_cfg", {}))
+    overrides = content.get("preprocess_cfg", {})
+    if wrong := _wrong_values(config, overrides):
+        raise UserError(f"--vision_model {name.name} is not a model config: {wrong}")
+    return config, preprocess_config(overrides)
+
+
+def _wrong_values(config: dict[str, Any], preprocess: Any) -> str:
+    """What is wrong with the values that nothing else would complain of before a run breaks on them."""
+    size = config["vision_cfg"].get("image_size", 1)
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and side > 0 for side in sides):
+        return f"its image_size is {json.dumps(size)}, no whole number"
+    if not isinstance(config["text_cfg"].get("hf_config", {}), dict):
+        return "its hf_config holds no values"
+    if not isinstance(preprocess, dict):
+        return "its preprocess_cfg holds no values"
+    for key in ("mean", "std"):
+        value = preprocess.get(key, [0, 0, 0])
+        if not isinstance(value, list) or [type(v) in (int, float) for v in value] != [True] * 3:
+            return f"its {key} is {json.dumps(value)}, not three numbers"
+    return ""
 
 
 def preprocess_config(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ IMAGE, TRUNK, TEXT = "image_encoder.", "visual.trunk.", "text.transformer."
 RENAMED = {
     "text_encoder.model.": TEXT,
     "image_projection.": "visual.head.",
+    "projection_head.": "visual.head.",  # until 2024; then its captions had no head, and there was no temperature
     "text_projection.": "text.proj.",
     "t_prime": "logit_scale",
     "b": "logit_bias",
@@ -52,7 +53,10 @@ def is_reference(state: dict[str, torch.Tensor]) -> bool:
 
 
 def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """simple-clip's own state dict under our names; without a bias that was never trained (see HIGHEST_BIAS)."""
+    """simple-clip's own state dict under our names; without a bias that was never trained (see HIGHEST_BIAS).
+
+    The first ones, the published one among them, have no temperature: they were trained with a scale of 1.
+    """
     parts = RESNET_PARTS if any(name.startswith(f"{IMAGE}4.") for name in state) else EFFICIENTNET_PARTS
     renames = {f"{IMAGE}{number}.": f"{TRUNK}{part}." for number, part in parts.items()} | RENAMED
     renamed = {}
@@ -61,6 +65,8 @@ def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         renamed[name if prefix is None else renames[prefix] + name.removeprefix(prefix)] = value
     if "logit_bias" in renamed and renamed["logit_bias"] > HIGHEST_BIAS:
         del renamed["logit_bias"]
+    if any(name.startswith("projection_head.") for name in state):
+        renamed.setdefault("logit_scale", torch.tensor(0.0))
     return renamed
 
 
@@ -86,6 +92,8 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
         vocabulary, width = state[f"{TEXT}embeddings.word_embeddings.weight"].shape
         positions = state[f"{TEXT}embeddings.position_embeddings.weight"].shape[0]
         config["embed_dim"] = state["visual.head.2.weight"].shape[0]
+        if "text.proj.0.weight" not in state:
+            text["proj_type"] = "none"
         text["context_length"] = min(text["context_length"], positions)
         text["hf_config"] |= {
             "vocab_size": vocabulary,

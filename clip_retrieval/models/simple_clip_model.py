@@ -27,7 +27,8 @@ CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classif
 
 RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, FusedMBConv, MBConv)
 VISION_KEYS = {"torchvision_model_name", "image_size"}
-TEXT_KEYS = {"hf_config", "hf_model_name", "hf_tokenizer_name", "context_length", "vocab"}
+TEXT_KEYS = {"hf_config", "hf_model_name", "hf_tokenizer_name", "context_length", "vocab", "proj_type"}
+PROJECTIONS = ("mlp", "none")
 
 
 class SimpleCLIP(nn.Module):
@@ -36,7 +37,8 @@ class SimpleCLIP(nn.Module):
     Args:
         embed_dim: width of the features.
         vision_cfg: `torchvision_model_name`; `image_size` is for the preprocessing alone, the tower takes any.
-        text_cfg: `hf_config`, DistilBERT's own; the rest is for the tokenizer.
+        text_cfg: `hf_config`, DistilBERT's own; `proj_type`, "mlp" or "none" for a tower without a projection head,
+            as wide as the features; the rest is for the tokenizer.
         init_logit_scale: log of the temperature's inverse at the start.
         init_logit_bias: the bias at the start, or None for a model without one.
 
@@ -58,7 +60,9 @@ class SimpleCLIP(nn.Module):
         if text_cfg.get("hf_config", {}).get("model_type") != "distilbert":
             raise ValueError("beside a torchvision_model_name its text_cfg needs an hf_config of model_type distilbert")
         self.visual = TorchvisionTower(vision_cfg["torchvision_model_name"], embed_dim)
-        self.text = DistilBertTower(text_cfg["hf_config"], embed_dim)
+        if (proj_type := text_cfg.get("proj_type", PROJECTIONS[0])) not in PROJECTIONS:
+            raise ValueError(f"its proj_type is {proj_type}, none of {', '.join(PROJECTIONS)}")
+        self.text = DistilBertTower(text_cfg["hf_config"], embed_dim, has_head=proj_type == "mlp")
         positions = self.text.transformer.config.max_position_embeddings
         if text_cfg.get("context_length", 0) > positions:
             raise ValueError(f"its context_length is more than the {positions} positions of its text tower")
@@ -124,15 +128,18 @@ class DistilBertTower(nn.Module):
     Args:
         hf_config: DistilBERT's config (vocab_size, dim, n_layers, ...), from which it is built with random weights.
         output_dim: width of the features.
+        has_head: project them; otherwise they are as wide as DistilBERT.
     """
 
-    def __init__(self, hf_config: dict[str, Any], output_dim: int):
+    def __init__(self, hf_config: dict[str, Any], output_dim: int, *, has_head: bool = True):
         super().__init__()
         from transformers import DistilBertConfig, DistilBertModel
 
         config = DistilBertConfig.from_dict(hf_config)
         self.transformer = DistilBertModel(config)
-        self.proj = projection_head(config.dim, output_dim)
+        if not has_head and config.dim != output_dim:
+            raise ValueError(f"without a head its features have {config.dim} dimensions, not {output_dim}")
+        self.proj = projection_head(config.dim, output_dim) if has_head else nn.Identity()
         self.output_dim = output_dim
         self.vocab_size = config.vocab_size
 

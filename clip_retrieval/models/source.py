@@ -72,7 +72,7 @@ def _tag(name: ModelName, tag: str) -> dict[str, Any] | None:
 def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
     """What is neither a tag nor a file is taken for a misspelt tag, unless it looks like a path."""
     path = Path(pretrained)
-    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained:
+    if path.exists() or path.suffix in weights.WEIGHT_FILES or "/" in pretrained:
         return
     tags = tags_of(name)
     known = f"its tags are {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
@@ -103,8 +103,10 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
     """A model by name, its weights from a file that does not tell the model, or not all of it."""
     if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
         name = names.resolve(CLIP_TRAINING)
-    if _has_two_towers(options, name) and not any(key.startswith(simple_clip.TRUNK) for key in found.state):
-        return _two_towers(options, name, found.source, found.state)
+    if _has_two_towers(options, name):
+        if not any(key.startswith(simple_clip.TRUNK) for key in found.state):
+            return _two_towers(options, name, found.source, found.state)
+        _refuse_text_pretrained(options, found.source)
     config, preprocess = read_config(name)
     if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE, weights.CLIP_TRAINING) or name.openai_spelling:
         config["quick_gelu"] = True
@@ -117,8 +119,7 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
 
 def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
     """The model that a file tells; names that were typed must agree with it."""
-    if _text_pretrained(options):
-        raise UserError(f"{found.source} has the weights of its text tower; leave --text_pretrained out")
+    _refuse_text_pretrained(options, found.source)
     if found.kind == weights.OURS:
         config, preprocess = found.model_config, found.preprocess or preprocess_config({})
         held = found.options.get("vision_model") or "model without a name"
@@ -133,6 +134,11 @@ def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSou
         held = chinese_clip.model_name(config)
     check_names(options, typed_model, config, held, found.source)
     return ModelSource(held, config, preprocess, found.source, found.state)
+
+
+def _refuse_text_pretrained(options: ModelOptions, source: str) -> None:
+    if _text_pretrained(options):
+        raise UserError(f"{source} has the weights of its text tower; leave --text_pretrained out")
 
 
 def _text_pretrained(options: ModelOptions) -> str | None:
@@ -172,7 +178,7 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
     if state and not image:
         raise UserError(f"--pretrained {pretrained} holds no image tower of {name.name}; give {wanted}")
     place = _text_pretrained(options)
-    text = read_text_tower(place, rename, kind) if place else {}
+    text = read_text_tower(place, rename, kind, config["text_cfg"]["hf_config"]) if place else {}
     if not image and not text:
         return ModelSource(model, config, preprocess, NO_WEIGHTS)
     random += ("text.proj." if text else "text.",)
@@ -219,7 +225,8 @@ def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any]
             f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
             "another checkpoint"
         )
-    if options.text_model not in (None, config["text_cfg"].get("hf_model_name")):
+    holds = simple_clip.TEXT_MODEL if simple_clip.is_simple_clip(config) else config["text_cfg"].get("hf_model_name")
+    if options.text_model not in (None, holds):
         raise UserError(f"--text_model {options.text_model} contradicts {source}; leave it out")
 
 

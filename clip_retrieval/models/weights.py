@@ -5,6 +5,7 @@ Nothing here unpickles Python objects: a file that asks for them is refused.
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 import zipfile
@@ -26,6 +27,9 @@ CLIP_TRAINING = "clip-training"
 CHINESE_CLIP = "chinese-clip"
 SIMPLE_CLIP = "simple-clip"
 STATE_DICT = "state dict"
+
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+"""How the names of weight files end."""
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
 _READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -70,7 +74,10 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def read_text_tower(
-    place: str, rename: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], kind: str
+    place: str,
+    rename: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    kind: str,
+    hf_config: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """A text tower's weights from a folder, a file or the hub, float32.
 
@@ -78,16 +85,19 @@ def read_text_tower(
         place: where they are.
         rename: gives them the names of our text tower, and nothing where they are of another kind.
         kind: "BERT" or "DistilBERT", for messages.
+        hf_config: our text tower's own config.
 
-    Raises UserError as `read_weights` does, and where the file holds none of this kind.
+    Raises UserError as `read_weights` does, and where the file holds none of this kind, or the config.json beside it
+    one that computes something else.
     """
     path = Path(place)
     if path.is_dir():
         files = [path / name for name in hub.BERT_FILES if (path / name).exists()]
         if not files:
             raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a {kind}")
+        _check_same_tower(path / "config.json", hf_config)
         path = files[0]
-    elif not path.exists() and not path.suffix:
+    elif not path.exists() and path.suffix not in WEIGHT_FILES:
         path = Path(hub.fetch_bert(place))
     _check_is_file(path)
     content = _read_safetensors(path) if _is_safetensors(path) else _read_tensors(path)
@@ -97,6 +107,21 @@ def read_text_tower(
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
     return state
+
+
+def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
+    """Raise UserError where a config.json differs in what the shapes of the weights do not tell."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    ours = {"activation": "gelu", "sinusoidal_pos_embds": False, "hidden_act": "gelu"} | hf_config
+    for key in ("n_heads", "num_attention_heads", "activation", "hidden_act", "sinusoidal_pos_embds"):
+        if isinstance(found, dict) and key in found and key in ours and found[key] != ours[key]:
+            raise UserError(
+                f"{config}: {key} is {found[key]}, the text tower's {ours[key]}; give other weights, or a model config "
+                "with it"
+            )
 
 
 def export_chinese_clip(checkpoint: Path, output: Path) -> None:
@@ -246,8 +271,9 @@ def _from_content(path: Path, content: Any) -> Weights:
         return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
     if simple_clip.is_reference(state):
         return Weights(str(path), SIMPLE_CLIP, simple_clip.from_reference(state))
-    # Only clip-training uses this key.
-    return Weights(str(path), CLIP_TRAINING if holder == "model_state_dict" else STATE_DICT, state)
+    # What clip-training writes beside the weights: others call them model_state_dict as well.
+    is_clip_training = holder == "model_state_dict" and "global_step" in content
+    return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

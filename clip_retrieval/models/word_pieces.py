@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from clip_retrieval.models.hub import FETCH_ERRORS, hub_access, quiet
 
 MIN_VOCABULARY = 6
 """transformers gives a vocabulary of the five special tokens where it did not understand the file."""
+
+WORD_FILES = ("vocab.txt", "tokenizer.json")
 
 
 class WordPieceTokenizer:
@@ -26,7 +29,7 @@ class WordPieceTokenizer:
         vocabulary: number of tokens the text tower knows.
 
     Raises:
-        UserError: the vocabulary is not there, or is another than the text tower's.
+        UserError: the vocabulary is not there, or is another than the text tower's, or cased.
     """
 
     tokenizer_mode = ""
@@ -41,6 +44,8 @@ class WordPieceTokenizer:
                 f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt that "
                 "belongs to the model"
             )
+        if self.tokenizer.pad_token_id != 0:  # what the towers take for padding
+            raise UserError(f"--tokenizer {source}: [PAD] must be its first entry; give BERT's vocab.txt")
 
     @property
     def words(self) -> list[str]:
@@ -64,6 +69,11 @@ class WordPieceTokenizer:
         ).input_ids
 
 
+def folder_of_words(place: str | None) -> str | None:
+    """`place`, where it is a folder that holds a vocabulary."""
+    return place if place and any((Path(place) / name).is_file() for name in WORD_FILES) else None
+
+
 def _of_words(words: list[str]) -> Any:
     from transformers import BertTokenizer
 
@@ -83,11 +93,21 @@ def _saved(folder: Path) -> Any:
         raise UserError(f"--tokenizer {folder}: its tokenizer.json cannot be read ({reason})") from error
 
 
+def _refuse_cased(settings: Path) -> None:
+    try:
+        cased = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case") is False
+    except (OSError, ValueError, AttributeError):
+        return
+    if cased:
+        raise UserError(f"{settings}: its vocabulary is cased, captions are read in lower case; give an uncased one")
+
+
 def _read(source: str) -> Any:
     from transformers import AutoTokenizer, BertTokenizer
 
     path = Path(source)
     if path.is_dir():
+        _refuse_cased(path / "tokenizer_config.json")
         if not (path / "vocab.txt").exists() and (path / "tokenizer.json").exists():
             return _saved(path)
         path = path / "vocab.txt"

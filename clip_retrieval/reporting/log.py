@@ -78,7 +78,7 @@ def start_log() -> None:
 
 def log_to_file(folder: Path) -> None:
     """Write what has been said since `start_log`, and all that follows, to `folder`/log.txt as well."""
-    file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
         log.removeHandler(kept)

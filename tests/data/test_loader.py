@@ -34,7 +34,7 @@ def tokens(dataset):
     return Tokens(ids.int(), lengths, 0)
 
 
-def loader(dataset, tokens, batch_size=6, rank=0, processes=1, num_workers=0, trim=True, augment="none"):
+def loader(dataset, tokens, batch_size=6, rank=0, processes=1, num_workers=0, trim=True, augment="none", **options):
     return TrainLoader(
         BatchSampler(dataset, batch_size, seed=3),
         make_pixels(dataset.images, small_preprocess(), augment=augment),
@@ -43,6 +43,7 @@ def loader(dataset, tokens, batch_size=6, rank=0, processes=1, num_workers=0, tr
         share=process_slice(batch_size, rank, processes),
         num_workers=num_workers,
         device=torch.device("cpu"),
+        **options,
     )
 
 
@@ -132,3 +133,49 @@ def test_images_in_memory_need_no_workers(dataset):
     assert choose_num_workers(None, memory, torch.device("cuda")) == 0
     assert choose_num_workers(None, files, torch.device("cuda")) >= 1
     assert choose_num_workers(5, memory, torch.device("cpu")) == 5
+
+
+@pytest.fixture
+def broken(dataset, tmp_path):
+    """The data set in files, of which numbers 3 and 7 are no images."""
+    for i in range(IMAGES):
+        dataset.images[i].save(tmp_path / f"{i}.png")
+    for i in (3, 7):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    images = ImageFiles([str(tmp_path / f"{i}.png") for i in range(IMAGES)])
+    return RetrievalDataset("broken", "train", images, dataset.captions, dataset.pairs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_next_pair_of_the_batch_stands_in_for_an_image_that_cannot_be_read(broken, tokens, caplog, num_workers):
+    transform = evaluation_transform(small_preprocess())
+    with caplog.at_level("WARNING", "clip_retrieval"):
+        batches = list(loader(broken, tokens, num_workers=num_workers, pass_over=True, trim=False).epoch(0))
+    for batch, pairs in zip(batches, BatchSampler(broken, 6, seed=3).epoch(0), strict=True):
+        rows = list(range(6))
+        for row in reversed(range(2 * 6)):
+            if pairs.images[row % 6] in (3, 7):
+                rows[row % 6] = rows[(row + 1) % 6]
+        images, captions = pairs.images[rows], pairs.captions[rows]
+        assert torch.equal(batch.images, torch.stack([transform(broken.images[i]) for i in images]))
+        assert torch.equal(batch.texts, tokens.ids[captions].long())
+        expected = images[:, None] == captions[None] // CAPTIONS_EACH
+        assert sorted(batch.positives.tolist()) == np.argwhere(expected).tolist()
+    (said,) = caplog.messages
+    assert said.startswith("epoch 1, batches 1 to 4: 4 images could not be used") and ".png: not a readable" in said
+
+
+def test_what_is_passed_over_is_said_where_an_epoch_is_broken_off(broken, tokens, caplog):
+    batches = loader(broken, tokens, pass_over=True).epoch(0)
+    for _ in range(3):
+        next(batches)
+    assert not caplog.messages
+    batches.close()
+    assert caplog.messages[0].startswith("epoch 1, batches 1 to 3: ")
+
+
+def test_a_batch_of_nothing_that_can_be_read_is_an_error(broken, tokens):
+    images = ImageFiles([f"{path}.gone" for path in broken.images.paths])
+    gone = RetrievalDataset("gone", "train", images, broken.captions, broken.pairs)
+    with pytest.raises(UserError, match=r"\.png\.gone: no such image.*; nor can any other image of its batch"):
+        list(loader(gone, tokens, pass_over=True).epoch(0))

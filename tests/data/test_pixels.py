@@ -131,13 +131,15 @@ def test_images_in_memory_need_no_workers(images, decoder):
 
 
 @pytest.mark.parametrize("size", [16, (16, 24)])
-def test_a_crop_is_its_region_resized(images, size):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_its_region_resized(images, size, interpolation):
     height, width = (16, 16) if size == 16 else size
-    pixels = make_pixels(images, small_preprocess(size), augment="crop")
-    fast = make_pixels(images, small_preprocess(size), augment="crop", decoder="fast")
+    settings = small_preprocess(size) | {"interpolation": interpolation}
+    pixels = make_pixels(images, settings, augment="crop")
+    fast = make_pixels(images, settings, augment="crop", decoder="fast")
     for i in range(len(images)):
         region = images[i].crop(crop_region(*images[i].size, seed=i))
-        expected = np.asarray(region.resize((width, height), Image.Resampling.BICUBIC))
+        expected = np.asarray(region.resize((width, height), Image.Resampling[interpolation.upper()]))
         np.testing.assert_array_equal(pixels(i, seed=i).numpy(), expected.transpose(2, 0, 1))
         assert difference(fast(i, seed=i), pixels(i, seed=i)) <= 2
 

@@ -28,6 +28,20 @@ def test_shards_are_the_data_set_that_they_were_made_of(tmp_path, captioned, rea
     )
 
 
+def test_a_sample_for_each_caption_is_the_same_data_set(tmp_path, captioned, read):
+    files = read("csv", captioned, "val")
+    samples = [
+        (f"{number:05}", {"jpg": files.images.encoded(image), "txt": files.captions[caption]})
+        for number, (image, caption) in enumerate(files.pairs.tolist())
+    ]
+    write_shard(tmp_path / "val-0.tar", samples[:4])
+    write_shard(tmp_path / "val-1.tar", samples[4:])
+    shards = read("webdataset", tmp_path, "val")
+    assert shards.captions == files.captions and shards.pairs.tolist() == files.pairs.tolist()
+    assert [shards.images.encoded(i) for i in range(6)] == [files.images.encoded(i) for i in range(6)]
+    assert shards.images.encoded(5, slice(2, 9)) == files.images.encoded(5)[2:9]
+
+
 def test_an_image_is_named_by_shard_and_member(tmp_path, read):
     write_shards(tmp_path, [2, 2])
     dataset = read("webdataset", tmp_path, "train")
@@ -64,7 +78,7 @@ def test_a_key_that_no_json_has_is_one_error_that_names_shard_and_sample(tmp_pat
 def test_keys_that_shards_share_are_no_ids(tmp_path, read):
     write_shards(tmp_path, [2], "test-a")
     assert read("webdataset", tmp_path, "test").image_ids == ["00000", "00001"]
-    write_shards(tmp_path, [2], "test-b")
+    write_shard(tmp_path / "test-b.tar", [("00000", {"jpg": jpeg(5), "txt": "another thing"})])
     assert read("webdataset", tmp_path, "test").image_ids is None
 
 

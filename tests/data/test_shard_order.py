@@ -125,10 +125,12 @@ def test_a_lane_that_has_only_empty_shards_says_so():
         (1024, None, 32),
         (32768, None, 256),
         (10, None, 10),
-        (35, None, 7),
-        (100, None, 20),
-        (1000, None, 8),
-        (96, None, 32),
+        (35, None, 35),
+        (100, None, 100),
+        (1000, None, 40),
+        (96, None, 96),
+        (1536, None, 96),
+        (160, None, 160),
         (256, 6, 4),
         (256, 1, 1),
         (7, 3, 1),
@@ -140,9 +142,13 @@ def test_as_many_lanes_as_usual_numbers_of_processes_can_share(batch_size, shard
     assert one.lanes == lanes and one.lanes * one.lane_share == batch_size
 
 
-def test_the_fingerprint_tells_other_data(tmp_path):
+def test_the_fingerprint_tells_other_data(tmp_path, monkeypatch):
+    for number in range(len(COUNTS)):
+        (tmp_path / f"{number}.tar").write_bytes(b"1234")
+    monkeypatch.chdir(tmp_path)
     fingerprints = {order(counts).fingerprint for counts in (COUNTS, COUNTS[:-1], [8, 11, *COUNTS[2:]])}
-    assert len(fingerprints) == 3
+    (tmp_path / "0.tar").write_bytes(b"12345")  # as many samples, but others
+    assert len(fingerprints | {order(COUNTS).fingerprint}) == 4
     paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
     for path in paths:
         path.write_bytes(b"1234")

@@ -9,6 +9,7 @@ import pytest
 from clip_retrieval.data.shard_samples import (
     Unusable,
     caption_ending,
+    check_layout,
     count_samples,
     image_ending,
     read_captions,
@@ -129,3 +130,31 @@ def test_images_of_four_kinds():
     ]
     with pytest.raises(Unusable, match="no image"):
         image_ending({"gif": 0, "txt": 0})
+
+
+def test_names_with_further_dots_are_said(tmp_path, caplog):
+    samples = [*numbered(0, 4), ("IMG.2021.1", {"jpg": jpeg(1), "txt": "x"}), ("a.seg", {"png": jpeg(2)})]
+    with caplog.at_level("WARNING", "clip_retrieval"):
+        check_layout(write_shard(tmp_path / "dots.tar", samples), None)
+        check_layout(write_shard(tmp_path / "plain.tar", numbered(0, 4)), None)
+    (said,) = caplog.messages
+    assert "dots.tar: 3 files are left out" in said and "(IMG.2021.1.jpg)" in said
+
+
+def test_samples_whose_files_stand_apart_are_refused_and_a_few_that_are_no_pairs_are_said(tmp_path, caplog):
+    files = [(key, {ending: parts[ending]}) for ending in ("jpg", "txt") for key, parts in numbered(0, 4)]
+    with pytest.raises(UserError, match=r"apart\.tar: 8 of 8 samples are no pairs; .* one after the other"):
+        check_layout(write_shard(tmp_path / "apart.tar", files), None)
+    path = write_shard(tmp_path / "few.tar", [*numbered(0, 4), ("x", {"jpg": jpeg(1)})])
+    with caplog.at_level("WARNING", "clip_retrieval"):
+        check_layout(path, None)
+    assert caplog.messages == [f"{path}: 1 of 5 samples are no pairs; sample x: it has no .txt and no .json"]
+    with pytest.raises(UserError, match="5 of 5 samples are no pairs"):
+        check_layout(path, "alt")
+
+
+def test_several_tars_in_one_file_are_refused(tmp_path):
+    parts = [write_shard(tmp_path / f"{i}.tar", numbered(i, 1)).read_bytes() for i in range(2)]
+    (tmp_path / "both.tar").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match=r"both\.tar: goes on behind its end"):
+        count_samples(tmp_path / "both.tar")

@@ -4,7 +4,6 @@ import io
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -16,7 +15,7 @@ from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_lanes import LaneReader
 from clip_retrieval.data.shard_order import ShardOrder, Shards
 from clip_retrieval.data.shard_samples import read_samples
-from clip_retrieval.data.shard_stream import StreamLoader, lanes_of_process, same_rows
+from clip_retrieval.data.shard_stream import StreamLoader, lanes_of_process
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
 from tests.data.shards import jpeg, numbered, write_shard, write_shards
@@ -26,10 +25,15 @@ COUNTS = (7, 12, 5, 21)
 
 
 class Simulated(Processes):
-    """One of several processes that are not there."""
+    """One of several processes of which the others are not there: their images are all others than this one's."""
 
     def _reduce(self, tensor, operation):
         return tensor
+
+    def gather(self, tensor):
+        everybodys = torch.arange(self.world_size * len(tensor))
+        everybodys[self.rank * len(tensor) :][: len(tensor)] = tensor
+        return everybodys
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +285,7 @@ def test_a_lane_of_nothing_but_unusable_samples_gets_others_the_same_when_a_run_
             rows = options["batch_size"] // 2
             parts = stream(paths, rank=rank, processes=2, num_workers=rank, **options).epoch(epoch)
             for batch, part in zip(whole, parts, strict=True):
-                own = batch.positives[batch.positives[:, 0] // rows == rank] - torch.tensor([rank * rows, 0])
+                own = batch.positives[(batch.positives // rows == rank).all(1)] - torch.tensor([rank * rows, 0])
                 assert batch.images[rank * rows :][:rows].equal(part.images) and part.positives.equal(own)
     assert left_out
 
@@ -355,11 +359,23 @@ def test_processes_that_cannot_share_the_lanes_are_refused(shards):
         lanes_of_process(given, Simulated(0, 8))
 
 
-def test_rows_that_are_the_same_belong_together():
-    assert same_rows(torch.tensor([[0, 1], [1, 0], [2, 2]])).tolist() == [[0, 0], [1, 1], [2, 2]]
-    sources = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [1, 0]])
-    expected = np.argwhere((sources[:, None] == sources).all(-1).numpy()).tolist()
-    assert same_rows(sources).tolist() == expected
+def test_captions_of_the_same_image_belong_together_in_whatever_samples_they_stand(stream, tmp_path):
+    samples = [(f"{i:05}", {"jpg": jpeg(i // 4), "txt": f"thing {i}"}) for i in range(16)]
+    path = write_shard(tmp_path / "captions.tar", samples)
+    for batch in stream([path]).epoch(0):
+        of = [image.numpy().tobytes() for image in batch.images]
+        assert len(set(of)) < 8
+        assert sorted(batch.positives.tolist()) == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
+
+
+def test_captions_that_are_cut_are_counted(stream, tmp_path, caplog):
+    samples = [(f"{i:05}", {"jpg": jpeg(i), "txt": "a thing " * (9 if i < 5 else 1)}) for i in range(16)]
+    path = write_shard(tmp_path / "long.tar", samples)
+    loader = stream([path])
+    with caplog.at_level("INFO", "clip_retrieval"):
+        for epoch in range(2):
+            list(loader.epoch(epoch))
+    assert caplog.messages == ["epoch 1, batches 1 to 2: 5 captions cut to 16 tokens"]
 
 
 def test_loading_does_not_move_the_random_state_that_training_uses(stream):

@@ -66,6 +66,13 @@ def test_splits_are_told_by_the_names_of_files_or_folders(tmp_path, tars):
     assert find(tmp_path, "test") == ("test", ["x.tar"])
 
 
+def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
+    tars("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "contest-0.tar")
+    assert find(tmp_path, "train") == ("train", ["cc3m-train-0000.tar", "cc3m-train-0001.tar"])
+    assert find(tmp_path, "val") == ("val", ["cc3m-validation-0000.tar"])
+    assert find(tmp_path, "test") is None
+
+
 def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):
     tars("00000.tar", "00001.tar")
     assert find(tmp_path, "train") == find(tmp_path, "test") == ("all", ["00000.tar", "00001.tar"])

@@ -147,13 +147,23 @@ def test_a_tag_decides_the_preprocessing(weight_file, monkeypatch):
 
 def test_clip_trainings_rn50_has_the_text_layers_of_its_file(tmp_path):
     state = small_clip(True, text_cfg={**TEXT, "layers": 1}).state_dict()
-    torch.save({"epoch": 0, "model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "checkpoint_0_1.pt")
+    content = {"epoch": 0, "global_step": 1, "model_state_dict": state, "optimizer_state_dict": {}}
+    torch.save(content, tmp_path / "checkpoint_0_1.pt")
     source = find_source(
         ModelOptions(vision_model="RN50", pretrained=str(tmp_path / "checkpoint_0_1.pt")), typed_model=True
     )
     assert source.config["text_cfg"]["layers"] == 1
     assert source.config["quick_gelu"]
     assert source.preprocess["mean"] == [0.4225, 0.4012, 0.3659]
+
+
+def test_others_call_their_weights_model_state_dict_too(config_file, tmp_path):
+    content = {"epoch": 3, "model_state_dict": small_clip(seed=1).state_dict(), "optimizer_state_dict": {}, "loss": 1}
+    torch.save(content, tmp_path / "tutorial.pt")
+    built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "tutorial.pt")))
+    assert torch.allclose(features(built.clip), features(small_clip(seed=1)), atol=1e-6)
+    assert activation_of_text(built) == "GELU"
+    assert built.preprocess == build_model(ModelOptions(vision_model=config_file)).preprocess
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +216,35 @@ def test_clip_itms_checkpoint_loads_under_openais_name(tmp_path):
     built = build_model(ModelOptions(vision_model="ViT-B/32", pretrained=str(tmp_path / "epoch1.pt")))
     assert (built.name, built.preprocess["size"], activation(built)) == ("ViT-B/32", 224, "QuickGELU")
     assert all((v == 0.5).all() for v in built.clip.state_dict().values())
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("bias", [None, -5.0])
+def test_siglip_starts_where_the_config_says_or_where_siglip_does(tmp_path, scale, bias):
+    named = {"init_logit_scale": scale, "init_logit_bias": bias}
+    config = small_config(**{key: value for key, value in named.items() if value is not None})
+    (tmp_path / "siglip.json").write_text(json.dumps(config))
+    clip = build_model(ModelOptions(vision_model=str(tmp_path / "siglip.json")), logit_bias=True).clip
+    expected = scale or math.log(10), bias or -10
+    assert (clip.logit_scale.item(), clip.logit_bias.item()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"preprocess_cfg": [1]}, "its preprocess_cfg holds no values"),
+        ({"preprocess_cfg": {"mean": [1, 2]}}, r"its mean is \[1, 2\], not three numbers"),
+        ({"preprocess_cfg": {"std": ["a", "b", "c"]}}, "its std is .*, not three numbers"),
+        ({"vision_cfg": {**VIT, "image_size": "64"}}, 'its image_size is "64", no whole number'),
+        ({"text_cfg": {**TEXT, "hf_config": None}}, "its hf_config holds no values"),
+    ],
+)
+def test_a_config_of_wrong_values_is_one_line(tmp_path, changes, words):
+    preprocess = changes.pop("preprocess_cfg", {})
+    content = {"model_cfg": small_config(**changes), "preprocess_cfg": preprocess}
+    (tmp_path / "broken.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"^[^\n]*broken.json is not a model config: [^\n]*{words}$"):
+        build_model(ModelOptions(vision_model=str(tmp_path / "broken.json")))
 
 
 def test_a_checkpoint_of_ours_decides_the_model(config_file, tmp_path):
@@ -275,8 +314,10 @@ def test_a_timm_tower_is_fitted_to_another_image_size(tmp_path, monkeypatch):
         raise AssertionError("not a multiple of the window")
 
     monkeypatch.setattr("open_clip.timm_model.TimmModel.set_input_size", refuse)
-    with pytest.raises(UserError, match=r"--image_size 65: .*multiple of the window"):
+    with pytest.raises(UserError, match=r"--image_size 65: .*timm.json takes multiples of 16"):
         build_model(ModelOptions(vision_model=str(path), image_size=65))
+    with pytest.raises(UserError, match=r"--image_size 48: .*multiple of the window"):
+        build_model(ModelOptions(vision_model=str(path), image_size=48))
 
 
 @pytest.fixture

@@ -98,6 +98,25 @@ def test_a_checkpoint_of_simple_clip_tells_its_model_and_gives_its_features(refe
     assert (built.clip.logit_scale.item(), built.clip.logit_bias) == (pytest.approx(1.7), None)
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_checkpoint_of_its_first_layout_has_a_head_for_images_only(reference, tmp_path, scale):
+    """Until 2024: the captions' features are as DistilBERT pools them, and there may be no temperature."""
+    model, path = reference(width=128)
+    model.image_projection[2] = nn.Linear(512, 128, bias=False)
+    model.text_projection = nn.Identity()
+    state = {name.replace("image_projection", "projection_head"): v for name, v in model.state_dict().items()}
+    temperature = {} if scale is None else {"t_prime": torch.tensor([scale]), "b": torch.zeros(1)}
+    state = {name: v for name, v in state.items() if name not in ("t_prime", "b")} | temperature
+    torch.save(state, path)
+    built = build_model(ModelOptions(pretrained=path))
+    for ours, theirs in zip(features(built.clip), model.features(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (built.clip.logit_scale.item(), built.clip.logit_bias) == (pytest.approx(scale or 0), None)
+    config, preprocess = json.loads(json.dumps([built.config, built.preprocess]))
+    again = rebuild_model(config, preprocess, built.clip.state_dict(), built.name, "last.pt")
+    assert torch.equal(features(again.clip)[1], features(built.clip)[1])
+
+
 def test_its_images_are_squashed_and_only_scaled(reference):
     _, path = reference()
     built = build_model(ModelOptions(pretrained=path, image_size=32, context_length=16))
@@ -301,6 +320,25 @@ def test_weights_that_are_none_for_the_towers_are_refused(config_file, tmp_path)
             build_model(ModelOptions(**{"vision_model": config_file} | options))
 
 
+def test_a_text_tower_that_computes_something_else_is_refused(config_file, tmp_path):
+    _, place = text_weights(tmp_path, "saved folder")
+    settings = json.loads((tmp_path / "bert/config.json").read_text())
+    (tmp_path / "bert/config.json").write_text(json.dumps(settings | {"n_heads": 1}))
+    with pytest.raises(UserError, match=r"bert/config.json: n_heads is 1, the text tower's 2"):
+        build_model(ModelOptions(vision_model=config_file, text_pretrained=place))
+    (tmp_path / "bert/config.json").write_text(json.dumps(settings | {"activation": "relu"}))
+    with pytest.raises(UserError, match=r"bert/config.json: activation is relu, the text tower's gelu"):
+        build_model(ModelOptions(vision_model=config_file, text_pretrained=place))
+
+
+def test_the_vocabulary_beside_the_text_towers_weights_is_used(config_file, tmp_path, no_network):
+    _, place = text_weights(tmp_path, "saved folder")
+    (tmp_path / "bert/vocab.txt").write_text("\n".join(WORDS) + "\n")
+    options = ModelOptions(vision_model=config_file, text_pretrained=place)
+    tokenizer = build_tokenizer(options, build_model(options))
+    assert tokenizer.words == WORDS
+
+
 def test_torchvisions_weights_have_tags(tmp_path, monkeypatch):
     trunk, path = torchvision_file(tmp_path)
     asked = {}
@@ -370,3 +408,15 @@ def test_a_bare_state_dict_of_ours_is_the_whole_model(config_file, tmp_path):
     built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "whole.pt")))
     for ours, theirs in zip(features(built.clip), features(small_simple_clip(seed=1)), strict=True):
         assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match=r"whole.pt has the weights of its text tower; leave --text_pretrained out"):
+        build_model(
+            ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "whole.pt"), text_pretrained="bert")
+        )
+
+
+def test_the_text_tower_may_be_named_for_a_checkpoint_of_a_config_that_does_not(config_file, tmp_path):
+    options = ModelOptions(vision_model=config_file, text_model="distilbert-base-uncased")
+    path = as_checkpoint(build_model(options), tmp_path / "best.pt", vision_model=config_file)
+    build_model(ModelOptions(pretrained=path, text_model="distilbert-base-uncased"))
+    with pytest.raises(UserError, match="--text_model RBT3-chinese contradicts"):
+        build_model(ModelOptions(pretrained=path, text_model="RBT3-chinese"))

@@ -69,3 +69,15 @@ def test_a_broken_saved_tokenizer_is_named(saved):
     (saved / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"--tokenizer .*saved: its tokenizer.json cannot be read"):
         WordPieceTokenizer(str(saved), 7, len(WORDS))
+
+
+def test_a_vocabulary_whose_padding_the_towers_would_not_mask_is_refused(vocabulary):
+    vocabulary.write_text("\n".join([*WORDS[1:], "[PAD]"]) + "\n")
+    with pytest.raises(UserError, match=r"--tokenizer .*vocab.txt: \[PAD\] must be its first entry"):
+        WordPieceTokenizer(str(vocabulary), 7, len(WORDS))
+
+
+def test_a_cased_vocabulary_is_refused(vocabulary):
+    (vocabulary.parent / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(UserError, match=r"tokenizer_config.json: its vocabulary is cased"):
+        WordPieceTokenizer(str(vocabulary.parent), 7, len(WORDS))

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from clip_retrieval.data.alike import merge_alike
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.images import image_files
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.data.readers import files
-from clip_retrieval.data.saved_columns import Contents, SavedImages, first_alike, is_saved, open_saved
+from clip_retrieval.data.saved_columns import Contents, SavedImages, is_saved, open_saved
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
@@ -100,11 +101,9 @@ def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset
             f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are left out: "
             f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~described):,} without a caption"
         )
-    first = first_alike(contents, rows, sizes[rows], description)
-    # Images are numbered in the order of their first rows.
-    firsts, image_of_row = np.unique(first, return_inverse=True)
+    captions = [captions[row] for row in rows]
+    firsts, texts, pairs = merge_alike(lambda row, part: contents[row][part], rows, sizes[rows], captions, description)
     images = _images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
-    texts, pairs = _pairs(image_of_row, [captions[row] for row in rows])
     return RetrievalDataset(options.dataset, split, images, texts, pairs)
 
 
@@ -155,13 +154,3 @@ def _images(
         places = options.image_dir or folder
         return image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
     return SavedImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)
-
-
-def _pairs(image_of_row: np.ndarray, captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The captions, the same one of the same image once, and int64 (pairs, 2): image and caption."""
-    numbers: dict[tuple[int, str], int] = {}
-    for image, texts in zip(image_of_row.tolist(), captions):
-        for text in texts:
-            numbers.setdefault((image, text), len(numbers))
-    pairs = np.array([(image, number) for (image, _), number in numbers.items()], dtype=np.int64)
-    return [text for _, text in numbers], pairs

@@ -1,7 +1,8 @@
 """Tar shards as a data set: captions in memory, images read from where they stand in the shard when asked for.
 
 Its val and test splits are read so, what `--eval` scores, and its train split in a mixture with others; alone, the
-train split is a stream (`data.shard_stream`). Samples without an image or a caption are left out, with a warning.
+train split is a stream (`data.shard_stream`). Samples without an image or a caption are left out, with a warning;
+those with the same image, byte for byte, are one image with the captions of all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from clip_retrieval.data.alike import merge_alike
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images import decode_rgb
 from clip_retrieval.data.shard_samples import (
@@ -30,6 +32,8 @@ from clip_retrieval.data.shards import find_shards
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
+
+WHOLE = slice(None)
 
 
 class ShardImages:
@@ -52,14 +56,15 @@ class ShardImages:
     def __getitem__(self, index: int) -> Image.Image:
         return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
 
-    def encoded(self, index: int) -> bytes:
-        """The bytes of the image file."""
+    def encoded(self, index: int, part: slice = WHOLE) -> bytes:
+        """The bytes of the image file, or a part of them."""
         shard, begin, size = self.places[index].tolist()
+        first, end, _ = part.indices(size)
         # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
         try:
             with self.paths[shard].open("rb") as file:
-                file.seek(begin)
-                return file.read(size)
+                file.seek(begin + first)
+                return file.read(end - first)
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
 
@@ -77,19 +82,17 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     found = find_shards(options, split)
     if found is None:
         return None
-    places, pairs = array("q"), array("q")
+    places = array("q")
     keys: list[str] = []
     members: list[str] = []
-    captions: list[str] = []
+    captions: list[list[str]] = []
     left_out: list[str] = []
     for shard, path in enumerate(progress_bar(found.paths, desc=f"{options.dataset} {split}", leave=False)):
         for sample in _samples(path, options.caption_key):
             if isinstance(sample, str):
                 left_out.append(sample)
                 continue
-            for caption in sample.captions:
-                pairs.extend((len(keys), len(captions)))
-                captions.append(caption)
+            captions.append(sample.captions)
             places.extend((shard, sample.image.begin, sample.image.size))
             keys.append(sample.image.key)
             members.append(f"{sample.image.key}.{sample.image.ending}")
@@ -98,8 +101,15 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     if left_out:
         log.warning(f"{len(left_out):,} of {len(keys) + len(left_out):,} samples are left out; {left_out[0]}")
     images = ShardImages(found.paths, np.array(places).reshape(-1, 3), members)
-    ids = keys if len(set(keys)) == len(keys) else None
-    return RetrievalDataset(options.dataset, found.split, images, captions, np.array(pairs), ids)
+    description = f"{options.dataset} {split}"
+    firsts, texts, pairs = merge_alike(
+        images.encoded, np.arange(len(images)), images.places[:, 2], captions, description
+    )
+    images = ShardImages(found.paths, images.places[firsts], [members[first] for first in firsts])
+    ids = [keys[first] for first in firsts]
+    return RetrievalDataset(
+        options.dataset, found.split, images, texts, pairs, ids if len(set(ids)) == len(ids) else None
+    )
 
 
 class _Sample(NamedTuple):
