@@ -497,7 +497,8 @@ class Options:
         if not self.evaluation.zero_shot_eval:
             for name in BELONGING["zero_shot_eval"]:
                 if getattr(self.evaluation, name):
-                    raise UserError(f"--{name} needs --zero_shot_eval, the data set that it is for")
+                    also = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
+                    raise UserError(f"--{name}{also} needs --zero_shot_eval DATA or --imagenet_eval")
         if self.run.overwrite and self.run.resume == AUTO:
             raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
 

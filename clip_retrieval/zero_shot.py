@@ -7,6 +7,7 @@ python scripts/zero_shot.py --vision_model ViT-B/32 --data imagenet --data_root 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from clip_retrieval.classification.catalog import IMAGENET, ZeroShotData, read_l
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
+from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device, device_name
+
+USUAL_FOLDERS = ("test", "val", "valid", "validation", "train", "images", "data")
 
 
 def classify(typed: dict[str, Any], wanted: ZeroShotData, output: Path | None = None) -> None:
@@ -50,11 +54,11 @@ def classify_with(
     with processes.main_first():
         model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
-    folder = output or results_folder(options, built.name, data_name(labelled), of_checkpoint=checkpoint is not None)
+    name = data_name(labelled) + settings_name(wanted, templates)
+    folder = output or results_folder(options, built.name, name, of_checkpoint=checkpoint is not None)
     if processes.is_main:
         make_folder(folder, "--output")
         log_to_file(folder)
-        write_options(folder, options, f"{device} ({device_name(device)})")
     block = score_task(
         model.to(device),
         task_of(labelled, templates, tokenizer, built.preprocess),
@@ -66,8 +70,11 @@ def classify_with(
     )
     table = per_class_table(block)
     if processes.is_main:
+        write_options(folder, with_data(options, wanted), f"{device} ({device_name(device)})")
         write_json(folder / "results.json", {"model": built.name, "weights": built.weights, **block})
-        text = f"{built.name}, weights: {built.weights}\n{summary(block)}\n\n{table}\n"
+        read = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
+        read.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
+        text = "\n".join([f"{built.name}, weights: {built.weights}", *read, summary(block), "", table, ""])
         (folder / "results.txt").write_text(text, encoding="utf-8")
     log.info(f"\n{table}\n\n{summary(block)}")
     log.info(f"wrote {folder / 'results.json'} and results.txt")
@@ -81,11 +88,37 @@ def results_folder(options: Options, model_name: str, data_name: str, *, of_chec
 
 
 def data_name(labelled: LabelledImages) -> str:
-    """What the results are called after: of a variant of ImageNet, its folder, so that each has results of its own."""
-    place = labelled.place.resolve().name if labelled.place else ""
-    if labelled.name != IMAGENET or place.lower() in (IMAGENET, "val", ""):
+    """What the results are called after, so that each data set has its own.
+
+    Of a variant of ImageNet it is the folder; a folder that is called as many are, such as test, brings its parent's
+    name along.
+    """
+    place = labelled.place.resolve() if labelled.place else Path()
+    if labelled.name != IMAGENET:
+        usual = place.name == labelled.name and place.name.lower() in USUAL_FOLDERS
+        return f"{place.parent.name}_{place.name}" if usual and place.parent.name else labelled.name
+    if place.name.lower() in (IMAGENET, "val", ""):
         return labelled.name
-    return place if place.lower().startswith(IMAGENET) else f"{IMAGENET}_{place}"
+    return place.name if place.name.lower().startswith(IMAGENET) else f"{IMAGENET}_{place.name}"
+
+
+def settings_name(wanted: ZeroShotData, templates: Templates) -> str:
+    """What tells results apart that are of the same data in other words: `_simple_names`."""
+    templates_name = Path(templates.name).stem if wanted.templates or wanted.template else ""
+    names = wanted.class_names.stem if wanted.class_names else ""
+    return "".join(f"_{part}" for part in (templates_name, names, "all" * wanted.all_classes) if part)
+
+
+def with_data(options: Options, wanted: ZeroShotData) -> Options:
+    """The options, with what is classified under the names that main.py has for it."""
+    evaluation = replace(
+        options.evaluation,
+        zero_shot_eval=wanted.data,
+        zero_shot_root=str(wanted.data_root),
+        zero_shot_class_names=wanted.class_names and str(wanted.class_names),
+        zero_shot_templates=wanted.templates,
+    )
+    return replace(options, evaluation=evaluation)
 
 
 def _file_name(name: str) -> str:

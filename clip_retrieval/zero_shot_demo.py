@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from clip_retrieval.classification.arguments import is_there
@@ -70,10 +72,12 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     device = choose_device(options.run.device)
     names = read_labels(demo.labels)
     templates = choose_templates(demo.templates, demo.template, names, usual="single")
-    paths = [demo.img_path] if demo.img_path else readable_images(demo.img_dir)
+    paths = [readable_image(demo.img_path)] if demo.img_path else readable_images(demo.img_dir)
+    if demo.show_prediction:
+        make_folder(demo.output, "--output")
     model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
-    images = ImageFiles([str(path) for path in paths])
+    images = Photographs([str(path) for path in paths])
     ready = prompted("demo", images, names, templates, tokenizer, built.preprocess)
     features = ready.encode(
         model.to(device),
@@ -92,7 +96,9 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
         log.info("\n".join([path.name, *(f"{percent:8.2f}%  {name}" for name, percent in bars)]))
     if demo.show_prediction:
         words = templates.texts[0] if len(templates.texts) == 1 else f"{templates.name} ({len(templates.texts)})"
-        heading = f"{built.name}, zero-shot, {len(names):,} labels, prompts: {words.rstrip('.')}."
+        weights = "/".join(Path(options.run.resume or built.weights).parts[-2:])
+        heading = f"{built.name}, {weights}, zero-shot, {len(names):,} labels, prompts: {words.rstrip('.')}"
+        heading += f", temperature {1 / scale:.3g}" * (demo.temperature is not None)
         _draw(demo, paths, images, predictions, heading)
 
 
@@ -105,7 +111,6 @@ def _draw(
 ) -> None:
     from clip_retrieval.reporting.figures import Panel, draw_predictions
 
-    make_folder(demo.output, "--output")
     what = demo.img_path.stem if demo.img_path else demo.img_dir.resolve().name
     panels = [
         Panel(path.name, partial(images.__getitem__, row), bars)
@@ -122,11 +127,41 @@ def read_labels(asked: str) -> list[str]:
     if asked == "imagenet":
         return list(imagenet_names().values())
     if is_there(asked):
-        return read_names(Path(asked))
+        names = read_names(Path(asked))
+        if len(names) < 2:
+            raise UserError(f"--labels {asked}: holds one label; give several")
+        return names
     labels = [label for part in re.split("[,，、]", asked) if (label := spaced(part))]
     if len(labels) < 2:
         raise UserError(f'--labels {asked}: no such file, none of {", ".join(SETS)}, and not several, as "cat,dog"')
     return labels
+
+
+class Photographs(ImageFiles):
+    """Images as a person sees them: upright, and white where they are transparent."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        decode_rgb(path, path)  # what cannot be read is said as everywhere
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about the size and the palette
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if not image.has_transparency_data:
+                    return image.convert("RGB")
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+
+
+def readable_image(path: Path) -> Path:
+    """The path, where it is an image. Raises UserError otherwise."""
+    if path.is_dir():
+        raise UserError(f"--img_path {path}: a folder; give it as --img_dir")
+    if not path.exists():
+        raise UserError(f"--img_path {path}: no such file")
+    decode_rgb(str(path), str(path))
+    return path
 
 
 def readable_images(folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ python scripts/zero_shot.py --resume logs/ex0/best.pt --data FOLDER --class_name
 torchrun --nproc_per_node 8 scripts/zero_shot.py ...
     the same on 8 GPUs
 
-Results are printed, and written to logs/ex0/zero_shot_{data}/: results.json and results.txt.
+Results are printed, and written to logs/ex0/zero_shot_{data}/, results.json and results.txt; templates and class names
+that were asked for are in the folder's name as well.
 """
 
 import sys
@@ -47,7 +48,7 @@ def main() -> None:
     )
     wanted.add_argument(
         "--templates",
-        help="prompts: imagenet (80), cifar (18), simple (7), stl10, chinese, or a file with a template per line "
+        help="prompts: imagenet (80), cifar (18), simple (7), single (1), stl10, chinese, or a file with one per line "
         "(default: the data set's, imagenet's for a folder, chinese for Chinese names)",
     )
     wanted.add_argument(

@@ -48,7 +48,7 @@ def test_the_same_accuracy_as_the_tool_gives(run, arguments, coloured, script, t
     best = tmp_path / "logs/ex0/best.pt"
     code, _, error = script("zero_shot", "--resume", best, "--data", coloured, "--templates", "simple")
     assert code == 0, error
-    found = read_json(tmp_path / "logs/ex0/zero_shot_classes/results.json")
+    found = read_json(tmp_path / "logs/ex0/zero_shot_classes_simple/results.json")
     during = read_json(tmp_path / "logs/ex0/results.json")["zero_shot"]
     names = ("top1", "mean_per_class", "template_set", "classes")
     assert [found[name] for name in names] == [during[name] for name in names]

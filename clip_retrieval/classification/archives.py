@@ -24,8 +24,13 @@ TEST = {"cifar10": {"train": False}, "cifar100": {"train": False}, "stl10": {"sp
 
 
 def archive_root(name: str, root: Path) -> Path:
-    """The folder of an archive, or of what was extracted from it: {root}/{name} where it is there, else `root`."""
+    """The folder of an archive, or of what was extracted from it: {root}/{name} where it is there, else `root`.
+
+    `root` may also be what was extracted itself.
+    """
     reader = READERS[name]
+    if root.is_dir() and root.resolve().name == reader.base_folder:
+        return root.resolve().parent
     below = root / name
     return below if any((below / held).exists() for held in (reader.filename, reader.base_folder)) else root
 

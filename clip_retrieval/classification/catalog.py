@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from clip_retrieval.classification.arguments import is_there
-from clip_retrieval.classification.class_names import imagenet_folder_names, read_class_names, spaced
+from clip_retrieval.classification.class_names import (
+    imagenet_folder_names,
+    imagenet_names,
+    read_class_names,
+    spaced,
+)
 from clip_retrieval.classification.folder import read_image_folder
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import OF_DATA, Templates, choose_templates
 from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import log
 
 IMAGENET = "imagenet"
+IMAGENET_SIZES = (1000, 200)  # classes: of ImageNet, V2 and Sketch; of its variants A and R
+WORDNET_ID = re.compile(r"n\d{8}")
 NAMES = (*OFFICIAL_NAMES, IMAGENET)
 
 
@@ -69,7 +78,8 @@ def read_labelled(wanted: ZeroShotData) -> tuple[LabelledImages, Templates]:
     elif wanted.data == IMAGENET or is_there(wanted.data):
         labelled = _folder(wanted)
     else:
-        raise UserError(f"{wanted.data}: no such folder of images, and none of {', '.join(NAMES)}")
+        without = "" if wanted.options.download else "; --zero_shot_eval none goes on without it"
+        raise UserError(f"{wanted.data}: no such folder of images, and none of {', '.join(NAMES)}{without}")
     usual = OF_DATA.get(wanted.data, "imagenet")
     templates = choose_templates(
         wanted.templates, wanted.template, labelled.class_names, usual, option=wanted.options.templates
@@ -93,20 +103,30 @@ def _archive(wanted: ZeroShotData) -> LabelledImages:
 
 
 def _folder(wanted: ZeroShotData) -> LabelledImages:
+    is_imagenet = wanted.data == IMAGENET
+    below = wanted.data_root / IMAGENET
+    folder = Path(wanted.data) if not is_imagenet else below if below.is_dir() else wanted.data_root
     if wanted.class_names:
         names_of = partial(read_class_names, wanted.class_names)
-    elif wanted.data == IMAGENET:
+    elif is_imagenet:
         options = wanted.options
-        names_of = partial(imagenet_folder_names, root_option=options.data_root, names_option=options.class_names)
+        settings = {"root_option": options.data_root, "names_option": options.class_names}
+        names_of = partial(imagenet_folder_names, place=folder, **settings)
     else:
-        names_of = _folder_names
-    if wanted.data == IMAGENET:
-        below = wanted.data_root / IMAGENET
-        folder = below if below.is_dir() else wanted.data_root
-        return read_image_folder(folder, IMAGENET, names_of, all_classes=wanted.all_classes)
-    folder = Path(wanted.data)
-    return read_image_folder(folder, folder.resolve().name, names_of, all_classes=wanted.all_classes)
+        names_of = partial(_folder_names, folder)
+    name = IMAGENET if is_imagenet else folder.resolve().name
+    labelled = read_image_folder(folder, name, names_of, all_classes=wanted.all_classes)
+    number = len(labelled.class_names)
+    if is_imagenet and number not in IMAGENET_SIZES:
+        log.warning(f"{folder}: holds {number:,} of ImageNet's 1,000 classes; accuracy is among these {number:,}")
+    return labelled
 
 
-def _folder_names(folders: list[str]) -> dict[str, str]:
+def _folder_names(place: Path, folders: list[str]) -> dict[str, str]:
+    """Each folder's own name; ImageNet's where all are its ids, which would say nothing."""
+    if all(map(WORDNET_ID.fullmatch, folders)) and (names := imagenet_names()).keys() >= set(folders):
+        log.info(f"{place}: the folders are ImageNet's ids, and its names are taken: {names[folders[0]]}, ...")
+        return names
+    if all(folder.isdigit() for folder in folders):
+        log.warning(f"{place}: the classes are called {', '.join(folders[:3])}, ...; name them with a file")
     return {folder: spaced(folder) for folder in folders}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -9,15 +10,20 @@ from pathlib import Path
 
 from clip_retrieval.data.readers.files import read_json, read_text
 from clip_retrieval.errors import UserError
+from clip_retrieval.reporting.log import log
 
-BLANK = r"\s"
-# What may stand between a folder and its name, and the share of the folders that must be named so: a blank is common
-# within names.
-SEPARATORS = {r"\t": 0, ",": 0, BLANK: 1 / 2}
-HEADER = {"folder", "directory", "class", "class_id", "id", "label", "wnid", "wordnet_id", "synset"}
+# What may stand between a folder and its name: the first one that the lines have. Blanks are common within names: they
+# count only behind folders that are ids, and where most folders are named so.
+TAB, COMMA, SIGN, BLANK = r"\t", "[,，]", "[;:=]", r"\s"
+HEADER = {"folder", "directory", "dir", "class", "category", "id", "label", "index", "idx", "wnid", "wordnet_id"}
+HEADER |= {"synset", "folder_name", "class_name", "class_id", "name"}
 """What a first line calls the folders, where it says what the columns are."""
+NAMES = ("name", "class_name", "label_name", "words")
+"""What it calls the names."""
 DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"\d+\s+(?=\S)")  # `n02119789 1 kit_fox`, as in ImageNet's map_clsloc.txt
+POSITION = re.compile(r"(\d+)[\s.,:;)\t]+(?=\S)")
+CODE = tuple("{[(")
 
 
 def spaced(name: str) -> str:
@@ -28,29 +34,28 @@ def spaced(name: str) -> str:
 def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
     """Folder to name, from a text file (.txt, .csv, ...) or a .json.
 
-    A text file has a line per class, blank ones apart: the name alone, in the order of `folders`, or the folder, then
-    a tab, a comma or blanks, then the name (where all lines have a number in front of it, that is left out). Blanks
-    count only behind folders that are ids, each with a digit in it, as n02119789 is: names have blanks in them. Above
-    folders and names a header may stand. A JSON file is a list of names, or an object from folder to name. A file with
-    folders may name more of them than there are.
+    A text file has a line per class, blank ones apart: the name alone, in the order of `folders` (numbers in front that
+    count the lines are left out), or the folder, then a tab, a comma, one of ; : = or blanks, then the name (where all
+    lines have a number in front of it, that is left out). Blanks count only behind folders that are ids, each with a
+    digit in it, as n02119789 is: names have blanks in them. Above folders and names a header may stand, and with one
+    there may be further columns. A JSON file is a list of names, an object from folder to name, or Keras' one from
+    number to folder and name. A file with folders may name more of them than there are. A list of the folders
+    themselves names each after itself, whatever its order.
 
     Args:
         path: the file.
         folders: the folders of the classes, in their order.
 
     Raises:
-        UserError: the file cannot be read, or holds a list with another number of names than there are folders.
+        UserError: the file cannot be read, holds a list with another number of names than there are folders, or seems
+            to be something else.
     """
     content = _content(path)
-    names = content if isinstance(content, dict) else _mapping(path, content, frozenset(folders)) or _texts(content)
-    if isinstance(names, list):
-        if len(names) != len(folders):
-            raise UserError(
-                f"{path}: names {len(names):,} classes, but there are {len(folders):,} ({_few(folders)}); give one for "
-                "each, in this order, or lines of folder, comma, name"
-            )
-        names = dict(zip(folders, names))
-    return {folder: spaced(name) for folder, name in names.items()}
+    names = content if isinstance(content, dict) else _mapping(path, content, folders) or _list(path, content, folders)
+    named = {folder: spaced(name) for folder, name in names.items()}
+    shown = ", ".join(f'{folder} is "{named[folder]}"' for folder in folders[:2] if folder in named)
+    log.info(f"{path}: {shown}" + ", ..." * (len(folders) > 2))
+    return named
 
 
 def read_names(path: Path) -> list[str]:
@@ -66,6 +71,8 @@ def _content(path: Path) -> dict[str, str] | list[tuple[int, str]]:
         found = [(number, text.strip()) for number, text in enumerate(read_text(path).splitlines(), 1) if text.strip()]
     else:
         found = read_json(path)
+        if isinstance(found, dict) and all(isinstance(v, list) and len(v) == 2 for v in found.values()):
+            found = dict(found.values())  # imagenet_class_index.json: {"0": ["n01440764", "tench"], ...}
         names = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
             raise UserError(f"{path}: expected a JSON list of class names, or an object from folder to name")
@@ -80,30 +87,87 @@ def _texts(lines: Sequence[tuple[int, str]]) -> list[str]:
     return [text for _, text in lines]
 
 
-def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: frozenset[str]) -> dict[str, str]:
+def _list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str]) -> dict[str, str]:
+    """Folder to name, of lines that are names only, in the order of the folders."""
+    names = _texts(lines)
+    if code := next((text for text in names if text.startswith(CODE)), None):
+        raise UserError(f"{path}: {code[:40]} is no name; write one per line, or save a list as .json")
+    matches = [POSITION.match(name) for name in names]
+    if all(matches) and [int(match[1]) for match in matches] in _counts(len(names)):
+        names = [name[match.end() :] for name, match in zip(names, matches)]
+    if len(names) != len(folders):
+        raise UserError(
+            f"{path}: names {len(names):,} classes, but there are {len(folders):,} ({_few(folders)}); give one for "
+            "each, in this order, or lines of folder, comma, name"
+        )
+    own = {spaced(folder): folder for folder in folders}
+    if len(own) == len(folders) and {spaced(name) for name in names} == own.keys():
+        return {own[spaced(name)]: name for name in names}
+    ids = [folder for folder in folders if DIGIT.search(folder)]
+    holding = sum(any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", name) for each in ids) for name in names)
+    if 2 * holding > len(names):
+        raise UserError(f'{path}: "{names[0]}" seems to hold folder and name; write lines of folder, comma, name')
+    return dict(zip(folders, names))
+
+
+def _counts(number: int) -> list[list[int]]:
+    return [list(range(number)), list(range(1, number + 1))]
+
+
+def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str]) -> dict[str, str]:
     """Folder to name; empty where the lines are names only."""
-    for separator, least in SEPARATORS.items():
-        pattern = re.compile(rf"\s*{separator}\s*")
-        parts = [(number, *pattern.split(text, maxsplit=1)) for number, text in lines]
-        if parts[0][1].lower() in HEADER and parts[0][1] not in folders:
-            del parts[0]
-        named = [part for part in parts if len(part) == 3]
-        found = folders & {part[1] for part in named}
-        if separator == BLANK and not all(map(DIGIT.search, found)):
+    wanted = frozenset(folders)
+    for separator in (TAB, COMMA, SIGN, BLANK):
+        rows = [(number, _fields(text, separator)) for number, text in lines]
+        header = rows[0][1] if _is_header(rows[0][1][0], wanted) else None
+        rows = rows[1:] if header else rows
+        key, name = _columns(header, rows, wanted)
+        found = wanted & {fields[key] for _, fields in rows if len(fields) > key}
+        if separator == BLANK and (not all(map(DIGIT.search, found)) or 2 * len(found) < len(folders)):
             continue
-        if 2 * len(named) >= len(parts) and len(found) >= max(1, least * len(folders)):
+        if found and 2 * sum(len(fields) > 1 for _, fields in rows) >= len(rows):
             break
     else:
         return {}
-    numbered = all(NUMBERED.match(part[2]) for part in named)
+    if header is None or len(header) < 3:
+        rows = [(number, _fields(text, separator, 1)) for number, text in lines[1 if header else 0 :]]
+        key, name = 0, 1
+    numbered = all(NUMBERED.match(fields[name]) for _, fields in rows if len(fields) > name)
     names: dict[str, str] = {}
-    for number, folder, *rest in parts:
-        name = NUMBERED.sub("", rest[0], count=1) if rest and numbered else "".join(rest)
-        if not name:
+    for number, fields in rows:
+        if len(fields) <= name or not fields[name]:
+            folder = fields[min(key, len(fields) - 1)]
             raise UserError(f'{path}, line {number}: no name for "{folder}"; write folder, comma, name')
-        if names.setdefault(folder, name) != name:
-            raise UserError(f'{path}, line {number}: "{folder}" has another name before; take one of them out')
+        text = NUMBERED.sub("", fields[name], count=1) if numbered else fields[name]
+        if names.setdefault(fields[key], text) != text:
+            raise UserError(f'{path}, line {number}: "{fields[key]}" has another name before; take one of them out')
     return names
+
+
+def _fields(text: str, separator: str, most: int = 0) -> list[str]:
+    """The fields of a line; what stands in quotes is one."""
+    if separator in (TAB, COMMA) and '"' in text:
+        delimiter = "\t" if separator == TAB else ","
+        fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+        joined = delimiter.join(fields[most:]) if most and len(fields) > most else None
+        return [field.strip() for field in (fields if joined is None else [*fields[:most], joined])]
+    return re.split(rf"\s*{separator}\s*", text, maxsplit=most)
+
+
+def _is_header(first: str, folders: frozenset[str]) -> bool:
+    return first.lower() in HEADER and first not in folders
+
+
+def _columns(
+    header: Sequence[str] | None, rows: Sequence[tuple[int, Sequence[str]]], folders: frozenset[str]
+) -> tuple[int, int]:
+    """The columns of the folders and of the names: the first two, unless a header has more."""
+    if header is None or len(header) < 3:
+        return 0, 1
+    held = [sum(len(fields) > i and fields[i] in folders for _, fields in rows) for i in range(len(header))]
+    key = max(range(len(header)), key=held.__getitem__)
+    called = [i for i, title in enumerate(header) if title.lower() in NAMES and i != key]
+    return key, called[0] if called else (key + 1 if key + 1 < len(header) else 0)
 
 
 @cache
@@ -116,7 +180,7 @@ def imagenet_names() -> dict[str, str]:
 
 
 def imagenet_folder_names(
-    folders: Sequence[str], *, root_option: str = "--data_root", names_option: str = "--class_names"
+    folders: Sequence[str], *, place: Path, root_option: str = "--data_root", names_option: str = "--class_names"
 ) -> dict[str, str]:
     """Folder to name, of ImageNet or a variant of it: folders are WordNet ids (ImageNet, -A, -R, -Sketch) or the
     classes' numbers from 0 (ImageNetV2).
@@ -130,8 +194,8 @@ def imagenet_folder_names(
     if unknown is None:
         return known
     raise UserError(
-        f'the folder "{unknown}" is none of ImageNet\'s classes (n01440764, ..., or 0 to 999); give the folder that '
-        f"holds these as {root_option}, or name the classes with {names_option}"
+        f'{place}: the folder "{unknown}" is none of ImageNet\'s classes (n01440764, ..., or 0 to 999); give the '
+        f"folder that holds these as {root_option}, or name the classes with {names_option}"
     )
 
 

@@ -15,6 +15,7 @@ from clip_retrieval.reporting.log import log
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm"}
+SHOWN = 5  # names of files that are skipped
 
 
 def read_image_folder(
@@ -76,8 +77,11 @@ def in_order(names: Iterable[str]) -> list[str]:
 def image_paths(folder: Path, *, below: bool = True) -> tuple[list[Path], list[Path]]:
     """The image files in `folder`, and `below`, told by their names, and the other files; both sorted."""
     images, others = [], []
+    seen: set[str] = set()
     for place, subfolders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
         subfolders[:] = sorted(name for name in subfolders if below and not _hidden(name))
+        subfolders[:] = [name for name in subfolders if os.path.realpath(f"{place}/{name}") not in seen]
         for name in sorted(name for name in files if not _hidden(name)):
             path = Path(place, name)
             (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
@@ -87,8 +91,9 @@ def image_paths(folder: Path, *, below: bool = True) -> tuple[list[Path], list[P
 def say_skipped(folder: Path, others: Sequence[Path]) -> None:
     """Say which files are no images."""
     if others:
-        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-        log.info(f"{folder}: skipped, as it is no image: {others[0]}{more}")
+        shown = ", ".join(str(path) for path in others[:SHOWN])
+        more = f" and {len(others) - SHOWN:,} more" if len(others) > SHOWN else ""
+        log.info(f"{folder}: skipped, as their names are not those of images: {shown}{more}")
 
 
 def _hidden(name: str) -> bool:

@@ -14,7 +14,8 @@ from clip_retrieval.data.readers.files import read_text
 from clip_retrieval.errors import UserError
 
 PLACE = "{}"
-PLACES = re.compile(r"\{c?\}")  # CLIP_benchmark's files write {c}
+PLACES = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # CLIP_benchmark's files write {c}, others a name
+CODE = ("lambda", '"', "'", "[")
 CHINESE = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
 LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 
@@ -76,7 +77,7 @@ def choose_templates(
     Args:
         asked: name of a set, or path of a text file with a template per line.
         typed: templates themselves.
-        class_names: names in Chinese characters make the Chinese set the usual one.
+        class_names: where most names are in Chinese characters, the Chinese set is the usual one.
         usual: the usual set otherwise.
         option: what messages call the option for `asked`.
 
@@ -89,7 +90,8 @@ def choose_templates(
         return Templates("own", tuple(_checked(text, f'--template "{text}"') for text in typed))
     if asked and asked not in SETS:
         return _from_file(asked, option)
-    name = asked or ("chinese" if any(map(CHINESE.search, class_names)) else usual)
+    chinese = sum(1 for name in class_names if CHINESE.search(name))
+    name = asked or ("chinese" if 2 * chinese >= max(1, len(class_names)) else usual)
     return Templates(name, SETS[name])
 
 
@@ -106,6 +108,8 @@ def _from_file(asked: str, option: str) -> Templates:
 
 def _checked(text: str, where: str) -> str:
     """The template with "{}" as its place."""
+    if text.startswith(CODE):
+        raise UserError(f"{where}: write the sentence alone, without quotes or code")
     places = len(PLACES.findall(text))
     if places != 1:
         raise UserError(

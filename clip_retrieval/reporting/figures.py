@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,6 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 PLACEHOLDERS = "Last Resort High-Efficiency"  # so does this one: a box for any character
 MISSING = "Glyph .* missing"  # a warning for each character; `fonts_for` says it once
 DARK, GREY, PALE, FIRST, OTHER = "#222222", "#777777", "#ececec", "#2f6db5", "#9dbde0"
-SCALES = (10, 20, 50, 100)  # percent at the end of the bars, the same for a page: they can be compared
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,15 @@ class Panel:
 def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[Path]:
     """Draw panels into `path`, a .png, or where they are many onto several pages, `{name}_1_of_4.png`, ...
 
-    Returns the files that were written. Raises UserError where one cannot be.
+    Pages that were drawn there before are replaced. Returns the files that were written. Raises UserError where one
+    cannot be.
     """
     pages = [panels[start : start + PER_PAGE] for start in range(0, len(panels), PER_PAGE)]
     texts = [heading, *(text for panel in panels for text in (panel.title, *(name for name, _ in panel.bars)))]
     fonts = fonts_for(texts)
+    for before in path.parent.glob(f"{escape(path.stem)}_*_of_*{path.suffix}"):
+        if re.fullmatch(r"\d+_of_\d+", before.stem.removeprefix(f"{path.stem}_")):
+            before.unlink()
     paths = []
     for number, page in enumerate(pages, 1):
         name = path if len(pages) == 1 else path.with_name(f"{path.stem}_{number}_of_{len(pages)}{path.suffix}")
@@ -76,10 +82,14 @@ def fonts_for(texts: Iterable[str]) -> list[str]:
     needed -= _characters(font_manager.findfont(FONT))
     if not needed:
         return families
-    has: dict[str, set[int]] = {}
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.weight != 400, font.name)):
-        if font.style == "normal" and font.name != PLACEHOLDERS and font.name not in has:
-            has[font.name] = needed & _characters(font.fname)
+    has = _fonts_with(needed)
+    if needed - set().union(*has.values()):
+        # matplotlib lists the fonts once, and keeps the list: those that were installed later are not in it.
+        listed = {font.fname for font in font_manager.fontManager.ttflist}
+        for new in sorted(set(font_manager.findSystemFonts()) - listed):
+            with suppress(OSError, RuntimeError):
+                font_manager.fontManager.addfont(new)
+        has = _fonts_with(needed)
     while needed:
         best = max(has, key=lambda name: len(has[name] & needed), default=None)
         if best is None or not has[best] & needed:
@@ -89,6 +99,17 @@ def fonts_for(texts: Iterable[str]) -> list[str]:
         families.append(best)
         needed -= has[best]
     return families
+
+
+def _fonts_with(needed: set[int]) -> dict[str, set[int]]:
+    """Of each font family, regular ones first, those of the code points that it has."""
+    from matplotlib import font_manager
+
+    has: dict[str, set[int]] = {}
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.weight != 400, font.name)):
+        if font.style == "normal" and font.name != PLACEHOLDERS and font.name not in has:
+            has[font.name] = needed & _characters(font.fname)
+    return has
 
 
 def _characters(path: str) -> set[int]:
@@ -113,10 +134,6 @@ def _page(panels: Sequence[Panel], heading: str, fonts: list[str]) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     style = {"family": fonts, "parse_math": False}
-    most = max(percent for panel in panels for _, percent in panel.bars)
-    scale = next(each for each in SCALES if each >= min(most, SCALES[-1]))
-    if scale < SCALES[-1]:
-        heading = f"{heading} Bars end at {scale} %."
     title = _fitting(figure, heading, width - 2 * MARGIN, {"size": 9, **style})
     figure.text(MARGIN / width, 1 - 0.6 * HEADING / height, title, size=9, color=GREY, **style)
     for index, panel in enumerate(panels):
@@ -126,7 +143,7 @@ def _page(panels: Sequence[Panel], heading: str, fonts: list[str]) -> Figure:
         photo = figure.add_axes((left / width, bottom / height, PHOTO / width, PHOTO / height))
         _draw_photo(photo, panel.image())
         chart = figure.add_axes(((left + PHOTO + GAP) / width, bottom / height, CHART / width, PHOTO / height))
-        _draw_chart(chart, panel, scale, style)
+        _draw_chart(chart, panel, style)
     return figure
 
 
@@ -138,8 +155,8 @@ def _draw_photo(axes: Axes, image: Image.Image) -> None:
     axes.axis("off")
 
 
-def _draw_chart(axes: Axes, panel: Panel, scale: float, style: dict[str, Any]) -> None:
-    """The title, and below it for each class a line with its name and percent, and the bar under that."""
+def _draw_chart(axes: Axes, panel: Panel, style: dict[str, Any]) -> None:
+    """The title, and below it for each class a line with its name and percent, and the bar under that, 0 to 100 %."""
     axes.axis("off")
     axes.set_xlim(0, 1)
     axes.set_ylim(PHOTO, 0)  # inches from the top
@@ -154,7 +171,7 @@ def _draw_chart(axes: Axes, panel: Panel, scale: float, style: dict[str, Any]) -
         axes.text(0, line, label, size=10, color=DARK, weight=weight, **style)
         axes.text(1, line, f"{percent:.1f} %", size=9, color=DARK, weight=weight, ha="right", **style)
         axes.barh(bar, 1, height=0.09, color=PALE)
-        axes.barh(bar, percent / scale, height=0.09, color=color)
+        axes.barh(bar, percent / 100, height=0.09, color=color)
 
 
 def _fitting(figure: Figure, text: str, inches: float, style: dict[str, Any]) -> str:

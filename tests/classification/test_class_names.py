@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,19 @@ FOLDERS = ["n01", "n02", "n03"]
         ("n01 7 dwarfs\nn02 shark\nn03 hen\n", ["7 dwarfs", "shark", "hen"]),
         ("苹果\n狗\n一只猫\n", ["苹果", "狗", "一只猫"]),
         ("\ufeffn01,苹果\nn02,狗\nn03,猫", ["苹果", "狗", "猫"]),
+        ("n01，苹果\nn02，狗\nn03，猫", ["苹果", "狗", "猫"]),
+        ("n01: tench\nn02: great white: shark\nn03: hen\n", ["tench", "great white: shark", "hen"]),
+        ("n01;tench\nn02;shark\nn03;hen\n", ["tench", "shark", "hen"]),
+        (
+            '"wnid","name"\n"n01","tench, Tinca tinca"\n"n02","shark"\n"n03","hen"\n',
+            ["tench, Tinca tinca", "shark", "hen"],
+        ),
+        ('n01,"tench, Tinca tinca"\nn02,shark\nn03,hen\n', ["tench, Tinca tinca", "shark", "hen"]),
+        ("folder,name,count\nn01,tench,50\nn02,shark,50\nn03,hen,50\n", ["tench", "shark", "hen"]),
+        ("idx,wnid,words\n0,n01,tench\n1,n02,shark\n2,n03,hen\n", ["tench", "shark", "hen"]),
+        ("0 tench\n1 shark\n2 hen\n", ["tench", "shark", "hen"]),
+        ("1. tench\n2. shark\n3. hen\n", ["tench", "shark", "hen"]),
+        ("n03\nn01\nn02\n", ["n01", "n02", "n03"]),
     ],
 )
 def test_text_files_are_lists_or_go_by_folder(tmp_path, content, names):
@@ -35,15 +49,18 @@ def test_text_files_are_lists_or_go_by_folder(tmp_path, content, names):
 
 
 @pytest.mark.parametrize(
-    "content", [["tench", "white_shark", "hen"], {"n03": "hen", "n01": "tench", "n02": "white shark"}]
+    "content",
+    [
+        ["tench", "white_shark", "hen"],
+        {"n03": "hen", "n01": "tench", "n02": "white shark"},
+        {"0": ["n01", "tench"], "1": ["n02", "white_shark"], "2": ["n03", "hen"]},
+    ],
 )
 def test_json_files_are_lists_or_go_by_folder(tmp_path, content):
     (tmp_path / "names.json").write_text(json.dumps(content))
     found = read_class_names(tmp_path / "names.json", FOLDERS)
     assert [found[folder] for folder in FOLDERS] == ["tench", "white shark", "hen"]
-    assert read_names(tmp_path / "names.json") == [
-        each.replace("_", " ") for each in (content.values() if isinstance(content, dict) else content)
-    ]
+    assert set(read_names(tmp_path / "names.json")) == {"tench", "white shark", "hen"}
 
 
 def test_names_that_begin_as_a_folder_does_are_no_mapping(tmp_path):
@@ -66,6 +83,8 @@ def test_a_file_by_folder_may_name_more(tmp_path):
         ("n.txt", "n01,tench\nn02\nn03,hen\n", ["n.txt, line 2", '"n02"']),
         ("n.txt", "n01,tench\nn01,shark\nn02,hen\n", ["n.txt, line 2", "another name"]),
         ("n.txt", "\n", ["n.txt", "no classes"]),
+        ("n.txt", "{0: 'tench',\n 1: 'shark',\n 2: 'hen'}\n", ["n.txt", "is no name"]),
+        ("n.txt", "1 x.n01\n2 x.n02\n3 x.n03\n", ["n.txt", "seems to hold folder and name"]),
         ("n.json", "[1, 2, 3]", ["n.json", "JSON list"]),
         ("n.json", '"tench"', ["n.json", "JSON list"]),
         ("n.json", "{", ["n.json, line 1", "broken JSON"]),
@@ -87,16 +106,16 @@ def test_imagenets_names_go_by_wordnet_id_or_by_number():
         and names["n03126707"] == "construction crane"
     )
     assert len(set(names.values())) < 1000  # two of them are called missile, and stay two
-    assert imagenet_folder_names(["n15075141"])["n15075141"] == "toilet paper"
-    assert imagenet_folder_names(["0", "999"])["999"] == "toilet paper"
+    assert imagenet_folder_names(["n15075141"], place=Path("d"))["n15075141"] == "toilet paper"
+    assert imagenet_folder_names(["0", "999"], place=Path("d"))["999"] == "toilet paper"
 
 
 @pytest.mark.parametrize(
     "folders, unknown", [(["n01440764", "train"], "train"), (["0", "1000"], "0"), (["cat"], "cat")]
 )
 def test_folders_that_are_none_of_imagenets_ask_for_a_class_file(folders, unknown):
-    with pytest.raises(UserError, match=f'"{unknown}".*--class_names'):
-        imagenet_folder_names(folders)
+    with pytest.raises(UserError, match=f'^DIR: .*"{unknown}".*--class_names'):
+        imagenet_folder_names(folders, place=Path("DIR"))
 
 
 def test_a_blank_separates_only_behind_ids(tmp_path):
@@ -111,3 +130,9 @@ def test_a_header_is_no_class(tmp_path):
     assert set(read_class_names(tmp_path / "names.csv", FOLDERS)) == {"n01", "n02", "n03", "n04"}
     found = read_class_names(tmp_path / "names.csv", ["class", "n01"])
     assert found["class"] == "name"  # a folder of this name makes it none
+
+
+def test_a_list_of_the_folders_in_another_order_changes_no_names(tmp_path):
+    (tmp_path / "names.txt").write_text("sea\nmaple tree\nbus\n")
+    found = read_class_names(tmp_path / "names.txt", ["bus", "maple_tree", "sea"])
+    assert found == {"bus": "bus", "maple_tree": "maple tree", "sea": "sea"}

@@ -49,7 +49,8 @@ def test_what_is_no_image_is_skipped_with_a_word(colours, capsys):
     start_log()
     labelled = read(colours)
     assert len(labelled.images) == 8 and len(labelled.class_names) == 3
-    assert f"skipped, as it is no image: {colours / 'red' / 'Thumbs.db'} and 1 more" in capsys.readouterr().out
+    names = ", ".join(str(colours / "red" / name) for name in ("Thumbs.db", "notes.txt"))
+    assert f"skipped, as their names are not those of images: {names}\n" in capsys.readouterr().out
 
 
 def test_images_below_are_left_out_where_they_are_not_wanted(colours):
@@ -80,6 +81,26 @@ def test_imagenet_is_a_folder_whose_folders_need_no_names(tmp_path):
     (tmp_path / "names.txt").write_text("丁鲷\n金鱼\n", encoding="utf-8")
     labelled, templates = read_labelled(ZeroShotData("imagenet", tmp_path, class_names=tmp_path / "names.txt"))
     assert (labelled.class_names, templates.name) == (["丁鲷", "金鱼"], "chinese")
+
+
+def test_a_folder_of_imagenets_ids_has_its_names_and_a_part_of_it_is_said(tmp_path, capsys):
+    for folder in ("n01443537", "n01440764"):
+        paint(tmp_path / folder / "a.JPEG", "red")
+    start_log()
+    assert read(tmp_path).class_names == ["tench", "goldfish"]
+    assert "the folders are ImageNet's ids" in capsys.readouterr().out
+    read_labelled(ZeroShotData("imagenet", tmp_path))
+    assert "holds 2 of ImageNet's 1,000 classes" in capsys.readouterr().err
+    paint(tmp_path / "n00000000" / "a.JPEG", "red")
+    assert read(tmp_path).class_names == ["n00000000", "n01440764", "n01443537"]
+
+
+def test_a_link_to_a_folder_above_counts_no_image_twice(colours):
+    (colours / "red" / "loop").symlink_to(colours / "red")
+    (colours / "blue" / "up").symlink_to(colours)
+    assert len(image_paths(colours / "red")[0]) == 4
+    found = image_paths(colours / "blue")[0]
+    assert len({path.resolve() for path in found}) == len(found) == 8
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path):

@@ -23,7 +23,12 @@ def test_the_prompts_of_a_class_stand_together():
 
 @pytest.mark.parametrize(
     "names, usual, chosen",
-    [(["cat"], "imagenet", "imagenet"), (["cat"], "cifar", "cifar"), (["cat", "狗"], "cifar", "chinese")],
+    [
+        (["cat"], "imagenet", "imagenet"),
+        (["cat"], "cifar", "cifar"),
+        (["cat", "狗"], "cifar", "chinese"),
+        (["cat", "dog", "狗"], "cifar", "cifar"),
+    ],
 )
 def test_the_usual_templates_are_the_datas_or_chinese(names, usual, chosen):
     templates = choose_templates(None, (), names, usual)
@@ -65,3 +70,14 @@ def test_bad_usage_names_the_option(asked, typed, words):
     with pytest.raises(UserError) as error:
         choose_templates(asked, typed, ["cat"])
     assert all(word in str(error.value) for word in words)
+
+
+def test_the_place_may_have_simple_clips_name(tmp_path):
+    assert choose_templates(None, ("a photo of {label_name}",), ["cat"]).texts == ("a photo of {}",)
+
+
+@pytest.mark.parametrize("line", ['"a photo of a {}.",', "lambda c: f'a bad photo of a {c}.',", "['a {}']"])
+def test_code_is_no_template(tmp_path, line):
+    (tmp_path / "t.txt").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"t.txt, line 1: write the sentence alone"):
+        choose_templates(str(tmp_path / "t.txt"), (), ["cat"])

@@ -233,9 +233,9 @@ def test_variants_of_imagenet_keep_results_of_their_own_that_say_what_was_read(s
     (tmp_path / "names.txt").write_text("a fish\n")
     typed = ("zero_shot", "--resume", own, *CPU, "--data", "imagenet", "--template", "{}", "--data_root")
     folders = {
-        "imagenet-r": "zero_shot_imagenet-r",
-        "sketch": "zero_shot_imagenet_sketch",
-        "val": "zero_shot_imagenet",
+        "imagenet-r": "zero_shot_imagenet-r_own",
+        "sketch": "zero_shot_imagenet_sketch_own",
+        "val": "zero_shot_imagenet_own",
     }
     for name, folder in folders.items():
         code, _, err = script(*typed, name)
@@ -244,7 +244,18 @@ def test_variants_of_imagenet_keep_results_of_their_own_that_say_what_was_read(s
         assert (results["dataset"], results["data_root"]) == ("imagenet", str(tmp_path / name))
         assert results["class_names"] is None
     assert script(*typed, "val", "--class_names", "names.txt")[0] == 0
-    assert read_json(own.parent / "zero_shot_imagenet/results.json")["class_names"] == str(tmp_path / "names.txt")
+    folder = own.parent / "zero_shot_imagenet_own_names"
+    assert read_json(folder / "results.json")["class_names"] == str(tmp_path / "names.txt")
+    settled = read_json(folder / "options.json")
+    assert (settled["zero_shot_eval"], settled["zero_shot_root"]) == ("imagenet", "val")
+    assert f"class_names: {tmp_path / 'names.txt'}\ntemplates: own (1), {{}}\n" in (folder / "results.txt").read_text()
+
+
+def test_folders_that_are_called_the_same_keep_results_of_their_own(script, own, tmp_path):
+    for parent in ("a", "b"):
+        paint(tmp_path / parent / "test" / "red" / "a.png", "red")
+        assert script("zero_shot", "--resume", own, *CPU, "--data", tmp_path / parent / "test")[0] == 0
+        assert (own.parent / f"zero_shot_{parent}_test" / "results.json").is_file()
 
 
 def test_a_place_that_cannot_be_written_is_changed_with_output(script, own, colours):

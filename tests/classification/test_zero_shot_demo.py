@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.zero_shot_demo import best_labels, probabilities, read_labels
+from clip_retrieval.zero_shot_demo import Photographs, best_labels, probabilities, read_labels
 from tests.classification.conftest import paint
 from tests.conftest import ROOT
 from tests.models.small import small_clip, small_preprocess
@@ -75,7 +75,7 @@ def test_the_five_best_labels_are_printed_as_the_reference_has_them(script, mode
     assert code == 0, err
     found = printed(out)
     assert list(found) == ["a.PNG", "b.jpg", "c.jpeg"]
-    assert f"skipped, as it is no image: {photos / 'Thumbs.db'}" in out
+    assert f"skipped, as their names are not those of images: {photos / 'Thumbs.db'}" in out
     assert "broken.jpg: not a readable image" in err and err.count("\n") == 1
 
     clip, labels = small_clip(seed=3), ANIMALS.split(",")
@@ -125,6 +125,18 @@ def test_the_temperature_replaces_the_models_own(script, model, photos):
     assert len({bars[0][1] for bars in outputs.values()}) == 1
 
 
+def test_photographs_are_upright_and_white_where_they_are_transparent(tmp_path):
+    turned, clear = Image.new("RGB", (6, 4), "red"), Image.new("RGBA", (4, 4), (255, 0, 255, 0))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    clear.putpixel((0, 0), (0, 0, 255, 255))
+    clear.save(tmp_path / "clear.png")
+    upright, white = Photographs([str(tmp_path / name) for name in ("turned.jpg", "clear.png")])
+    assert upright.size == (4, 6) and upright.mode == white.mode == "RGB"
+    assert white.getpixel((0, 0)) == (0, 0, 255) and white.getpixel((3, 3)) == (255, 255, 255)
+
+
 def test_templates_of_ones_own(script, model, photos):
     one = ("zero_shot_demo", *model, "--img_path", photos / "b.jpg", "--labels", ANIMALS)
     usual = script(*one)[1]
@@ -157,7 +169,9 @@ def test_batches_precision_and_labels_of_imagenet(script, model, photos):
     [
         ([], ["--img_path", "--img_dir"]),
         (["--img_path", "a.jpg", "--img_dir", "photos"], ["--img_path", "--img_dir"]),
-        (["--img_path", "none.jpg"], ["none.jpg"]),
+        (["--img_path", "none.jpg"], ["--img_path none.jpg: no such file"]),
+        (["--img_path", "photos"], ["--img_path photos: a folder; give it as --img_dir"]),
+        (["--img_dir", "photos", "--labels", "photos/Thumbs.db"], ["Thumbs.db: holds one label"]),
         (["--img_path", "photos/broken.jpg"], ["broken.jpg: not a readable image"]),
         (["--img_dir", "none"], ["none: no such folder"]),
         (["--img_dir", "empty"], ["empty: holds no readable images"]),

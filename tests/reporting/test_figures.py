@@ -46,19 +46,15 @@ def test_bars_are_as_long_as_the_probabilities(tmp_path):
     assert others.max() == pytest.approx(0.20 * 495, abs=3)
 
 
-def test_small_probabilities_get_a_finer_scale_which_the_heading_says(tmp_path, monkeypatch):
-    said = []
-    real = figures._fitting
-    monkeypatch.setattr(figures, "_fitting", lambda figure, text, *rest: said.append(text) or real(figure, text, *rest))
-    (path,) = draw_predictions(panels(1, [("a", 9.0), ("b", 4.5)]), tmp_path / "figure.png", "a model.")
-    assert is_colour(drawn(path), figures.FIRST).sum(axis=1).max() == pytest.approx(0.9 * 495, abs=3)
-    assert said[0] == "a model. Bars end at 10 %."
-
-
 def test_many_images_take_several_pages(tmp_path):
     paths = draw_predictions(panels(27), tmp_path / "figure.png", "a model")
     assert [path.name for path in paths] == [f"figure_{page}_of_3.png" for page in (1, 2, 3)]
     heights = [drawn(path).shape[0] for path in paths]
+    draw_predictions(panels(13), tmp_path / "figure.png", "a model")
+    (tmp_path / "figure_of_mine.png").touch()
+    draw_predictions(panels(13), tmp_path / "figure.png", "a model")
+    names = [f"figure_{page}_of_2.png" for page in (1, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "figure_of_mine.png"]
     assert heights[0] == heights[1] > heights[2]
 
 
@@ -90,6 +86,23 @@ def said(monkeypatch):
     warnings = []
     monkeypatch.setattr(log, "warning", warnings.append)
     return warnings
+
+
+@pytest.fixture(autouse=True)
+def no_new_fonts(monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+
+
+def test_a_font_that_was_installed_after_matplotlib_listed_them_is_found(monkeypatch, said):
+    class Font:
+        style, weight, name, fname = "normal", 400, "Chinese", "chinese.ttf"
+
+    real, fonts = figures._characters, []
+    monkeypatch.setattr(figures, "_characters", lambda path: {ord("苹")} if path == "chinese.ttf" else real(path))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["chinese.ttf"])
+    monkeypatch.setattr(font_manager.fontManager, "addfont", lambda path: fonts.append(Font))
+    assert fonts_for(["苹"]) == [figures.FONT, "Chinese"] and not said
 
 
 def test_a_font_that_has_the_characters_is_found(monkeypatch, said):
