@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO, as that system does: CLIP from scratch, of towers that ImageNet and masked words
-# have pretrained. Without a network give their files (--pretrained FILE --text_pretrained FOLDER --tokenizer vocab.txt),
+# Train simple-clip's model on COCO: CLIP from scratch, of towers that ImageNet and masked words have pretrained, with that
+# system's settings; but the temperature starts where CLIP's does, and images are cropped and normalised. Without a network give their files (--pretrained FILE --text_pretrained FOLDER --tokenizer vocab.txt),
 # or none for random ones.
 #     bash scripts/coco_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO, TextCaps and SBU captions together, as that system does; val is COCO's. The data are
+# Train simple-clip's model on COCO, TextCaps and SBU captions together, with that system's settings; val is COCO's. The data are
 # those of get_simple_clip_data.sh; COCO from its own files is `--dataset coco --dataset textcap --dataset sbucaptions`.
 #     bash scripts/combined_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail
