@@ -12,7 +12,8 @@ from clip_retrieval.options import REPEATABLE, as_tuple
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
 RECORDED = ("versions", "device_used", "config")
 NOTHING = ("null", "~", "")
-TRUE, FALSE = ("true", "True"), ("false", "False")
+TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML's, of version 1.1 as well
+FALSE = ("false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF")
 
 
 def read_config(path: str | Path | None) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _parsed(text: str) -> Any:
 
 def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
     """The option's own name, and what would be typed for `key: value`."""
-    name = f"--{key.replace('-', '_')}"
+    name = f"--{key.lstrip('-').replace('-', '_')}"
     action = parser.action(name)
     if action is None or action.dest in ("help", "config"):
         parser.error(f"unknown option {key}{parser.nearest(name)}")
@@ -103,7 +104,7 @@ def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
     if action.nargs == 0:
         if value not in TRUE + FALSE:
             parser.error(f"{key}: {value!r} is not true or false")
-        inverse = f"--{key[3:]}" if key.startswith("no_") else f"--no_{name[2:]}"
+        inverse = f"--{name[5:]}" if name.startswith("--no_") else f"--no_{name[2:]}"
         return action.dest, [name] if value in TRUE else [inverse] if parser.action(inverse) else []
     words = ["auto" if v in NOTHING else str(v) for v in values]
     if action.nargs:

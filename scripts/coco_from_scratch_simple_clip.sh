@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO: CLIP from scratch, of towers that ImageNet and masked words have pretrained, with that
-# system's settings; but the temperature starts where CLIP's does, and images are cropped and normalised. Without a network give their files (--pretrained FILE --text_pretrained FOLDER --tokenizer vocab.txt),
-# or none for random ones.
+# Train simple-clip's model on COCO, with that system's settings: CLIP from scratch, of towers that ImageNet and masked
+# words have pretrained. But the temperature starts where CLIP's does, and images are cropped and normalised. Without a
+# network give the weights' files (--pretrained FILE --text_pretrained FOLDER), or none for random ones.
 #     bash scripts/coco_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail
 exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" \

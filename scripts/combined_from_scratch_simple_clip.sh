@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO, TextCaps and SBU captions together, with that system's settings; val is COCO's. The data are
-# those of get_simple_clip_data.sh; COCO from its own files is `--dataset coco --dataset textcap --dataset sbucaptions`.
+# Train simple-clip's model on COCO, TextCaps and SBU captions together, with that system's settings; val is COCO's. The
+# data are those of get_simple_clip_data.sh; COCO from its own files: `--dataset coco --dataset textcap --dataset
+# sbucaptions`.
 #     bash scripts/combined_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail
 exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset combined \

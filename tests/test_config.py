@@ -224,6 +224,11 @@ def test_characters_that_yaml_has_not_are_one_line(config):
         read_config(config("lr: 1\0\n"))
 
 
+def test_yaml_has_other_words_for_true_and_false_and_dashes_are_left_out(config):
+    found = read_config(config("--map: yes\nfreeze_text: off\nno-restval: On\n"))
+    assert found == {"map": True, "freeze_text": False, "no_restval": True}
+
+
 def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
     path = config("dataset: webdataset\n")
     options, _ = settle_options({"config": str(path), "train_data": "gone"})

@@ -22,8 +22,9 @@ NAMES = ("name", "class_name", "label_name", "words")
 """What it calls the names."""
 DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"\d+\s+(?=\S)")  # `n02119789 1 kit_fox`, as in ImageNet's map_clsloc.txt
-POSITION = re.compile(r"(\d+)[\s.,:;)\t]+(?=\S)")
-CODE = tuple("{[(")
+POSITION = re.compile(r"(\d+)[\s.,:;)]+(?=\S)")
+WORD_ENDS = re.compile(r"[\s,;:=]+")
+CODE = ("{", "[")
 
 
 def spaced(name: str) -> str:
@@ -103,9 +104,8 @@ def _list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str]) 
     own = {spaced(folder): folder for folder in folders}
     if len(own) == len(folders) and {spaced(name) for name in names} == own.keys():
         return {own[spaced(name)]: name for name in names}
-    ids = [folder for folder in folders if DIGIT.search(folder)]
-    holding = sum(any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", name) for each in ids) for name in names)
-    if 2 * holding > len(names):
+    ids = {folder for folder in folders if DIGIT.search(folder)}
+    if 2 * sum(not ids.isdisjoint(WORD_ENDS.split(name)) for name in names) > len(names):
         raise UserError(f'{path}: "{names[0]}" seems to hold folder and name; write lines of folder, comma, name')
     return dict(zip(folders, names))
 
@@ -135,7 +135,7 @@ def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str
     numbered = all(NUMBERED.match(fields[name]) for _, fields in rows if len(fields) > name)
     names: dict[str, str] = {}
     for number, fields in rows:
-        if len(fields) <= name or not fields[name]:
+        if len(fields) <= max(key, name) or not fields[name]:
             folder = fields[min(key, len(fields) - 1)]
             raise UserError(f'{path}, line {number}: no name for "{folder}"; write folder, comma, name')
         text = NUMBERED.sub("", fields[name], count=1) if numbered else fields[name]
