@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import REPEATABLE, as_tuple
 
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
 RECORDED = ("versions", "device_used", "config")
@@ -36,14 +35,7 @@ def read_config(path: str | Path | None) -> dict[str, Any]:
             if spelled.setdefault(option, key) != key:
                 parser.error(f"{spelled[option]} and {key} are the same option; keep one of them")
             arguments += words
-    found = vars(parser.parse_args(arguments))
-    for name in REPEATABLE:
-        if len(as_tuple(found.get(name))) > 1 and len(as_tuple(found.get("dataset"))) == 1:
-            parser.error(
-                f"{spelled[name]} has {len(found[name])} values, one for each dataset of a mixture, but there is one; "
-                "several shards are one value, with blanks between them"
-            )
-    return found
+    return vars(parser.parse_args(arguments))
 
 
 class _ConfigParser(OptionParser):

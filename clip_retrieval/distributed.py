@@ -19,9 +19,9 @@ from torch import Tensor
 
 from clip_retrieval.errors import UserError
 
-# torch renamed them; under the old names the new versions warn.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch renamed them; under the old names the new versions warn. (Builds without torch.distributed have neither.)
+all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,10 @@ class DataOptions:
 
     @property
     def packed(self) -> bool:
-        """Whether images are packed together, at least some, so that nobody mends a broken one by hand."""
+        """Whether images are packed together, at least some, so that nobody mends a broken one by hand.
+
+        In training batches such a one is passed over; what encodes or caches all images first stops at it.
+        """
         return any(name in PACKED for name in as_tuple(self.dataset))
 
     @property

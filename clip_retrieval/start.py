@@ -32,7 +32,15 @@ from clip_retrieval.models.chinese_clip import UNNAMED, named_apart
 from clip_retrieval.models.source import check_names
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.weights import read_checkpoint
-from clip_retrieval.options import AUTO, PLACES, PREFIXES, Options, taken_from_checkpoint
+from clip_retrieval.options import (
+    AUTO,
+    PLACES,
+    PREFIXES,
+    REPEATABLE,
+    Options,
+    as_tuple,
+    taken_from_checkpoint,
+)
 from clip_retrieval.reporting.log import log
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
@@ -52,6 +60,7 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
         if config.pop(name, False):
             log.warning(f"--config {typed['config']}: {name} counts only where it is typed")
     options = Options.settle(config, typed, complete=False)  # refuses bad values before anything is read
+    _refuse_lists_for_one(options, config, typed)
     path = _resumed_file(options)
     if path is None:
         return _given(Options.settle(config, typed), config, typed), None
@@ -75,6 +84,19 @@ def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | Non
         taken.pop("max_steps", None)  # it would decide the length of the run
     options = Options.settle(config, taken, typed, {"resume": str(path)})
     return replace(options, given=frozenset(typed)), checkpoint
+
+
+def _refuse_lists_for_one(options: Options, config: dict[str, Any], typed: dict[str, Any]) -> None:
+    """A list in a config is for a mixture. (Of what is typed twice the last counts: so one changes a recipe.)"""
+    if len(as_tuple(options.data.dataset)) > 1:
+        return
+    for name in REPEATABLE:
+        number = len(as_tuple(config.get(name)))
+        if number > 1 and name not in typed and "dataset" not in typed:
+            raise UserError(
+                f"--config {typed['config']}: {name} has {number} values, one for each dataset of a mixture, but there "
+                "is one; several shards are one value, with blanks between them"
+            )
 
 
 def _given(options: Options, *layers: dict[str, Any]) -> Options:

@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images import ImageFiles, decode_rgb
 from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.reporting.figures import drawn_before
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device
@@ -64,6 +66,12 @@ class Demo:
         if self.temperature is not None and math.isinf(1 / self.temperature):
             raise UserError(f"--temperature {self.temperature:g}: too small to divide by; give a larger one")
 
+    @property
+    def figure(self) -> Path:
+        """The file that is drawn; many images take several pages of this name."""
+        what = self.img_path.stem if self.img_path else self.img_dir.resolve().name
+        return self.output / f"zero_shot_{what}.png"
+
 
 def show(typed: dict[str, Any], demo: Demo) -> None:
     """Print, and draw where that is wanted, what the model of the options takes each image for."""
@@ -72,7 +80,7 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     device = choose_device(options.run.device)
     names = read_labels(demo.labels)
     templates = choose_templates(demo.templates, demo.template, names, usual="single")
-    paths = [readable_image(demo.img_path)] if demo.img_path else readable_images(demo.img_dir)
+    paths = [readable_image(demo.img_path)] if demo.img_path else readable_images(demo.img_dir, demo.figure)
     if demo.show_prediction:
         make_folder(demo.output, "--output")
     model, built, tokenizer = load_model(options, checkpoint)
@@ -111,12 +119,11 @@ def _draw(
 ) -> None:
     from clip_retrieval.reporting.figures import Panel, draw_predictions
 
-    what = demo.img_path.stem if demo.img_path else demo.img_dir.resolve().name
     panels = [
         Panel(path.name, partial(images.__getitem__, row), bars)
         for row, (path, bars) in enumerate(zip(paths, predictions))
     ]
-    for written in draw_predictions(panels, demo.output / f"zero_shot_{what}.png", heading):
+    for written in draw_predictions(panels, demo.figure, heading):
         log.info(f"wrote {written}")
 
 
@@ -146,7 +153,8 @@ class Photographs(ImageFiles):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about the size and the palette
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                with suppress(Exception):  # of a broken EXIF, it may be any
+                    image = ImageOps.exif_transpose(image)
                 if not image.has_transparency_data:
                     return image.convert("RGB")
                 image = image.convert("RGBA")
@@ -164,8 +172,8 @@ def readable_image(path: Path) -> Path:
     return path
 
 
-def readable_images(folder: Path) -> list[Path]:
-    """The images in a folder, by name; what is no image is left out, and said.
+def readable_images(folder: Path, figure: Path) -> list[Path]:
+    """The images in a folder, by name; what is no image is left out, and said, and so is the figure that is drawn.
 
     Raises UserError where none is left.
     """
@@ -173,8 +181,9 @@ def readable_images(folder: Path) -> list[Path]:
         raise UserError(f"--img_dir {folder}: no such folder; a single image is given as --img_path")
     paths, others = image_paths(folder, below=False)
     say_skipped(folder, others)
+    drawn = {path.resolve() for path in drawn_before(figure)}
     readable = []
-    for path in paths:
+    for path in (path for path in paths if path.resolve() not in drawn):
         try:
             decode_rgb(str(path), str(path))
         except UserError as error:

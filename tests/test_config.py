@@ -209,7 +209,10 @@ def test_shards_that_are_typed_for_a_mixture_stay_in_it(config):
 def test_a_list_for_one_data_set_is_refused(config):
     for text in ("train_data: [a/0.tar, a/1.tar]\n", "dataset: csv\ndataset_root: [A, B]\n"):
         with pytest.raises(UserError, match=r"--config .*has 2 values, one for each dataset of a mixture"):
-            read_config(config(text))
+            settle_options({"config": str(config(text))})
+    path = config("dataset_root: [A, B]\n")
+    options, _ = settle_options({"config": str(path), "dataset": ("coco", "flickr30k")})
+    assert [part.dataset_root for part in options.data.parts()] == ["A", "B"]
 
 
 def test_what_is_no_file_is_refused_as_it_would_be_read_twice(tmp_path):

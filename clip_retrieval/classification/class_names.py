@@ -15,16 +15,17 @@ from clip_retrieval.reporting.log import log
 # What may stand between a folder and its name: the first one that the lines have. Blanks are common within names: they
 # count only behind folders that are ids, and where most folders are named so.
 TAB, COMMA, SIGN, BLANK = r"\t", "[,，]", "[;:=]", r"\s"
+DELIMITERS = {TAB: "\t", COMMA: ",", SIGN: ";"}  # of fields in quotes
 HEADER = {"folder", "directory", "dir", "class", "category", "id", "label", "index", "idx", "wnid", "wordnet_id"}
 HEADER |= {"synset", "folder_name", "class_name", "class_id", "name"}
 """What a first line calls the folders, where it says what the columns are."""
-NAMES = ("name", "class_name", "label_name", "words")
+NAMES = ("name", "class_name", "label_name", "words", "label", "class", "category")
 """What it calls the names."""
 DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"\d+\s+(?=\S)")  # `n02119789 1 kit_fox`, as in ImageNet's map_clsloc.txt
 POSITION = re.compile(r"(\d+)[\s.,:;)]+(?=\S)")
 WORD_ENDS = re.compile(r"[\s,;:=]+")
-CODE = ("{", "[")
+CODE = ("{", "[", '"', "'")
 
 
 def spaced(name: str) -> str:
@@ -72,7 +73,7 @@ def _content(path: Path) -> dict[str, str] | list[tuple[int, str]]:
         found = [(number, text.strip()) for number, text in enumerate(read_text(path).splitlines(), 1) if text.strip()]
     else:
         found = read_json(path)
-        if isinstance(found, dict) and all(isinstance(v, list) and len(v) == 2 for v in found.values()):
+        if isinstance(found, dict) and all(key.isdigit() and _is_pair(value) for key, value in found.items()):
             found = dict(found.values())  # imagenet_class_index.json: {"0": ["n01440764", "tench"], ...}
         names = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
@@ -82,6 +83,10 @@ def _content(path: Path) -> dict[str, str] | list[tuple[int, str]]:
     if not found:
         raise UserError(f"{path}: names no classes")
     return found
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
 def _texts(lines: Sequence[tuple[int, str]]) -> list[str]:
@@ -104,9 +109,15 @@ def _list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str]) 
     own = {spaced(folder): folder for folder in folders}
     if len(own) == len(folders) and {spaced(name) for name in names} == own.keys():
         return {own[spaced(name)]: name for name in names}
-    ids = {folder for folder in folders if DIGIT.search(folder)}
+    ids = {folder for folder in folders if DIGIT.search(folder) and not folder.isdigit()}
     if 2 * sum(not ids.isdisjoint(WORD_ENDS.split(name)) for name in names) > len(names):
         raise UserError(f'{path}: "{names[0]}" seems to hold folder and name; write lines of folder, comma, name')
+    for folder, name in zip(folders, names):
+        if spaced(name) in own and own[spaced(name)] != folder:
+            raise UserError(
+                f'{path}: "{name}" is another folder than "{folder}", whose name it would be by its place; write lines '
+                "of folder, comma, name"
+            )
     return dict(zip(folders, names))
 
 
@@ -129,6 +140,8 @@ def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str
             break
     else:
         return {}
+    if name < 0:
+        raise UserError(f"{path}: which of its columns ({', '.join(header)}) has the names? Call it name")
     if header is None or len(header) < 3:
         rows = [(number, _fields(text, separator, 1)) for number, text in lines[1 if header else 0 :]]
         key, name = 0, 1
@@ -146,9 +159,12 @@ def _mapping(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str
 
 def _fields(text: str, separator: str, most: int = 0) -> list[str]:
     """The fields of a line; what stands in quotes is one."""
-    if separator in (TAB, COMMA) and '"' in text:
-        delimiter = "\t" if separator == TAB else ","
-        fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+    if separator in DELIMITERS and '"' in text:
+        delimiter = DELIMITERS[separator]
+        try:
+            fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+        except csv.Error:  # a field that is longer than any name
+            return [text]
         joined = delimiter.join(fields[most:]) if most and len(fields) > most else None
         return [field.strip() for field in (fields if joined is None else [*fields[:most], joined])]
     return re.split(rf"\s*{separator}\s*", text, maxsplit=most)
@@ -161,13 +177,13 @@ def _is_header(first: str, folders: frozenset[str]) -> bool:
 def _columns(
     header: Sequence[str] | None, rows: Sequence[tuple[int, Sequence[str]]], folders: frozenset[str]
 ) -> tuple[int, int]:
-    """The columns of the folders and of the names: the first two, unless a header has more."""
+    """The columns of the folders and of the names: the first two, unless a header has more (-1: no name for names)."""
     if header is None or len(header) < 3:
         return 0, 1
     held = [sum(len(fields) > i and fields[i] in folders for _, fields in rows) for i in range(len(header))]
     key = max(range(len(header)), key=held.__getitem__)
-    called = [i for i, title in enumerate(header) if title.lower() in NAMES and i != key]
-    return key, called[0] if called else (key + 1 if key + 1 < len(header) else 0)
+    titles = [title.lower() if i != key else "" for i, title in enumerate(header)]
+    return key, next((titles.index(name) for name in NAMES if name in titles), -1)
 
 
 @cache

@@ -79,9 +79,11 @@ def image_paths(folder: Path, *, below: bool = True) -> tuple[list[Path], list[P
     images, others = [], []
     seen: set[str] = set()
     for place, subfolders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        subfolders[:] = sorted(name for name in subfolders if below and not _hidden(name))
-        subfolders[:] = [name for name in subfolders if os.path.realpath(f"{place}/{name}") not in seen]
+        real = os.path.realpath(place)
+        subfolders[:] = sorted(name for name in subfolders if below and real not in seen and not _hidden(name))
+        if real in seen:  # links may lead anywhere
+            continue
+        seen.add(real)
         for name in sorted(name for name in files if not _hidden(name)):
             path = Path(place, name)
             (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)

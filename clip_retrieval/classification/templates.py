@@ -15,7 +15,7 @@ from clip_retrieval.errors import UserError
 
 PLACE = "{}"
 PLACES = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # CLIP_benchmark's files write {c}, others a name
-CODE = ("lambda", '"', "'", "[")
+CODE = re.compile(r"lambda\b|\[|([\"']).*\1,?$")
 CHINESE = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
 LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 
@@ -108,7 +108,7 @@ def _from_file(asked: str, option: str) -> Templates:
 
 def _checked(text: str, where: str) -> str:
     """The template with "{}" as its place."""
-    if text.startswith(CODE):
+    if CODE.match(text):
         raise UserError(f"{where}: write the sentence alone, without quotes or code")
     places = len(PLACES.findall(text))
     if places != 1:

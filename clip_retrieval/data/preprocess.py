@@ -120,7 +120,8 @@ def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]
 
 def interpolation_mode(preprocess: dict) -> InterpolationMode:
     """The model's way of resizing; open_clip's "random" is bicubic here."""
-    return InterpolationMode.BILINEAR if preprocess["interpolation"] == "bilinear" else InterpolationMode.BICUBIC
+    is_bilinear = PreprocessCfg(**preprocess).interpolation == "bilinear"
+    return InterpolationMode.BILINEAR if is_bilinear else InterpolationMode.BICUBIC
 
 
 def model_size(preprocess: dict) -> tuple[int, int]:

@@ -202,7 +202,8 @@ def number_of_lanes(batch_size: int, most: int) -> int:
     usual = max(MOST_LANES, batch_size // LANE_SHARE)
     power = min(batch_size & -batch_size, 1 << (min(most, usual).bit_length() - 1))
     most = min(most, odd * usual)
-    return max(n for n in range(power, most + 1, power) if batch_size % n == 0)
+    shared = [n for n in range(power, most + 1, power) if batch_size % n == 0]
+    return max([n for n in shared if n % odd == 0] or shared)
 
 
 def buffer_shuffled(number: int, size: int, rng: np.random.Generator) -> np.ndarray:

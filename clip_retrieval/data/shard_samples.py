@@ -83,17 +83,19 @@ def _is_part(name: str) -> bool:
 def check_layout(path: Path, caption_key: str | None) -> None:
     """Say what in the headers of a shard looks as if it had been packed in another way.
 
-    Raises UserError where most of its samples are no pairs.
+    Raises UserError where most of its samples are no pairs because their files stand apart.
     """
     samples = incomplete = 0
+    first, keys = "", set()
     for members in read_members(path):
         samples += 1
+        keys.add(members[0].key)
         of = {member.ending: member for member in members}
         try:
             image_ending(of), caption_ending(of, caption_key)
         except Unusable as problem:
             incomplete += 1
-            first = f"sample {members[0].key}: {problem}"
+            first = first or f"sample {members[0].key}: {problem}"
     dotted = [name for name in _other_names(path) if name.rpartition(".")[2].lower() in _ENDINGS]
     if dotted:
         log.warning(
@@ -102,7 +104,7 @@ def check_layout(path: Path, caption_key: str | None) -> None:
         )
     if incomplete:
         text = f"{path}: {incomplete:,} of {samples:,} samples are no pairs; {first}"
-        if 2 * incomplete > samples:
+        if 2 * incomplete > samples > len(keys):
             raise UserError(f"{text}. The files of a sample must stand one after the other (tar --sort=name)")
         log.warning(text)
 
@@ -112,7 +114,8 @@ def _other_names(path: Path) -> Iterator[str]:
     with tarfile.open(path, "r:") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()
-            if info.isreg() and not _is_part(info.name) and not _META.match(info.name):
+            hidden = info.name.rpartition("/")[2].startswith(".")  # macOS brings a ._file along with every file
+            if info.isreg() and not hidden and not _is_part(info.name) and not _META.match(info.name):
                 yield info.name
 
 

@@ -137,9 +137,24 @@ class StreamLoader:
         images, ids, lengths, keys, *_ = zip(*parts)
         ids, lengths = torch.cat(ids), torch.cat(lengths)
         texts = ids[:, : text_length(lengths, ids.shape[1], trim=self.trim, bucket=self.bucket)].long()
-        keys = torch.cat(keys)
-        positives = (keys[:, None] == self.processes.gather(keys)).nonzero()
+        everybodys = self.processes.gather(torch.cat(keys))
+        positives = alike_rows(everybodys, self.processes.rank * len(ids), len(ids))
         return self._to_device(list(images), texts, positives, lengths if self.bucket == 1 else None)
+
+
+def alike_rows(keys: Tensor, first: int, number: int) -> Tensor:
+    """int64 (P, 2): all (i, j) for which keys[first + i] is keys[j], for i < number; sorted.
+
+    keys is int64 (n,). No n x n matrix is made.
+    """
+    which = torch.unique(keys, return_inverse=True)[1]
+    by_key, counts = torch.argsort(which, stable=True), torch.bincount(which)
+    own = which[first : first + number]
+    alike = counts[own]
+    rows = torch.arange(number).repeat_interleave(alike)
+    place_among = torch.arange(len(rows)) - (alike.cumsum(0) - alike)[rows]
+    begin = (counts.cumsum(0) - counts)[own]
+    return torch.stack([rows, by_key[begin[rows] + place_among]], dim=1)
 
 
 def _requests(epoch: int, batches: range, groups: list[range]) -> Iterator[tuple[int, int, range]]:

@@ -27,8 +27,7 @@ from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
 SEPARATOR = "::"
-_WORDS = "|".join(sorted(files.SPLITS, key=len, reverse=True))
-_OF_A_SPLIT = re.compile(rf"(?:.*[^A-Za-z])?({_WORDS})([^A-Za-z].*)?\.tar")
+_A_SPLIT = re.compile(rf"(?<![A-Za-z])({'|'.join(files.SPLITS)})(?![A-Za-z])")
 _GZIP = b"\x1f\x8b"
 
 
@@ -170,7 +169,15 @@ def _without(found: SplitShards, taken: set[Path]) -> SplitShards | None:
 def _of_split(root: Path, split: str) -> Iterator[Path]:
     """Tars of `root` with a word for the split in their names, and all that are in folders named so."""
     for path in _tars(root):
-        if (match := _OF_A_SPLIT.fullmatch(path.name)) and files.SPLITS[match[1]] == split:
+        words = {files.SPLITS[word] for word in _A_SPLIT.findall(path.stem)}
+        if (match := _A_SPLIT.match(path.stem)) is not None:  # what the name begins with decides
+            words = {files.SPLITS[match[1]]}
+        if len(words) > 1:
+            raise UserError(
+                f"{path}: its name has words for {' and '.join(sorted(words))}; begin it with the split, or give "
+                "patterns as --train_data and --val_data"
+            )
+        if split in words:
             yield path
     for name, of in files.SPLITS.items():
         if of == split and (root / name).is_dir():

@@ -201,6 +201,11 @@ def _holds_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> 
     return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
 
 
+def _both(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> None:
     """Bring a timm image tower from timm's own image size to the config's."""
     if not isinstance(clip.visual, TimmModel):
@@ -208,9 +213,11 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
     size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
     if clip.visual.trunk.default_cfg["input_size"][-1] == size:
         return
-    patch_size = getattr(getattr(clip.visual.trunk, "patch_embed", None), "patch_size", (1, 1))
-    if size % patch_size[0]:
-        raise UserError(f"--image_size {size}: {name} takes multiples of {patch_size[0]}")
+    patch = getattr(getattr(clip.visual.trunk, "patch_embed", None), "patch_size", 1)
+    if any(side % each for side, each in zip(_both(size), _both(patch))):
+        raise UserError(
+            f"--image_size {size}: {name} takes multiples of {patch if isinstance(patch, int) else patch[0]}"
+        )
     try:
         with hub.quiet():
             clip.visual.set_input_size(size)

@@ -38,14 +38,14 @@ class WordPieceTokenizer:
     def __init__(self, source: str | list[str], context_length: int, vocabulary: int):
         self.tokenizer = _of_words(source) if isinstance(source, list) else _read(source)
         self.context_length = context_length
+        place = "the vocabulary in the model config" if isinstance(source, list) else f"--tokenizer {source}"
         if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
-            place = "the vocabulary in the model config" if isinstance(source, list) else f"--tokenizer {source}"
             raise UserError(
                 f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt that "
                 "belongs to the model"
             )
         if self.tokenizer.pad_token_id != 0:  # what the towers take for padding
-            raise UserError(f"--tokenizer {source}: [PAD] must be its first entry; give BERT's vocab.txt")
+            raise UserError(f"{place}: [PAD] must be its first entry; give BERT's vocab.txt")
 
     @property
     def words(self) -> list[str]:

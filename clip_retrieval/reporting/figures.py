@@ -56,9 +56,6 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
     pages = [panels[start : start + PER_PAGE] for start in range(0, len(panels), PER_PAGE)]
     texts = [heading, *(text for panel in panels for text in (panel.title, *(name for name, _ in panel.bars)))]
     fonts = fonts_for(texts)
-    for before in path.parent.glob(f"{escape(path.stem)}_*_of_*{path.suffix}"):
-        if re.fullmatch(r"\d+_of_\d+", before.stem.removeprefix(f"{path.stem}_")):
-            before.unlink()
     paths = []
     for number, page in enumerate(pages, 1):
         name = path if len(pages) == 1 else path.with_name(f"{path.stem}_{number}_of_{len(pages)}{path.suffix}")
@@ -70,7 +67,17 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
         except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{name} cannot be written ({error.strerror}); choose another --output") from None
         paths.append(name)
+    for before in drawn_before(path):
+        if before not in paths:
+            before.unlink(missing_ok=True)
     return paths
+
+
+def drawn_before(path: Path) -> list[Path]:
+    """The files that `draw_predictions` has written for `path`, its pages included."""
+    pages = path.parent.glob(f"{escape(path.stem)}_*_of_*{path.suffix}")
+    is_page = re.compile(rf"{re.escape(path.stem)}_\d+_of_\d+")
+    return [each for each in (path, *pages) if each.exists() and (each == path or is_page.fullmatch(each.stem))]
 
 
 def fonts_for(texts: Iterable[str]) -> list[str]:

@@ -37,6 +37,8 @@ FOLDERS = ["n01", "n02", "n03"]
         ('n01,"tench, Tinca tinca"\nn02,shark\nn03,hen\n', ["tench, Tinca tinca", "shark", "hen"]),
         ("folder,name,count\nn01,tench,50\nn02,shark,50\nn03,hen,50\n", ["tench", "shark", "hen"]),
         ("idx,wnid,words\n0,n01,tench\n1,n02,shark\n2,n03,hen\n", ["tench", "shark", "hen"]),
+        ('"n01";"tench"\n"n02";"shark"\n"n03";"hen"\n', ["tench", "shark", "hen"]),
+        ("id,wnid,label\n0,n01,tench\n1,n02,shark\n2,n03,hen\n", ["tench", "shark", "hen"]),
         ("0 tench\n1 shark\n2 hen\n", ["tench", "shark", "hen"]),
         ("1. tench\n2. shark\n3. hen\n", ["tench", "shark", "hen"]),
         ("n03\nn01\nn02\n", ["n01", "n02", "n03"]),
@@ -85,6 +87,10 @@ def test_a_file_by_folder_may_name_more(tmp_path):
         ("n.txt", "\n", ["n.txt", "no classes"]),
         ("n.txt", "{0: 'tench',\n 1: 'shark',\n 2: 'hen'}\n", ["n.txt", "is no name"]),
         ("n.txt", "1 n01 tench\n2 n02 shark\n3 n03 hen\n", ["n.txt", "seems to hold folder and name"]),
+        ("n.csv", "folder,index,count\nn01,0,5\nn02,1,5\nn03,2,5\n", ["folder, index, count", "Call it name"]),
+        ("n.csv", '"tench",\n"shark",\n"hen"\n', ["is no name"]),
+        ("n.csv", f'a,"{"x" * 200000}\n', ["names 1 classes"]),
+        ("n.json", '{"n01": ["tench", "Tinca tinca"]}', ["n.json", "JSON list"]),
         ("n.csv", "index,folder,name\n0,n01,tench\n1\n2,n03,hen\n", ["n.csv, line 3", "no name"]),
         ("n.json", "[1, 2, 3]", ["n.json", "JSON list"]),
         ("n.json", '"tench"', ["n.json", "JSON list"]),
@@ -137,3 +143,11 @@ def test_a_list_of_the_folders_in_another_order_changes_no_names(tmp_path):
     (tmp_path / "names.txt").write_text("sea\nmaple tree\nbus\n")
     found = read_class_names(tmp_path / "names.txt", ["bus", "maple_tree", "sea"])
     assert found == {"bus": "bus", "maple_tree": "maple tree", "sea": "sea"}
+
+
+def test_names_with_numbers_are_no_folders_and_folders_in_disorder_are_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("level 0\nlevel 1\nlevel 2\n")
+    assert list(read_class_names(tmp_path / "names.txt", ["0", "1", "2"]).values()) == ["level 0", "level 1", "level 2"]
+    (tmp_path / "names.txt").write_text("dog\ncat\nbird\n")
+    with pytest.raises(UserError, match='"dog" is another folder than "cat"'):
+        read_class_names(tmp_path / "names.txt", ["cat", "dog", "eagle"])

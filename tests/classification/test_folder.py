@@ -101,6 +101,10 @@ def test_a_link_to_a_folder_above_counts_no_image_twice(colours):
     assert len(image_paths(colours / "red")[0]) == 4
     found = image_paths(colours / "blue")[0]
     assert len({path.resolve() for path in found}) == len(found) == 8
+    (colours / "green" / "a").mkdir()
+    (colours / "green" / "b").symlink_to(colours / "green" / "a")
+    paint(colours / "green" / "a" / "2.png", "green")
+    assert len(image_paths(colours / "green")[0]) == 3
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path):

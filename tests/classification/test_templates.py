@@ -74,6 +74,7 @@ def test_bad_usage_names_the_option(asked, typed, words):
 
 def test_the_place_may_have_simple_clips_name(tmp_path):
     assert choose_templates(None, ("a photo of {label_name}",), ["cat"]).texts == ("a photo of {}",)
+    assert choose_templates(None, ('"{}" on a sign.',), ["cat"]).texts == ('"{}" on a sign.',)
 
 
 @pytest.mark.parametrize("line", ['"a photo of a {}.",', "lambda c: f'a bad photo of a {c}.',", "['a {}']"])

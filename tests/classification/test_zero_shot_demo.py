@@ -1,6 +1,7 @@
 """scripts/zero_shot_demo.py: the five best labels of each image, printed and drawn."""
 
 import math
+import struct
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.zero_shot_demo import Photographs, best_labels, probabilities, read_labels
@@ -115,6 +116,12 @@ def test_figures_are_drawn_where_they_are_wanted(script, model, photos, tmp_path
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["zero_shot_b.png"]
 
 
+def test_the_figures_are_no_photographs(script, model, photos, tmp_path):
+    command = ("zero_shot_demo", *model, "--img_dir", photos, "--show_prediction", "--output", photos)
+    outputs = [script(*command, "--labels", ANIMALS) for _ in range(2)]
+    assert [code for code, *_ in outputs] == [0, 0] and outputs[0] == outputs[1]
+
+
 def test_the_temperature_replaces_the_models_own(script, model, photos):
     one = ("zero_shot_demo", *model, "--img_path", photos / "b.jpg", "--labels", ANIMALS)
     own = math.exp(-float(small_clip(seed=3).logit_scale.detach()))
@@ -125,7 +132,7 @@ def test_the_temperature_replaces_the_models_own(script, model, photos):
     assert len({bars[0][1] for bars in outputs.values()}) == 1
 
 
-def test_photographs_are_upright_and_white_where_they_are_transparent(tmp_path):
+def test_photographs_are_upright_and_white_where_they_are_transparent(tmp_path, monkeypatch):
     turned, clear = Image.new("RGB", (6, 4), "red"), Image.new("RGBA", (4, 4), (255, 0, 255, 0))
     exif = turned.getexif()
     exif[0x0112] = 6  # to be turned by a quarter
@@ -135,6 +142,8 @@ def test_photographs_are_upright_and_white_where_they_are_transparent(tmp_path):
     upright, white = Photographs([str(tmp_path / name) for name in ("turned.jpg", "clear.png")])
     assert upright.size == (4, 6) and upright.mode == white.mode == "RGB"
     assert white.getpixel((0, 0)) == (0, 0, 255) and white.getpixel((3, 3)) == (255, 255, 255)
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: struct.pack("H", "broken"))
+    assert Photographs([str(tmp_path / "turned.jpg")])[0].size == (6, 4)
 
 
 def test_templates_of_ones_own(script, model, photos):

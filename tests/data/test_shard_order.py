@@ -131,6 +131,8 @@ def test_a_lane_that_has_only_empty_shards_says_so():
         (96, None, 96),
         (1536, None, 96),
         (160, None, 160),
+        (6144, None, 96),
+        (12288, None, 192),
         (256, 6, 4),
         (256, 1, 1),
         (7, 3, 1),

@@ -15,7 +15,7 @@ from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_lanes import LaneReader
 from clip_retrieval.data.shard_order import ShardOrder, Shards
 from clip_retrieval.data.shard_samples import read_samples
-from clip_retrieval.data.shard_stream import StreamLoader, lanes_of_process
+from clip_retrieval.data.shard_stream import StreamLoader, alike_rows, lanes_of_process
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
 from tests.data.shards import jpeg, numbered, write_shard, write_shards
@@ -366,6 +366,14 @@ def test_captions_of_the_same_image_belong_together_in_whatever_samples_they_sta
         of = [image.numpy().tobytes() for image in batch.images]
         assert len(set(of)) < 8
         assert sorted(batch.positives.tolist()) == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 20, 10**6])
+def test_rows_that_are_alike(kinds):
+    keys = torch.randint(-kinds, kinds, (24,), generator=torch.Generator().manual_seed(kinds))
+    for first, number in ((0, 24), (8, 8), (12, 12)):
+        expected = (keys[first : first + number, None] == keys).nonzero()
+        assert torch.equal(alike_rows(keys, first, number), expected)
 
 
 def test_captions_that_are_cut_are_counted(stream, tmp_path, caplog):

@@ -71,6 +71,11 @@ def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
     assert find(tmp_path, "train") == ("train", ["cc3m-train-0000.tar", "cc3m-train-0001.tar"])
     assert find(tmp_path, "val") == ("val", ["cc3m-validation-0000.tar"])
     assert find(tmp_path, "test") is None
+    tars("train_val2014-000.tar", "train_dev-0.tar")
+    assert find(tmp_path, "train")[1][2:] == ["train_dev-0.tar", "train_val2014-000.tar"]
+    tars("coco-train-test-0.tar")
+    with pytest.raises(UserError, match=r"coco-train-test-0.tar: its name has words for test and train"):
+        find(tmp_path, "train")
 
 
 def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):

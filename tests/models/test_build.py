@@ -310,6 +310,9 @@ def test_a_timm_tower_is_fitted_to_another_image_size(tmp_path, monkeypatch):
     again = rebuild_model(built.config, built.preprocess, built.clip.state_dict(), "timm", "last.pt")
     assert torch.equal(features(again.clip, 64), features(built.clip, 64))
 
+    path.write_text(json.dumps(small_config(vision_cfg=tower | {"image_size": [64, 96]})))
+    assert build_model(ModelOptions(vision_model=str(path))).preprocess["size"] == [64, 96]
+
     def refuse(tower, size):
         raise AssertionError("not a multiple of the window")
 

@@ -55,6 +55,10 @@ def test_many_images_take_several_pages(tmp_path):
     draw_predictions(panels(13), tmp_path / "figure.png", "a model")
     names = [f"figure_{page}_of_2.png" for page in (1, 2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "figure_of_mine.png"]
+    draw_predictions(panels(1), tmp_path / "figure.png", "a model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "figure_of_mine.png"]
+    draw_predictions(panels(13), tmp_path / "figure.png", "a model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "figure_of_mine.png"]
     assert heights[0] == heights[1] > heights[2]
 
 
