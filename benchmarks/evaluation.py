@@ -49,9 +49,9 @@ from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images import ImageArray, ImageFiles
-from clip_retrieval.data.loader import choose_num_workers
 from clip_retrieval.data.pixels import make_pixels
 from clip_retrieval.data.readers.karpathy import read_json
+from clip_retrieval.data.workers import choose_num_workers
 from clip_retrieval.evaluation.encode import BATCH_SIZE
 from clip_retrieval.evaluation.protocols import encode_split, score
 from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer

@@ -13,8 +13,9 @@ import torch
 from clip_retrieval.classification.catalog import OptionNames, ZeroShotData
 from clip_retrieval.classification.task import ZeroShotTask, prepare_task
 from clip_retrieval.data.dataset import UNSPLIT
-from clip_retrieval.data.loader import Loader, TrainLoader, choose_num_workers
+from clip_retrieval.data.loader import Loader, TrainLoader
 from clip_retrieval.data.sampler import BatchSampler, number_of_samples, process_slice
+from clip_retrieval.data.workers import choose_num_workers
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.batch_norm import shared_statistics

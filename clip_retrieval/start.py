@@ -15,10 +15,10 @@ from clip_retrieval.config import read_config
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.loader import choose_num_workers
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels import AutoAugmented, MixedPixels, Pixels, make_pixels
 from clip_retrieval.data.shards import absolute_patterns
+from clip_retrieval.data.workers import choose_num_workers
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import (
     BuiltModel,

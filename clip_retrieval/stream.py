@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_retrieval.data.loader import in_workers, usual_num_workers
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_lanes import LaneReader, decode_sample
 from clip_retrieval.data.shard_order import ShardOrder, Shards
 from clip_retrieval.data.shard_samples import Unusable, captions_of, check_layout, count_samples, read_samples
 from clip_retrieval.data.shard_stream import StreamLoader
 from clip_retrieval.data.shards import find_shards, known_sizes
+from clip_retrieval.data.workers import in_workers, usual_num_workers
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.towers import RetrievalModel

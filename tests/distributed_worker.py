@@ -30,6 +30,7 @@ from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images import ImageArray
 from clip_retrieval.data.loader import TrainBatch, TrainLoader
+from clip_retrieval.data.passed_over import PassedOver
 from clip_retrieval.data.pixels import ImageTransform, make_pixels
 from clip_retrieval.data.sampler import BatchSampler, process_slice
 from clip_retrieval.data.shard_lanes import LaneReader
@@ -156,6 +157,15 @@ def normalised_bfloat16(processes: Processes) -> dict[str, Tensor]:
         values = values.chunk(processes.world_size)[processes.rank]
         layer = shared_statistics(layer, CPU)
     return {"values": layer(values).detach(), "mean": layer[0].running_mean, "var": layer[0].running_var}
+
+
+def said_of_what_another_met(processes: Processes) -> list[str]:
+    """What this process says of an epoch in which the last process met something that cannot be used."""
+    passed_over = PassedOver("samples", processes)
+    passed_over.count(["0.tar, sample é"] if processes.rank == processes.world_size - 1 else [])
+    with mock.patch("clip_retrieval.data.passed_over.log.warning") as warning:
+        passed_over.say_all()
+    return [call.args[0] for call in warning.call_args_list]
 
 
 def rows_of_uneven_length(processes: Processes) -> dict[str, Tensor]:
@@ -298,6 +308,7 @@ def main() -> None:
             "rows": rows_of_uneven_length(processes),
             "largest": largest_tensor(processes),
             "ranks": ranks_of_many_tiles(processes),
+            "said": said_of_what_another_met(processes),
             "stand-ins": [vars(batch) for batch in with_stand_ins(processes)],
             "alike": [vars(batch) for batch in of_shards_with_a_sample_for_each_caption(processes, folder)],
         }

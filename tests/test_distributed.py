@@ -208,6 +208,11 @@ def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
     assert any(len(batch.positives) > 8 for batch in expected)
 
 
+def test_what_one_process_met_all_can_say(two):
+    said = "epoch 1, batches 1 to 1: 1 samples could not be used, others stood in for them: 0.tar, sample é"
+    assert [found["said"] for found in two] == [[said], [said]]
+
+
 def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too(two, folder):
     expected = worker.of_shards_with_a_sample_for_each_caption(ALONE, folder)
     assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)

@@ -58,12 +58,12 @@ def first_alike(read: Read, rows: np.ndarray, sizes: np.ndarray, description: st
     group = np.unique(sizes, return_inverse=True)[1]
     for look in (_glance, _whole):
         alike = np.flatnonzero(np.bincount(group)[group] > 1)
-        numbers: dict[tuple[int, bytes], int] = {}
+        keys = np.empty(len(alike), dtype=[("group", np.int64), ("digest", "S16")])
+        bar = progress_bar(alike.tolist(), desc=f"{description}, {look.__name__.strip('_')}", leave=False)
+        for number, position in enumerate(bar):
+            keys[number] = group[position], _digest(read(int(rows[position]), look(int(sizes[position]))))
         told_apart = group.copy()
-        for position in progress_bar(alike.tolist(), desc=f"{description}, {look.__name__.strip('_')}", leave=False):
-            part = look(int(sizes[position]))
-            key = (int(group[position]), _digest(read(int(rows[position]), part)))
-            told_apart[position] = len(group) + numbers.setdefault(key, len(numbers))
+        told_apart[alike] = len(group) + np.unique(keys, return_inverse=True)[1]
         group = np.unique(told_apart, return_inverse=True)[1]
     first = np.unique(group, return_index=True)[1]
     return first[group]

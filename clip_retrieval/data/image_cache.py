@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from clip_retrieval.data.dataset import StoredImages
-from clip_retrieval.data.loader import in_workers
 from clip_retrieval.data.pixel_file import RECORD, PartialFile, PixelFile, read_records, sole_writer
 from clip_retrieval.data.pixels import Pixels
 from clip_retrieval.data.preprocess import (
@@ -33,6 +32,7 @@ from clip_retrieval.data.preprocess import (
     resized,
     size_for_crops,
 )
+from clip_retrieval.data.workers import in_workers
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.reporting.log import log, progress_bar
 

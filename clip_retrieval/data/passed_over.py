@@ -41,6 +41,10 @@ class PassedOver:
     def say_all(self) -> None:
         """Say what all processes passed over: they must all be here."""
         problems, cut = self.processes.sum(torch.tensor([self._problems, self._cut])).tolist()
+        if problems:  # the one that speaks need not be the one that met them
+            own = f"{self._first}\n" if self._first else ""
+            texts = self.processes.gather_rows(torch.tensor(list(own.encode()), dtype=torch.uint8))
+            self._first = bytes(texts.tolist()).decode().partition("\n")[0]
         self._say(problems, cut)
 
     def say_own(self) -> None:

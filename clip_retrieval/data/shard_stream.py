@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.data.captions import tokenize
-from clip_retrieval.data.loader import ToDevice, TrainBatch, Workers, text_length
+from clip_retrieval.data.loader import ToDevice, TrainBatch, text_length
 from clip_retrieval.data.passed_over import PassedOver
 from clip_retrieval.data.shard_lanes import LaneReader, Pair
 from clip_retrieval.data.shard_order import ShardOrder
+from clip_retrieval.data.workers import Workers
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import UserError
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.data.captions import Tokens
-from clip_retrieval.data.loader import choose_num_workers, image_batches
+from clip_retrieval.data.loader import image_batches
 from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.data.workers import choose_num_workers
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.reporting.log import progress_bar

@@ -8,10 +8,11 @@ from PIL import Image
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images import ImageArray, ImageFiles
-from clip_retrieval.data.loader import TrainLoader, choose_num_workers, image_batches
+from clip_retrieval.data.loader import TrainLoader, image_batches
 from clip_retrieval.data.pixels import make_pixels
 from clip_retrieval.data.preprocess import evaluation_transform
 from clip_retrieval.data.sampler import BatchSampler, process_slice
+from clip_retrieval.data.workers import choose_num_workers
 from clip_retrieval.errors import UserError
 from tests.models.small import small_preprocess
 
