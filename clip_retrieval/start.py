@@ -91,8 +91,9 @@ def _refuse_lists_for_one(options: Options, config: dict[str, Any], typed: dict[
     if len(as_tuple(options.data.dataset)) > 1:
         return
     for name in REPEATABLE:
-        number = len(as_tuple(config.get(name)))
-        if number > 1 and name not in typed and "dataset" not in typed:
+        listed = as_tuple(config.get(name))
+        number, cut = len(listed), listed[-1] is not None and getattr(options.data, name) == listed[-1]
+        if number > 1 and name not in typed and cut:
             raise UserError(
                 f"--config {typed['config']}: {name} has {number} values, one for each dataset of a mixture, but there "
                 "is one; several shards are one value, with blanks between them"

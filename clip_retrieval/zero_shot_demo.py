@@ -25,9 +25,9 @@ from clip_retrieval.classification.encode import prompted
 from clip_retrieval.classification.folder import image_paths, say_skipped
 from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import choose_templates
-from clip_retrieval.data.images import ImageFiles, decode_rgb
+from clip_retrieval.data.images import ImageFiles, as_rgb, decode_rgb
 from clip_retrieval.errors import NotFiniteError, UserError
-from clip_retrieval.reporting.figures import drawn_before
+from clip_retrieval.reporting.figures import Panel, draw_predictions, drawn_before
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device
@@ -117,8 +117,6 @@ def _draw(
     predictions: Sequence[Sequence[tuple[str, float]]],
     heading: str,
 ) -> None:
-    from clip_retrieval.reporting.figures import Panel, draw_predictions
-
     panels = [
         Panel(path.name, partial(images.__getitem__, row), bars)
         for row, (path, bars) in enumerate(zip(paths, predictions))
@@ -148,18 +146,19 @@ class Photographs(ImageFiles):
     """Images as a person sees them: upright, and white where they are transparent."""
 
     def __getitem__(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        decode_rgb(path, path)  # what cannot be read is said as everywhere
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about the size and the palette
-            with Image.open(path) as image:
-                with suppress(Exception):  # of a broken EXIF, it may be any
-                    image = ImageOps.exif_transpose(image)
-                if not image.has_transparency_data:
-                    return image.convert("RGB")
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
+            return decode_rgb(self.paths[index], self.paths[index], upright_on_white)
+
+
+def upright_on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF says, and on white where it is transparent."""
+    with suppress(Exception):  # of a broken EXIF, it may be any
+        image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return as_rgb(image)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def readable_image(path: Path) -> Path:

@@ -210,6 +210,9 @@ def test_a_list_for_one_data_set_is_refused(config):
     for text in ("train_data: [a/0.tar, a/1.tar]\n", "dataset: csv\ndataset_root: [A, B]\n"):
         with pytest.raises(UserError, match=r"--config .*has 2 values, one for each dataset of a mixture"):
             settle_options({"config": str(config(text))})
+    for text, typed in (("train_data: [a/0.tar, a/1.tar]\n", "webdataset"), ("dataset_root: [A, B]\n", "csv")):
+        with pytest.raises(UserError, match=r"--config .*has 2 values, one for each dataset of a mixture"):
+            settle_options({"config": str(config(text)), "dataset": typed})
     path = config("dataset_root: [A, B]\n")
     options, _ = settle_options({"config": str(path), "dataset": ("coco", "flickr30k")})
     assert [part.dataset_root for part in options.data.parts()] == ["A", "B"]

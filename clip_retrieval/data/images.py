@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,12 +46,17 @@ class ImageFiles:
             raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
 
 
-def decode_rgb(source: str | BinaryIO, name: str) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image as Pillow's `convert` makes it RGB; convert would copy what is RGB already."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image], Image.Image] = as_rgb) -> Image.Image:
     """An image file, or its bytes, as RGB. Raises UserError, with `name`, where it is no image."""
     try:
         with Image.open(source) as image:
-            image.load()  # convert would copy what is RGB already
-            return image if image.mode == "RGB" else image.convert("RGB")
+            image.load()
+            return to_rgb(image)
     except FileNotFoundError:
         raise _no_such_image(name) from None
     except MemoryError:

@@ -139,7 +139,7 @@ def _in_root(options: DataOptions, split: str) -> SplitShards | None:
     elif not root.is_dir():
         return None
     taken = _resolved(options.train_data) if split != "train" else _resolved(options.val_data)
-    of_split = {name: list(_of_split(root, name)) for name in ("train", "val", "test")}
+    of_split = {name: list(_of_split(root, name, strict=not named)) for name in ("train", "val", "test")}
     if any(of_split.values()):
         return _without(SplitShards(split, of_split[split]), taken)
     everything = _tars(root)
@@ -166,18 +166,21 @@ def _without(found: SplitShards, taken: set[Path]) -> SplitShards | None:
     return SplitShards(found.split, paths) if paths else None
 
 
-def _of_split(root: Path, split: str) -> Iterator[Path]:
-    """Tars of `root` with a word for the split in their names, and all that are in folders named so."""
+def _of_split(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
+    """Tars of `root` with a word for the split in their names, and all that are in folders named so.
+
+    A name with words for several is of none; where that is `strict`, UserError is raised for it.
+    """
     for path in _tars(root):
         words = {files.SPLITS[word] for word in _A_SPLIT.findall(path.stem)}
         if (match := _A_SPLIT.match(path.stem)) is not None:  # what the name begins with decides
             words = {files.SPLITS[match[1]]}
-        if len(words) > 1:
+        if strict and len(words) > 1:
             raise UserError(
                 f"{path}: its name has words for {' and '.join(sorted(words))}; begin it with the split, or give "
                 "patterns as --train_data and --val_data"
             )
-        if split in words:
+        if words == {split}:
             yield path
     for name, of in files.SPLITS.items():
         if of == split and (root / name).is_dir():

@@ -76,6 +76,9 @@ def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
     tars("coco-train-test-0.tar")
     with pytest.raises(UserError, match=r"coco-train-test-0.tar: its name has words for test and train"):
         find(tmp_path, "train")
+    named = {name: str(tmp_path / "coco-train-test-0.tar") for name in ("train_data", "val_data")}
+    assert find(tmp_path, "train", **named) == ("train", ["coco-train-test-0.tar"])
+    assert find(tmp_path, "test", **named) is None
 
 
 def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):
