@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from clip_retrieval.errors import one_line
 from clip_retrieval.options import GROUPS, as_tuple
 
 
@@ -42,7 +43,7 @@ class OptionParser(argparse.ArgumentParser):
         return spelled + equals + value if spelled in self._option_string_actions else arg
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -21,6 +22,10 @@ LOST_PROCESS = (
 LOST_WORKER = (
     "a process that loads images was lost (killed, or out of memory); go on with --resume auto and fewer --num_workers"
 )
+
+
+LONGEST_MESSAGE = 500  # characters
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(Exception):
@@ -79,12 +84,33 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
         raise
 
 
+def one_line(message: str, limit: int = LONGEST_MESSAGE) -> str:
+    """The message as one printable line of at most `limit` characters, whatever the file names in it contain.
+
+    A longer message loses its middle: it begins with the file and ends with the remedy.
+    """
+    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(message.splitlines()))
+    if len(text) <= limit:
+        return text
+    head, tail = (limit - 3) * 2 // 3, (limit - 3) - (limit - 3) * 2 // 3
+    return f"{text[:head]}...{text[-tail:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Why a library refused its input, for a message: the first line of what it says, or the name of the error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    return text.splitlines()[0] if text.strip() else type(error).__name__
+
+
 def silence(stream: TextIO) -> None:
     """Let nobody hear what is written to `stream` from here on: its reader has gone (`| head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(message: str, code: int) -> int:
+    message = one_line(message)
     if "RANK" not in os.environ:
         print(f"error: {message}", file=sys.stderr)
         return code

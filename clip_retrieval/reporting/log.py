@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_retrieval.errors import silence
+from clip_retrieval.errors import one_line, silence
 
 log = logging.getLogger("clip_retrieval")
 
@@ -33,7 +33,7 @@ class _TerminalHandler(logging.Handler):
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        return f"WARNING: {message}" if record.levelno >= logging.WARNING else message
+        return f"WARNING: {one_line(message)}" if record.levelno >= logging.WARNING else message
 
 
 class _Kept(logging.Handler):
