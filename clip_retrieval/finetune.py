@@ -26,6 +26,7 @@ from clip_retrieval.reporting.table import results_table
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.start import Split, make_folder, run_folder, settle_options, with_absolute_paths
 from clip_retrieval.training.checkpoint import save_checkpoint
+from clip_retrieval.training.precision import choose_device, deterministic_algorithms
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
 from clip_retrieval.training.state import training_state
 from clip_retrieval.training.step import StepResult
@@ -36,7 +37,11 @@ def finetune(typed: dict[str, Any]) -> None:
     start_log()
     options, checkpoint = settle_options(typed)
     folder = run_folder(options)
-    with StopSignal().listening() as stop, joined(options.run.device) as processes:
+    with (
+        StopSignal().listening() as stop,
+        joined(options.run.device) as processes,
+        deterministic_algorithms(choose_device(options.run.device), options.train.deterministic),
+    ):
         refuse_another_run(folder, options, checkpoint)
         processes.wait()  # none looks at the folder after another has begun to write there
         with stop.interruptible():

@@ -314,6 +314,9 @@ class TrainOptions:
         False, "compile the towers with torch.compile: minutes at the start, then faster steps", from_checkpoint=False
     )
     seed: int = option(99, "seed of everything random", minimum=0)
+    deterministic: bool = option(
+        False, "on a GPU: the same run twice gives the same weights, bit for bit, but slower (on a CPU it always does)"
+    )
 
 
 @dataclass
