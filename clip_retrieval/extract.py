@@ -23,12 +23,12 @@ from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.jsonl import Id
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluate import evaluation_folder
 from clip_retrieval.evaluation.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.retrieval.features import write_array, write_features
-from clip_retrieval.start import load_model, load_pixels, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.run.folder import evaluation_folder, make_folder
+from clip_retrieval.start import load_model, load_pixels, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device, true_float32
 
 

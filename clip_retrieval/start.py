@@ -42,6 +42,7 @@ from clip_retrieval.options import (
     taken_from_checkpoint,
 )
 from clip_retrieval.reporting.log import log
+from clip_retrieval.run.folder import run_folder
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
@@ -120,27 +121,6 @@ def _resumed_file(options: Options) -> Path | None:
     if options.run.eval:
         raise UserError(f"--resume auto: there is no {last}; give the checkpoint's path")
     return None
-
-
-def run_folder(options: Options) -> Path:
-    """The folder of a finetune."""
-    return Path(options.run.checkpoint_path) / options.run.experiments
-
-
-def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
-    """Make `folder`, see that it can be written, and sweep away what a kill left half written.
-
-    Raises UserError, naming the options that choose another, where it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        for half_written in folder.glob(".*.tmp"):
-            half_written.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with {options}") from None
 
 
 @dataclass

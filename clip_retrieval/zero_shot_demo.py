@@ -29,7 +29,8 @@ from clip_retrieval.data.images import ImageFiles, as_rgb, decode_rgb
 from clip_retrieval.errors import NotFiniteError, UserError
 from clip_retrieval.reporting.figures import Panel, draw_predictions, drawn_before
 from clip_retrieval.reporting.log import log, start_log
-from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.run.folder import make_folder
+from clip_retrieval.start import load_model, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device
 
 SHOWN = 5

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import write_text
 from clip_retrieval.options import Options
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON to a temporary name, then rename it. Raises UserError where the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+    """Write JSON atomically. Raises OSError if the place cannot be written."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:
