@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.base64_images import decoded
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.errors import UserError
 
 STATE = "state.json"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from clip_retrieval.data.alike import merge_alike
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.data.shard_samples import (
     Member,
     Unusable,
