@@ -94,7 +94,7 @@ def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image]
         raise UserError(_too_many_pixels(name, str(error))) from None
     except MemoryError:
         raise RunError(
-            f"{name}: out of memory while this image was decoded; choose fewer --num_workers, or take the image out"
+            f"{name}: the memory does not suffice to decode this image; choose fewer --num_workers, or take it out"
         ) from None
     # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
     except Exception as error:

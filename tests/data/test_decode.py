@@ -268,5 +268,5 @@ def test_an_image_that_the_memory_cannot_hold_is_code_3(monkeypatch):
     def convert(image):
         raise MemoryError
 
-    with pytest.raises(RunError, match=r"a\.jpg: out of memory while this image was decoded"):
+    with pytest.raises(RunError, match=r"a\.jpg: the memory does not suffice to decode this image"):
         decode_rgb(io.BytesIO(encoded()), "a.jpg", convert)
