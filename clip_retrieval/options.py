@@ -18,6 +18,7 @@ from clip_retrieval.errors import UserError
 AUTO = "auto"
 SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
 PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")  # images that are no files of their own
+MAX_IMAGE_PIXELS = 500_000_000  # scans and maps pass; takes 2 GB in memory
 LARGEST = 2**63  # what a number may be, in size
 
 
@@ -187,6 +188,12 @@ class DataOptions:
         "how images are decoded and resized: as the reference does, or 2.5 times faster with pixels that differ by a "
         "grey level or two",
         choices=("pillow", "fast"),
+    )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "pixels of the largest image that is read: a file of a few kilobytes may ask for more memory than there is; an "
+        "image takes up to 4 bytes a pixel in each loading process",
+        minimum=1,
     )
     image_cache: str | None = option(
         None,

@@ -15,6 +15,7 @@ from clip_retrieval.config import read_config
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.decode import limit_image_pixels
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels import AutoAugmented, MixedPixels, Pixels, make_pixels
 from clip_retrieval.data.shards import absolute_patterns
@@ -51,6 +52,13 @@ ONLY_TYPED = ("overwrite", "reset_optimizer", "reset_data_offset")  # what a com
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """The options of a run, and the checkpoint of ours that it resumes, if any; see `_settle`."""
+    options, checkpoint = _settle(typed)
+    limit_image_pixels(options.data.max_image_pixels)
+    return options, checkpoint
+
+
+def _settle(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
     """The options of a run, and the checkpoint of ours that it resumes, if any.
 
     Defaults < --config < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives

@@ -14,6 +14,7 @@ from typing import TextIO
 from clip_retrieval.data.base64_images import typed_ids
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, EncodedImages, Images, RetrievalDataset
+from clip_retrieval.data.decode import limit_image_pixels
 from clip_retrieval.data.mixture import MixedImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS
 from clip_retrieval.data.readers.files import SPLITS
@@ -48,6 +49,7 @@ def export_each(
     for name in splits:
         if name not in SPLITS:
             raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
+    limit_image_pixels(options.max_image_pixels)
     written = 0
     for name in splits or CHINESE_CLIP_SPLITS:
         dataset = read_dataset(options, SPLITS[name])

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.data.export import export_each, file_bytes, whole
-from clip_retrieval.data.images import decode_rgb
 from clip_retrieval.data.shard_samples import CAPTION
 from clip_retrieval.data.shards import SIZES, read_sizes
 from clip_retrieval.errors import UserError

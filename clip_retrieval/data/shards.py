@@ -23,6 +23,7 @@ from braceexpand import braceexpand
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.readers import files
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import open_regular
 from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
@@ -195,7 +196,7 @@ def _tars(folder: Path) -> list[Path]:
 def check_whole(path: Path) -> None:
     """Raise UserError unless the file begins as a tar does and ends as one does: cheap, and before a run begins."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = file.read(tarfile.BLOCKSIZE)
             size = file.seek(0, 2)
             file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
@@ -204,7 +205,7 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+    except (tarfile.HeaderError, ValueError):
         if header and not header.strip(b"\0"):
             raise UserError(f"{path}: holds no samples; take it out of the pattern") from None
         mend = "decompress it" if header.startswith(_GZIP) else "fetch it again, or take it out of the pattern"
