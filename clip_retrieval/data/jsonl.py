@@ -91,7 +91,7 @@ def record(line: bytes) -> dict[str, Any]:
     try:
         content = parse_json(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
+        raise ValueError(f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             raise ValueError("several records are glued together; each stands on a line of its own") from None
