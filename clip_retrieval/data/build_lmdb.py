@@ -202,7 +202,7 @@ class _Store:
         self._pending: dict[bytes, bytes] = {}
         self.pending_bytes = 0
         # Without locks of its own: nobody reads it yet, and `_alone` keeps other writers away.
-        self._env = lmdb.open(str(folder), map_size=MAP_BYTES, lock=False)
+        self._env = lmdb.open(os.fsencode(folder), map_size=MAP_BYTES, lock=False)
         self.longest_key = self._env.max_key_size()
 
     def __enter__(self) -> _Store:

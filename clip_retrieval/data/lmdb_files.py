@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import weakref
@@ -48,7 +49,9 @@ def open_lmdb(folder: Path) -> lmdb.Environment:
         key = (found.st_dev, found.st_ino)
         env = _opened.get(key)
         if env is None:
-            env = lmdb.open(str(folder), readonly=True, create=False, lock=False, readahead=False, meminit=False)
+            env = lmdb.open(
+                os.fsencode(folder), readonly=True, create=False, lock=False, readahead=False, meminit=False
+            )
             _opened[key] = env
     except OSError as error:
         raise UserError(f"{folder}: not an LMDB folder ({data.name}: {error.strerror})") from None

@@ -71,9 +71,10 @@ def _split_patterns(text: str, where: str) -> list[str]:
     """The patterns of one option: what SEPARATOR divides, else what blanks do, unless files match it whole."""
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
-    if any(_matches(name) for name in _braces_expanded(text, where)):
+    patterns = text.split()
+    if patterns != [text] and any(_matches(name) for name in _braces_expanded(text, where)):
         return [text]
-    return text.split()
+    return patterns
 
 
 def absolute_patterns(text: str) -> str:

@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from clip_retrieval.errors import one_line, printable, silence
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("clip_retrieval")
 
@@ -101,15 +104,11 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, keep: Mapping[str, int] | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = folder / "metrics.jsonl"
         kept = [line for line in self._read() if _is_kept(json.loads(line), keep or {})]
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=max(keep.values()) + 1 if keep else None
-        )
+        self._tensorboard = _open_tensorboard(folder / "tensorboard", max(keep.values()) + 1 if keep else None)
 
     def _read(self) -> list[str]:
         if not self._path.is_file():
@@ -121,12 +120,27 @@ class MetricsLog:
         """Record `values` (numbers, or dicts of them) of `kind` ("train", "val", ...) at `step`."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+        if self._tensorboard is None:
+            return
         for name, value in _flatten(values, kind):
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _open_tensorboard(folder: Path, purge_step: int | None) -> SummaryWriter | None:
+    """The writer of TensorBoard's files; None, with a warning, for a folder whose name is not UTF-8."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        log.warning(f"{folder}: TensorBoard takes no names that are not UTF-8; metrics.jsonl has the same numbers")
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _is_kept(line: dict[str, Any], keep: Mapping[str, int]) -> bool:
