@@ -35,7 +35,7 @@ DISK_FAULTS = {
     errno.ESTALE: "the network file system has lost it",
 }
 LONGEST_MESSAGE = 500  # characters
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(Exception):
@@ -66,6 +66,9 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     0 done; 2 bad usage or input; 3 the run could not go on; 130 interrupted. A bug keeps its traceback and exits
     with Python's 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name or a caption that the terminal cannot show
     try:
         return run() or 0
     except (UserError, RunError, Interrupted) as error:
@@ -101,11 +104,16 @@ def one_line(message: str, limit: int = LONGEST_MESSAGE) -> str:
 
     A longer message loses its middle: it begins with the file and ends with the remedy.
     """
-    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(message.splitlines()))
+    text = printable(" ".join(message.splitlines())).replace("\t", " ")
     if len(text) <= limit:
         return text
     head, tail = (limit - 3) * 2 // 3, (limit - 3) - (limit - 3) * 2 // 3
     return f"{text[:head]}...{text[-tail:]}"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for control characters and half surrogate pairs; line breaks and tabs stay."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.errors import printable
 from clip_retrieval.files import write_text
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
@@ -77,7 +78,7 @@ def classify_with(
         read = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
         read.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
         text = "\n".join([f"{built.name}, weights: {built.weights}", *read, summary(block), "", table, ""])
-        write_text(folder / "results.txt", text)
+        write_text(folder / "results.txt", printable(text))
     log.info(f"\n{table}\n\n{summary(block)}")
     log.info(f"wrote {folder / 'results.json'} and results.txt")
 

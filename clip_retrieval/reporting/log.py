@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_retrieval.errors import one_line, silence
+from clip_retrieval.errors import one_line, printable, silence
 from clip_retrieval.files import named_errors, open_append, open_regular, remove_special, write_text
 
 log = logging.getLogger("clip_retrieval")
@@ -37,7 +37,12 @@ class _TerminalHandler(logging.Handler):
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        return f"WARNING: {one_line(message)}" if record.levelno >= logging.WARNING else message
+        return f"WARNING: {one_line(message)}" if record.levelno >= logging.WARNING else printable(message)
+
+
+class _FileFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _LogFile(logging.StreamHandler):
@@ -77,6 +82,8 @@ def is_main() -> bool:
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
     """A tqdm bar, on a terminal, of the process that speaks."""
+    if "desc" in options:
+        options["desc"] = one_line(options["desc"])
     return tqdm(*arguments, disable=None if is_main() else True, **options)
 
 
@@ -84,9 +91,6 @@ def start_log() -> None:
     """Say everything on the terminal from here on."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a caption in a script that the terminal does not know
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -102,7 +106,7 @@ def start_log() -> None:
 def log_to_file(folder: Path) -> None:
     """Write what has been said since `start_log`, and all that follows, to `folder`/log.txt as well."""
     file = _LogFile(folder / "log.txt")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
     for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
         log.removeHandler(kept)
         for record in kept.records:
