@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -232,26 +231,3 @@ def test_a_collapsed_run_is_warned_of_once(run, arguments, monkeypatch):
     monkeypatch.setattr(RetrievalModel, "forward", normal)
     code, _, err = run(*arguments, "--epochs", "4", "--no_eval_first", "--overwrite")
     assert code == 0 and "collapsed" not in err
-
-
-def test_a_loader_lost_during_a_save_is_reported_after_it(tmp_path, monkeypatch):
-    from clip_retrieval.training.checkpoint import save_checkpoint
-
-    normal = torch.save
-
-    def save(content, file):
-        os.kill(os.getpid(), signal.SIGCHLD)
-        normal(content, file)
-
-    def handler(number, frame):
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-    before = signal.signal(signal.SIGCHLD, handler)
-    monkeypatch.setattr(torch, "save", save)
-    try:
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
-            save_checkpoint(tmp_path / "last.pt", {"a": torch.arange(3)})
-        assert signal.getsignal(signal.SIGCHLD) is handler
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["a"].tolist() == [0, 1, 2]

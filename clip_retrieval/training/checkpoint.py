@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +9,6 @@ import torch
 
 from clip_retrieval.errors import RunError, reason
 from clip_retrieval.files import write_atomic
-from clip_retrieval.signals import deferred
 
 
 class _Recorder:
@@ -33,13 +30,9 @@ class _Recorder:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` atomically. Raises RunError if it cannot be written; the file from before is kept.
-
-    A loader process that is lost meanwhile is reported afterwards: torch tells by an exception out of its SIGCHLD
-    handler, which inside torch.save would look like a failed write.
-    """
+    """Write `content` atomically. Raises RunError if it cannot be written; the file from before is kept."""
     try:
-        with deferred(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else nullcontext(), write_atomic(path) as file:
+        with write_atomic(path) as file:
             recorder = _Recorder(file)
             try:
                 torch.save(content, recorder)
