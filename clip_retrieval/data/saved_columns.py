@@ -49,11 +49,9 @@ def open_saved(folder: Path) -> Any:
         tables = [_read_stream(file, pyarrow) for file in files]
         table = pyarrow.concat_tables(tables, promote_options="default")
         table.validate()
-        names = table.column_names  # may not be UTF-8
+        table.column_names  # noqa: B018  they may not be UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{folder}: not a data set that save_to_disk wrote ({reason(error)}); save it anew") from None
-    if len(set(names)) < len(names):
-        raise UserError(f"{folder}: two columns have the same name; save the data set anew")
     if table.num_rows * SMALLEST_ROW > sum(file.stat().st_size for file in files):
         raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it anew")
     return table
