@@ -1,4 +1,4 @@
-"""Images decoded and resized once, kept as uint8 in one memory-mapped file that all later epochs and runs read.
+"""Images decoded and resized once, kept as uint8 in one file that all later epochs and runs read.
 
     DIR/coco_train_0123456789ab.pixels      17 GB for the 113,287 training images of COCO at 224 x 224
 
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,19 +75,26 @@ def cached_pixels(
     stamps = np.array([images.stamp(i) for i in range(len(images))], dtype=np.int64)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while not _is_current(path, stamps):
-            with sole_writer(path, lambda: log.info(f"image cache: another run builds {path}, waiting for it")) as file:
+        while not _is_current(path, stamps, keep):
+            with sole_writer(path, len(images), partial(_say_waiting, path)) as file:
                 # Between the look and the lock another run may have finished it.
-                if file is not None and _is_current(path, stamps):
+                if file is not None and _is_current(path, stamps, keep):
                     file.discard()
                 elif file is not None:
                     _build(file, images, keep, stamps, num_workers)
+        size = path.stat().st_size
     except OSError as error:
+        at = f"{Path(error.filename).name}: " if error.filename not in (None, str(folder)) else ""
         raise UserError(
-            f"--image_cache {folder}: cannot be used ({error.strerror}); choose a folder that can be written and locked"
+            f"--image_cache {folder}: cannot be used ({at}{error.strerror}); choose a folder that can be written and "
+            "locked"
         ) from error
-    log.info(f"image cache: {path} ({len(images):,} images, {_gb(path.stat().st_size)})")
-    return keep.reader(path)
+    log.info(f"image cache: {path} ({len(images):,} images, {_gb(size)})")
+    return keep.reader(path, len(images))
+
+
+def _say_waiting(path: Path) -> None:
+    log.info(f"image cache: another run builds {path}, waiting for it")
 
 
 def _key(images: StoredImages, settings: dict) -> str:
@@ -95,13 +103,13 @@ def _key(images: StoredImages, settings: dict) -> str:
         versions["torch"] = torch.__version__
     content = hashlib.sha256(json.dumps([versions, settings], sort_keys=True).encode())
     for i in range(len(images)):
-        content.update(os.path.abspath(images.name(i)).encode(errors="surrogateescape") + b"\0")  # noqa: PTH100
+        content.update(os.path.abspath(images.name(i)).encode(errors="surrogatepass") + b"\0")  # noqa: PTH100
     return content.hexdigest()[:12]
 
 
-def _is_current(path: Path, stamps: np.ndarray) -> bool:
-    records = read_records(path)
-    return records is not None and len(records) == len(stamps) and bool(_unchanged(records, stamps).all())
+def _is_current(path: Path, stamps: np.ndarray, keep: _Resized | _Crops) -> bool:
+    records = read_records(path, len(stamps))
+    return records is not None and bool((_unchanged(records, stamps) & keep.fits(records)).all())
 
 
 def _unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
@@ -110,7 +118,8 @@ def _unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
 
 def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, stamps: np.ndarray, workers: int) -> None:
     _say_why_anew(file.path, stamps)
-    done = int(np.cumprod(_unchanged(file.records, stamps[: len(file.records)])).sum())
+    usable = _unchanged(file.records, stamps[: len(file.records)]) & keep.fits(file.records)
+    done = int(np.cumprod(usable).sum())
     _check_space(file, images, keep, done)
     starts = range(done, len(images), PART)
     parts = [range(start, min(start + PART, len(images))) for start in starts]
@@ -135,11 +144,11 @@ def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, sta
 def _say_why_anew(path: Path, stamps: np.ndarray) -> None:
     if not path.exists():
         return
-    records = read_records(path)
-    if records is None or len(records) != len(stamps):
+    records = read_records(path, len(stamps))
+    changed = 0 if records is None else np.count_nonzero(~_unchanged(records, stamps))
+    if not changed:
         log.info(f"image cache: {path} is not whole: it is built anew")
     else:
-        changed = np.count_nonzero(~_unchanged(records, stamps))
         log.info(f"image cache: {changed:,} images have changed since {path} was built: it is built anew")
 
 
@@ -199,8 +208,12 @@ class _Resized:
         """What the images take in the file, and whether that is exact."""
         return len(images) * 3 * self.size[0] * self.size[1], True
 
-    def reader(self, path: Path) -> Pixels:
-        return _ResizedPixels(PixelFile(path), self.size)
+    def fits(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records are of images of this size."""
+        return (records["height"] == self.size[0]) & (records["width"] == self.size[1])
+
+    def reader(self, path: Path, images: int) -> Pixels:
+        return _ResizedPixels(PixelFile(path, images), self.size)
 
 
 class _Crops:
@@ -223,8 +236,14 @@ class _Crops:
         sizes = [3 * np.prod(self._size(images[i])) for i in sample]
         return int(np.mean(sizes) * len(images)), False
 
-    def reader(self, path: Path) -> Pixels:
-        return _CroppedPixels(PixelFile(path), self.preprocess, self.decoder)
+    def fits(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records are of images of the sizes that their sources are kept at."""
+        height, width = (records[f"source_{name}"].astype(np.int64) for name in ("height", "width"))
+        expected = [size_for_crops(w, h, self.preprocess) for w, h in zip(width.tolist(), height.tolist())]
+        return (np.array(expected).reshape(-1, 2) == np.stack([records["height"], records["width"]], 1)).all(1)
+
+    def reader(self, path: Path, images: int) -> Pixels:
+        return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder)
 
 
 class _ResizedPixels:
@@ -238,11 +257,14 @@ class _ResizedPixels:
         return len(self._file)
 
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        return torch.from_numpy(self._file[index].reshape(self._shape[1:]).copy())
+        return torch.from_numpy(self._file[index].reshape(self._shape[1:]))
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         self._file.will_read(indices)
-        return torch.from_numpy(self._file.pixels.reshape(self._shape)[np.asarray(indices)])
+        pixels = np.empty((len(indices), *self._shape[1:]), np.uint8)
+        for row, index in enumerate(indices):
+            self._file.read_into(pixels[row], index)
+        return torch.from_numpy(pixels)
 
 
 class _CroppedPixels:

@@ -1,22 +1,29 @@
-"""A file of uint8 images: read memory-mapped, and written so that what is half-written is never taken for whole.
+"""A file of uint8 images, written so that what is half-written is never taken for whole.
 
     image 0 | image 1 | ... | one record for each image | number of images, magic
 
 `X.pixels` is whole: it got its name when all of it was on the disk. Before that, `X.pixels.partial` has the images so
-far, and `X.pixels.journal` the records of those that are on the disk for sure.
+far, and `X.pixels.journal` the records of those that are on the disk for sure. It is read with `pread`, which the
+system serves from memory: a file that becomes shorter meanwhile is an error, and not the end of the process, as it is
+for one that is mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
-import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import open_regular
 
 RECORD = np.dtype(
     [
@@ -33,23 +40,36 @@ _MAGIC = b"PIXELS01"
 FLUSH_BYTES = 64 * 2**20  # what a crash may lose
 
 
-def read_records(path: Path) -> np.ndarray | None:
-    """The records of a whole file; None where there is no file, or it is not whole."""
+def read_records(path: Path, images: int) -> np.ndarray | None:
+    """The records of a whole file of so many images; None if there is no file, or another one, or it is not whole."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < _END.itemsize:
-                return None
-            file.seek(size - _END.itemsize)
-            end = np.frombuffer(file.read(), _END)[0]
-            table = int(end["images"]) * RECORD.itemsize + _END.itemsize
-            if end["magic"] != _MAGIC or not 0 < table <= size:
-                return None
-            file.seek(size - table)
-            records = np.frombuffer(file.read(table - _END.itemsize), RECORD)
-    except FileNotFoundError:
+        with open_regular(path) as file:
+            return _records_of(file, images)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # EINVAL: no regular file
+            return None
+        raise
+
+
+def _records_of(file: BinaryIO, images: int) -> np.ndarray | None:
+    table = images * RECORD.itemsize + _END.itemsize
+    begin = file.seek(0, os.SEEK_END) - table
+    if begin < 0:
         return None
-    return records if _offsets(records)[-1] + table == size else None
+    file.seek(begin)
+    content = file.read(table)
+    end = np.frombuffer(content[-_END.itemsize :], _END)
+    if len(content) != table or end.tolist() != [(images, _MAGIC)]:
+        return None
+    records = np.frombuffer(content[: -_END.itemsize], RECORD)
+    return records if _there(records, begin).all() and _offsets(records)[-1] == begin else None
+
+
+def _there(records: np.ndarray, size: int) -> np.ndarray:
+    """bool (images,): whether an image, and all before it, can be in so many bytes."""
+    sides = np.stack([records[name] for name in ("height", "width", "source_height", "source_width")])
+    sizes = 3.0 * sides[0] * sides[1]  # as floats: those of a damaged record may be too large for int64
+    return np.logical_and.accumulate((sides > 0).all(0) & (np.cumsum(sizes) <= size))
 
 
 def _offsets(records: np.ndarray) -> np.ndarray:
@@ -59,61 +79,92 @@ def _offsets(records: np.ndarray) -> np.ndarray:
 
 
 class PixelFile:
-    """A whole file, memory-mapped: what was read once is read at the speed of memory, by all processes together.
+    """A whole file: what was read once is read at the speed of memory, by all processes together.
 
     Attributes:
         path: the file.
         records: what is known of each image.
-        pixels: uint8 (bytes of all images,); reading brings them from the disk.
+
+    Raises:
+        UserError: here and in all methods, if the file has changed or cannot be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, images: int):
         self.path = path
-        self.records = read_records(path)
-        self._offsets = _offsets(self.records)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.pixels = np.frombuffer(self._map, np.uint8, count=self._offsets[-1])
+        try:
+            self._file = open_regular(path)
+            records = _records_of(self._file, images)
+        except OSError as error:
+            raise self._error(error.strerror) from None
+        if records is None:
+            raise self._error("it has changed")
+        self.records = records
+        self._offsets = _offsets(records)
 
     def __reduce__(self):
-        return PixelFile, (self.path,)  # another process maps the file by itself
+        return PixelFile, (self.path, len(self.records))  # another process opens the file by itself
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 (bytes of the image,), not copied and not to be written to."""
-        return self.pixels[self._offsets[index] : self._offsets[index + 1]]
+        """uint8 (bytes of the image,)."""
+        pixels = np.empty(self._offsets[index + 1] - self._offsets[index], np.uint8)
+        self.read_into(pixels, index)
+        return pixels
+
+    def read_into(self, pixels: np.ndarray, index: int) -> None:
+        """Read an image to a contiguous uint8 array of its size."""
+        rest, begin = memoryview(pixels).cast("B"), int(self._offsets[index])
+        try:
+            while rest:
+                count = os.preadv(self._file.fileno(), [rest], begin)
+                if not count:
+                    raise self._error("it has become shorter")
+                rest, begin = rest[count:], begin + count
+        except OSError as error:
+            raise self._error(error.strerror) from None
 
     def will_read(self, indices: Sequence[int]) -> None:
         """Have these images read from the disk all at once, not one when the one before it has come."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         for index in indices:
-            begin = self._offsets[index] // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, int(begin), int(self._offsets[index + 1] - begin))
+            begin, end = self._offsets[index : index + 2].tolist()
+            os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _error(self, reason: str | None) -> UserError:
+        return UserError(f"{self.path}: cannot be read ({reason}); start again, and it is built anew")
 
 
 class PartialFile:
     """A file that is being written. Made by `sole_writer`, which goes on where one that was interrupted stopped."""
 
-    def __init__(self, path: Path, file: io.FileIO):
+    def __init__(self, path: Path, file: io.FileIO, images: int):
         self.path = path
         self._file = file
         self._journal = _journal(path)
         self._pending, self._pending_bytes = np.empty(0, RECORD), 0
-        self.records = self._recover()
+        self.records = self._recover(images)
 
-    def _recover(self) -> np.ndarray:
-        journal = self._journal.read_bytes() if self._journal.exists() else b""
+    def _recover(self, images: int) -> np.ndarray:
+        """The records of at most so many images that are there."""
+        try:
+            with open_regular(self._journal) as file:
+                journal = file.read(images * RECORD.itemsize)
+        except OSError:
+            journal = b""
         records = np.frombuffer(journal[: len(journal) // RECORD.itemsize * RECORD.itemsize], RECORD)
         # A crash of the machine may leave the journal with zeros at its end, or the images shorter than it says.
-        there = np.cumprod((records["height"] > 0) & (_offsets(records)[1:] <= self._file.seek(0, os.SEEK_END)))
+        there = _there(records, self._file.seek(0, os.SEEK_END))
         return records[: int(there.sum())].copy()
 
     def go_on_after(self, images: int) -> None:
         """Keep the first `images` of those that are there, and nothing else. Comes before the first `append`."""
         self.records = self.records[:images]
         self._file.truncate(int(_offsets(self.records)[-1]))
-        with self._journal.open("wb") as journal:
+        self._journal.unlink(missing_ok=True)  # it may be a link
+        with self._journal.open("xb") as journal:
             journal.write(self.records.tobytes())
             journal.flush()
             os.fsync(journal.fileno())
@@ -158,16 +209,20 @@ class PartialFile:
 
 
 @contextlib.contextmanager
-def sole_writer(path: Path, say_waiting: Callable[[], None]) -> Iterator[PartialFile | None]:
+def sole_writer(path: Path, images: int, say_waiting: Callable[[], None]) -> Iterator[PartialFile | None]:
     """The unfinished file of `path`, for this process alone; None when somebody else has just finished it.
 
     A process that writes it already is waited for; one that was killed holds it no longer.
 
     Args:
         path: the name of the file when it is whole.
+        images: their number then.
         say_waiting: called before a wait.
+
+    Raises:
+        OSError: the file cannot be opened or locked, or is no regular file: a link is not followed.
     """
-    with _partial(path).open("ab", buffering=0) as file:
+    with _open_to_append(_partial(path)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -175,9 +230,18 @@ def sole_writer(path: Path, say_waiting: Callable[[], None]) -> Iterator[Partial
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             # Who was waited for may have renamed the file, or taken it away: then this is not the unfinished one.
-            yield PartialFile(path, file) if _is_at(file, _partial(path)) else None
+            yield PartialFile(path, file, images) if _is_at(file, _partial(path)) else None
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # worker processes may still have the file open
+
+
+def _open_to_append(path: Path) -> io.FileIO:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "ab", buffering=0)
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:

@@ -49,11 +49,9 @@ def open_saved(folder: Path) -> Any:
         tables = [_read_stream(file, pyarrow) for file in files]
         table = pyarrow.concat_tables(tables, promote_options="default")
         table.validate()
-        names = table.column_names  # may not be UTF-8
+        table.column_names  # noqa: B018  they may not be UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{folder}: not a data set that save_to_disk wrote ({reason(error)}); save it anew") from None
-    if len(set(names)) < len(names):
-        raise UserError(f"{folder}: two columns have the same name; save the data set anew")
     if table.num_rows * SMALLEST_ROW > sum(file.stat().st_size for file in files):
         raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it anew")
     return table
@@ -221,8 +219,6 @@ class Contents:
     def __init__(self, column: Any, field: str = "bytes"):
         from pyarrow import types
 
-        self._chunks = column.chunks
-        self._first = np.cumsum([0, *(len(chunk) for chunk in self._chunks)]).tolist()
         kind = column.type
         self._is_list = types.is_list(kind) or types.is_large_list(kind)
         kind = kind.value_type if self._is_list else kind
@@ -231,40 +227,55 @@ class Contents:
         self.is_text = types.is_string(kind) or types.is_large_string(kind)
         if not (self.is_text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)):
             raise TypeError(f"holds {column.type}")
-        for chunk in self._chunks:
-            self._check_offsets(chunk)
+        self._parts = [self._leaf(chunk) for chunk in column.chunks]
+        self._first = np.cumsum([0, *(len(rows) for _, rows in self._parts)]).tolist()
 
-    def _check_offsets(self, chunk: Any) -> None:
-        """Raise ValueError where a row lies outside the chunk. What is in the rows is not read."""
+    def _leaf(self, chunk: Any) -> tuple[Any, np.ndarray]:
+        """The bytes or texts of a chunk, and int64 (rows,): which of them each row has, -1 if none or several.
+
+        Raises ValueError if one lies outside the chunk. A struct's other fields may be damaged: rows of a list or a
+        struct are never made, which would read them.
+        """
         import pyarrow
 
+        rows = np.where(_is_null(chunk), -1, np.arange(len(chunk)))
         if self._is_list:
             # Lists of nothing, as long as these are: all of a list of images would be read.
             lists = pyarrow.LargeListArray if pyarrow.types.is_large_list(chunk.type) else pyarrow.ListArray
             lists.from_arrays(chunk.offsets, pyarrow.nulls(len(chunk.values))).validate(full=True)
+            offsets = chunk.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+            rows = np.where((rows >= 0) & (np.diff(offsets) == 1), offsets[:-1], -1)
             chunk = chunk.values
-        chunk = chunk.field(self.field) if self.field else chunk
+        if self.field:
+            null = np.append(_is_null(chunk), True)  # the last is that of row -1
+            rows = np.where(null[rows], -1, rows)
+            chunk = chunk.field(self.field)
         if not pyarrow.types.is_null(chunk.type):
             large = pyarrow.types.is_large_string(chunk.type) or pyarrow.types.is_large_binary(chunk.type)
             chunk.view(pyarrow.large_binary() if large else pyarrow.binary()).validate(full=True)
+        return chunk, rows
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getitem__(self, row: int) -> memoryview:
-        """Empty where there is nothing, or several."""
-        chunk = bisect_right(self._first, row) - 1
-        return self._content(self._chunks[chunk][row - self._first[chunk]])
+        """Empty if there is nothing, or several."""
+        part = bisect_right(self._first, row) - 1
+        leaf, rows = self._parts[part]
+        return _content(leaf, int(rows[row - self._first[part]]))
 
     def __iter__(self) -> Iterator[memoryview]:
-        for chunk in self._chunks:
-            yield from map(self._content, chunk)
+        for leaf, rows in self._parts:
+            for row in rows.tolist():
+                yield _content(leaf, row)
 
-    def _content(self, scalar: Any) -> memoryview:
-        if self._is_list and scalar.is_valid:
-            if len(scalar) != 1:
-                return memoryview(b"")
-            scalar = scalar[0]
-        if self.field and scalar.is_valid:
-            scalar = scalar[self.field]
-        return memoryview(scalar.as_buffer() if scalar.is_valid else b"")
+
+def _is_null(chunk: Any) -> np.ndarray:
+    """bool (rows,)."""
+    return chunk.is_null().to_numpy(zero_copy_only=False)
+
+
+def _content(leaf: Any, row: int) -> memoryview:
+    """The bytes of a row, not copied; empty for row -1 and for one without a value."""
+    scalar = leaf[row] if row >= 0 else None
+    return memoryview(scalar.as_buffer() if scalar is not None and scalar.is_valid else b"")

@@ -127,7 +127,7 @@ def test_what_is_read_may_be_written_to(images, folder):
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_another_process_maps_the_file_by_itself(images, folder, augment):
+def test_another_process_opens_the_file_by_itself(images, folder, augment):
     cached = build(images, folder, augment=augment)
     pickled = pickle.dumps(cached)
     assert len(pickled) < 2000
@@ -150,7 +150,7 @@ def test_crops_come_from_the_same_region_of_a_smaller_image(tmp_path, folder, de
     images = ImageFiles([str(tmp_path / "place.png")])
     cached = build(images, folder, augment="crop", decoder=decoder, size=56)
     uncached = make_pixels(images, small_preprocess(56), augment="crop", decoder=decoder)
-    record = read_records(next(folder.glob("*.pixels")))[0]
+    record = read_records(next(folder.glob("*.pixels")), 1)[0]
     assert min(record["height"], record["width"]) == math.ceil(56 * 8 / 7)
     assert record["height"] / record["width"] == pytest.approx(shape[0] / shape[1], rel=0.01)
     a_pixel = 255 / min(record["height"], record["width"])
@@ -241,6 +241,125 @@ def test_a_file_that_is_not_whole_is_built_anew(images, folder, said, cut):
     images.decoded(), said()
     assert torch.equal(all_of(build(images, folder)), pixels)
     assert "is not whole" in said()[0] and len(images.decoded()) == IMAGES
+
+
+# Damaged, or hostile
+
+
+def with_end(records, images=None, magic=b"PIXELS01", pixels=0):
+    """A file of so many bytes of pixels, these records, and the number of images that is said."""
+    end = np.array((len(records) if images is None else images, magic), pixel_file._END)
+    return bytes(pixels) + np.array(records, pixel_file.RECORD).tobytes() + end.tobytes()
+
+
+BIG = 2**31 - 1
+DAMAGED = {
+    "nothing": b"",
+    "only an end": with_end([]),
+    "fewer images": with_end([(16, 16, 9, 9, 1, 1)], pixels=768),
+    "a negative number": with_end([(16, 16, 9, 9, 1, 1)] * IMAGES, images=-1, pixels=768 * IMAGES),
+    "a huge number": with_end([(16, 16, 9, 9, 1, 1)] * IMAGES, images=2**62, pixels=768 * IMAGES),
+    "sides of 0": with_end([(0, 0, 9, 9, 1, 1)] * IMAGES),
+    "negative sides": with_end([(-16, -16, 9, 9, 1, 1)] * IMAGES, pixels=768 * IMAGES),
+    "sides that overflow": with_end([(BIG, BIG, 9, 9, 1, 1)] * IMAGES),
+    "a sum that overflows": with_end([(BIG, BIG - i, 9, 9, 1, 1) for i in range(IMAGES)], pixels=768),
+    "sources of 0": with_end([(16, 16, 0, 0, 1, 1)] * IMAGES, pixels=768 * IMAGES),
+    "another magic": with_end([(16, 16, 9, 9, 1, 1)] * IMAGES, magic=b"PIXELS02", pixels=768 * IMAGES),
+}
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_cache_is_built_anew(images, folder, said, name, augment):
+    expected = all_of(build(images, folder / "other", augment=augment))
+    build(images, folder, augment=augment)
+    path = next(folder.glob("*.pixels"))
+    path.write_bytes(DAMAGED[name])
+    said()
+    assert torch.equal(all_of(build(images, folder, augment=augment)), expected)
+    assert "is not whole: it is built anew" in said()[0]
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+@pytest.mark.parametrize("field", ["height", "width", "source_height", "source_width"])
+def test_records_of_other_sizes_are_built_anew(images, folder, said, field, augment):
+    """Their sum may be right: two images that changed places, a source that never was."""
+    expected = all_of(build(images, folder, augment=augment))
+    path = next(folder.glob("*.pixels"))
+    content = path.read_bytes()
+    records = read_records(path, IMAGES).copy()
+    if field.startswith("source") and augment == "none":
+        return  # of no use there
+    for sides in ((2, 3), (3, 4)):
+        records[field][list(sides)] = records[field][list(sides)][::-1] * 3 - 17
+    path.write_bytes(content[: -32 * IMAGES - 16] + records.tobytes() + content[-16:])
+    assert torch.equal(all_of(build(images, folder, augment=augment)), expected)
+
+
+@pytest.mark.parametrize("suffix", ["journal", "partial"])
+def test_damaged_leftovers_of_a_killed_run_cost_nothing_but_time(images, folder, flushed_often, suffix):
+    killed_at(7, images, folder, "none")
+    expected = all_of(make_pixels(images, small_preprocess()))
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        for path, content in kept.items():
+            damaged = np.frombuffer(content, np.uint8).copy()
+            if path.suffix == f".{suffix}":
+                damaged[draw.integers(0, len(damaged), 5)] = draw.choice([0, 1, 127, 128, 255], 5)
+                damaged = np.concatenate([damaged] * int(draw.choice([1, 1, 3])))[: draw.integers(1, 3 * len(damaged))]
+            path.write_bytes(damaged.tobytes())
+        cached = all_of(build(images, folder))
+        if suffix == "journal":  # pixels carry no sums: a bit that flips there is another shade
+            assert torch.equal(cached, expected)
+        next(folder.glob("*.pixels")).unlink()
+
+
+@pytest.mark.parametrize("ending", ["", ".partial", ".journal"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "folder"])
+def test_a_link_is_not_followed_and_a_fifo_not_waited_for(images, folder, tmp_path, ending, kind):
+    expected = all_of(build(images, folder))
+    path = next(folder.glob("*.pixels"))
+    place = path.with_name(path.name + ending)
+    path.unlink()
+    (tmp_path / "precious").write_text("precious")
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(tmp_path / ("precious" if kind == "link" else "gone"))
+    try:
+        assert torch.equal(all_of(build(images, folder)), expected)
+    except (UserError, RunError) as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+        assert ending == ".partial" or kind == "folder"
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_a_file_that_becomes_shorter_while_it_is_read_is_one_line(images, folder, augment):
+    cached = build(images, folder, augment=augment)
+    path = next(folder.iterdir())
+    all_of(cached)
+    os.truncate(path, 1000)
+    with pytest.raises(UserError, match=rf"{path}: cannot be read .it has become shorter"):
+        all_of(cached)
+    with pytest.raises(UserError, match=rf"{path}: cannot be read .it has changed"):
+        pickle.loads(pickle.dumps(cached))
+
+
+def test_names_that_are_not_utf8_have_a_cache_too(tmp_path, folder):
+    names = [f"caf\udce9{number}\n.png" for number in range(3)]
+    for number, name in enumerate(names):
+        Image.fromarray(smooth(20, 20, number)).save(tmp_path / "a.png")
+        (tmp_path / "a.png").rename(tmp_path / name)
+    images = ImageFiles([f"{tmp_path}/{name}" for name in names])
+    cached = build(images, folder)
+    assert torch.equal(cached(2), make_pixels(images, small_preprocess())(2))
+    lone = ImageFiles([f"{tmp_path}/\ud83d.png"])
+    with pytest.raises(UserError, match="not a readable image"):
+        build(lone, folder)
 
 
 # Interrupted, or shared

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import struct
 import sys
 
 import numpy as np
@@ -455,8 +456,9 @@ def test_columns_that_are_many_times_their_file_are_refused(saved, read):
 
 def test_more_rows_than_the_file_holds_are_refused(saved, read):
     root, file = saved
-    nothing = pyarrow.nulls(10**12)
+    nothing = pyarrow.nulls(777)
     write_stream(file, pyarrow.table({"image": nothing, "caption": nothing}))
+    file.write_bytes(file.read_bytes().replace(struct.pack("<q", 777), struct.pack("<q", 10**12)))
     fails(read, root, root, "1,000,000,000,000 rows are more than its files can hold")
 
 
@@ -464,7 +466,7 @@ def test_columns_of_the_same_name_are_refused(saved, read):
     root, file = saved
     both = pyarrow.Table.from_arrays([pyarrow.array([encoded(0)])] * 2, names=["image", "image"])
     write_stream(file, both)
-    fails(read, root, root, "two columns have the same name")
+    fails(read, root, root, "duplicate field names")
 
 
 # Beside the other readers
