@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 
 import pytest
 import torch
@@ -239,3 +241,88 @@ def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
     path = config("dataset: webdataset\n")
     options, _ = settle_options({"config": str(path), "train_data": "gone"})
     assert options.data.dataset == "webdataset"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n".join(f"key_{n}: 1" for n in range(15_000)), ["unknown option key_0"]),
+        ("{" + ", ".join(f"k{n}: 1" for n in range(15_000)) + "}", ["unknown option k0"]),
+        ("\n".join(f"{n}{'x' * 4}: 1" for n in range(100_000)), ["more than 262,144 bytes"]),
+        ("[" * 200_000, ["nested too deeply"]),
+        ("{a: " * 50_000, ["nested too deeply"]),
+        ("- " * 100_000, ["nested too deeply"]),
+        ("seed: " + "1" * 200_000, ["--seed"]),
+        ("'" + "x" * 200_000 + "': 1", ["line 1"]),
+        ("lr: &a [1]\n" + "".join(f"k{n}: *a\n" for n in range(10_000)), ["unknown option k0"]),
+        (" " * 200_000 + "lr: 1\nx", ["YAML"]),
+    ],
+    ids=lambda value: value[:9] if isinstance(value, str) else None,
+)
+def test_large_and_deep_files_take_seconds(config, text, words):
+    path = config(text)
+    began = time.process_time()
+    with pytest.raises(UserError) as error:
+        read_config(path)
+    assert time.process_time() - began < 10
+    assert all(word in str(error.value) for word in words), str(error.value)[:300]
+
+
+def laughs(last):
+    """Nine to the power of eleven texts, by aliases of aliases, under names of options."""
+    names = ("beta1", "beta2", "eps", "warmup", "margin", "seed", "display", "epochs", "max_steps", "batch_size", last)
+    lines = [f"{name}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n, name in enumerate(names)]
+    return "\n".join(["dataset: &a0 [x, x]", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (laughs("recall_k"), "beta1 holds no value"),
+        (laughs("eval"), "beta1 holds no value"),
+        ("eval: &a [*a]", "recursive"),
+        ("a: &a {b: *a}", "recursive"),
+        ("? [lr]\n: 1", "line 1: a key is a sequence"),
+        ("lr: 1\n? {a: b}\n: 1", "line 2: a key is a mapping"),
+        ("<<: {lr: 1}", "unknown option <<"),
+        ("a: &a {lr: 1}\nb:\n  <<: *a\n  <<: *a", "line 4: << is given twice"),
+        ("? lr\n? lr\n", "line 2: lr is given twice"),
+        ("!!python/name:os.system : 1", "unknown option"),
+        ("lr: !!python/object/new:os.system ['touch hacked']", "--lr"),
+        ("experiments: *unknown", "line 1: "),
+        ("%YAML 9.9\n--- {}", "YAML"),
+        ("lr: \x01", "YAML"),
+        ("lr: 1\n--- \nlr: 2", "YAML"),
+    ],
+    ids=lambda value: None,
+)
+def test_aliases_tags_and_keys_are_harmless(config, monkeypatch, tmp_path, text, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_config(config(text))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("name", ["train_data", "dataset_root", "annotations", "experiments", "vision_model", "resume"])
+@pytest.mark.parametrize("value", ["a\0b*", "\ud800/{0..3}.tar", "x\udfff"])
+def test_texts_that_no_file_can_be_called(config, name, value):
+    path = config(f"{name}: {json.dumps(value)}\n")
+    with pytest.raises(UserError, match=f"--{name} .*no name of a file"):
+        Options.settle(read_config(path), complete=False)
+
+
+def test_names_that_are_not_utf_8_are_possible(tmp_path):
+    Options.settle({"dataset_root": os.fsdecode(b"caf\xe9"), "train_data": os.fsdecode(b"\xff.tar")}, complete=False)
+
+
+def test_numbers_of_a_checkpoint_are_checked():
+    for value in (float("nan"), float("inf"), 2**63, -(2**63), 10**300, 10**5000):
+        for name in ("lr", "seed", "recall_k"):
+            layer = {name: (1, value) if name == "recall_k" else value}
+            with pytest.raises(UserError, match=f"--{name} .*less than 64 bits"):
+                Options.settle(layer)
+
+
+def test_config_with_byte_order_mark(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("\ufefflr: 1\n".encode())
+    assert read_config(tmp_path / "run.yaml") == {"lr": 1.0}

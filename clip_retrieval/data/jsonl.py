@@ -32,10 +32,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n".encode() for line in lines)
 
 
-def open_input(path: Path) -> BinaryIO:
-    """A regular file, to read from. Raises UserError if it cannot be read."""
+@contextmanager
+def open_input(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, to read from. Raises UserError if it cannot be opened, or read while it is open."""
     try:
-        return open_regular(path)
+        with open_regular(path) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
 

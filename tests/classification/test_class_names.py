@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,20 @@ def test_names_with_numbers_are_no_folders_and_folders_in_disorder_are_refused(t
     (tmp_path / "names.txt").write_text("dog\ncat\nbird\n")
     with pytest.raises(UserError, match='"dog" is another folder than "cat"'):
         read_class_names(tmp_path / "names.txt", ["cat", "dog", "eagle"])
+
+
+@pytest.mark.parametrize("blanks", [" ", "\t", "\u3000"])
+@pytest.mark.parametrize("between", ["", "x", ",", "\t", ":"])
+def test_many_blanks_take_linear_time(tmp_path, blanks, between):
+    long = 2 * 10**5 * blanks
+    (tmp_path / "names.txt").write_text(f"n01{long}{between}{long}tench\nn02, shark\nn03{between} hen\n")
+    began = time.process_time()
+    with contextlib.suppress(UserError):
+        read_class_names(tmp_path / "names.txt", FOLDERS)
+    assert time.process_time() - began < 5
+
+
+def test_names_in_other_characters_can_be_tokenised(tmp_path):
+    folder = os.fsdecode(b"caf\xe9")
+    (tmp_path / "names.json").write_text(json.dumps({folder: "caf\udce9 \ud83d", "n01": "a\x1bb"}))
+    assert read_class_names(tmp_path / "names.json", [folder, "n01"]) == {folder: "caf\ufffd \ufffd", "n01": "a\x1bb"}

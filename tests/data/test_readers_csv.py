@@ -1,5 +1,7 @@
 """CSV and TSV files of one's own."""
 
+import time
+
 import pytest
 
 from clip_retrieval.errors import UserError
@@ -157,3 +159,54 @@ def test_wrong_encoding_names_the_line(table, tmp_path, read):
     fails(read, tmp_path, path, "line 3", "UTF-8")
     path = table("image,caption\na.jpg,a dog\n", encoding="utf-16")
     fails(read, tmp_path, path, "line 1", "UTF-8")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_of_every_system(tmp_path, photos, read, described, end, mark):
+    photos(tmp_path, "a.jpg", "b.jpg")
+    text = mark + end.join(["caption;image", "a dog, here;a.jpg", "", "a cat;b.jpg", ""])
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog, here"], "b.jpg": ["a cat"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"image,caption\na.jpg,a\0dog\n", ["line 2", "NUL"]),
+        (b"image,caption\na.jpg,a dog\n\0b.jpg,x\n", ["line 3", "NUL"]),
+        ("image,caption\na.jpg,a dog\n".encode("utf-16"), ["line 1", "UTF-8"]),
+        ("image,caption\na.jpg,a dog\n".encode("utf-16-le"), ["line 1", "UTF-8"]),
+        (b"image,caption\na.jpg," + b"x" * 200_000, ["line 2", "131072"]),
+        (b'image,caption\na.jpg,"' + b"x\n" * 100_000, ["131072", "quote"]),
+    ],
+    ids=lambda value: None,
+)
+def test_files_that_are_no_text(table, tmp_path, read, content, words):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read("csv", tmp_path)
+    assert all(word in str(error.value) for word in (str(path), *words)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,caption\n" + "," * 400_000,
+        "image,caption\na.jpg,x" + "," * 400_000 + "\na.jpg",
+        "\n" * 10**6 + "image,caption\n" + "\n" * 10**6 + "a.jpg",
+        "image," * 400_000 + "caption\na.jpg,x",
+        "image,caption\na.jpg," + "x" * 10**7,
+        "image,caption " + " " * 10**7,
+        '"' * 10**6,
+    ],
+    ids=range(7),
+)
+def test_long_lines_take_linear_time(tmp_path, photos, read, text):
+    photos(tmp_path, "a.jpg")
+    (tmp_path / "x.csv").write_text(text)
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"x\.csv"):
+        read("csv", tmp_path)
+    assert time.process_time() - began < 10

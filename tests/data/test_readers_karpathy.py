@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import numpy as np
 import pytest
@@ -255,3 +256,13 @@ def test_bad_captions_files(tmp_path, read, lists, text, says):
 def test_a_captions_file_is_not_karpathys(tmp_path, read):
     (tmp_path / "x.csv").write_text(CAPTIONS_TXT)
     fails(read, "karpathy", tmp_path, tmp_path / "x.csv", ".json", annotations=tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("line", ["a.jpg| 1" + " " * 10**5, " " * 10**5 + "a.jpg" + " " * 10**5, "a" + "| 1" * 10**5])
+@pytest.mark.parametrize("header", ["image_name| comment_number| comment", "a.jpg#0\ta dog"])
+def test_long_lines_of_captions_files_take_linear_time(tmp_path, read, header, line):
+    (tmp_path / "results.csv").write_text(f"{header}\n{line}\n")
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"results\.csv"):
+        read("flickr8k", tmp_path)
+    assert time.process_time() - began < 5

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import time
 
 import pytest
+from braceexpand import braceexpand
 
-from clip_retrieval.data.shards import absolute_patterns, check_whole, expand, find_shards, known_sizes
+from clip_retrieval.data.shards import _expansions, absolute_patterns, check_whole, expand, find_shards, known_sizes
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from tests.data.shards import numbered, write_shard
@@ -197,3 +199,61 @@ def test_absolute_patterns_name_the_same_files_also_in_a_folder_with_blanks(tmp_
 def test_braces_with_absolute_and_other_alternatives_are_made_absolute_one_by_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_patterns("{/abs,rel}/0.tar") == f"/abs/0.tar::{tmp_path}/rel/0.tar"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a.tar",
+        "{0..3}",
+        "{00..12..5}x{3..1}",
+        "{-2..2}{9..-9..-4}",
+        "{a,b}{c,d,}{e}",
+        "{x{0..3},y{4..5}{6,7}}z",
+        "{{a,b},{c,{d,e{1..3}}}}",
+        "a{}b{,}c",
+        r"\{0..9\}{1,2\,3}",
+        "{1..2..0}",
+        "{0..3,x}",
+        "{a}{{0..3}}",
+        "a,b",
+    ],
+)
+def test_braces_are_counted_as_they_are_expanded(pattern):
+    assert _expansions(pattern) == len(list(braceexpand(pattern)))
+
+
+def test_letters_are_counted_from_above():
+    for pattern in ("{a..e}", "{Z..a..3}", "{a..B}"):
+        assert len(list(braceexpand(pattern))) <= _expansions(pattern) <= 52
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..999999999999}.tar",
+        "{0..99999999999999999999999999}.tar",
+        "{-999999999..999999999}",
+        "{a,b}" * 40,
+        "{0..99}" * 6,
+        "{{0..99999},{0..99999}}" * 3,
+        "{" * 3000 + "a,b" + "}" * 3000,
+        "{a," * 300 + "b" + "}" * 300,
+        "{0.." + "9" * 5000 + "}",
+        "{" * 100_000,
+        "{0..9999}" + "x" * 200_000,
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_braces_that_stand_for_too_much_are_refused_at_once(pattern):
+    began = time.process_time()
+    for expand_pattern in (lambda: expand(pattern, "--train_data"), lambda: absolute_patterns(f"{pattern} x.tar")):
+        with pytest.raises(UserError, match="the braces"):
+            expand_pattern()
+    assert time.process_time() - began < 2
+
+
+def test_long_lists_of_shards_are_expanded(tmp_path, tars):
+    tars(*(f"s/{number:06}.tar" for number in range(3)))
+    with pytest.raises(UserError, match=r"no shard .*/s/000003\.tar"):
+        expand(f"{tmp_path}/s/{{000000..231349}}.tar", "--train_data")

@@ -1,6 +1,10 @@
 import json
+import os
 
-from clip_retrieval.reporting.log import MetricsLog, log, log_to_file, start_log
+import pytest
+
+from clip_retrieval.reporting import log as module
+from clip_retrieval.reporting.log import MetricsLog, log, log_to_file, progress_bar, start_log
 
 
 def test_what_was_said_before_the_folder_is_known_is_in_the_file_too(tmp_path, capsys):
@@ -47,3 +51,23 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
         "val/i2t/R@1": [(4, 50.0)],
         "val/rsum": [(4, 300.0)],
     }
+
+
+@pytest.mark.parametrize("level", [log.info, log.warning])
+def test_control_characters_reach_neither_terminal_nor_file(tmp_path, capsys, level):
+    """A caption may hold the escapes that rename a window, or delete what was printed."""
+    start_log()
+    level("a.jpg: \x1b]0;owned\x07\x1b[2Jred\x9b31m \x00 \r \u2028 " + os.fsdecode(b"caf\xe9") + " 狗\tcafé")
+    log_to_file(tmp_path)
+    printed = "".join(capsys.readouterr())
+    for text in (printed, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        assert text.endswith("\n") and text.isascii() is False
+        assert all(character.isprintable() or character in "\n\t" for character in text), repr(text)
+        assert "\\x1b]0;owned\\x07" in text and "caf\\udce9 狗" in text and "café" in text
+    start_log()
+
+
+def test_names_in_progress_bars_are_printable(monkeypatch):
+    monkeypatch.setattr(module, "tqdm", lambda *_, **options: options["desc"])
+    name = progress_bar([], desc="a\x1b[2J\nb" + "x" * 1000)
+    assert name.isprintable() and len(name) <= 500

@@ -2,17 +2,20 @@
 
 import importlib.util
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.neighbours import nearest
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Side
 from clip_retrieval.retrieval import faiss_index
 from clip_retrieval.retrieval.features import write_features
+from clip_retrieval.retrieval.predictions import read_lists
 from tests.conftest import read_json, read_jsonl, write_jsonl
 
 GOLD = [
@@ -215,3 +218,18 @@ def test_a_gpu_gives_the_same(features):
     ]
     for direction in ("i2t", "t2i"):
         np.testing.assert_array_equal(found[0][direction].items, found[1][direction].items)
+
+
+def test_answers_of_one_query_on_many_lines_take_linear_time(tmp_path):
+    lines = [{"text_id": 1, "image_ids": [number % 90_000]} for number in range(100_000)]
+    began = time.process_time()
+    found = read_lists(write_jsonl(tmp_path / "gold_texts.jsonl", lines), are_answers=True)
+    assert found.of == {1: list(range(90_000))} and time.process_time() - began < 10
+
+
+def test_long_list_with_a_repeated_prediction_is_refused_quickly(tmp_path):
+    lines = [{"text_id": 1, "image_ids": [*range(100_000), 99_999]}]
+    began = time.process_time()
+    with pytest.raises(UserError, match="line 1: image_ids of text_id 1 has 99999 twice"):
+        read_lists(write_jsonl(tmp_path / "p.jsonl", lines))
+    assert time.process_time() - began < 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ ANNOTATIONS = Path(__file__).resolve().parents[3] / "datasets" / "annotations"
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 CHUNK = 2**20  # bytes read at a time
-# A gzip of more bytes than BOMB_FROM that holds BOMB_RATIO times its size is a bomb: captions shrink to a fifth.
+# A gzip that unpacks to more than BOMB_FROM bytes, and BOMB_RATIO times its own, is a bomb: captions shrink to a fifth.
 BOMB_FROM, BOMB_RATIO = 2**28, 200
 HALVES = re.compile("[\ud800-\udfff]")
 
@@ -67,15 +66,14 @@ def _read_bytes(path: Path) -> bytearray:
     limit = memory_limit() // 4
     data = bytearray()
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
         source = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         while chunk := source.read(CHUNK):
             data += chunk
             if len(data) > limit:
                 raise UserError(f"{path}: holds more than {limit:,} bytes, a quarter of the memory here; split it")
-            if source is not file and len(data) > max(BOMB_FROM, BOMB_RATIO * size):
+            if source is not file and len(data) > max(BOMB_FROM, BOMB_RATIO * file.tell()):
                 raise UserError(
-                    f"{path}: {size:,} bytes unpack to more than {len(data):,}, as no captions do; fetch anew"
+                    f"{path}: {file.tell():,} bytes unpack to {len(data):,}, as no captions do; fetch it again"
                 )
     return data
 
