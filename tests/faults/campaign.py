@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,12 +93,17 @@ def inputs() -> Iterator[tuple[Path, Path]]:
 class Campaign:
     """Runs and their undisturbed twins, made when they are needed."""
 
-    def __init__(self, folder: Path, data: Path, seed: int = 0):
+    def __init__(self, folder: Path, data: Path, seed: int = 0, kinds: Sequence[Kind] = KINDS):
         self.folder = folder
         self.data = data
         self.seed = seed
+        self.kinds = kinds
         self._undisturbed: dict[str, Undisturbed] = {}
         self._number = 0
+
+    def kind(self, number: int) -> Kind:
+        """One kind of run after the other."""
+        return self.kinds[number % len(self.kinds)]
 
     def rng(self, name: str, number: int) -> random.Random:
         return random.Random(f"{name} {self.seed} {number}")
@@ -122,9 +127,8 @@ class Campaign:
             count.note_lost(f"{what}: {'; '.join(found)}")
         shutil.rmtree(place.folder, ignore_errors=True)
 
-    def check_message(
-        self, count: Count, ended: Ended, codes: tuple[int, ...], words: tuple[str, ...], what: str
-    ) -> None:
+    @staticmethod
+    def check_message(count: Count, ended: Ended, codes: tuple[int, ...], words: tuple[str, ...], what: str) -> None:
         """See that a run ended with one of these exit codes, and one line with these words."""
         line = ended.errors[-1] if ended.errors else ""
         if ended.code not in codes:
@@ -133,11 +137,6 @@ class Campaign:
             count.note_wrong(f"{what}: {len(ended.errors)} lines, the last of {len(line)} characters: {line[-300:]}")
         elif missing := [word for word in words if word not in line]:
             count.note_wrong(f"{what}: no {missing[0]!r} in: {line[-300:]}")
-
-
-def kinds(number: int) -> Kind:
-    """One kind after the other."""
-    return KINDS[number % len(KINDS)]
 
 
 def table(counts: list[Count]) -> str:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from tests.faults import hooks
-from tests.faults.campaign import Campaign, Count, kinds
-from tests.faults.runs import KINDS, Kind, Place
+from tests.faults.campaign import Campaign, Count
+from tests.faults.runs import LOADERS, Kind, Place, differences
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 OPERATIONS = ("open", "write", "flush", "fsync", "rename", "mkdir")
@@ -21,10 +21,10 @@ def break_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     """Let `count` file operations fail, each kind of them on each file in turn, once or for good."""
     row = Count("an operation fails")
     for number in range(first, first + count):
-        kind, rng = kinds(number), campaign.rng("disk", number)
+        kind, rng = campaign.kind(number), campaign.rng("disk", number)
         twin, place = campaign.undisturbed(kind), campaign.place()
         groups = [key for key in sorted(twin.operations) if key[0] in OPERATIONS]
-        operation, file = groups[number // len(KINDS) % len(groups)]
+        operation, file = groups[number // len(campaign.kinds) % len(groups)]
         error = rng.choice(ERRORS)
         at = rng.randrange(twin.operations[operation, file])
         fault = hooks.Fault(at, error, file=file, kind=operation, lasting=rng.random() < 0.5)
@@ -48,7 +48,7 @@ def limit_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     """Let no file grow beyond a size (EFBIG), as a quota does."""
     row = Count("a limit on files")
     for number in range(first, first + count):
-        kind, rng = kinds(number), campaign.rng("limit", number)
+        kind, rng = campaign.kind(number), campaign.rng("limit", number)
         place = campaign.place()
         largest = max(path.stat().st_size for path in campaign.undisturbed(kind).place.output.iterdir())
         size = rng.randrange(1, largest)
@@ -65,7 +65,7 @@ def delete_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count
     """Take the output folder away while the run writes to it."""
     row = Count("the folder is deleted")
     for number in range(first, first + count):
-        kind, rng = kinds(number), campaign.rng("delete", number)
+        kind, rng = campaign.kind(number), campaign.rng("delete", number)
         place = campaign.place()
         program = place.start(kind)
         end = time.perf_counter() + 20
@@ -96,7 +96,7 @@ def fill_disks(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     """Real file systems that are too small or become read-only; this process has to run under `unshare -m`."""
     full, read_only = Count("a full disk"), Count("a read-only disk")
     for number in range(first, first + count):
-        kind, rng = kinds(number), campaign.rng("full", number)
+        kind, rng = campaign.kind(number), campaign.rng("full", number)
         twin, place = campaign.undisturbed(kind), campaign.place()
         logs = place.folder / "logs"
         logs.mkdir(parents=True)
@@ -147,8 +147,6 @@ def _make_read_only(campaign: Campaign, row: Count, kind: Kind, number: int) -> 
 
 
 def _compare(campaign: Campaign, row: Count, kind: Kind, place: Place, ended, what: str) -> None:
-    from tests.faults.runs import differences
-
     if ended.code != 0:
         row.note_lost(f"{what}: --resume auto ends with {ended.code}: {' '.join(ended.errors)[-300:]}")
     elif found := differences(place.output, campaign.undisturbed(kind).place.output):
@@ -163,8 +161,6 @@ def small_shared_memory(campaign: Campaign, sizes: tuple[str, ...] = ("256k", "4
     """A /dev/shm of its own: Docker's 64 MB work, smaller ones end with a line that names it."""
     row = Count("a small /dev/shm")
     for size in sizes:
-        from tests.faults.runs import LOADERS
-
         place = campaign.place()
         row.tried += 1
         _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", Path("/dev/shm"))

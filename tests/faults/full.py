@@ -8,27 +8,26 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.faults import disks, kills, loaders, sharing, stops
 from tests.faults.campaign import Campaign, Count, inputs, table
 
 FILL = "fill"
+ALL = ("kills", "disks", FILL, "stops", "sharing", "loaders", "hostile", "fuzz")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="fuzz, hostile, kills, disks, fill, stops, sharing, loaders"
-    )
+    parser.add_argument("--only", nargs="+", default=[], help=", ".join(ALL))
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--others", type=int, default=60, help="faults of each other campaign")
     parser.add_argument("--mutations", type=int, default=5000, help="of each reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files that a reader did not refuse properly")
     args = parser.parse_args()
-    wanted = args.only or ["kills", "disks", FILL, "stops", "sharing", "loaders", "hostile", "fuzz"]
+    wanted = args.only or ALL
     counts = _crashes(args, wanted)
     failed = any(count.lost or count.wrong for count in counts)
     if counts:
@@ -41,7 +40,7 @@ def main() -> int:
     return int(failed)
 
 
-def _crashes(args: argparse.Namespace, wanted: list[str]) -> list[Count]:
+def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
     """The campaigns of runs that are disturbed."""
     run: dict[str, Callable[[Campaign], list[Count]]] = {
         "kills": lambda campaign: kills.kill_runs(campaign, args.kills),

@@ -80,10 +80,10 @@ class _Watch:
         """The path within the folder that is watched; empty if it is elsewhere."""
         try:
             if isinstance(path, int):
-                path = os.readlink(f"/proc/self/fd/{path}")
-                if not path.startswith(os.sep):  # a pipe, a socket
+                path = Path(f"/proc/self/fd/{path}").readlink()
+                if not path.is_absolute():  # a pipe, a socket
                     return ""
-            path = os.path.abspath(os.fsdecode(path))
+            path = str(Path(os.fsdecode(path)).absolute())
         except (OSError, TypeError, ValueError):
             return ""
         return path[len(self.folder) + 1 :] if path.startswith(self.folder + os.sep) or path == self.folder else ""
@@ -156,7 +156,7 @@ def install(folder: Path, fault: Fault | None = None, record: Path | None = None
         if not set(mode) & set("wax+"):
             return open_file(file, mode, *arguments, **options)
         opened = watch("open", file, lambda: open_file(file, mode, *arguments, **options))
-        path = file if not isinstance(file, int) else os.readlink(f"/proc/self/fd/{file}")
+        path = file if not isinstance(file, int) else Path(f"/proc/self/fd/{file}").readlink()
         return _File(opened, path, watch) if watch._name(path) else opened
 
     def watched_descriptor(path: Any, flags: int, *arguments: Any, **options: Any) -> int:

@@ -6,7 +6,7 @@ import signal
 import time
 
 from tests.faults import hooks
-from tests.faults.campaign import Campaign, Count, Undisturbed, kinds
+from tests.faults.campaign import Campaign, Count, Undisturbed
 from tests.faults.runs import Place
 
 SECOND_KILL = 0.4  # share of the runs that are killed again when they go on
@@ -16,7 +16,7 @@ def kill_runs(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     """Kill `count` runs, half of them at moments and half at file operations, and see that nothing is lost."""
     at_moments, at_operations = Count("SIGKILL at a moment"), Count("SIGKILL at a file operation")
     for number in range(first, first + count):
-        kind, rng = kinds(number), campaign.rng("kill", number)
+        kind, rng = campaign.kind(number), campaign.rng("kill", number)
         twin, place = campaign.undisturbed(kind), campaign.place()
         row = (at_moments, at_operations)[rng.randrange(2)]
         kills = []

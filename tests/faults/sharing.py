@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 
-from tests.faults.campaign import Campaign, Count, kinds
+from tests.faults.campaign import Campaign, Count
 from tests.faults.runs import Kind, Place, differences
 
 SECONDS = 20.0  # that a run may take to begin
@@ -16,7 +16,7 @@ def share_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count]
     """Start a second run beside a first one, several at once, and one in the folder of a run that was killed."""
     second, at_once, killed = Count("a second run"), Count("runs at once"), Count("after a killed run")
     for number in range(first, first + count):
-        kind = kinds(number)
+        kind = campaign.kind(number)
         _second(campaign, second, kind, number)
         _at_once(campaign, at_once, kind, number)
         _after_kill(campaign, killed, kind, number)

@@ -6,7 +6,7 @@ import signal
 import time
 from random import Random
 
-from tests.faults.campaign import Campaign, Count, kinds
+from tests.faults.campaign import Campaign, Count
 from tests.faults.program import Ended, Program
 from tests.faults.runs import LOADERS
 
@@ -18,7 +18,7 @@ def stop_runs(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     rows = [Count("one signal"), Count("two signals"), Count("a signal to the group")]
     for number in range(first, first + count):
         row, rng = rows[number % 3], campaign.rng("stop", number)
-        kind = LOADERS if row is rows[2] else kinds(number // 3)
+        kind = LOADERS if row is rows[2] else campaign.kind(number // 3)
         sent = rng.choice((signal.SIGTERM, signal.SIGINT))
         place, moment = campaign.place(), rng.uniform(0.05, 1.0) * campaign.undisturbed(kind).seconds
         program = place.start(kind)

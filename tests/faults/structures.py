@@ -5,6 +5,7 @@ The functions are containers, as those of `containers` are.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -60,10 +61,8 @@ def _alter(content: Value, rng: Random, strange: Callable[[Random], Value]) -> V
     elif kind < 0.75:
         del holder[key]
     elif kind < 0.85:
-        other_holder, other_key = rng.choice(nodes)
-        holder[key] = (
-            other_holder.get(other_key) if isinstance(other_holder, dict) else rng.choice(other_holder or [None])
-        )
+        other, other_key = rng.choice(nodes)
+        holder[key] = copy.deepcopy(other[other_key])
     elif isinstance(holder, list):
         holder.extend([holder[key]] * rng.choice((1, 1, 500)))
     else:

@@ -96,8 +96,10 @@ def judge(read) -> Outcome:
     """What a program that reads so would end with."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
     from clip_retrieval.errors import run_and_exit
+    from clip_retrieval.reporting.log import start_log
 
     _forget()
+    start_log()
     out, err = io.StringIO(), io.StringIO()
     code: object = None
     try:

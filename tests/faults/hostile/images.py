@@ -167,5 +167,7 @@ IMAGES = (
     *(Case(f"image: {n}", _not_a_file(put), words=("odd.jpg",)) for n, put in ODD.items()),
     Case("image: a scan of 180 megapixels", _image("0.png", lambda: _black(20_000, 9_000)), wanted=VALID),
     Case("image: 900 megapixels", _image("0.png", lambda: _black(30_000, 30_000)), words=("0.png",)),
+    Case("image: 4 x 30,000,000 pixels", _image("0.png", lambda: _black(4, 30_000_000)), words=("0.png",)),
+    Case("image: 30,000,000 x 4 pixels", _image("0.png", lambda: _black(30_000_000, 4)), words=("0.png",)),
     Case("image: APNG", _image("0.png", lambda: encoded_image(0, "png", save_all=True)), wanted=EITHER),
 )
