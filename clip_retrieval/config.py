@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
 
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
 RECORDED = ("versions", "device_used", "config")
 NOTHING = ("null", "~", "")
+LARGEST = 2**18  # bytes of a config file: YAML takes seconds for them
 TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML's, of version 1.1 as well
 FALSE = ("false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF")
 
@@ -45,15 +47,19 @@ class _ConfigParser(OptionParser):
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"--config {path}: not a file; give a YAML file")  # a pipe cannot be read twice
-        content = _parsed(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"--config {path}: more than {LARGEST:,} bytes; give a YAML file of options")
+        content = _parsed(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({error}); give a YAML file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: no YAML ({str(error) or 'nested too deeply'})") from None
+        raise UserError(f"--config {path} cannot be read ({reason(error)}); give a YAML file") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: no YAML (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: no YAML ({error})") from None
     if content is None or content == "":
         return {}
     if not isinstance(content, dict):
@@ -62,18 +68,22 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What YAML holds, every value as it is written: that 010 is no 8, and 1.10 no 1.1.
+    """The content of YAML, every value as it is written: that 010 is no 8, and 1.10 no 1.1.
 
-    Raises ValueError, with the line, where it is no YAML, or a key stands twice.
+    Raises ValueError, with the line, if it is no YAML, a key is no text, or a key is given twice.
     """
     import yaml
 
     class Loader(yaml.BaseLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            for number, (key, _) in enumerate(node.value):
-                if key.value in keys[:number]:
-                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+            keys: set[str] = set()
+            for key, _ in node.value:
+                line = f"line {key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ValueError(f"{line}: a key is a {key.id}, not the name of an option")
+                if key.value in keys:
+                    raise ValueError(f"{line}: {key.value} is given twice")
+                keys.add(key.value)
             return super().construct_mapping(node, deep)
 
     try:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import TextIO
 
 OUT_OF_MEMORY = (
-    "out of memory; choose --grad_cache or a smaller one, --grad_checkpointing, or a smaller --eval_batch_size (a "
-    "finetune goes on with --resume auto)"
+    "out of memory while the model computes; choose --grad_cache or a smaller one, --grad_checkpointing, or a smaller "
+    "--eval_batch_size (a finetune is resumed with --resume auto)"
 )
+OUT_OF_MEMORY_READING = "out of memory; the machine has too little for these files, or other programs use it"
 LOST_PROCESS = (
     "another process of this run was lost (its own message says why, unless it was killed); go on with --resume auto"
 )
@@ -24,8 +25,17 @@ LOST_WORKER = (
 )
 
 
+# Faults of a disk or its file system, not of the user's input.
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed here",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network file system has lost it",
+}
 LONGEST_MESSAGE = 500  # characters
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(Exception):
@@ -56,6 +66,9 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     0 done; 2 bad usage or input; 3 the run could not go on; 130 interrupted. A bug keeps its traceback and exits
     with Python's 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name or a caption that the terminal cannot show
     try:
         return run() or 0
     except (UserError, RunError, Interrupted) as error:
@@ -63,16 +76,18 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", Interrupted.exit_code)
     except MemoryError:
-        return _say(OUT_OF_MEMORY, RunError.exit_code)
+        return _say(OUT_OF_MEMORY_READING, RunError.exit_code)
     except BrokenPipeError:
         silence(sys.stdout)
         return 0
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        # (numpy's errors of a full disk have no number.)
+        if error.errno in DISK_FAULTS or (error.errno is None and error.filename is not None):
+            fault = DISK_FAULTS.get(error.errno) or reason(error)
             place = error.filename or "a file"
-            return _say(f"disk full while writing {place}; free some space, and go on with --resume auto", 3)
+            return _say(f"{place}: {fault}; mend that and repeat the command, a finetune with --resume auto", 3)
         if error.filename is not None:
-            return _say(f"{error.filename}: {error.strerror}; check the name, and that it can be read or written", 2)
+            return _say(f"{error.filename}: {reason(error)}; check the name, and that it can be read or written", 2)
         raise
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
@@ -89,11 +104,16 @@ def one_line(message: str, limit: int = LONGEST_MESSAGE) -> str:
 
     A longer message loses its middle: it begins with the file and ends with the remedy.
     """
-    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(message.splitlines()))
+    text = printable(" ".join(message.splitlines())).replace("\t", " ")
     if len(text) <= limit:
         return text
     head, tail = (limit - 3) * 2 // 3, (limit - 3) - (limit - 3) * 2 // 3
     return f"{text[:head]}...{text[-tail:]}"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for control characters and half surrogate pairs; line breaks and tabs stay."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def reason(error: BaseException) -> str:

@@ -6,9 +6,7 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from clip_retrieval.distributed import Processes, joined
@@ -18,12 +16,11 @@ from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
 from clip_retrieval.reporting.table import results_table
+from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.start import (
     load_model,
     load_split,
     log_samples,
-    make_folder,
-    run_folder,
     settle_options,
     warn_of_random_weights,
 )
@@ -83,16 +80,3 @@ def evaluate_with(
         write_json(folder / "results.json", results)
     log.info(results_table({options.evaluation.eval_split: block}))
     log.info(f"wrote {folder / 'results.json'}")
-
-
-def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
-    """Where an evaluation writes: a folder that was named, or one of its own; never among a training run's files."""
-    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
-    if named:
-        folder = run_folder(options)
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
-        return folder
-    if of_checkpoint:
-        return Path(options.run.resume).parent / f"eval_{suffix}"
-    return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"

@@ -18,17 +18,17 @@ import numpy as np
 from torch import Tensor
 
 from clip_retrieval.data.captions import tokenize
-from clip_retrieval.data.catalog import read_dataset
+from clip_retrieval.data.catalog import count_broken, read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.jsonl import Id
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluate import evaluation_folder
 from clip_retrieval.evaluation.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.retrieval.features import write_array, write_features
-from clip_retrieval.start import load_model, load_pixels, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.run.folder import evaluation_folder, make_folder
+from clip_retrieval.start import load_model, load_pixels, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device, true_float32
 
 
@@ -172,7 +172,9 @@ def read_files(wanted: Wanted) -> RetrievalDataset:
         images = open_images(wanted.image_data)
         image_ids = typed_ids(images.keys, (image_id for text in records for image_id in text.image_ids))
     pairs = np.empty((0, 2), np.int64)
-    return RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
+    dataset = RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
+    count_broken(dataset)
+    return dataset
 
 
 def output_paths(wanted: Wanted, folder: Path) -> dict[str, Path]:

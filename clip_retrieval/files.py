@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -59,10 +59,49 @@ def write_atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def open_append(path: Path) -> TextIO:
+    """Open a UTF-8 text file for appending; a symbolic link, FIFO or device under this name is replaced, not followed.
+
+    Raises OSError.
+    """
+    remove_special(path)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=opener)
+
+
+def remove_special(path: Path, *, keep_folder: bool = False) -> None:
+    """Delete a symbolic link, FIFO, socket or device under this name, so that writing there cannot reach elsewhere.
+
+    A regular file stays, and a folder does too with `keep_folder`; without it, a folder raises IsADirectoryError.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode) and not keep_folder:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """A block whose OSErrors without a file name are about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; half a surrogate pair becomes a question mark. Raises OSError."""
+    r"""Write a UTF-8 text file atomically; half a surrogate pair becomes \udXXX, as JSON escapes it. Raises OSError."""
     with write_atomic(path) as file:
-        file.write(text.encode("utf-8", errors="replace"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,14 +18,16 @@ from clip_retrieval.distributed import joined
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError, UserError
 from clip_retrieval.evaluation.protocols import Encoded, encode_split, score
 from clip_retrieval.models.weights import read_checkpoint
-from clip_retrieval.prepare import Run, prepare, refuse_another_run
+from clip_retrieval.prepare import Run, prepare
 from clip_retrieval.reporting.log import log, progress_bar, start_log
 from clip_retrieval.reporting.results import write_json
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
+from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder, without_resume
 from clip_retrieval.signals import StopSignal
-from clip_retrieval.start import Split, make_folder, run_folder, settle_options, with_absolute_paths
+from clip_retrieval.start import Split, settle_options, with_absolute_paths
 from clip_retrieval.training.checkpoint import save_checkpoint
+from clip_retrieval.training.precision import choose_device, deterministic_algorithms
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
 from clip_retrieval.training.state import training_state
 from clip_retrieval.training.step import StepResult
@@ -36,13 +38,19 @@ def finetune(typed: dict[str, Any]) -> None:
     start_log()
     options, checkpoint = settle_options(typed)
     folder = run_folder(options)
-    with StopSignal().listening() as stop, joined(options.run.device) as processes:
+    with (
+        StopSignal().listening() as stop,
+        joined(options.run.device) as processes,
+        deterministic_algorithms(choose_device(options.run.device), options.train.deterministic),
+        lock_folder(folder) if processes.is_main else nullcontext() as lock,
+    ):
+        processes.wait()  # for the lock
+        if checkpoint is not None and resumes_in(folder, options):
+            checkpoint = read_checkpoint(options.run.resume)  # until the lock was held, another run may have written it
         refuse_another_run(folder, options, checkpoint)
         processes.wait()  # none looks at the folder after another has begun to write there
         with stop.interruptible():
-            if processes.is_main:
-                make_folder(folder)
-            run = prepare(options, checkpoint, folder, stop, processes)
+            run = prepare(options, checkpoint, folder, lock, stop, processes)
         if processes.world_size > 1:
             stop.agree = processes.any
         with closing(run.metrics) if run.metrics else nullcontext():
@@ -152,11 +160,12 @@ def milestone(run: Run) -> None:
     if run.zero_shot is not None and (step % zero_shot_steps == 0 if zero_shot_steps else due):
         score_zero_shot(run, run.zero_shot)
     progress.evaluated_step = step
-    save_last(run)
+    # The numbered ones first: once last.pt says that this milestone is done, a resumed run does not come here again.
     if options.run.keep_every and not rest and epoch % options.run.keep_every == 0:
         save(run, f"epoch_{epoch}.pt", whole_content)
     if options.run.keep_steps and step % options.run.keep_steps == 0:
         save(run, f"step_{step}.pt", whole_content)
+    save_last(run)
 
 
 def evaluate_val(run: Run, val: Split) -> None:
@@ -192,7 +201,7 @@ def finish(run: Run) -> None:
 
     results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.name})
     results |= {
-        "weights": run.built.weights,
+        "weights": progress.weights,
         "training_precision": run.trainer.precision,
         "step": progress.best["step"] if progress.best else progress.step,
         "steps": progress.step,
@@ -202,7 +211,8 @@ def finish(run: Run) -> None:
     if run.zero_shot is not None:
         found["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
         found["zero_shot_before"] = progress.zero_shot_before
-    if run.processes.is_main:
+    if run.lock is not None:
+        run.lock.check()
         write_json(run.folder / "results.json", results | {name: block for name, block in found.items() if block})
 
     lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}
@@ -284,6 +294,11 @@ def log_step(run: Run, result: StepResult, rate: float, epoch: int, watch: Stopw
     if run.model.clip.logit_bias is not None:
         values["logit_bias"] = run.model.clip.logit_bias.item()
     accuracy = ""
+    if run.collapse is not None and run.collapse.has_collapsed(loss):
+        log.warning(
+            f"the loss has stayed at {loss:.4f}, chance for a batch of {run.sampler.batch_size}: the features may have "
+            "collapsed to one point; start again with a lower --lr or a longer --warmup"
+        )
     if run.options.run.report_training_batch_acc:
         values["i2t_accuracy"], values["t2i_accuracy"] = i2t, t2i = result.accuracy(run.processes)
         accuracy = f"accuracy i2t {i2t:.1f} t2i {t2i:.1f}  "
@@ -303,8 +318,9 @@ def save_last(run: Run) -> None:
 
 
 def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
-    """Write a checkpoint; of several processes, one does."""
-    if run.processes.is_main:
+    """Write a checkpoint; of several processes, the main one does."""
+    if run.lock is not None:
+        run.lock.check()
         save_checkpoint(run.folder / name, content(run))
 
 
@@ -319,7 +335,7 @@ def model_content(run: Run) -> dict[str, Any]:
         "model": run.model.weights(),
         "model_config": run.built.config,
         "preprocess": run.built.preprocess,
-        "options": with_absolute_paths(run.options.flat()),
+        "options": with_absolute_paths(without_resume(run.options, run.folder).flat()),
         "epoch": run.progress.step // len(run.sampler),
         "step": run.progress.step,
     }

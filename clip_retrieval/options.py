@@ -8,6 +8,7 @@ is settled from four layers: built-in defaults, then a config file, then a check
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
@@ -18,6 +19,7 @@ from clip_retrieval.errors import UserError
 AUTO = "auto"
 SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
 PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")  # images that are no files of their own
+MAX_IMAGE_PIXELS = 500_000_000  # scans and maps pass; takes 2 GB in memory
 LARGEST = 2**63  # what a number may be, in size
 
 
@@ -188,6 +190,12 @@ class DataOptions:
         "grey level or two",
         choices=("pillow", "fast"),
     )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "pixels of the largest image that is read: a file of a few kilobytes may ask for more memory than there is; an "
+        "image takes up to 4 bytes a pixel in each loading process",
+        minimum=1,
+    )
     image_cache: str | None = option(
         None,
         "folder for the decoded, resized images: later epochs and runs read them at memory speed",
@@ -314,6 +322,9 @@ class TrainOptions:
         False, "compile the towers with torch.compile: minutes at the start, then faster steps", from_checkpoint=False
     )
     seed: int = option(99, "seed of everything random", minimum=0)
+    deterministic: bool = option(
+        False, "on a GPU: the same run twice gives the same weights, bit for bit, but slower (on a CPU it always does)"
+    )
 
 
 @dataclass
@@ -513,9 +524,16 @@ def implied_dataset(given: dict[str, Any]) -> str | None:
         return None
     names = [name for file in files for name in (file, *file.replace("::", " ").split())]
     tars = (".tar", ".tar.gz", ".tgz")
-    # (A Path's own glob fails on a text that is too long for a name.)
-    sharded = any(name.endswith(tars) or glob(f"{escape(name)}/*.tar") for name in names)  # noqa: PTH207
+    sharded = any(name.endswith(tars) or _holds_tars(name) for name in names)
     return "webdataset" if sharded else "chinese"
+
+
+def _holds_tars(folder: str) -> bool:
+    try:
+        # (A Path's own glob fails on a text that is too long for a name.)
+        return bool(glob(f"{escape(folder)}/*.tar"))  # noqa: PTH207
+    except ValueError:  # no folder can have this name; `check_values` refuses it
+        return False
 
 
 def _fill(group: type, values: dict[str, Any]) -> Any:
@@ -531,10 +549,13 @@ def check_values(group: Any) -> None:
         for v in values:
             if v == "":
                 raise UserError(f"--{f.name} is empty; give it a value or leave it out")
+            if isinstance(v, str):
+                _check_text(f.name, v)
             if v is None or isinstance(v, (str, bool)):
                 continue
             if not abs(v) < LARGEST:
-                raise UserError(f"--{f.name} {v}: no usable number")
+                shown = v if isinstance(v, float) or v.bit_length() < 1000 else "(hundreds of digits)"
+                raise UserError(f"--{f.name} {shown}: must be a number of less than 64 bits")
             if meta["below"] is not None and v >= meta["below"]:
                 raise UserError(f"--{f.name} {v:g}: must be less than {meta['below']:g}")
             if meta["minimum"] is not None and v < meta["minimum"]:
@@ -543,6 +564,16 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} {v:g}: must be greater than {meta['above']:g}")
         if meta["choices"] and value not in meta["choices"]:
             raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raise UserError for a text that can be no name of a file: the system refuses NUL, and half surrogate pairs."""
+    try:
+        possible = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"--{name} {value}: holds a character that no name of a file can have; correct it")
 
 
 def taken_from_checkpoint(flat: dict[str, Any]) -> dict[str, Any]:

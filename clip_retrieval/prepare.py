@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from clip_retrieval.models.batch_norm import shared_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
-from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import MetricsLog, log, log_to_file
 from clip_retrieval.reporting.results import write_options
+from clip_retrieval.run.folder import FolderLock, bring_best, clear_run, has_best, without_resume
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.start import Split, load_model, load_split, log_samples
 from clip_retrieval.stream import StreamedSplit, make_order, make_stream_loader, open_stream
-from clip_retrieval.training.checkpoint import save_checkpoint
+from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.frozen import frozen_images, frozen_texts
 from clip_retrieval.training.precision import choose_device, choose_precision, device_name
 from clip_retrieval.training.state import Progress, Sampler, restore_training
@@ -44,6 +43,7 @@ class Run:
 
     options: Options
     folder: Path
+    lock: FolderLock | None
     stop: StopSignal
     built: BuiltModel
     model: RetrievalModel
@@ -56,6 +56,7 @@ class Run:
     metrics: MetricsLog | None
     progress: Progress
     processes: Processes
+    collapse: CollapseWatch | None
 
     @property
     def total_steps(self) -> int:
@@ -68,31 +69,19 @@ class Run:
         return f"{batch_size} = {processes} x {batch_size // processes}"
 
 
-def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any] | None) -> None:
-    """A folder with a run in it needs --resume from there, or --overwrite, which must not take away what is read."""
-    if not (folder / "last.pt").exists():
-        return
-    sources = {"--resume": options.run.resume, "--pretrained": options.model.pretrained}
-    for name, source in sources.items():
-        if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
-            raise UserError(f"--overwrite would take away {source} ({name}); drop it, or choose another --experiments")
-    goes_on = checkpoint is not None and "optimizer" in checkpoint
-    resumes_here = goes_on and Path(options.run.resume).resolve().parent == folder.resolve()
-    if not resumes_here and not options.run.overwrite:
-        raise UserError(
-            f"{folder} already holds a run; go on with it (--resume auto), start afresh there (--overwrite), or choose "
-            "another --experiments"
-        )
-
-
 def prepare(
     options: Options,
     checkpoint: dict[str, Any] | None,
     folder: Path,
+    lock: FolderLock | None,
     stop: StopSignal,
     processes: Processes,
 ) -> Run:
-    """Read the data, build the model, and bring both to where the checkpoint stood."""
+    """Read the data, build the model, and bring both to the state of the checkpoint.
+
+    `lock` is the main process's, on `folder`; None in the others.
+    """
+    # model and data
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
     torch.manual_seed(options.train.seed)
@@ -102,9 +91,10 @@ def prepare(
         train, val, test = load_data(options, tokenizer, built.preprocess, device, processes)
     with processes.main_first():  # an archive may have to be extracted
         zero_shot = load_zero_shot(options, tokenizer, built.preprocess)
+    # the trainer, fresh or as the checkpoint has it
     sampler = make_sampler(options, train, processes)
     trainer = make_trainer(options, model.to(device), precision, device, processes)
-    progress = Progress()
+    progress = Progress(weights=built.weights)
     if checkpoint is not None:
         progress = restore_training(
             checkpoint,
@@ -114,23 +104,26 @@ def prepare(
             reset_optimizer=options.run.reset_optimizer,
             reset_data_offset=options.run.reset_data_offset,
         )
+        progress.weights = progress.weights or built.weights
     loader = make_loader(options, model, train, sampler, precision, device, processes)
 
-    # Nothing can be refused any more: only now is a run that stood here before replaced.
+    # the folder: nothing can be refused any more, so only now is a run that was here before replaced
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
-    if progress.best is not None and not has_best(Path(options.run.resume).parent, progress.best["step"]):
-        log.warning("the best checkpoint so far is not beside the one to go on from: the best is chosen anew")
+    source = Path(options.run.resume or folder).parent
+    if progress.best is not None and not has_best(source, (progress.best["step"], progress.step)):
+        log.warning("the best checkpoint so far is not beside the one that is resumed: the best is chosen anew")
         progress.best = None
     metrics = None
     if processes.is_main:
         log_to_file(folder)
         if progress.best is not None:
-            bring_best(Path(options.run.resume).parent, folder)
-        write_options(folder, as_begun(options, folder), f"{device} ({device_name(device)})")
+            bring_best(source, folder)
+        write_options(folder, without_resume(options, folder), f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines())
     data = (sampler, loader, val, test, zero_shot)
-    run = Run(options, folder, stop, built, model, trainer, *data, metrics, progress, processes)
+    collapse = CollapseWatch(sampler.batch_size) if options.loss.loss == "infonce" else None
+    run = Run(options, folder, lock, stop, built, model, trainer, *data, metrics, progress, processes, collapse)
     if options.train.warmup > run.total_steps:
         log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -269,31 +262,3 @@ def make_trainer(
         device=device,
         processes=processes,
     )
-
-
-def as_begun(options: Options, folder: Path) -> Options:
-    """The options that begin the run in `folder` anew, where these go on with it."""
-    source = options.run.resume
-    if source is None or Path(source).resolve().parent != folder.resolve():
-        return options
-    return replace(options, run=replace(options.run, resume=None))
-
-
-def clear_run(folder: Path) -> None:
-    """Take away the files of a run, and nothing else."""
-    files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", "log.txt"]
-    for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def has_best(source: Path, step: int) -> bool:
-    """Whether the best.pt of step `step` is in `source`."""
-    content = read_checkpoint(source / "best.pt") if (source / "best.pt").is_file() else None
-    return content is not None and content["step"] == step
-
-
-def bring_best(source: Path, folder: Path) -> None:
-    """See that the best.pt of `source` is in `folder`."""
-    if source.resolve() != folder.resolve():
-        save_checkpoint(folder / "best.pt", read_checkpoint(source / "best.pt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 
@@ -51,6 +52,22 @@ class StopSignal:
         self._requested = True
         if self._interruptible:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def deferred(number: int) -> Iterator[None]:
+    """A block in which a signal waits until its end; then its handler runs. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handler = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if received and callable(handler):
+            handler(number, None)
 
 
 def outlive_first_signal(worker: int) -> None:

@@ -15,6 +15,7 @@ from clip_retrieval.config import read_config
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.decode import limit_image_pixels
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels import AutoAugmented, MixedPixels, Pixels, make_pixels
 from clip_retrieval.data.shards import absolute_patterns
@@ -42,6 +43,7 @@ from clip_retrieval.options import (
     taken_from_checkpoint,
 )
 from clip_retrieval.reporting.log import log
+from clip_retrieval.run.folder import run_folder
 
 PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
@@ -50,6 +52,13 @@ ONLY_TYPED = ("overwrite", "reset_optimizer", "reset_data_offset")  # what a com
 
 
 def settle_options(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """The options of a run, and the checkpoint of ours that it resumes, if any; see `_settle`."""
+    options, checkpoint = _settle(typed)
+    limit_image_pixels(options.data.max_image_pixels)
+    return options, checkpoint
+
+
+def _settle(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
     """The options of a run, and the checkpoint of ours that it resumes, if any.
 
     Defaults < --config < the checkpoint's options < what was typed. A --resume that is not a checkpoint of ours gives
@@ -120,27 +129,6 @@ def _resumed_file(options: Options) -> Path | None:
     if options.run.eval:
         raise UserError(f"--resume auto: there is no {last}; give the checkpoint's path")
     return None
-
-
-def run_folder(options: Options) -> Path:
-    """The folder of a finetune."""
-    return Path(options.run.checkpoint_path) / options.run.experiments
-
-
-def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
-    """Make `folder`, see that it can be written, and sweep away what a kill left half written.
-
-    Raises UserError, naming the options that choose another, where it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        for half_written in folder.glob(".*.tmp"):
-            half_written.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with {options}") from None
 
 
 @dataclass

@@ -17,10 +17,13 @@ from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.errors import printable
+from clip_retrieval.files import write_text
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_json, write_options
-from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.run.folder import make_folder
+from clip_retrieval.start import load_model, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device, device_name
 
 USUAL_FOLDERS = ("test", "val", "valid", "validation", "train", "images", "data")
@@ -75,7 +78,7 @@ def classify_with(
         read = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
         read.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
         text = "\n".join([f"{built.name}, weights: {built.weights}", *read, summary(block), "", table, ""])
-        (folder / "results.txt").write_text(text, encoding="utf-8")
+        write_text(folder / "results.txt", printable(text))
     log.info(f"\n{table}\n\n{summary(block)}")
     log.info(f"wrote {folder / 'results.json'} and results.txt")
 

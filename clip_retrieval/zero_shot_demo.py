@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +24,13 @@ from clip_retrieval.classification.encode import prompted
 from clip_retrieval.classification.folder import image_paths, say_skipped
 from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import choose_templates
-from clip_retrieval.data.images import ImageFiles, as_rgb, decode_rgb
+from clip_retrieval.data.decode import as_rgb, decode_rgb
+from clip_retrieval.data.images import ImageFiles
 from clip_retrieval.errors import NotFiniteError, UserError
 from clip_retrieval.reporting.figures import Panel, draw_predictions, drawn_before
 from clip_retrieval.reporting.log import log, start_log
-from clip_retrieval.start import load_model, make_folder, settle_options, warn_of_random_weights
+from clip_retrieval.run.folder import make_folder
+from clip_retrieval.start import load_model, settle_options, warn_of_random_weights
 from clip_retrieval.training.precision import choose_device
 
 SHOWN = 5
@@ -146,9 +147,7 @@ class Photographs(ImageFiles):
     """Images as a person sees them: upright, and white where they are transparent."""
 
     def __getitem__(self, index: int) -> Image.Image:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about the size and the palette
-            return decode_rgb(self.paths[index], self.paths[index], upright_on_white)
+        return decode_rgb(self.paths[index], self.paths[index], upright_on_white)
 
 
 def upright_on_white(image: Image.Image) -> Image.Image:

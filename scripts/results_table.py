@@ -18,13 +18,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
     args = parser.parse_args()
 
+    from clip_retrieval.files import write_text
     from clip_retrieval.reporting.results import read_results
     from clip_retrieval.reporting.table import markdown_table
 
     table = markdown_table([read_results(path) for path in args.results])
     print(table, end="")
     if args.output is not None:
-        args.output.write_text(table, encoding="utf-8")
+        write_text(args.output, table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ and flickr30k_text/dataset_flickr30k.json.gz (Karpathy's); by default it is $CLI
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +16,10 @@ from pathlib import Path
 import _path  # noqa: F401
 import numpy as np
 
+from clip_retrieval.data.readers.files import read_ids
+from clip_retrieval.data.readers.karpathy import read_json
 from clip_retrieval.errors import UserError, run_and_exit
+from clip_retrieval.files import write_text
 
 ANNOTATIONS = Path(__file__).resolve().parents[1] / "datasets" / "annotations"
 
@@ -39,18 +40,17 @@ def main() -> None:
 def write_coco(folder: Path, output: Path) -> None:
     """Caption ids, in their order, as int32."""
     for split in ("train", "dev", "test", "restval"):
-        ids = np.load(folder / f"coco_{split}_ids.npy", allow_pickle=False)
+        ids = read_ids(folder / f"coco_{split}_ids.npy")
         np.save(output / f"coco_{split}_ids.npy", ids.astype(np.int32))
         print(f"coco {split}: {len(ids):,} captions")
 
 
 def write_flickr(name: str, source: Path, output: Path) -> None:
     """Image file names, one a line, in the order of Karpathy's file."""
-    data = source.read_bytes()
-    images = json.loads(gzip.decompress(data) if source.suffix == ".gz" else data)["images"]
+    parts = read_json(source)
     for split in ("train", "val", "test"):
-        names = [image["filename"] for image in images if image["split"] == split]
-        (output / f"{name}_{split}.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+        names = parts[split].names if split in parts else []
+        write_text(output / f"{name}_{split}.txt", "".join(f"{n}\n" for n in names))
         print(f"{name} {split}: {len(names):,} images")
 
 

@@ -27,7 +27,7 @@ def main() -> None:
     parser = build_parser(__doc__.partition("\n")[0], groups=(ModelOptions,))
     add_arguments(parser, RunOptions, only=("resume", "checkpoint_path", "device"))
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
-    add_arguments(parser, DataOptions, only=("num_workers",))
+    add_arguments(parser, DataOptions, only=("num_workers", "max_image_pixels"))
     wanted = parser.add_argument_group("classification options")
     wanted.add_argument(
         "--data", required=True, help="cifar10, cifar100, stl10, imagenet, or a folder with a folder for each class"

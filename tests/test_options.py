@@ -32,6 +32,7 @@ SPELLINGS = {
     "batch_size": ["--batch_size", "-b"],
     "eval_batch_size": ["--eval_batch_size", "--valid_batch_size"],
     "num_workers": ["--num_workers"],
+    "max_image_pixels": ["--max_image_pixels"],
     "lr": ["--lr", "--learning_rate", "-lr"],
     "beta1": ["--beta1"],
     "beta2": ["--beta2"],

@@ -50,6 +50,24 @@ def test_killed_in_any_step_and_resumed_ends_bit_identical(run, run_killed, argu
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
 
 
+@pytest.mark.parametrize(
+    "extra", [(), ("--loss", "siglip", "--grad_cache", "4"), ("--vision_model", "simple.json")], ids=str
+)
+def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, captioned, tmp_path, extra):
+    extra = [captioned / word if word.endswith(".json") else word for word in extra]
+    command = [*arguments, "--augment", "crop", "--save_every", "2", *extra]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run(*command, "--experiments", "whole")[0] == 0
+        run_killed(4, *command, "--resume", "auto")
+        code, _, err = run(*command, "--resume", "auto")
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0, err
+    assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
+
+
 def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
     import clip_retrieval.finetune as module
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from clip_retrieval.data.readers.files import read_json, read_text
+from clip_retrieval.data.readers.files import mend_characters, read_json, read_text
 from clip_retrieval.errors import UserError
 from clip_retrieval.reporting.log import log
 
 # What may stand between a folder and its name: the first one that the lines have. Blanks are common within names: they
 # count only behind folders that are ids, and where most folders are named so.
-TAB, COMMA, SIGN, BLANK = r"\t", "[,，]", "[;:=]", r"\s"
+# (No blanks before a delimiter in these patterns: many blanks in a line would take quadratic time.)
+TAB, COMMA, SIGN, BLANK = r"\t\s*", "[,，]", "[;:=]", r"\s+"
 DELIMITERS = {TAB: "\t", COMMA: ",", SIGN: ";"}  # of fields in quotes
 HEADER = {"folder", "directory", "dir", "class", "category", "id", "label", "index", "idx", "wnid", "wordnet_id"}
 HEADER |= {"synset", "folder_name", "class_name", "class_id", "name"}
@@ -29,8 +30,8 @@ CODE = ("{", "[", '"', "'")
 
 
 def spaced(name: str) -> str:
-    """A name as it is written in a sentence."""
-    return " ".join(name.replace("_", " ").split())
+    """A name as it is written in a sentence, in characters that can be tokenised."""
+    return " ".join(mend_characters(name).replace("_", " ").split())
 
 
 def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
@@ -167,7 +168,7 @@ def _fields(text: str, separator: str, most: int = 0) -> list[str]:
             return [text]
         joined = delimiter.join(fields[most:]) if most and len(fields) > most else None
         return [field.strip() for field in (fields if joined is None else [*fields[:most], joined])]
-    return re.split(rf"\s*{separator}\s*", text, maxsplit=most)
+    return [field.strip() for field in re.split(separator, text, maxsplit=most)]
 
 
 def _is_header(first: str, folders: frozenset[str]) -> bool:

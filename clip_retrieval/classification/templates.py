@@ -10,7 +10,7 @@ from pathlib import Path
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
 from clip_retrieval.classification.arguments import is_there
-from clip_retrieval.data.readers.files import read_text
+from clip_retrieval.data.readers.files import mend_characters, read_text
 from clip_retrieval.errors import UserError
 
 PLACE = "{}"
@@ -115,4 +115,4 @@ def _checked(text: str, where: str) -> str:
         raise UserError(
             f"{where}: a template has exactly one {{}}, where the name of the class goes; this has {places}"
         )
-    return PLACES.sub(PLACE, text)
+    return PLACES.sub(PLACE, mend_characters(text))

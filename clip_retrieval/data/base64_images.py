@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.errors import UserError
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")

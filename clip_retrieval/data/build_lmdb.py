@@ -18,6 +18,7 @@ from pathlib import Path
 import lmdb
 
 from clip_retrieval.data.base64_images import padded, read_tsv
+from clip_retrieval.data.jsonl import parse_json, to_json
 from clip_retrieval.data.lmdb_files import NUM_IMAGES, NUM_SAMPLES, UNANSWERED, LmdbImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS, Text, Texts, read_texts
 from clip_retrieval.errors import RunError, UserError
@@ -85,9 +86,10 @@ def _stamp(path: Path) -> list[int]:
 def _read_sources(folder: Path) -> dict[str, list[int]]:
     """What the folder was built from, as far as it is whole."""
     try:
-        return json.loads((folder / SOURCES).read_text())
+        content = parse_json((folder / SOURCES).read_bytes())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -184,8 +186,8 @@ def _write_pairs(texts: Texts, answers: Iterator[tuple[Text, int | str, int]], f
                 store.commit()
         unanswered = [text for text in texts.records if not text.image_ids]
         for row, text in enumerate(unanswered):
-            line = json.dumps({"text_id": text.text_id, "text": text.text}, ensure_ascii=False)
-            store.put(UNANSWERED + f"{row:012d}".encode(), line.encode())
+            line = to_json({"text_id": text.text_id, "text": text.text})
+            store.put(UNANSWERED + f"{row:012d}".encode(), line)
         pairs = sum(len(text.image_ids) for text in texts.records)
         store.put(NUM_SAMPLES, str(pairs).encode())
         store.commit()
@@ -200,7 +202,7 @@ class _Store:
         self._pending: dict[bytes, bytes] = {}
         self.pending_bytes = 0
         # Without locks of its own: nobody reads it yet, and `_alone` keeps other writers away.
-        self._env = lmdb.open(str(folder), map_size=MAP_BYTES, lock=False)
+        self._env = lmdb.open(os.fsencode(folder), map_size=MAP_BYTES, lock=False)
         self.longest_key = self._env.max_key_size()
 
     def __enter__(self) -> _Store:

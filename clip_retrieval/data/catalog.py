@@ -9,8 +9,9 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
+from clip_retrieval.reporting.log import log
 
-# The module below `readers` that reads each; imported when asked for: coco alone needs pycocotools.
+# The module below `readers` that reads each; imported when asked for.
 READERS = {
     "coco": "coco",
     "flickr30k": "karpathy",
@@ -61,7 +62,17 @@ def _read_one(options: DataOptions, split: str) -> RetrievalDataset | None:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(READERS)}"
         raise UserError(f"--dataset {name}: no such data set; {hint}")
     reader = importlib.import_module(f"clip_retrieval.data.readers.{READERS[name]}")
-    return reader.read(options, split)
+    dataset = reader.read(options, split)
+    if dataset is not None:
+        count_broken(dataset)
+    return dataset
+
+
+def count_broken(dataset: RetrievalDataset) -> None:
+    """Log how many captions hold U+FFFD, which readers put in place of half surrogate pairs."""
+    broken = sum("\ufffd" in caption for caption in dataset.captions if not caption.isascii())
+    if broken:
+        log.warning(f"{dataset.name} {dataset.split}: {broken:,} captions hold U+FFFD in place of broken characters")
 
 
 def size_warning(dataset: RetrievalDataset) -> str | None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from clip_retrieval.data.base64_images import typed_ids
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, EncodedImages, Images, RetrievalDataset
+from clip_retrieval.data.decode import limit_image_pixels
+from clip_retrieval.data.jsonl import to_json
 from clip_retrieval.data.mixture import MixedImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS
 from clip_retrieval.data.readers.files import SPLITS
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import write_atomic
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
 
@@ -48,6 +47,7 @@ def export_each(
     for name in splits:
         if name not in SPLITS:
             raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
+    limit_image_pixels(options.max_image_pixels)
     written = 0
     for name in splits or CHINESE_CLIP_SPLITS:
         dataset = read_dataset(options, SPLITS[name])
@@ -58,7 +58,7 @@ def export_each(
         try:
             output.mkdir(parents=True, exist_ok=True)
             write(dataset, name)
-        except OSError as error:
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
         written += 1
         if not splits and dataset.split == UNSPLIT:
@@ -78,32 +78,36 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     images: list[list[int | str]] = [[] for _ in dataset.captions]
     for image, caption in dataset.pairs.tolist():
         images[caption].append(image_ids[image])
-    with whole(output / f"{name}{IMAGES}") as path, _text(path) as tsv:
+    with write_atomic(output / f"{name}{IMAGES}") as tsv:
         for index in progress_bar(range(len(image_ids)), desc=f"{name}{IMAGES}"):
-            encoded = base64.b64encode(file_bytes(dataset.images, index)).decode()
-            tsv.write(f"{image_ids[index]}\t{encoded}\n")
+            tsv.write(f"{image_ids[index]}\t".encode())
+            tsv.write(base64.b64encode(file_bytes(dataset.images, index)) + b"\n")
     text_ids = dataset.text_ids or range(len(dataset.captions))
-    with whole(output / f"{name}{TEXTS}") as path, _text(path) as jsonl:
+    with write_atomic(output / f"{name}{TEXTS}") as jsonl:
         for text_id, text, answers in zip(text_ids, dataset.captions, images):
-            record = {"text_id": text_id, "text": text, "image_ids": answers}
-            jsonl.write(json.dumps(record, ensure_ascii=False) + "\n")
+            jsonl.write(to_json({"text_id": text_id, "text": text, "image_ids": answers}) + b"\n")
     log.info(f"{output / name}{IMAGES} and {TEXTS}: {len(image_ids):,} images, {len(dataset.captions):,} texts")
 
 
 def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
-    if dataset.image_ids is not None:
-        return dataset.image_ids
-    if ids == "number":
-        return range(len(dataset.images))
-    stems: dict[str, str] = {}
-    for index in range(len(dataset.images)):
-        path = dataset.images.name(index)
-        stem = " ".join(Path(path).stem.split())  # an id holds no tab
-        if (other := stems.setdefault(stem, path)) != path:
+    """The ids to write. Raises UserError if two images have the same."""
+    images = dataset.images
+    if dataset.image_ids is None and ids == "number":
+        return range(len(images))
+    given = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
+    rows: dict[str, int] = {}
+    for row, image_id in enumerate(map(_tsv_id, given)):
+        if (first := rows.setdefault(image_id, row)) != row:
+            remedy = ", or use --ids number" if dataset.image_ids is None else ""
             raise UserError(
-                f"{path} and {other} have the same name, which --ids name needs to differ; use --ids number"
+                f"{images.name(row)} and {images.name(first)} have the same name, {image_id}; rename one{remedy}"
             )
-    return typed_ids(list(stems))
+    return typed_ids(list(rows), () if dataset.image_ids is None else dataset.image_ids)
+
+
+def _tsv_id(image_id: int | str) -> str:
+    """The id as a tsv can hold it: without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
+    return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
 
 
 def file_bytes(images: Images, index: int) -> bytes:
@@ -115,18 +119,3 @@ def file_bytes(images: Images, index: int) -> bytes:
     file = io.BytesIO()
     images[index].save(file, "png")
     return file.getvalue()
-
-
-def _text(path: Path) -> TextIO:
-    return path.open("w", encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.export import export_each, file_bytes, whole
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
+from clip_retrieval.data.export import export_each, file_bytes
+from clip_retrieval.data.jsonl import to_json
 from clip_retrieval.data.shard_samples import CAPTION
 from clip_retrieval.data.shards import SIZES, read_sizes
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import write_atomic
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
 from clip_retrieval.reporting.results import write_json
@@ -50,7 +51,7 @@ def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int)
         for number, start in enumerate(range(0, len(described), shard_size)):
             images = described[start : start + shard_size]
             shard = output / f"{name}-{number:05}.tar"
-            with whole(shard) as path, tarfile.open(path, "w") as tar:
+            with write_atomic(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
                 for image in images:
                     captions = [dataset.captions[i] for i in dataset.pairs[first[image] : first[image + 1], 1]]
                     _add_sample(tar, f"{image:09}", *_as_shards_have_it(dataset, image), captions)
@@ -76,7 +77,7 @@ def _add_sample(tar: tarfile.TarFile, key: str, ending: str, image: bytes, capti
     if len(captions) == 1:
         _add(tar, f"{key}.txt", captions[0].encode())
     else:
-        _add(tar, f"{key}.json", json.dumps({CAPTION: captions}, ensure_ascii=False).encode())
+        _add(tar, f"{key}.json", to_json({CAPTION: captions}))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

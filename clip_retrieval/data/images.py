@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.data.decode import decode_rgb, no_such_image, read_encoded
+from clip_retrieval.errors import UserError, reason
 
 
 class ImageFiles:
@@ -32,50 +33,15 @@ class ImageFiles:
         """Size in bytes and time of the last change (ns) of the file: they differ where its content does."""
         try:
             found = os.stat(self.paths[index])  # noqa: PTH116  a Path for each of 100,000 files takes longer than this
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise _no_such_image(self.paths[index]) from None
-            raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
+        except FileNotFoundError:
+            raise no_such_image(self.paths[index]) from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{self.paths[index]}: not a readable image ({reason(error)})") from None
         return found.st_size, found.st_mtime_ns
 
     def encoded(self, index: int) -> bytes:
         """The bytes of the file."""
-        try:
-            return Path(self.paths[index]).read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image as Pillow's `convert` makes it RGB; convert would copy what is RGB already."""
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image], Image.Image] = as_rgb) -> Image.Image:
-    """An image file, or its bytes, as RGB. Raises UserError, with `name`, where it is no image."""
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise _no_such_image(name) from None
-    except MemoryError:
-        raise
-    # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
-    except Exception as error:
-        raise UserError(f"{name}: not a readable image ({_reason(error)}); fetch it again or take it out") from None
-
-
-def _no_such_image(path: str) -> UserError:
-    return UserError(f"{path}: no such image; check --image_dir or --dataset_root")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "of no known image format"  # its own text repeats the path
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return read_encoded(self.paths[index])
 
 
 class ImageArray:
@@ -156,8 +122,13 @@ def _look_in(
 
 
 def _listing(folder: str) -> frozenset[str]:
+    """The names in a folder; none if there is no such folder, or can be none of this name."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
+    except ValueError:  # a NUL, or half a surrogate pair
         return frozenset()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return frozenset()
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
+import reprlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular, write_atomic
 
 try:
     import orjson
@@ -22,70 +22,86 @@ except ImportError:
 
 Id = int | str
 
-
-@contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name when all is written. Raises UserError where it cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        file = temporary.open("wb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+LONGEST_LINE = 2**27  # bytes
+LONGEST_ID = 2**13  # bits of a whole number, some 2,400 digits: str() refuses more than 4,300
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write text lines, each without its line break."""
-    with written(path) as file:
+    """Write text lines atomically, each without its line break. Raises OSError if the place cannot be written."""
+    with write_atomic(path) as file:
         file.writelines(f"{line}\n".encode() for line in lines)
 
 
-def opened(path: Path) -> BinaryIO:
-    """The file, to read from. Raises UserError where it cannot be read."""
+def open_input(path: Path) -> BinaryIO:
+    """A regular file, to read from. Raises UserError if it cannot be read."""
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+
+
+def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of each line that is not empty. Raises UserError for a line that no record can need."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; write one record a line")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            yield number, line
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record) of each line that is not empty. Raises UserError, naming the line."""
-    with opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                try:
-                    yield number, record(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from None
+    with open_input(path) as file:
+        for number, line in read_lines(file, path):
+            try:
+                yield number, record(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
 
 
 def record(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line. Raises ValueError, with a reason, where there is another thing."""
+    """The JSON object on a line. Raises ValueError, with a reason, if it is something else."""
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
+        raise ValueError(f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             raise ValueError("several records are glued together; each stands on a line of its own") from None
         raise ValueError(f"broken JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("broken JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"broken JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"not a JSON object, but a {type(content).__name__}")
     return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of JSON. Raises ValueError for anything else: UnicodeDecodeError, JSONDecodeError or with a reason.
+
+    Half surrogate pairs are kept: ids and names of files may have them.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
+        return json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except MemoryError:
+        raise ValueError("larger than the memory") from None
+    except ValueError:  # int refuses thousands of digits, which would take it very long
+        raise ValueError("a number has thousands of digits") from None
+
+
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON as UTF-8, readable in any language; half a surrogate pair is written as JSON's escape and read back."""
+    return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
 
 
 def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
@@ -105,14 +121,14 @@ def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
 
 
 def is_id(value: Any) -> bool:
-    """Whether a JSON value can be an id: a whole number, or a text."""
-    return type(value) in (int, str)
+    """Whether a value can be an id: a text, or a whole number that can be printed."""
+    return type(value) is str or (type(value) is int and value.bit_length() <= LONGEST_ID)
 
 
 def id_of(content: dict[str, Any], key: str) -> Id:
-    """The id under `key`. Raises ValueError where there is none."""
+    """The id under `key`. Raises ValueError if there is none."""
     value = content.get(key)
     if not is_id(value):
-        what = f"{value!r} as " if key in content else "no "
-        raise ValueError(f'{what}"{key}": expected a whole number or a text')
+        found = f"{reprlib.repr(value)} as " if key in content else "no "
+        raise ValueError(f'{found}"{key}": expected a whole number or a text')
     return value

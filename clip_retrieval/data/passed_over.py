@@ -42,8 +42,8 @@ class PassedOver:
         """Say what all processes passed over: they must all be here."""
         problems, cut = self.processes.sum(torch.tensor([self._problems, self._cut])).tolist()
         if problems:  # the one that speaks need not be the one that met them
-            own = f"{self._first}\n" if self._first else ""
-            texts = self.processes.gather_rows(torch.tensor(list(own.encode()), dtype=torch.uint8))
+            own = f"{self._first}\n".encode(errors="backslashreplace") if self._first else b""
+            texts = self.processes.gather_rows(torch.tensor(list(own), dtype=torch.uint8))
             self._first = bytes(texts.tolist()).decode().partition("\n")[0]
         self._say(problems, cut)
 

@@ -23,6 +23,8 @@ from PIL import Image
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as F
 
+from clip_retrieval.data.decode import cut_to_middle
+
 CROP_SCALE = (0.9, 1.0)  # share of the image's area, as in open_clip's training
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
 SPARE = 8 / 7  # short side kept for random crops, in the model's sizes: 256 for 224
@@ -59,10 +61,13 @@ def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[
     """The resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width)."""
     reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     steps = [step for step in reference.transforms if not isinstance(step, (MaybeToTensor, Normalize))]
+    if preprocess.get("resize_mode") == "longest":  # the short side would become less than a pixel
+        steps.insert(0, partial(cut_to_middle, longest=min(model_size(preprocess))))
     if decoder == "pillow":
         return Compose([*steps, to_tensor])
-    # It resizes first. What it does after that, cropping and padding, it does with tensors as well.
-    return Compose([partial(_resized_as, step=steps[0]), *steps[1:]])
+    # The reference's steps after resizing, cropping and padding, take tensors as well.
+    resize = next(i for i, step in enumerate(steps) if isinstance(step, (Resize, ResizeKeepRatio)))
+    return Compose([*steps[:resize], partial(_resized_as, step=steps[resize]), *steps[resize + 1 :]])
 
 
 def _resized_as(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Tensor:

@@ -6,6 +6,8 @@ So the batches are the same for any number of processes, and a run can go on fro
 
 from __future__ import annotations
 
+import itertools
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,13 +71,17 @@ class BatchSampler:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of the pairs, and of a mixture's parts: a run goes on only with the data that it began with."""
-        checksum = zlib.crc32(self.dataset.pairs.tobytes())
-        if isinstance(self.dataset, Mixture):
-            # Data sets of equal shape may have changed places: their captions tell.
-            checksum = zlib.crc32(self.dataset.first_image.tobytes(), checksum)
-            for caption in self.dataset.captions:
-                checksum = zlib.crc32(caption.encode(errors="surrogatepass"), checksum)
+        """A checksum of pairs, captions and image names: a run is resumed only with the data that it began with.
+
+        Of a name only its last part counts: the folder of the images may have moved.
+        """
+        dataset = self.dataset
+        checksum = zlib.crc32(dataset.pairs.tobytes())
+        if isinstance(dataset, Mixture):
+            checksum = zlib.crc32(dataset.first_image.tobytes(), checksum)
+        names = (os.path.basename(dataset.images.name(image)) for image in range(len(dataset.images)))  # noqa: PTH119
+        for text in itertools.chain(dataset.captions, names):
+            checksum = zlib.crc32(text.encode(errors="surrogatepass") + b"\0", checksum)
         return checksum
 
     @cached_property

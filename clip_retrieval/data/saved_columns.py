@@ -1,15 +1,16 @@
 """Columns of a Hugging Face data set that `save_to_disk` wrote: a folder of Arrow files, memory-mapped.
 
-    DIR/state.json, DIR/dataset_info.json, DIR/data-00000-of-00004.arrow, ...
+    DIR/state.json, DIR/data-00000-of-00004.arrow, ...
 
-Nothing in the folder is run. An image stands there as the library keeps it (its bytes, or its path), as plain bytes,
-as a base64 text, as a list with one of these, or as a path.
+The Arrow files alone are read, by pyarrow: nothing in the folder is run, and nothing is fetched. An image is in them as
+the library keeps it (its bytes, or its path), as plain bytes, as a base64 text, as a list with one of these, or as a
+path.
 """
 
 from __future__ import annotations
 
 import io
-import json
+import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,15 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.base64_images import decoded
-from clip_retrieval.data.images import decode_rgb
-from clip_retrieval.errors import UserError
+from clip_retrieval.data.decode import check_encoded_size, decode_rgb
+from clip_retrieval.data.readers.files import read_json
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
 
 STATE = "state.json"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # what an Arrow stream ends with when all of it was written
+SMALLEST_ROW = 4  # bytes of a row at least: where its image ends
+SAFE_PYARROW = 15  # earlier versions ran pickles that are in the schema
 
 
 def is_saved(folder: Path) -> bool:
@@ -32,55 +37,120 @@ def is_saved(folder: Path) -> bool:
 
 
 def open_saved(folder: Path) -> Any:
-    """The table of a saved data set, a `pyarrow.Table` that is read from the disk where it is looked at.
+    """The table of a saved data set, a `pyarrow.Table` that is read from the disk when it is used.
 
-    Raises UserError where the library is not installed, or a file is missing or damaged.
+    Raises UserError if pyarrow is not installed, or a file is missing, damaged, compressed or no Arrow stream.
     """
-    datasets = _library()
-    for file in data_files(folder):
+    pyarrow = _library()
+    files = data_files(folder)
+    for file in files:
         _check_whole(file)
     try:
-        table = datasets.load_from_disk(str(folder), keep_in_memory=False).data.table
+        tables = [_read_stream(file, pyarrow) for file in files]
+        table = pyarrow.concat_tables(tables, promote_options="default")
         table.validate()
-    # pyarrow's errors are OSError and ValueError; the library's own JSON may lack anything.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({reason}); save it anew") from None
+        names = table.column_names  # may not be UTF-8
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({reason(error)}); save it anew") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{folder}: two columns have the same name; save the data set anew")
+    if table.num_rows * SMALLEST_ROW > sum(file.stat().st_size for file in files):
+        raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it anew")
     return table
 
 
 def _library() -> Any:
     try:
-        import datasets
+        import pyarrow
+        import pyarrow.ipc
     except ImportError:
-        datasets = None
-    # The folder `datasets` of a clone is imported as an empty package.
-    if not hasattr(datasets, "load_from_disk"):
-        raise UserError("Hugging Face data sets need the library datasets: pip install datasets")
-    return datasets
+        pyarrow = None
+    if pyarrow is None or int(pyarrow.__version__.partition(".")[0]) < SAFE_PYARROW:
+        raise UserError(f"Hugging Face data sets need pyarrow {SAFE_PYARROW} or later: pip install -U pyarrow")
+    return pyarrow
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The Arrow files of a saved data set. Raises UserError where its state.json does not name them."""
+    """The Arrow files of a saved data set. Raises UserError if its state.json does not name files in the folder."""
+    state = read_json(folder / STATE)
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / STATE}: not as save_to_disk writes it ({error!r}); save the data set anew"
-        ) from None
+        names = [file["filename"] for file in state["_data_files"]]
+        whole = not state.get("_indices_data_files")
+    except (AttributeError, KeyError, TypeError):
+        names, whole = [], False
+    if not whole or not all(isinstance(name, str) and _is_file_name(name) for name in names):
+        raise UserError(f"{folder / STATE}: not as save_to_disk writes it; save the data set anew")
+    return [folder / name for name in names]
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it is the name of a file in the folder itself."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
+
+
+def _read_stream(file: Path, pyarrow: Any) -> Any:
+    """The table in an Arrow file, of which nothing is copied to memory."""
+    for message in pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(file))):
+        if _is_compressed(message.metadata.to_pybytes()):
+            raise ValueError(f"{file.name} is compressed, which save_to_disk never does")
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether the buffers of an Arrow message are compressed: a small file could unpack to any size.
+
+    The metadata are a flatbuffer, format/Message.fbs of Arrow: a Message with a Schema (1), DictionaryBatch (2) or
+    RecordBatch (3). Raises ValueError if they are damaged.
+    """
+    try:
+        message = _offset(metadata, 0)
+        kind, header = _field(metadata, message, 1), _field(metadata, message, 2)
+        if kind is None or header is None or metadata[kind] not in (2, 3):
+            return False
+        batch = _offset(metadata, header)
+        if metadata[kind] == 2:
+            data = _field(metadata, batch, 1)
+            if data is None:
+                return False
+            batch = _offset(metadata, data)
+        return _field(metadata, batch, 3) is not None
+    except (struct.error, IndexError):
+        raise ValueError("a damaged message") from None
+
+
+def _offset(buffer: bytes, at: int) -> int:
+    """What an offset in a flatbuffer refers to."""
+    return at + struct.unpack_from("<I", buffer, at)[0]
+
+
+def _field(buffer: bytes, table: int, number: int) -> int | None:
+    """The place of a field of a table in a flatbuffer; None if it has the default."""
+    vtable = table - struct.unpack_from("<i", buffer, table)[0]
+    if vtable < 0 or 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
+        return None
+    place = struct.unpack_from("<H", buffer, vtable + 4 + 2 * number)[0]
+    return table + place if place else None
 
 
 def _check_whole(file: Path) -> None:
     # Without its last batches a stream is read without an error.
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             stream.seek(max(0, stream.seek(0, io.SEEK_END) - len(END_OF_STREAM)))
             whole = stream.read() == END_OF_STREAM
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); fetch the data set again") from None
     if not whole:
         raise UserError(f"{file}: cut short, or damaged; fetch it again")
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is a text, or a list of texts, each kept once: others may be many times their file."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
 
 
 class SavedImages:
@@ -119,7 +189,9 @@ class SavedImages:
         """The bytes of the image file. Raises UserError, naming the row, where they are no base64."""
         if self._contents is None:
             self._contents = Contents(open_saved(self.folder).column(self.column))
-        content = bytes(self._contents[int(self.rows[index])])
+        content = self._contents[int(self.rows[index])]
+        check_encoded_size(len(content), self.name(index))
+        content = bytes(content)
         return decoded(content, self.name(index)) if self.is_base64 else content
 
     def name(self, index: int) -> str:

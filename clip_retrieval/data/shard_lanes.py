@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from clip_retrieval.data.alike import image_key
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.data.pixels import ImageTransform
 from clip_retrieval.data.shard_order import Segment, ShardOrder
 from clip_retrieval.data.shard_samples import Unusable, captions_of, image_ending, read_samples

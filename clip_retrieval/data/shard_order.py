@@ -11,6 +11,7 @@ shards' counts, and in it by its headers. Of that one shard it reads anew what i
 from __future__ import annotations
 
 import itertools
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.shard_samples import count_samples
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
 
 MOST_LANES = 32  # unless a batch is so large that each has more than LANE_SHARE pairs of it
 LANE_SHARE = 128
+PROBE_BYTES = 2**16  # of a shard, read three times to tell whether it is the same
 
 
 class Shards:
@@ -100,11 +103,11 @@ class ShardOrder:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of the shards' names and sizes: a run goes on only with the data that it began with."""
+        """A checksum of the shards' names, sizes and some of their bytes: a run is resumed only with the same data."""
         names = [path.name for path in self.shards.paths]
-        sizes = [path.stat().st_size for path in self.shards.paths]
+        contents = [_probe(path) for path in self.shards.paths]
         counts = [] if self.num_samples else self._counts.tolist()
-        return zlib.crc32(repr((names, sizes, counts)).encode())
+        return zlib.crc32(repr((names, contents, counts)).encode(errors="surrogatepass"))
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -190,6 +193,23 @@ class ShardOrder:
                 if max(low, first) < min(high, end):
                     found.append((shard, max(low, first) - first, min(high, end) - first))
         return found
+
+
+def _probe(path: Path) -> tuple[int, int]:
+    """Size of a file, and a checksum of its beginning, middle and end: all of it if it is small.
+
+    Raises UserError if it cannot be read.
+    """
+    checksum = 0
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
+                file.seek(begin)
+                checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    return size, checksum
 
 
 def number_of_lanes(batch_size: int, most: int) -> int:

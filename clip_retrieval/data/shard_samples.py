@@ -2,29 +2,30 @@
 
     00017.jpg  00017.txt  00017.json
 
-The headers alone say how many samples there are and where each begins; the samples themselves are read one after the
-other by the webdataset library.
+The headers alone tell how many samples there are and where each begins.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-
+from clip_retrieval.data.decode import check_encoded_size
 from clip_retrieval.data.readers.files import clean_caption
-from clip_retrieval.errors import UserError
+from clip_retrieval.data.tar_headers import Header, read_headers
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
 from clip_retrieval.reporting.log import log
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION = "caption"  # its key in a .json, unless another one is given
-CHUNK = 1 << 20  # bytes
+LARGEST_TEXT = 2**24  # bytes of a .txt or .json
+KEYS_SHOWN = 5  # of a .json, in messages
 _ENDINGS = {*IMAGES, "txt", "json"}
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -46,38 +47,59 @@ class Member(NamedTuple):
 def read_members(path: Path) -> Iterator[list[Member]]:
     """The members of each sample, from the headers alone.
 
-    Raises UserError where the shard is cut short or broken.
+    Raises UserError, naming the shard, if it is cut short or broken, or a member is too large.
     """
-    return (list(group) for _, group in itertools.groupby(_members(path), key=lambda member: member.key))
+    with _opened(path) as file:
+        yield from _samples(path, file)
 
 
-def _members(path: Path) -> Iterator[Member]:
+def _samples(path: Path, file: BinaryIO) -> Iterator[list[Member]]:
+    for _, members in itertools.groupby(_members(path, file), key=lambda member: member.key):
+        yield list(members)
+
+
+def _members(path: Path, file: BinaryIO) -> Iterator[Member]:
+    for header in read_headers(path, file):
+        if _is_part(header.name):
+            key, ending = key_and_ending(header.name)
+            _check_size(header, ending, path)
+            yield Member(key, ending, header.header, header.begin, header.size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A shard, for a block whose OSError is a UserError."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # (it would keep them all)
-                if info.isreg() and _is_part(info.name):
-                    key, ending = base_plus_ext(info.name)
-                    yield Member(key, ending.lower(), info.offset, info.offset_data, info.size)
-            # A header that makes no sense ends the iteration as well.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise UserError(f"{path}: broken at byte {tar.offset:,}; fetch it again")
-            if any(chunk.strip(b"\0") for chunk in iter(lambda: tar.fileobj.read(CHUNK), b"")):
-                raise UserError(f"{path}: goes on behind its end at byte {tar.offset:,}; is it several tars in one?")
-    except (tarfile.TarError, OSError) as error:
-        raise _unreadable(path, error) from None
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a tar ({reason(error)}); fetch it again") from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UserError(f"{path}: cannot be read as a tar ({reason}); fetch it again")
+def key_and_ending(name: str) -> tuple[str, str]:
+    """What a member's name is before the first dot of its last part, and after it in small letters, as in webdataset.
+
+    Both are empty if there is no dot, or nothing before it.
+    """
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    return (f"{folder}{slash}{stem}", ending.lower()) if stem and dot else ("", "")
 
 
 def _is_part(name: str) -> bool:
     """Whether a member is part of a sample: an image, a text or a JSON, and none of webdataset's own notes."""
-    key, ending = base_plus_ext(name)
-    return key is not None and ending.lower() in _ENDINGS and not _META.match(name)
+    return key_and_ending(name)[1] in _ENDINGS and not _META.match(name)
+
+
+def _check_size(header: Header, ending: str, path: Path) -> None:
+    """Raise UserError if a member is too large to be read into memory."""
+    if ending in IMAGES:
+        check_encoded_size(header.size, f"{path}, {header.name}")
+    elif header.size > LARGEST_TEXT:
+        raise UserError(
+            f"{path}, {header.name}: {header.size:,} bytes are more than the {LARGEST_TEXT:,} that a caption's file "
+            "may have; take it out"
+        )
 
 
 def check_layout(path: Path, caption_key: str | None) -> None:
@@ -111,12 +133,11 @@ def check_layout(path: Path, caption_key: str | None) -> None:
 
 def _other_names(path: Path) -> Iterator[str]:
     """The names of files that are part of no sample, and not webdataset's own notes."""
-    with tarfile.open(path, "r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members.clear()
-            hidden = info.name.rpartition("/")[2].startswith(".")  # macOS brings a ._file along with every file
-            if info.isreg() and not hidden and not _is_part(info.name) and not _META.match(info.name):
-                yield info.name
+    with _opened(path) as file:
+        for header in read_headers(path, file):
+            hidden = header.name.rpartition("/")[2].startswith(".")  # macOS brings a ._file along with every file
+            if not hidden and not _is_part(header.name) and not _META.match(header.name):
+                yield header.name
 
 
 def count_samples(path: Path) -> int:
@@ -124,31 +145,27 @@ def count_samples(path: Path) -> int:
     return sum(1 for _ in read_members(path))
 
 
-def read_samples(path: Path, first: int = 0) -> Iterator[dict[str, bytes]]:
+def read_samples(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
     """The samples of a shard from number `first` on: `__key__`, and the content of each member by its ending.
 
-    What stands before them is not read. Raises UserError where the shard is cut short or broken.
+    Of two members of the same name the first is taken. The contents before `first` are not read. Raises UserError if
+    the shard is cut short or broken, or a member is too large.
     """
-    begin = 0
-    if first:
-        members = next(itertools.islice(read_members(path), first, None), None)
-        if members is None:
-            return
-        begin = members[0].header
-    try:
-        with path.open("rb") as file:
-            file.seek(begin)
-            parts = tar_file_expander([{"url": str(path), "stream": file}], select_files=_is_part)
-            yield from group_by_keys(parts, handler=_keep_the_first)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a tar ({error.args[0]}); fetch it again") from None
+    with _opened(path) as file:
+        for members in itertools.islice(_samples(path, file), first, None):
+            sample: dict[str, Any] = {"__key__": members[0].key}
+            for member in members:
+                if member.ending not in sample:
+                    sample[member.ending] = _read(path, file, member)
+            yield sample
 
 
-def _keep_the_first(error: Exception) -> bool:
-    """Of two members of the same name, go on with the first; all else is an error."""
-    if isinstance(error, ValueError):
-        return True
-    raise error
+def _read(path: Path, file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.begin)
+    content = file.read(member.size)
+    if len(content) != member.size:
+        raise UserError(f"{path}: cannot be read as a tar (it has become shorter); fetch it again")
+    return content
 
 
 def image_ending(sample: Mapping[str, object]) -> str:
@@ -199,7 +216,7 @@ def _texts_of_json(text: str, key: str) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise Unusable(f"its .json is broken ({error})") from None
     if not isinstance(record, dict) or key not in record:
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        keys = ", ".join(itertools.islice(record, KEYS_SHOWN)) if isinstance(record, dict) else type(record).__name__
         raise Unusable(f"its .json has no {key!r} (but {keys or 'nothing'}): --caption_key names another one")
     value = record[key]
     texts = [value] if isinstance(value, str) else value

@@ -10,25 +10,32 @@ Blanks divide patterns, or SEPARATOR does, where they hold blanks.
 from __future__ import annotations
 
 import glob
-import json
 import re
+import reprlib
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
+from braceexpand import alphabet, braceexpand
 
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.readers import files
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import open_regular
 from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
 SEPARATOR = "::"
 _A_SPLIT = re.compile(rf"(?<![A-Za-z])({'|'.join(files.SPLITS)})(?![A-Za-z])")
 _GZIP = b"\x1f\x8b"
+# Braces: of numbers and letters, how many names they may stand for, and how deep they may be nested.
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
+MOST_SHARDS, MOST_CHARACTERS = 10**6, 10**9
+DEEPEST_BRACES = 50
+LARGEST_SIZE = 2**40  # samples of a shard
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,10 @@ def _split_patterns(text: str, where: str) -> list[str]:
     """The patterns of one option: what SEPARATOR divides, else what blanks do, unless files match it whole."""
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
-    if any(_matches(name) for name in _braces_expanded(text, where)):
+    patterns = text.split()
+    if patterns != [text] and any(_matches(name) for name in _braces_expanded(text, where)):
         return [text]
-    return text.split()
+    return patterns
 
 
 def absolute_patterns(text: str) -> str:
@@ -118,10 +126,39 @@ def _files(name: str) -> list[Path]:
 
 
 def _braces_expanded(pattern: str, where: str) -> list[str]:
+    """The names that a pattern with braces stands for. Raises UserError if the braces do not match, or for too many."""
     try:
+        number = _expansions(pattern)
+        if number > MOST_SHARDS or number * len(pattern) > MOST_CHARACTERS:
+            raise UserError(f"{where}: the braces stand for more than {MOST_SHARDS:,} shards; correct the numbers")
         return list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{where}: the braces do not fit ({error}); write {{00000..00099}}") from None
+
+
+def _expansions(pattern: str) -> int:
+    """How many names `braceexpand` makes of a pattern, at most MOST_SHARDS + 1: counted without making them.
+
+    Raises ValueError for deep nesting, which it is recursive in.
+    """
+    groups, begins = [[0, 1]], [0]  # of each open brace: names of its alternatives so far, of the current one
+    for token in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if token[0] == "{":
+            groups.append([0, 1])
+            begins.append(token.end())
+            if len(groups) > DEEPEST_BRACES:
+                raise ValueError(f"more than {DEEPEST_BRACES} within each other")
+        elif len(groups) > 1 and token[0] == ",":
+            groups[-1] = [sum(groups[-1]), 1]
+        elif len(groups) > 1 and token[0] == "}":
+            number, begin = sum(groups.pop()), begins.pop()
+            if numbers := _RANGE.fullmatch(pattern, begin, token.start()):
+                first, last, step = (int(text or 1) for text in numbers.groups())
+                number = abs(last - first) // (step or 1) + 1
+            elif _LETTERS.fullmatch(pattern, begin, token.start()):
+                number = len(alphabet)
+            groups[-1][1] = min(groups[-1][1] * number, MOST_SHARDS + 1)
+    return groups[0][1]
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -195,7 +232,7 @@ def _tars(folder: Path) -> list[Path]:
 def check_whole(path: Path) -> None:
     """Raise UserError unless the file begins as a tar does and ends as one does: cheap, and before a run begins."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = file.read(tarfile.BLOCKSIZE)
             size = file.seek(0, 2)
             file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
@@ -204,7 +241,7 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+    except (tarfile.HeaderError, ValueError):
         if header and not header.strip(b"\0"):
             raise UserError(f"{path}: holds no samples; take it out of the pattern") from None
         mend = "decompress it" if header.startswith(_GZIP) else "fetch it again, or take it out of the pattern"
@@ -223,7 +260,7 @@ def known_sizes(paths: Sequence[Path]) -> list[int | None]:
             tables[source] = read_sizes(source)
         size = tables[source].get(path.name)
         if size is not None and not _is_count(size):
-            raise UserError(f"{source}: {path.name} has {json.dumps(size)} samples; mend it, or take it away")
+            raise UserError(f"{source}: {path.name} has {reprlib.repr(size)} samples; mend it, or take it away")
         found.append(None if size is None else int(size))
     return found
 
@@ -237,4 +274,6 @@ def read_sizes(source: Path) -> dict[str, Any]:
 
 
 def _is_count(size: object) -> bool:
-    return (type(size) is int and size >= 0) or (isinstance(size, str) and size.isascii() and size.isdecimal())
+    if isinstance(size, str) and size.isascii() and size.isdecimal() and len(size) < 20:
+        size = int(size)
+    return type(size) is int and 0 <= size <= LARGEST_SIZE

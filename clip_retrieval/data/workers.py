@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import multiprocessing
 import os
+import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 
+from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.data.shared_memory import loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import outlive_first_signal
+
+dataloader._MultiProcessingDataLoaderIter._shutdown = True  # of one that could not be made: its __del__ asks
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as they were asked for
 
 
 class _Failed:
     """An error from a worker, carried to the main process whole (the loader would bury it in a traceback)."""
 
-    def __init__(self, error: UserError):
+    def __init__(self, error: UserError | RunError):
+        self.kind = RunError if isinstance(error, RunError) else UserError
         self.message = str(error)
 
     def pin_memory(self) -> _Failed:
@@ -32,8 +44,9 @@ class _Fetch(Dataset):
 
     def __getitem__(self, request: Any) -> Any:
         try:
-            return self.fetch(request)
-        except UserError as error:
+            result = self.fetch(request)
+            return share(result) if get_worker_info() else result
+        except (UserError, RunError) as error:
             return _Failed(error)
 
 
@@ -50,7 +63,7 @@ class Workers:
     """Processes that compute fetch(request), in order and ahead, for one list of requests after another.
 
     Args:
-        fetch: what they compute; a UserError in it is raised where the result is asked for.
+        fetch: what they compute; a UserError or RunError in it is raised when the result is asked for.
         num_workers: how many; with 0 the calling process computes.
         pin_memory: prepare tensors for quick copies to a GPU.
         stay: keep the processes for the next list of requests.
@@ -68,23 +81,84 @@ class Workers:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=stay and num_workers > 0,
-            worker_init_fn=outlive_first_signal,
+            worker_init_fn=partial(_begin_worker, pixels=image_pixels_limit()),
             generator=torch.Generator(),  # its own: loading must not move the random state that training uses
         )
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """The results, in the order of the requests. Raises RunError if a worker is lost or cannot be started."""
         self._requests.now = requests
-        results = iter(self._loader)
-        while True:
+        noticed = _lost_workers_noticed if self._loader.num_workers else contextlib.nullcontext
+        with noticed():
             try:
-                result = next(results)
-            except StopIteration:
+                results = iter(self._loader)
+            except OSError as error:  # of the semaphores and pipes between the processes
+                raise loading_error(error) from error
+        while True:
+            with noticed():
+                result = next(results, _END)
+            if result is _END:
                 return
-            except (ConnectionError, EOFError) as error:
-                raise RunError(LOST_WORKER) from error
             if isinstance(result, _Failed):
-                raise UserError(result.message)
+                raise result.kind(result.message)
             yield result
+
+
+_END = object()
+_NO_DESCRIPTORS = ("Too many open files", "items of ancdata")  # how torch and multiprocessing put it
+
+
+@contextlib.contextmanager
+def _lost_workers_noticed() -> Iterator[None]:
+    """A block that waits for workers: a lost one is a RunError in it, and only in it.
+
+    torch's handler of SIGCHLD raises wherever the main process is, in the middle of writing a checkpoint too. Here it
+    is called in such blocks only: at the beginning, for a worker that was lost since the last one, and by the signal.
+    """
+    global _waiting
+    _waiting = True
+    try:
+        _check_workers()
+        yield
+    except (ConnectionError, EOFError) as error:
+        raise RunError(LOST_WORKER) from error
+    except (OSError, RuntimeError) as error:
+        if str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited")):
+            raise RunError(LOST_WORKER) from error
+        if getattr(error, "errno", None) == errno.EMFILE or any(sign in str(error) for sign in _NO_DESCRIPTORS):
+            raise loading_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE))) from error
+        raise
+    finally:
+        _waiting = False
+        _take_over_handler()
+
+
+_waiting = False
+_torchs_handler: Callable[[int, FrameType | None], None] | None = None
+
+
+def _take_over_handler() -> None:
+    """Put `_child_ended` in the place of torch's handler, which torch sets when it first starts workers."""
+    global _torchs_handler
+    current = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if callable(current) and current is not _child_ended and "torch" in getattr(current, "__module__", ""):
+        _torchs_handler = current
+        signal.signal(signal.SIGCHLD, _child_ended)
+
+
+def _child_ended(number: int, frame: FrameType | None) -> None:
+    if _waiting:
+        _check_workers()
+
+
+def _check_workers() -> None:
+    if _torchs_handler is not None:
+        _torchs_handler(signal.SIGCHLD, None)
+
+
+def _begin_worker(worker: int, pixels: int) -> None:
+    outlive_first_signal(worker)
+    limit_image_pixels(pixels)  # a process that was not forked has the default
 
 
 def _end_children() -> None:

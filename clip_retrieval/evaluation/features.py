@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_retrieval.arrays import read_npy
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.metrics import STANDARD_K, report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
@@ -80,9 +81,9 @@ def _check_range(path: Path, rows: np.ndarray, count: int, kind: str) -> None:
 def read_vectors(path: Path, *, memory_map: bool = False) -> np.ndarray:
     """The floats (items, dimensions) of a .npy file; with memory_map they stay on disk.
 
-    Raises UserError where it is something else.
+    Raises UserError if it is something else.
     """
-    features = _read(path, memory_map)
+    features = read_npy(path, memory_map=memory_map)
     if features.ndim != 2 or 0 in features.shape:
         raise UserError(f"{path} has shape {features.shape}: expected (items, dimensions), none of them 0")
     if features.dtype.kind != "f":
@@ -91,24 +92,10 @@ def read_vectors(path: Path, *, memory_map: bool = False) -> np.ndarray:
 
 
 def _indices(path: Path) -> np.ndarray:
-    rows = _read(path)
+    rows = read_npy(path)
     if rows.dtype.kind not in "iu":
         raise UserError(f"{path} holds {rows.dtype}: expected integer rows")
     return rows
-
-
-def _read(path: Path, memory_map: bool = False) -> np.ndarray:
-    """The array of an .npy file; pickled objects are never loaded."""
-    try:
-        if memory_map:
-            return np.lib.format.open_memmap(path, mode="r")
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable .npy array ({reason}); write it with numpy.save") from error
 
 
 def _normalized(features: np.ndarray, path: Path) -> np.ndarray:

@@ -64,7 +64,8 @@ class _SumOverPairs(torch.autograd.Function):
 
 def positive_cosines(image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
     """Cosines (P,) of the pairs that match; positives int64 (P, 2) holds their image and caption rows."""
-    return (image[positives[:, 0]] * text[positives[:, 1]]).sum(dim=1)
+    # index_select: the backward of image[...] adds repeated rows with atomics, in any order.
+    return (image.index_select(0, positives[:, 0]) * text.index_select(0, positives[:, 1])).sum(dim=1)
 
 
 def count(index: Tensor, size: int) -> Tensor:

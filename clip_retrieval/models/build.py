@@ -181,6 +181,10 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
                 f"{name}: its text tower {text.get('hf_model_name')} could not be fetched from huggingface.co; is "
                 "there a network?"
             ) from error
+    if isinstance(clip, CoCa):
+        # open_clip leaves it as the memory was: another value each time, perhaps NaN.
+        projection = clip.text_decoder.text_projection
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
         text["hf_config"] = json.loads(clip.text.config.to_json_string())
     return clip

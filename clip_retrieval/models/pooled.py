@@ -104,7 +104,9 @@ def pooled_end_token(text: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor
     longest = pack.mask.shape[-1]
     ids = tokens[:, :longest].reshape(-1)[pack.index]
     dtype = text.transformer.get_cast_dtype()
-    x = text.token_embedding(ids).to(dtype) + text.positional_embedding[pack.index % longest].to(dtype)
+    # F.embedding: the backward of positional_embedding[...] adds repeated rows with atomics, in any order.
+    positions = F.embedding(pack.index % longest, text.positional_embedding)
+    x = text.token_embedding(ids).to(dtype) + positions.to(dtype)
     *blocks, last = text.transformer.resblocks
     run = _runner(text.transformer)
     for block in blocks:
@@ -118,7 +120,7 @@ def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Te
     qkv = F.linear(normalized, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=1)
     q, k, v = (pack.padded(part, attention.num_heads) for part in qkv)
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    attended = attended.transpose(1, 2).reshape(-1, x.shape[1])[pack.index]
+    attended = attended.transpose(1, 2).reshape(-1, x.shape[1]).index_select(0, pack.index)
     return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
 
 
@@ -130,9 +132,11 @@ def _end_token(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tenso
     k, v = (
         pack.padded(part, attention.num_heads) for part in F.linear(normalized, of_rest, bias_of_rest).chunk(2, dim=1)
     )
-    q = F.linear(normalized[pack.end], of_query, bias_of_query).view(len(pack.end), attention.num_heads, 1, -1)
+    q = F.linear(normalized.index_select(0, pack.end), of_query, bias_of_query).view(
+        len(pack.end), attention.num_heads, 1, -1
+    )
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=pack.mask).reshape(-1, width)
-    return _feed_forward(block, x[pack.end] + block.ls_1(attention.out_proj(attended)))
+    return _feed_forward(block, x.index_select(0, pack.end) + block.ls_1(attention.out_proj(attended)))
 
 
 def _feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, printable
+from clip_retrieval.files import write_atomic
 from clip_retrieval.reporting.log import log
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
     Pages that were drawn there before are replaced. Returns the files that were written. Raises UserError where one
     cannot be.
     """
+    heading, panels = printable(heading), [_printable(panel) for panel in panels]
     pages = [panels[start : start + PER_PAGE] for start in range(0, len(panels), PER_PAGE)]
     texts = [heading, *(text for panel in panels for text in (panel.title, *(name for name, _ in panel.bars)))]
     fonts = fonts_for(texts)
@@ -63,7 +65,8 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", MISSING)
-                figure.savefig(name)
+                with write_atomic(name) as file:
+                    figure.savefig(file, format="png")
         except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{name} cannot be written ({error.strerror}); choose another --output") from None
         paths.append(name)
@@ -71,6 +74,11 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
         if before not in paths:
             before.unlink(missing_ok=True)
     return paths
+
+
+def _printable(panel: Panel) -> Panel:
+    """The panel in characters that can be drawn: fonts take no half surrogate pairs."""
+    return Panel(printable(panel.title), panel.image, [(printable(name), percent) for name, percent in panel.bars])
 
 
 def drawn_before(path: Path) -> list[Path]:

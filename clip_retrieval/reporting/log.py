@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from clip_retrieval.errors import one_line, silence
+from clip_retrieval.errors import one_line, printable, silence
+from clip_retrieval.files import named_errors, open_append, open_regular, remove_special, write_text
 
 log = logging.getLogger("clip_retrieval")
 
@@ -33,7 +37,31 @@ class _TerminalHandler(logging.Handler):
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        return f"WARNING: {one_line(message)}" if record.levelno >= logging.WARNING else message
+        return f"WARNING: {one_line(message)}" if record.levelno >= logging.WARNING else printable(message)
+
+
+class _FileFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _LogFile(logging.StreamHandler):
+    """Appends to log.txt. An error of the disk ends the run instead of being printed for each line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        super().__init__(open_append(path))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            error.filename = str(self.path)
+        raise error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # reported when it could not be written
+            self.stream.close()
+        super().close()
 
 
 class _Kept(logging.Handler):
@@ -54,6 +82,8 @@ def is_main() -> bool:
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
     """A tqdm bar, on a terminal, of the process that speaks."""
+    if "desc" in options:
+        options["desc"] = one_line(options["desc"])
     return tqdm(*arguments, disable=None if is_main() else True, **options)
 
 
@@ -61,9 +91,6 @@ def start_log() -> None:
     """Say everything on the terminal from here on."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a caption in a script that the terminal does not know
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -78,8 +105,8 @@ def start_log() -> None:
 
 def log_to_file(folder: Path) -> None:
     """Write what has been said since `start_log`, and all that follows, to `folder`/log.txt as well."""
-    file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file = _LogFile(folder / "log.txt")
+    file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
     for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
         log.removeHandler(kept)
         for record in kept.records:
@@ -92,44 +119,97 @@ class MetricsLog:
 
     Args:
         folder: the run's folder.
-        keep: for a run that goes on, the last step of each kind that stays; what a killed run wrote after it is
-            taken back, for it will be written again.
+        keep: for a resumed run, the last step of each kind that stays. Lines that a killed run wrote after it are
+            deleted, because they will be written again; so are damaged ones.
+
+    Every method raises OSError, naming the file, if the disk does not take it.
     """
 
     def __init__(self, folder: Path, keep: Mapping[str, int] | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._read() if _is_kept(json.loads(line), keep or {})]
-        self._path.write_text("".join(kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=max(keep.values()) + 1 if keep else None
-        )
+        remove_special(self._path)
+        write_text(self._path, "".join(self._lines_to_keep(keep or {})))
+        self._file = open_append(self._path)
+        self._tensorboard = _EventFile(folder / "tensorboard", purge_step=max(keep.values()) + 1 if keep else None)
 
-    def _read(self) -> list[str]:
-        if not self._path.is_file():
-            return []
-        # A killed run may have left half a line.
-        return [line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
+    def _lines_to_keep(self, keep: Mapping[str, int]) -> Iterator[str]:
+        if not keep or not self._path.is_file():
+            return
+        damaged = 0
+        with open_regular(self._path) as file:
+            for line in file:
+                try:
+                    content = json.loads(line)
+                    kept = content["step"] <= keep.get(content["kind"], -1)
+                # Not JSON or UTF-8, not a table, or without its keys; a killed run leaves half a line at the end.
+                except (ValueError, TypeError, LookupError, RecursionError):
+                    damaged += line.endswith(b"\n")
+                    continue
+                if kept:
+                    yield json.dumps(content) + "\n"
+        if damaged:
+            log.warning(f"{self._path}: {damaged:,} damaged lines are left out")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Record `values` (numbers, or dicts of them) of `kind` ("train", "val", ...) at `step`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in _flatten(values, kind):
-            self._tensorboard.add_scalar(name, value, step)
+        with named_errors(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        self._tensorboard.write(dict(_flatten(values, kind)), step)
 
     def close(self) -> None:
-        self._file.close()
+        with named_errors(self._path):
+            self._file.close()
         self._tensorboard.close()
 
 
-def _is_kept(line: dict[str, Any], keep: Mapping[str, int]) -> bool:
-    return line["step"] <= keep.get(line["kind"], -1)
+class _EventFile:
+    """A TensorBoard event file, written at once.
+
+    (torch's SummaryWriter writes in a thread of its own, which prints a traceback if the disk is full.)
+
+    Args:
+        folder: where it is made.
+        purge_step: TensorBoard hides the events of earlier files from this step on.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        remove_special(folder, keep_folder=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
+        number = 0
+        while (path := folder / f"{name}.{number}").exists():
+            number += 1
+        self._path = path
+        self._file = path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Add scalars by their tags."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=step, summary=Summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with named_errors(self._path):
+            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self._file.flush()
+
+    def close(self) -> None:
+        with named_errors(self._path):
+            self._file.close()
 
 
-def _flatten(values: dict[str, Any], prefix: str):
+def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}/{name}")

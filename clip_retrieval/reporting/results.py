@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
+from clip_retrieval.data.jsonl import to_json
+from clip_retrieval.data.readers.files import read_json
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import write_atomic
 from clip_retrieval.options import Options
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON to a temporary name, then rename it. Raises UserError where the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+    """Write JSON atomically. Raises OSError if the place cannot be written."""
+    with write_atomic(path) as file:
+        file.write(to_json(content, indent=2) + b"\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """A results.json. Raises UserError, naming it, where it is missing or something else."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        results["i2t"]["R@1"], results["t2i"]["R@1"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such results file") from None
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(f"{path} is not a results.json of a finetune or an evaluation") from None
+    results = read_json(path)
+    if not isinstance(results, dict) or not _is_results(results):
+        raise UserError(f"{path} is not a results.json of a finetune or an evaluation; give one")
     return results
+
+
+def _is_results(results: dict[str, Any]) -> bool:
+    """Whether the recalls, in percent, and the names of a table are there."""
+    blocks = [results.get(direction) for direction in ("i2t", "t2i")]
+    if not all(isinstance(block, dict) for block in blocks):
+        return False
+    numbers = [block.get(name) for block in blocks for name in ("R@1", "R@5", "R@10")]
+    are_percent = [type(n) in (int, float) and 0 <= n <= 100 for n in (*numbers, results.get("mean_recall"))]
+    return all(are_percent) and all(isinstance(results.get(name, ""), str) for name in ("model", "dataset", "split"))
 
 
 def write_options(folder: Path, options: Options, device: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from clip_retrieval.errors import one_line
+
 
 def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     """A table with a line per block (a split, or a moment) of the metrics that all of them have, in percent."""
@@ -26,6 +28,7 @@ def markdown_table(results: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for block in results:
         values = [block[d][r] for d in ("i2t", "t2i") for r in recalls] + [block["mean_recall"]]
-        data = f"{block.get('dataset', '')} {block.get('split', '')}".strip()
-        lines.append(f"| {' | '.join([block.get('model', ''), data, *(f'{v:.2f}' for v in values)])} |")
+        model, *data = (one_line(block.get(name, "")) for name in ("model", "dataset", "split"))
+        cells = [model, " ".join(data).strip(), *(f"{value:.2f}" for value in values)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

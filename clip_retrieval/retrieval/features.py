@@ -28,8 +28,19 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_retrieval.data.jsonl import Id, id_of, is_id, opened, record_of_numbers, write_lines, written
+from clip_retrieval.data.jsonl import (
+    LONGEST_LINE,
+    Id,
+    id_of,
+    is_id,
+    open_input,
+    read_lines,
+    record_of_numbers,
+    to_json,
+    write_lines,
+)
 from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.files import write_atomic
 
 ID_KEYS = {"image": "image_id", "text": "text_id"}
 NPY = ".npy"
@@ -79,14 +90,14 @@ def _json_lines(key: str, ids: Sequence[Id], vectors: np.ndarray) -> Iterator[st
 
 def write_array(path: Path, content: np.ndarray) -> None:
     """Write a .npy file."""
-    with written(path) as file:
+    with write_atomic(path) as file:
         np.save(file, content, allow_pickle=False)
 
 
 def write_ids(path: Path, ids: Sequence[Id]) -> None:
     """Write a JSON list, an id on each line."""
-    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in ids)
-    write_lines(path, [f"[\n{lines}\n]"])
+    with write_atomic(path) as file:
+        file.write(b"[\n" + b",\n".join(map(to_json, ids)) + b"\n]\n")
 
 
 def ids_path(path: Path) -> Path:
@@ -111,16 +122,14 @@ def read_features(path: Path, kind: str, *, memory_map: bool = False) -> Feature
 
 
 def _read_npy(path: Path, memory_map: bool) -> Features:
+    from clip_retrieval.data.readers.files import read_json
     from clip_retrieval.evaluation.features import read_vectors
 
     vectors = read_vectors(path, memory_map=memory_map)
     beside = ids_path(path)
-    if not beside.is_file():
+    if not beside.exists():
         return Features(range(len(vectors)), vectors, path)
-    try:
-        ids = json.loads(beside.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{beside}: not a JSON list of ids ({str(error).splitlines()[0]})") from None
+    ids = read_json(beside)
     if not isinstance(ids, list) or not all(map(is_id, ids)):
         raise UserError(f"{beside}: not a JSON list of ids, whole numbers or texts")
     if len(ids) != len(vectors):
@@ -153,19 +162,18 @@ def _cores() -> int:
 
 def _first_length(path: Path, key: str) -> int:
     """How many numbers the first feature has."""
-    with opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    return len(_item(line, key)[1])
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from None
+    with open_input(path) as file:
+        for number, line in read_lines(file, path):
+            try:
+                return len(_item(line, key)[1])
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
     raise UserError(f"{path}: holds no features")
 
 
 def _parts(path: Path) -> list[tuple[int, int]]:
     """Ranges of bytes that begin and end with a line."""
-    with path.open("rb") as file:
+    with open_input(path) as file:
         size = file.seek(0, os.SEEK_END)
         bounds = [0]
         while bounds[-1] + PART < size:
@@ -188,14 +196,16 @@ class _Part:
 def _read_part(request: tuple[Path, str, int, int, int]) -> _Part:
     path, key, dim, begin, end = request
     part = _Part([], array("f"), 0, None)
-    with path.open("rb") as file:
+    with open_input(path) as file:
         file.seek(begin)
-        while begin < end and (line := file.readline()):
+        while begin < end and (line := file.readline(LONGEST_LINE + 1)):
             begin += len(line)
             part.lines += 1
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"longer than {LONGEST_LINE:,} bytes; write one record a line")
                 item, feature = _item(line, key)
                 if len(feature) != dim:
                     raise ValueError(f"a feature of {len(feature)} numbers, where the first has {dim}")

@@ -10,6 +10,7 @@ Either serves predictions of either direction.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,24 +55,24 @@ def read_lists(path: Path, *, are_answers: bool = False) -> Lists:
     A query with answers on several lines has all of them. Raises UserError, naming file and line, where a line is
     something else, or an id stands twice in predictions.
     """
-    found: Lists | None = None
+    direction = None
+    lists: dict[Id, dict[Id, None]] = {}  # dicts serve as sets that keep the order
     for number, content in read_records(path):
         try:
-            found = found or Lists(_direction(content), path, {})
-            query, items = id_of(content, found.query_key), _items(content, found.items_key, are_answers)
-            if are_answers:
-                items = list(dict.fromkeys([*found.of.get(query, ()), *items]))
-            elif query in found.of:
-                raise ValueError(f"{found.query_key} {query!r} has predictions already")
-            elif len(set(items)) < len(items):
-                twice = next(item for row, item in enumerate(items) if item in items[:row])
-                raise ValueError(f"{found.items_key} of {found.query_key} {query!r} has {twice!r} twice")
-            found.of[query] = items
+            direction = direction or _direction(content)
+            query_key, items_key = KEYS[direction]
+            query, items = id_of(content, query_key), _items(content, items_key, are_answers)
+            if not are_answers and query in lists:
+                raise ValueError(f"{query_key} {query!r} has predictions already")
+            lists.setdefault(query, {}).update(dict.fromkeys(items))
+            if not are_answers and len(lists[query]) < len(items):
+                twice = Counter(items).most_common(1)[0][0]
+                raise ValueError(f"{items_key} of {query_key} {query!r} has {twice!r} twice")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    if found is None:
+    if direction is None:
         raise UserError(f"{path}: holds nothing")
-    return found
+    return Lists(direction, path, {query: list(items) for query, items in lists.items()})
 
 
 def _direction(content: dict[str, Any]) -> str:

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from clip_retrieval.errors import RunError
+from clip_retrieval.errors import RunError, reason
+from clip_retrieval.files import write_atomic
+from clip_retrieval.signals import deferred
+
+
+class _Recorder:
+    """Keeps the error of a write: on its way through torch.save's C++ it would lose its cause."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to a temporary name, flush it to the disk and rename it. Raises RunError on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write `content` atomically. Raises RunError if it cannot be written; the file from before is kept.
+
+    A loader process that is lost meanwhile is reported afterwards: torch tells by an exception out of its SIGCHLD
+    handler, which inside torch.save would look like a failed write.
+    """
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
-            raise  # a lost loader process is noticed wherever the main one is
-        reason = getattr(error, "strerror", None) or "the disk may be full"
+        with deferred(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else nullcontext(), write_atomic(path) as file:
+            recorder = _Recorder(file)
+            try:
+                torch.save(content, recorder)
+            except RuntimeError:
+                if recorder.error is None:
+                    raise
+                raise recorder.error from None
+    except OSError as error:
         raise RunError(
-            f"could not write {path} ({reason}); the checkpoint from before is kept. Free some space and go on with "
-            "--resume auto"
+            f"could not write {path} ({reason(error)}); the checkpoint from before is kept. Free some space or check "
+            "the disk, then resume with --resume auto"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ import torch
 from clip_retrieval.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG under which cuBLAS is deterministic."""
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -51,6 +54,33 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The loss scaler that fp16 needs; it does nothing with the other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type != "cpu")
+
+
+@contextmanager
+def deterministic_algorithms(device: torch.device, on_gpu: bool = False) -> Iterator[None]:
+    """A block in which the same training step gives the same weights, bit for bit, at a fixed number of threads.
+
+    On a CPU always: the few operations that differ from run to run have an equally fast deterministic form. On a GPU
+    only if `on_gpu`, because there it costs speed: deterministic kernels, a cuBLAS workspace for them, and no search
+    for the fastest convolution.
+    """
+    if device.type != "cpu" and not on_gpu:
+        yield
+        return
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]  # read when cuBLAS is first used
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before_cudnn, before_fill = (cudnn.deterministic, cudnn.benchmark), memory.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # it would write NaN to every new tensor
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = before_fill
+        cudnn.deterministic, cudnn.benchmark = before_cudnn
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Progress:
         before: results block of the model that the run started from.
         zero_shot_before: the same of its zero-shot classification.
         seconds: time spent in training steps.
+        weights: what the run started from, as results.json has it; None in checkpoints that do not tell.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Progress:
     before: dict[str, Any] | None = None
     zero_shot_before: dict[str, Any] | None = None
     seconds: float = 0.0
+    weights: str | None = None
 
     def kept_lines(self) -> dict[str, int]:
         """The lines of metrics.jsonl that stand when a run goes on from here: the last step of each kind."""

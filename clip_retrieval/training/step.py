@@ -114,8 +114,8 @@ class Trainer:
         return {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
 
     def load_optimizer(self, optimizer: dict, scaler: dict) -> None:
-        """Take over moments and loss scale; the hyperparameters stay those of this run's options."""
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        """Load moments, loss scale and the last learning rate; the hyperparameters stay those of this run's options."""
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer)
         for group, settings in zip(self.optimizer.param_groups, own):
             group.update(settings)

@@ -19,7 +19,6 @@ from clip_retrieval.data import build_lmdb as building
 from clip_retrieval.data.base64_images import read_tsv
 from clip_retrieval.data.build_lmdb import build_lmdb
 from clip_retrieval.data.export import export
-from clip_retrieval.data.lmdb_files import reading
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log
@@ -46,7 +45,7 @@ def said(caplog, monkeypatch):
 
 def entries(folder):
     """All keys and values of an LMDB folder, pickles unpickled."""
-    with reading(folder) as transaction:
+    with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as transaction:
         values = dict(transaction.cursor())
     return {key: pickle.loads(value) if value[:1] == b"\x80" else value for key, value in values.items()}
 

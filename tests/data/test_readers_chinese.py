@@ -374,7 +374,7 @@ def test_bad_lines_of_a_jsonl(tmp_path, read, jsonl, says):
 @pytest.mark.parametrize(
     ("encoded", "says"),
     [
-        (b"AAAA", "not a readable image (of no known image format)"),
+        (b"AAAA", "not a readable image (none of the formats JPEG, PNG"),
         (b"AAAAA", "not base64"),
         (b"AA=AAA==", "not base64"),
         (b"AA!A", "not base64"),

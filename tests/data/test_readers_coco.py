@@ -316,7 +316,7 @@ def test_id_lists_that_are_none(clip_itm, read, ids, monkeypatch):
         path.write_bytes(b"")
     else:
         np.save(path, ids, allow_pickle=True)
-    fails(read, clip_itm, path, "whole numbers")
+    fails(read, clip_itm, path, "numpy.save")
     assert not (clip_itm / "should_never_be_made").exists()
 
 

@@ -2,18 +2,18 @@
 
 import base64
 import io
-import json
 import logging
 import multiprocessing
+import os
 import pickle
 import sys
-import types
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 import pytest
 from PIL import Image
 
-from clip_retrieval.data import saved_columns
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.readers import csv_file
@@ -321,9 +321,7 @@ def test_missing_files(saved, read):
     fails(read, root, file, "No such file")
     file.write_bytes(content)
     (root / "dataset_info.json").unlink()
-    fails(read, root, root, "not a data set that save_to_disk wrote")
-    (root / "state.json").write_text('{"_data_files": 3}')
-    fails(read, root, root / "state.json", "not as save_to_disk writes it")
+    assert len(read("huggingface", root, "train").images) == 50  # it is not needed
 
 
 @pytest.mark.parametrize("place", [0.0, 0.001, 0.02, 0.3, 0.9])
@@ -362,20 +360,111 @@ def test_rows_that_point_outside_are_not_looked_at(library, read, tmp_path, save
         fails(read, root, root, "column image", "damaged")
 
 
-@pytest.mark.parametrize("module", [None, types.ModuleType("datasets")], ids=["missing", "the folder of a clone"])
-def test_without_the_library_the_command_that_installs_it_is_said(tmp_path, read, monkeypatch, module):
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    (tmp_path / "data.arrow").write_bytes(saved_columns.END_OF_STREAM)
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
-    fails(read, tmp_path, "pip install datasets")
+@pytest.mark.parametrize("version", [None, "14.0.2"])
+def test_without_the_library_the_command_that_installs_it_is_said(saved, read, monkeypatch, version):
+    if version:
+        monkeypatch.setattr(pyarrow, "__version__", version)  # it runs pickles in a schema
+    else:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    fails(read, saved[0], "pip install -U pyarrow")
 
 
-def test_nothing_in_the_folder_is_run(save, tmp_path, read):
+def test_nothing_in_the_folder_is_run_and_the_library_is_not_needed(save, tmp_path, read, monkeypatch):
     root = save({"image": [encoded(0)], "caption": ["a"]})
     marker = tmp_path / "marker"
-    for name in ("saved.py", "dataset.py", "__init__.py", "conftest.py"):
+    for name in ("saved.py", "dataset.py", "__init__.py", "conftest.py", "datasets.py", "dataset_info.json"):
         (root / name).write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(root)
     assert len(read("huggingface", root).images) == 1 and not marker.exists()
+
+
+# What a hostile folder may hold
+
+
+STATES = {
+    "no object": "[1]",
+    "no files": "{}",
+    "a number": '{"_data_files": 3}',
+    "a name that is none": '{"_data_files": [{"filename": 3}]}',
+    "a list": '{"_data_files": [["filename"]]}',
+    "a NUL": '{"_data_files": [{"filename": "a\\u0000b.arrow"}]}',
+    "the folder above": '{"_data_files": [{"filename": "../saved/data-00000-of-00001.arrow"}]}',
+    "an absolute path": '{"_data_files": [{"filename": "/etc/passwd"}]}',
+    "half a surrogate pair": '{"_data_files": [{"filename": "\\ud800.arrow"}]}',
+    "a long name": '{"_data_files": [{"filename": "%s"}]}' % ("x" * 5000),
+    "an address": '{"_data_files": [{"filename": "hf://datasets/a/b.arrow"}]}',
+    "rows in another order": '{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}',
+    "nested": "[" * 100_000,
+    "broken": '{"_data_files"',
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_names_no_files_of_the_folder_is_one_line(saved, read, name):
+    root, _ = saved
+    (root / "state.json").write_text(STATES[name])
+    fails(read, root, root)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling"])
+@pytest.mark.parametrize("target", ["arrow", "state in a split"])
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_waited_for(save, read, kind, target):
+    root = save(train={"image": [encoded(0)], "caption": ["a"]})
+    path = next(root.glob("train/*.arrow")) if target == "arrow" else root / "train" / "state.json"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+    fails(read, root, path)
+
+
+def write_stream(file, table, **options):
+    with pyarrow.ipc.new_stream(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as stream:
+        stream.write_table(table)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_compressed_arrow_files_are_refused(saved, read, codec):
+    root, file = saved
+    write_stream(file, pyarrow.table({"image": [b"x" * 10**7], "caption": ["a"]}), compression=codec)
+    assert file.stat().st_size < 10**5
+    fails(read, root, root, "is compressed")
+    dictionary = pyarrow.array(["x" * 10**7]).dictionary_encode()
+    write_stream(file, pyarrow.table({"image": [b"x"], "caption": dictionary}), compression=codec)
+    fails(read, root, root, "is compressed")
+
+
+def test_columns_that_are_many_times_their_file_are_refused(saved, read):
+    root, file = saved
+    images = pyarrow.array([encoded(i) for i in range(3)])
+    text = "x" * 10**6
+    columns = {
+        "dictionary": pyarrow.DictionaryArray.from_arrays([0] * 3, [text]),
+        "run_end_encoded": pyarrow.RunEndEncodedArray.from_arrays([3], [text]),
+        "view": pyarrow.array([text] * 3, pyarrow.string_view()),
+    }
+    for column in columns.values():
+        write_stream(file, pyarrow.table({"image": images, "caption": column}))
+        fails(read, root, root, "column caption", "not texts")
+
+
+def test_more_rows_than_the_file_holds_are_refused(saved, read):
+    root, file = saved
+    nothing = pyarrow.nulls(10**12)
+    write_stream(file, pyarrow.table({"image": nothing, "caption": nothing}))
+    fails(read, root, root, "1,000,000,000,000 rows are more than its files can hold")
+
+
+def test_columns_of_the_same_name_are_refused(saved, read):
+    root, file = saved
+    both = pyarrow.Table.from_arrays([pyarrow.array([encoded(0)])] * 2, names=["image", "image"])
+    write_stream(file, both)
+    fails(read, root, root, "two columns have the same name")
 
 
 # Beside the other readers

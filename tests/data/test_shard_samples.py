@@ -5,6 +5,7 @@ import json
 import tarfile
 
 import pytest
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from clip_retrieval.data.shard_samples import (
     Unusable,
@@ -12,6 +13,7 @@ from clip_retrieval.data.shard_samples import (
     check_layout,
     count_samples,
     image_ending,
+    key_and_ending,
     read_captions,
     read_members,
     read_samples,
@@ -38,9 +40,18 @@ def mixed(tmp_path):
     return write_shard(tmp_path / "mixed.tar", samples)
 
 
-def test_headers_tell_the_samples_that_the_stream_reads(mixed):
+def test_headers_tell_the_samples_that_webdataset_reads(mixed):
     from_headers = [{m.ending: m for m in reversed(members)} for members in read_members(mixed)]
     streamed = list(read_samples(mixed))
+    with mixed.open("rb") as file:
+        parts = tar_file_expander([{"url": "x", "stream": file}], select_files=lambda name: key_and_ending(name)[0])
+        kept = {"jpg", "jpeg", "png", "webp", "txt", "json", "__key__"}
+        theirs = [
+            {name: value for name, value in sample.items() if name in kept}
+            for sample in group_by_keys(parts, handler=lambda error: True)
+            if kept & set(sample) - {"__key__"} and not sample["__key__"].startswith("__meta__")
+        ]
+    assert streamed == theirs
     assert count_samples(mixed) == len(streamed) == len(from_headers)
     content = mixed.read_bytes()
     for members, sample in zip(from_headers, streamed):
@@ -50,6 +61,14 @@ def test_headers_tell_the_samples_that_the_stream_reads(mixed):
             assert content[member.begin : member.begin + member.size] == sample[ending]
     assert [sample["__key__"] for sample in streamed] == ["./a/00", "a/01", "03", "05" * 80, "06"]
     assert streamed[-1]["txt"] == b"six"
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "b/a.jpg", "b.c/a.seg.PNG", "a", "b.c/a", ".a.jpg", "./a.jpg", "a..jpg", "a.", "b/c/é ü.JPG", "."]
+)
+def test_keys_and_endings_are_those_of_webdataset(name):
+    key, ending = base_plus_ext(name)
+    assert key_and_ending(name) == ((key, ending.lower()) if key else ("", ""))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -76,7 +95,7 @@ def test_a_shard_that_is_broken_inside_is_named(tmp_path):
     third = next(members for i, members in enumerate(read_members(path)) if i == 3)[0].header
     content[third : third + 100] = b"\xff" * 100
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"x.tar: broken at byte {third:,}"):
+    with pytest.raises(UserError, match=rf"x.tar: cannot be read as a tar \(at byte {third:,}: a damaged header"):
         count_samples(path)
 
 

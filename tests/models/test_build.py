@@ -428,3 +428,20 @@ def test_weights_of_another_model_are_refused(weight_file, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(small_config(vision_cfg={**VIT, "layers": 1})))
     with pytest.raises(UserError, match=r"small.pt does not fit .*other.json: 12 unexpected"):
         build_model(ModelOptions(vision_model=str(tmp_path / "other.json"), pretrained=weight_file))
+
+
+def test_a_random_coca_has_no_uninitialised_weights(tmp_path):
+    text = TEXT | {"embed_cls": True, "output_tokens": True}
+    config = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
+    config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    (tmp_path / "coca.json").write_text(json.dumps(config))
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+        try:
+            states.append(build_model(ModelOptions(vision_model=str(tmp_path / "coca.json"))).clip.state_dict())
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() or name.endswith("attn_mask") for name, value in states[0].items())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -140,7 +140,9 @@ def towers(kind):
         text = TEXT | {"embed_cls": True, "output_tokens": True}
         small = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
         small["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-        return open_clip.CoCa(**small).eval(), 16
+        coca = open_clip.CoCa(**small).eval()
+        torch.nn.init.normal_(coca.text_decoder.text_projection)  # open_clip leaves it uninitialised
+        return coca, 16
     return small_clip(resnet=kind == "resnet", custom_text=kind == "custom text"), 32 if kind == "resnet" else 16
 
 

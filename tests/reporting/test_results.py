@@ -35,5 +35,5 @@ def test_something_else_than_results(tmp_path, content):
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(FileNotFoundError, match=r"missing/results\.json"):
         write_json(tmp_path / "missing" / "results.json", {})

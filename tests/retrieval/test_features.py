@@ -114,7 +114,12 @@ def test_bad_lines_are_named(tmp_path, content, words):
 
 @pytest.mark.parametrize(
     "ids, words",
-    [("{}", ["list"]), ("[1, 2", ["list"]), ("[1, 2.5, 3]", ["numbers or texts"]), ("[1]", ["1 ids", "3 features"])],
+    [
+        ("{}", ["list"]),
+        ("[1, 2", ["broken JSON"]),
+        ("[1, 2.5, 3]", ["numbers or texts"]),
+        ("[1]", ["1 ids", "3 features"]),
+    ],
 )
 def test_bad_ids_are_named(tmp_path, ids, words):
     np.save(tmp_path / "image_features.npy", np.ones((3, 2), np.float32))

@@ -13,7 +13,7 @@ from clip_retrieval.evaluation import encode
         ("--trainable", "linear_projection"),
         ("--trainable", "adaptor", "--loss", "margin"),
         ("--freeze_vision",),
-        ("--freeze_text", "--grad_cache", "4"),
+        ("--freeze_text", "--grad_cache", "5"),  # equal chunks: batch statistics of two images are ill-conditioned
         ("--trainable", "linear_projection", "--freeze_text", "--loss", "siglip"),
     ],
     ids=" ".join,

@@ -33,7 +33,7 @@ def test_norms_biases_scale_and_embeddings_of_a_vit_are_not_decayed():
     } <= decayed
 
 
-def test_batch_norms_of_a_resnet_are_known_by_their_type():
+def test_batch_norms_of_a_resnet_are_exempt_under_any_name():
     model = RetrievalModel(small_clip(resnet=True), small_preprocess())
     decayed, exempt = group_names(model)
     assert "clip.visual.bn1.weight" in exempt

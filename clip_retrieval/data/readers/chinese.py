@@ -21,7 +21,7 @@ import numpy as np
 
 from clip_retrieval.data.base64_images import Base64Images, TsvImages, typed_ids
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.jsonl import read_records
+from clip_retrieval.data.jsonl import is_id, read_records
 from clip_retrieval.data.lmdb_files import LmdbImages, read_pairs, read_unanswered
 from clip_retrieval.data.readers import files
 from clip_retrieval.errors import UserError
@@ -172,18 +172,20 @@ def read_texts(path: Path) -> Texts:
     return Texts(path, "line", texts)
 
 
-def _text(record: dict[str, Any], number: int, where: str) -> Text:
+def _text(record: Any, number: int, where: str) -> Text:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object, but a {type(record).__name__}")
     text_id, text, image_ids = (record.get(name) for name in ("text_id", "text", "image_ids"))
-    if type(text_id) not in (int, str):
+    if not is_id(text_id):
         raise UserError(f'{where}: no "text_id" that is a whole number or a text')
     if type(text) in (int, float):  # Chinese-CLIP takes such texts as well
         text = str(text)
     if not isinstance(text, str):
         raise UserError(f'{where}: no "text"')
     image_ids = [] if image_ids is None else image_ids
-    if not isinstance(image_ids, list) or any(type(image_id) not in (int, str) for image_id in image_ids):
+    if not isinstance(image_ids, list) or not all(map(is_id, image_ids)):
         raise UserError(f'{where}: "image_ids" is not a list of whole numbers or texts')
-    return Text(text_id, text, image_ids, number)
+    return Text(text_id, files.mend_characters(text), image_ids, number)
 
 
 def read_lmdb_texts(folder: Path) -> Texts:
@@ -193,7 +195,8 @@ def read_lmdb_texts(folder: Path) -> Texts:
     the texts are those of the jsonl beside the folder `lmdb`.
     """
     pairs = folder / "pairs"
-    texts = [Text(text_id, text, [image_id], key) for key, (image_id, text_id, text) in read_pairs(pairs)]
+    found = ((key, {"text_id": of, "text": text, "image_ids": [image]}) for key, (image, of, text) in read_pairs(pairs))
+    texts = [_text(record, key, f"{pairs}, key {key}") for key, record in found]
     for number, record in enumerate(read_unanswered(pairs), len(texts)):
         texts.append(_text(record, number, f"{pairs}, text {number}"))
     if not texts:

@@ -14,17 +14,15 @@ it is what `--eval` scores (as test), like a CSV without a split column. A datas
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
 
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images import image_files
@@ -43,8 +41,8 @@ class Captions:
 
     Attributes:
         source: the file, for messages.
-        ids: int64 (captions,): annotation ids, ascending.
-        image_ids: int64 (captions,): the image of each.
+        ids: int64 (captions,): annotation ids, ascending; objects if one has more than 64 bits.
+        image_ids: int64 or objects (captions,): the image of each.
         texts: the captions, in the order of `ids`.
         names: image id -> file name.
     """
@@ -133,30 +131,36 @@ def _list_captions(root: Path, folder: str) -> Captions:
     )
 
 
-# val2014 holds three of the four lists; kept are plain arrays and texts, not pycocotools' many dicts.
+# val2014 holds three of the four lists; kept are plain arrays and texts, not the many dicts of the JSON.
 @functools.lru_cache(maxsize=4)
 def read_captions(path: Path) -> Captions:
-    """Read a captions file in COCO's format. Raises UserError where it is not one."""
-    coco = COCO()
-    coco.dataset = files.read_json(path)
-    _check(coco.dataset, path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    if len(coco.anns) < len(coco.dataset["annotations"]):
-        raise UserError(f"{path}: some captions have the same id; ids must differ")
-    names = {image_id: image["file_name"] for image_id, image in coco.imgs.items()}
-    ids = np.array(sorted(coco.anns), dtype=np.int64)
-    annotations = [coco.anns[i] for i in ids.tolist()]
-    image_ids = np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64)
-    for i, image_id in zip(ids.tolist(), image_ids.tolist()):
-        if image_id not in names:
-            raise UserError(f"{path}: caption {i} belongs to image {image_id}, which the file does not list")
+    """Read a captions file in COCO's format. Raises UserError if it is not one."""
+    data = files.read_json(path)
+    _check(data, path)
+    names = {image["id"]: image["file_name"] for image in data["images"]}
+    annotations = sorted(data["annotations"], key=lambda annotation: annotation["id"])
+    for annotation, following in pairwise(annotations):
+        if annotation["id"] == following["id"]:
+            raise UserError(f"{path}: two captions have the same id, {annotation['id']}; ids must differ")
+    for annotation in annotations:
+        if annotation["image_id"] not in names:
+            caption, image = annotation["id"], annotation["image_id"]
+            raise UserError(f"{path}: caption {caption} belongs to image {image}, which the file does not list")
+    ids, image_ids = (_ids([annotation[key] for annotation in annotations]) for key in ("id", "image_id"))
     texts = [files.clean_caption(annotation["caption"]) for annotation in annotations]
     return Captions(str(path), ids, image_ids, texts, names)
 
 
+def _ids(values: list[int]) -> np.ndarray:
+    """int64 (ids,), or objects if one has more than 64 bits: ids only tell captions and images apart."""
+    try:
+        return np.array(values, np.int64)
+    except OverflowError:
+        return np.array(values, object)
+
+
 def _check(data: Any, path: Path) -> None:
-    """Raise UserError unless `data` is what a captions file holds."""
+    """Raise UserError unless `data` is the content of a captions file."""
     kind = f"{path}: not a captions file in COCO's format"
     if not isinstance(data, dict):
         raise UserError(f"{kind} (it holds a {type(data).__name__}, not images and annotations)")
@@ -168,7 +172,7 @@ def _check(data: Any, path: Path) -> None:
             raise UserError(f'{kind} (no list "{key}")')
         for number, item in enumerate(data[key]):
             for name, of in fields.items():
-                if not isinstance(item, dict) or not isinstance(item.get(name), of):
+                if not isinstance(item, dict) or type(item.get(name)) is not of:
                     what = {int: "whole number", str: "text"}[of]
                     raise UserError(f'{kind} ({key}[{number}] has no "{name}" that is a {what})')
     if not data["annotations"]:

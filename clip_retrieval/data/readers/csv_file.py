@@ -11,6 +11,7 @@ import csv
 import functools
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,7 @@ def read_table(
     the line, where a row has other than the header's columns.
     """
     text = files.read_text(path)
-    header_line = text.lstrip().partition("\n")[0]
+    header_line = re.match(r"[^\r\n]*", text.lstrip())[0]
     delimiter = _delimiter(path, header_line, image_columns, caption_columns)
     # strict: a stray quote is an error, where it would swallow the lines up to the next one.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -113,8 +114,8 @@ def read_table(
             yield Row(cells[image], cells[caption], None if split is None else cells[split], reader.line_num)
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: not well-formed ({error}); a double quote within a quoted caption is "
-            "written twice"
+            f"{path}, line {reader.line_num}: not well-formed ({error}); close every double quote, and write one "
+            "within a quoted caption twice"
         ) from None
 
 
@@ -141,8 +142,10 @@ def _column(path: Path, header: list[str], names: Sequence[str], option: str) ->
 
 def _fit(cells: list[str], columns: int, caption: int, delimiter: str) -> list[str] | None:
     """The cells as `columns` many; None where that cannot be told."""
-    while len(cells) > columns and not cells[-1]:
-        cells = cells[:-1]
+    end = len(cells)
+    while end > columns and not cells[end - 1]:
+        end -= 1
+    cells = cells[:end]
     if len(cells) > columns == 2 and caption == 1:
         # An unquoted comma in the last of two columns can only be the caption's own.
         space = " " if delimiter == "," else ""

@@ -26,8 +26,8 @@ from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.images import image_files
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.data.readers import files
-from clip_retrieval.data.saved_columns import Contents, SavedImages, is_saved, open_saved
-from clip_retrieval.errors import UserError
+from clip_retrieval.data.saved_columns import Contents, SavedImages, is_saved, is_text, open_saved
+from clip_retrieval.errors import UserError, reason
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
 
@@ -120,16 +120,16 @@ def _column(options: DataOptions, option: str, known: Sequence[str], table: Any,
 
 def _captions(column: Any, where: str) -> list[list[str]]:
     """The captions of each row, without empty ones."""
+    if not is_text(column.type):
+        raise UserError(f"{where}: holds {column.type}, not texts; name another with --caption_column")
     try:
         column.validate(full=True)
         values = column.to_pylist()
-    except (ValueError, OSError) as error:  # what pyarrow's errors are
-        raise UserError(f"{where}: damaged ({error}); fetch the data set again") from None
+    except (ValueError, OSError, MemoryError) as error:  # pyarrow's errors are these
+        raise UserError(f"{where}: damaged ({reason(error)}); fetch the data set again") from None
     captions = []
     for value in values:
         texts = value if isinstance(value, list) else [value]
-        if any(not isinstance(text, str) and text is not None for text in texts):
-            raise UserError(f"{where}: holds {column.type}, not texts; name another with --caption_column")
         captions.append([clean for text in texts if text and (clean := files.clean_caption(text))])
     return captions
 
@@ -144,7 +144,7 @@ def _contents(column: Any, where: str) -> Contents:
     except TypeError as error:
         raise UserError(f"{where}: {error}, not images; name another with --image_column") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}: damaged ({error}); fetch the data set again") from None
+        raise UserError(f"{where}: damaged ({reason(error)}); fetch the data set again") from None
 
 
 def _images(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,10 +141,11 @@ def read_json(path: Path) -> dict[str, Part]:
         where = f"{path}: not a Karpathy JSON (images[{number}]"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str) or not image["filename"]:
             raise UserError(f'{where} has no "filename")')
-        split = {"restval": "restval", **files.SPLITS}.get(str(image.get("split")))
+        named = image.get("split")
+        split = {"restval": "restval", **files.SPLITS}.get(named) if isinstance(named, str) else None
         if split is None:
             raise UserError(
-                f"{where}, {image['filename']}, has the split {image.get('split')!r}, not one of train, restval, val, "
+                f"{where}, {image['filename']}, has the split {reprlib.repr(named)}, not one of train, restval, val, "
                 "test)"
             )
         texts = _sentences(image.get("sentences"))
@@ -192,7 +194,7 @@ def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
         form, skip = re.compile(r"([^\t]+)#\d+\t(.*)"), 0
     elif "|" in header:
         # Image 2199200615.jpg, comment 4, of results.csv lacks its second bar.
-        form, skip = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)"), 1
+        form, skip = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)"), 1
     else:
         for row in csv_file.read_table(path, ("image", "image_name"), ("caption", "comment")):
             yield row.image, files.clean_caption(row.caption)
@@ -200,7 +202,7 @@ def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines[skip:], 1 + skip):
         if not line.strip():
             continue
-        match = form.fullmatch(line.rstrip("\r"))
-        if not match or not match[2].strip():
+        match = form.fullmatch(line.strip(" \r"))
+        if not match or not match[1].strip() or not match[2].strip():
             raise UserError(f"{path}, line {number}: not an image and a caption: {line[:60]!r}")
-        yield match[1], files.clean_caption(match[2])
+        yield match[1].strip(), files.clean_caption(match[2])

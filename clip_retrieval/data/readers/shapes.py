@@ -8,15 +8,17 @@ be understood. The pictures and captions are a pure function of the seed.
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from clip_retrieval.arrays import read_npy
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images import ImageArray
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import write_atomic
 from clip_retrieval.options import DataOptions
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
@@ -168,23 +170,18 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r
 
 
 def _cached_pixels(folder: Path, split: str, scenes: list[Scene], begin: int) -> np.ndarray:
-    """The pictures of a split, from the cache if it is there; written under a temporary name, then renamed."""
+    """The pictures of a split, uint8 (scenes, SIDE, SIDE, 3): from the cache, or drawn and cached."""
     path = folder / f"{split}_{SIDE}_{SEED}.npy"
     shape = (len(scenes), SIDE, SIDE, 3)
     try:
-        cached = np.load(path, mmap_mode="r", allow_pickle=False)
+        cached = read_npy(path, memory_map=True)
         if cached.shape == shape and cached.dtype == np.uint8:
             return cached
-    except (OSError, ValueError, EOFError):
+    except UserError:
         pass  # not there yet, or half of one: draw it
     pixels = np.stack([draw(scene, _generator("pixels", index)) for index, scene in enumerate(scenes, begin)])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npy")
-    try:
+    with contextlib.suppress(OSError):  # in a place that cannot be written, the pictures stay in memory
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, pixels)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # A place that cannot be written: the pictures stay in memory.
+        with write_atomic(path) as file:
+            np.save(file, pixels)
     return pixels

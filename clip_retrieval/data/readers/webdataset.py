@@ -19,7 +19,7 @@ from PIL import Image
 
 from clip_retrieval.data.alike import merge_alike
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import decode_rgb
+from clip_retrieval.data.decode import decode_rgb
 from clip_retrieval.data.shard_samples import (
     Member,
     Unusable,
@@ -30,6 +30,7 @@ from clip_retrieval.data.shard_samples import (
 )
 from clip_retrieval.data.shards import find_shards
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import open_regular
 from clip_retrieval.options import DataOptions
 from clip_retrieval.reporting.log import log, progress_bar
 
@@ -62,11 +63,11 @@ class ShardImages:
         first, end, _ = part.indices(size)
         # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
         try:
-            with self.paths[shard].open("rb") as file:
+            with open_regular(self.paths[shard]) as file:
                 file.seek(begin + first)
                 return file.read(end - first)
         except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); start again") from None
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"
@@ -120,7 +121,7 @@ class _Sample(NamedTuple):
 def _samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str]:
     """The samples of a shard; of one that cannot be used, its name and why."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for members in read_members(path):
                 of = {member.ending: member for member in reversed(members)}  # of two of the same name the first
                 try:

@@ -1,0 +1,71 @@
+""".npy files, read without trusting them: a header is checked against the size of its file before memory is asked for.
+
+No pickle is ever loaded: an array of objects, an .npz and a pickle are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
+from clip_retrieval.memory import memory_limit
+
+KINDS = "biuf"  # booleans, whole numbers, floats
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
+    """The array of numbers in a .npy file, in the byte order of this machine; with memory_map it stays on disk.
+
+    Raises UserError, naming the file, if it cannot be read, is damaged, cut short or something else, or is larger than
+    the memory.
+    """
+    try:
+        with open_regular(path) as file:
+            shape, fortran, dtype = _read_header(file)
+            count, begin = math.prod(shape), file.tell()
+            size, held = count * dtype.itemsize, os.fstat(file.fileno()).st_size - begin
+            if size > held:
+                raise ValueError(f"its header promises {size:,} bytes, but {max(held, 0):,} follow")
+            if count == 0:
+                return np.empty(shape, dtype)
+            order = "F" if fortran else "C"
+            if memory_map and dtype.isnative:
+                return np.memmap(file, dtype, "r", begin, shape, order)
+            if size > memory_limit():
+                raise ValueError(f"{size:,} bytes are more than the memory of this machine")
+            array = np.fromfile(file, dtype, count).reshape(shape, order=order)
+            return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+    except (ValueError, MemoryError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({reason(error)}); write it with numpy.save") from None
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape, whether it is in Fortran's order, and the dtype. Raises ValueError if it is no array of numbers."""
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        raise ValueError("it does not begin as one") from None
+    if version not in HEADERS:
+        raise ValueError(f"of version {'.'.join(map(str, version))}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numpy for files of Python 2, of Python for damaged ones
+            shape, fortran, dtype = HEADERS[version](file)
+    # numpy evaluates the header as a Python literal: damage raises nearly anything (SyntaxError, TokenError, ...).
+    except Exception:
+        raise ValueError("its header is damaged") from None
+    if dtype.kind not in KINDS or dtype.itemsize > 8:
+        raise ValueError(f"it holds {dtype.name}, not numbers")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its header has the shape {shape}")
+    return shape, fortran, dtype

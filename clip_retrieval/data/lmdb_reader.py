@@ -1,0 +1,229 @@
+"""An LMDB file, read page by page, so that damage ends in a message.
+
+liblmdb maps the file to memory and trusts every number in it: one flipped bit ends the process. Here each page is read
+with `pread`, and each number in it is checked when it is used. Reads the main database of LMDB's format 1 (all versions
+0.9), without duplicate keys: what Chinese-CLIP writes. The names are those of liblmdb's mdb.c.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import open_regular
+
+MAGIC, VERSION = 0xBEEFC0DE, 1
+BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8  # kinds of pages
+BIGDATA = 1  # of a node: its value has pages of its own
+NO_ROOT = 2**64 - 1
+DEEPEST = 32  # levels of a tree, liblmdb's CURSOR_STACK
+BRANCHES_KEPT = 1000  # pages that are not read again, 8 MB
+
+_PAGE = struct.Struct("<Q 2x H H H")  # number, kind, end of the pointers, begin of the nodes
+_BIG_PAGE = struct.Struct("<Q 2x H I")  # number, kind, pages
+_KEY_SIZE = struct.Struct("<H")
+_NODE = struct.Struct("<H H H H")  # value's size or child's number (low, high), flags (or number), key's size
+# Of the two first pages: kind, magic, version, bytes of a page; flags, depth and root of the main database; last page,
+# number of the transaction.
+_META = struct.Struct("<10x H 4x I I 8x 8x I 44x 4x H H 32x Q Q Q")
+
+
+class _Meta(NamedTuple):
+    kind: int
+    magic: int
+    version: int
+    page_size: int
+    flags: int
+    depth: int
+    root: int
+    last_page: int
+    transaction: int
+
+
+class LmdbReader:
+    """The keys and values of an LMDB folder, as of its last transaction.
+
+    A forked process may use it: nothing of it moves. Another process opens the folder anew.
+
+    Args:
+        folder: holds data.mdb.
+        largest: bytes of the largest value that is read.
+
+    Raises:
+        UserError: here and in all methods, naming the file, if it is no LMDB, cut short or damaged, or a value is too
+            large.
+    """
+
+    def __init__(self, folder: Path, largest: int):
+        self.path = folder / "data.mdb"
+        self.largest = largest
+        self._branches: dict[int, tuple[int, bytes, tuple[int, ...]]] = {}
+        try:
+            self._file = open_regular(self.path)
+            self._size = os.fstat(self._file.fileno()).st_size
+            self._open()
+        except OSError as error:
+            raise UserError(f"{folder}: not an LMDB folder ({self.path.name}: {error.strerror})") from None
+
+    def _open(self) -> None:
+        first = self._meta(0)
+        second = self._meta(first.page_size)
+        meta = second if second.transaction > first.transaction else first
+        self._page_size, self._last_page = meta.page_size, meta.last_page
+        needed = (meta.last_page + 1) * meta.page_size
+        if self._size < needed:
+            raise UserError(
+                f"{self.path}: cut short ({self._size:,} of {needed:,} bytes are there); build or fetch it anew"
+            )
+        if meta.flags:
+            raise UserError(f"{self.path}: an LMDB with duplicate or special keys, not Chinese-CLIP's; build it anew")
+        if meta.root != NO_ROOT and not 1 <= meta.depth <= DEEPEST:
+            self._fail(f"its tree is said to have {meta.depth} levels")
+        self._root, self._depth = meta.root, meta.depth
+
+    def _meta(self, begin: int) -> _Meta:
+        meta = _Meta(*_META.unpack(os.pread(self._file.fileno(), _META.size, begin).ljust(_META.size, b"\0")))
+        size = meta.page_size
+        if meta.magic != MAGIC or meta.kind != META or not 256 <= size <= 65536 or size & (size - 1):
+            raise UserError(f"{self.path}: not an LMDB file, or damaged; build or fetch it anew")
+        if meta.version != VERSION:
+            raise UserError(f"{self.path}: LMDB's format {meta.version} is not known; build it with LMDB 0.9")
+        return meta
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key; None if it has none."""
+        found = self._find(key)
+        return None if found is None else self._value(*found)
+
+    def size(self, key: bytes) -> int | None:
+        """The size of a key's value in bytes, without reading it."""
+        found = self._find(key)
+        return None if found is None else self._node(*found)[1]
+
+    def iter_keys(self) -> Iterator[bytes]:
+        """All keys, in their order."""
+        for page, offset in self._nodes(b""):
+            yield self._key(page, offset)
+
+    def items(self, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """The keys from `first` on, in their order, and their values."""
+        for page, offset in self._nodes(first):
+            yield self._key(page, offset), self._value(page, offset)
+
+    def _find(self, key: bytes) -> tuple[bytes, int] | None:
+        """The leaf page and the offset of a key's node in it."""
+        if self._root == NO_ROOT:
+            return None
+        page, offsets = self._page(self._root, 1)
+        for level in range(2, self._depth + 1):
+            child = self._last_up_to(key, page, offsets, first=1)
+            page, offsets = self._page(self._child(page, offsets[child]), level)
+        place = self._last_up_to(key, page, offsets, first=0)
+        if place < 0 or self._key(page, offsets[place]) != key:
+            return None
+        return page, offsets[place]
+
+    def _last_up_to(self, key: bytes, page: bytes, offsets: tuple[int, ...], first: int) -> int:
+        """The last node from `first` on whose key is not greater; `first` - 1 if all are."""
+        low, high = first, len(offsets)
+        while low < high:
+            middle = (low + high) // 2
+            begin = offsets[middle] + _NODE.size
+            size = _KEY_SIZE.unpack_from(page, min(begin, len(page)) - 2)[0]
+            if page[begin : begin + size] <= key:
+                low = middle + 1
+            else:
+                high = middle
+        return low - 1
+
+    def _nodes(self, first: bytes) -> Iterator[tuple[bytes, int]]:
+        """All nodes of leaf pages from the key `first` on: page and offset."""
+        if self._root == NO_ROOT:
+            return
+        last = None
+        waiting = [(self._root, 1)]  # pages to visit, the next one last
+        while waiting:
+            number, level = waiting.pop()
+            page, offsets = self._page(number, level)
+            if level < self._depth:
+                begin = self._last_up_to(first, page, offsets, first=1)
+                waiting += [(self._child(page, offset), level + 1) for offset in reversed(offsets[begin:])]
+                continue
+            for offset in offsets:
+                key = self._key(page, offset)
+                # A page that is met twice, as in a cycle, has keys that were there already.
+                if last is not None and key <= last:
+                    self._fail(f"page {number} is out of order")
+                last = key
+                if key >= first:
+                    yield page, offset
+
+    def _page(self, number: int, level: int) -> tuple[bytes, tuple[int, ...]]:
+        """A page of the tree at this level, the root's being 1, and the offsets of its nodes: at least one."""
+        if (known := self._branches.get(number)) is not None and known[0] == level:
+            return known[1:]
+        page = self._read(number, 0, self._page_size)
+        found, kind, lower, upper = _PAGE.unpack_from(page)
+        if found != number or kind != (LEAF if level == self._depth else BRANCH):
+            self._fail(f"page {number} is none of the tree")
+        if not _PAGE.size < lower <= upper <= self._page_size or lower % 2:
+            self._fail(f"page {number} is not divided as a page is")
+        offsets = struct.unpack_from(f"<{(lower - _PAGE.size) // 2}H", page, _PAGE.size)
+        if kind == BRANCH and len(self._branches) < BRANCHES_KEPT:
+            self._branches[number] = level, page, offsets
+        return page, offsets
+
+    def _read(self, number: int, begin: int, size: int) -> bytes:
+        if not 2 <= number <= self._last_page:
+            self._fail(f"there is no page {number}")
+        try:
+            content = os.pread(self._file.fileno(), size, number * self._page_size + begin)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if len(content) != size:
+            self._fail(f"page {number} is cut short")
+        return content
+
+    def _node(self, page: bytes, offset: int) -> tuple[int, int, int]:
+        """Where the node's value begins, how many bytes it has, and the node's flags."""
+        if offset + _NODE.size > len(page):
+            self._fail("a node lies outside its page")
+        low, high, flags, key_size = _NODE.unpack_from(page, offset)
+        return offset + _NODE.size + key_size, low | high << 16, flags
+
+    def _key(self, page: bytes, offset: int) -> bytes:
+        end = self._node(page, offset)[0]
+        if end > len(page):
+            self._fail("a key lies outside its page")
+        return page[offset + _NODE.size : end]
+
+    def _child(self, page: bytes, offset: int) -> int:
+        _, low, high = self._node(page, offset)
+        return low | high << 32
+
+    def _value(self, page: bytes, offset: int) -> bytes:
+        begin, size, flags = self._node(page, offset)
+        if flags & ~BIGDATA:
+            self._fail("a value is another database")
+        if size > self.largest:
+            raise UserError(f"{self.path}: holds a value of {size:,} bytes, too large for its kind; build it anew")
+        if flags != BIGDATA:
+            if begin + size > len(page):
+                self._fail("a value lies outside its page")
+            return page[begin : begin + size]
+        if begin + 8 > len(page):
+            self._fail("a value lies outside its page")
+        number = int.from_bytes(page[begin : begin + 8], "little")
+        found, kind, pages = _BIG_PAGE.unpack(self._read(number, 0, _BIG_PAGE.size))
+        if found != number or kind != OVERFLOW or _BIG_PAGE.size + size > pages * self._page_size:
+            self._fail(f"page {number} does not hold the value that it should")
+        if number * self._page_size + _BIG_PAGE.size + size > self._size:
+            self._fail(f"page {number} is cut short")
+        return self._read(number, _BIG_PAGE.size, size)
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise UserError(f"{self.path}: damaged ({problem}); build or fetch it anew")

@@ -1,0 +1,136 @@
+"""A pickled pair of Chinese-CLIP's, (image id, text id, text), read without an unpickler.
+
+An unpickler makes any object, and 20 bytes can ask it for gigabytes. The operations here make whole numbers, texts and
+one tuple; everything else is refused. Pickles of all protocols, 0 to 5, that hold such a pair need no others.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+
+MOST_DIGITS = 600  # of an id
+MOST_OPERATIONS = 50  # protocol 0 needs 9
+DEEPEST = 4  # values on the stack: a mark and three others
+NO_PAIR = "it is not an image id, a text id and a text"
+
+_SKIPPED = {pickle.PROTO[0]: 1, pickle.FRAME[0]: 8}  # and the bytes that follow
+_NUMBERS = {op[0]: struct.Struct(form) for op, form in zip((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")}
+_TEXTS = {
+    op[0]: struct.Struct(f"<{form}")
+    for op, form in zip((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
+}
+_PUTS = {op[0]: struct.Struct(f"<{form}") for op, form in zip((pickle.BINPUT, pickle.LONG_BINPUT), "BI")}
+_GETS = {op[0]: struct.Struct(f"<{form}") for op, form in zip((pickle.BINGET, pickle.LONG_BINGET), "BI")}
+_LINES = {op[0] for op in (pickle.INT, pickle.LONG, pickle.UNICODE, pickle.PUT, pickle.GET)}
+_LONG1, _MEMOIZE, _MARK = pickle.LONG1[0], pickle.MEMOIZE[0], pickle.MARK[0]
+_TUPLE, _TUPLE3, _STOP = pickle.TUPLE[0], pickle.TUPLE3[0], pickle.STOP[0]
+_THE_MARK = object()
+
+
+def read_pair(pickled: bytes) -> tuple[int | str, int | str, str]:
+    """The image id, the text id and the text. Raises ValueError, with the reason, if it is anything else."""
+    try:
+        pair = _run(pickled)
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError):
+        raise ValueError("it is no whole pickle") from None
+    if type(pair) is not tuple or len(pair) != 3:
+        raise ValueError(NO_PAIR)
+    if not isinstance(pair[0], (int, str)) or not isinstance(pair[1], (int, str)) or not isinstance(pair[2], str):
+        raise ValueError(NO_PAIR)
+    return pair
+
+
+def _run(pickled: bytes) -> object:
+    """What the operations make."""
+    stack: list[object] = []
+    memo: dict[int, object] = {}
+    at = 0
+    for _ in range(MOST_OPERATIONS):
+        if len(stack) > DEEPEST:
+            break
+        operation = pickled[at]
+        at += 1
+        if operation in _TEXTS:
+            form = _TEXTS[operation]
+            size, at = form.unpack_from(pickled, at)[0], at + form.size
+            stack.append(_exactly(pickled, at, size).decode("utf-8", "surrogatepass"))
+            at += size
+        elif operation in _NUMBERS:
+            form = _NUMBERS[operation]
+            stack.append(form.unpack_from(pickled, at)[0])
+            at += form.size
+        elif operation == _LONG1:
+            size, at = pickled[at], at + 1
+            stack.append(int.from_bytes(_exactly(pickled, at, size), "little", signed=True))
+            at += size
+        elif operation == _MEMOIZE:
+            memo[len(memo)] = stack[-1]
+        elif operation in _PUTS:
+            memo[_place(_PUTS[operation].unpack_from(pickled, at)[0])] = stack[-1]
+            at += _PUTS[operation].size
+        elif operation in _GETS:
+            stack.append(memo[_GETS[operation].unpack_from(pickled, at)[0]])
+            at += _GETS[operation].size
+        elif operation in _SKIPPED:
+            at += _SKIPPED[operation]
+        elif operation == _MARK:
+            stack.append(_THE_MARK)
+        elif operation == _TUPLE3:
+            stack[-3:] = [_tuple(stack[-3:])]
+        elif operation == _TUPLE:
+            mark = len(stack) - 1 - stack[::-1].index(_THE_MARK) if _THE_MARK in stack else 0
+            stack[mark:] = [_tuple(stack[mark + 1 :])]
+        elif operation in _LINES:
+            end = pickled.index(b"\n", at)
+            _run_line(operation, pickled[at:end], stack, memo)
+            at = end + 1
+        elif operation == _STOP:
+            return stack[-1]
+        else:
+            raise ValueError(_refusal(operation, pickled[at:], stack))
+    raise ValueError(NO_PAIR)
+
+
+def _exactly(pickled: bytes, at: int, size: int) -> bytes:
+    if at + size > len(pickled):
+        raise IndexError
+    return pickled[at : at + size]
+
+
+def _tuple(parts: list[object]) -> tuple[object, ...]:
+    if len(parts) != 3 or any(isinstance(part, tuple) for part in parts):
+        raise ValueError(NO_PAIR)
+    return tuple(parts)
+
+
+def _place(number: int) -> int:
+    """A place in the memo; picklers number them from 0 or 1 on."""
+    if number > MOST_OPERATIONS:
+        raise ValueError(f"it asks for a memo of {number:,} places")
+    return number
+
+
+def _run_line(operation: int, line: bytes, stack: list[object], memo: dict[int, object]) -> None:
+    """An operation of protocol 0, whose argument is a line of text."""
+    if operation == pickle.UNICODE[0]:
+        stack.append(line.decode("raw-unicode-escape"))
+        return
+    digits = line.removesuffix(b"L") if operation == pickle.LONG[0] else line
+    if not digits.removeprefix(b"-").isdigit() or len(digits) > MOST_DIGITS or digits in (b"00", b"01"):  # booleans
+        raise ValueError("it holds a number that is no id")
+    number = int(digits)
+    if operation == pickle.PUT[0]:
+        memo[_place(number)] = stack[-1]
+    elif operation == pickle.GET[0]:
+        stack.append(memo[number])
+    else:
+        stack.append(number)
+
+
+def _refusal(operation: int, rest: bytes, stack: list[object]) -> str:
+    if operation == pickle.GLOBAL[0]:
+        return "it names " + ".".join(line.decode(errors="replace") for line in rest.split(b"\n")[:2])
+    if operation == pickle.STACK_GLOBAL[0]:
+        return f"it names {'.'.join(str(name) for name in stack[-2:])}"
+    return "it holds more than numbers and texts"

@@ -1,0 +1,68 @@
+"""Tensors in memory that loader processes share with the main one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_retrieval.errors import RunError
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def share(value: Any) -> Any:
+    """The value with its tensors, also those in tuples, copied to memory that another process can map.
+
+    torch would copy them to a file in /dev/shm, of which a Docker container has 64 MB, and would drop a batch that does
+    not fit without a word. Linux has anonymous memory files (`memfd_create`), which no mount limits; elsewhere torch's
+    way is taken, whose error is noticed here.
+
+    Raises RunError if there is no room or there are too many open files.
+    """
+    if isinstance(value, tuple):
+        parts = map(share, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return value
+    try:
+        return _copied(value)
+    except OSError as error:
+        raise loading_error(error) from None
+    except RuntimeError as error:  # torch's word for a full /dev/shm
+        if "shared memory" not in str(error) and "mmap" not in str(error):
+            raise
+        raise loading_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if not hasattr(os, "memfd_create"):
+        return tensor.contiguous().share_memory_()
+    tensor = tensor.contiguous()
+    with os.fdopen(os.memfd_create("clip_retrieval"), "wb", buffering=0) as file:
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        while rest:  # written, not copied to a mapping: no page faults, and an error if there is no room
+            rest = rest[file.write(rest) :]
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), tensor.nbytes)  # has its own descriptor
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+
+
+def loading_error(error: OSError) -> RunError:
+    """The error for loader processes that cannot be started, or cannot hand over their results."""
+    if error.errno == errno.EMFILE:
+        return RunError("too many open files; raise the limit (ulimit -n 65536), or choose fewer --num_workers")
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return RunError(f"loader processes could not be started ({error.strerror}); choose fewer --num_workers")
+    try:
+        free = f", {shutil.disk_usage(SHARED_MEMORY).free / 1e6:,.1f} MB free"
+    except OSError:
+        free = ""
+    return RunError(
+        f"{SHARED_MEMORY} is missing or too small for loader processes ({error.strerror}{free}); choose fewer "
+        "--num_workers or --num_workers 0, or make it larger (docker run --shm-size 1g)"
+    )

@@ -1,0 +1,26 @@
+"""How much memory there is, to refuse a file that asks for more before it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+# The limits of a container (cgroup v2 and v1): a number of bytes, or "max".
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+FALLBACK = 16 * 2**30  # bytes, on systems that do not tell
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use at most: the machine's, the container's or the shell's limit."""
+    limits = [FALLBACK]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(limits)

@@ -1,0 +1,1 @@
+"""What the programs share at their start: the folder of a run."""

@@ -1,0 +1,198 @@
+"""The output folder of a run: made, locked, cleared, and brought to the state that a resumed run left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.files import remove_special
+from clip_retrieval.models.weights import read_checkpoint
+from clip_retrieval.options import AUTO, Options
+from clip_retrieval.reporting.log import log
+from clip_retrieval.training.checkpoint import save_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+# File systems that cannot lock: NFS without its lock service, some FUSE mounts.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def run_folder(options: Options) -> Path:
+    """The output folder of a finetune."""
+    return Path(options.run.checkpoint_path) / options.run.experiments
+
+
+def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
+    """The output folder of an evaluation: the one named by the user, or one of its own; never a training run's."""
+    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
+    if named:
+        folder = run_folder(options)
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
+        return folder
+    if of_checkpoint:
+        return Path(options.run.resume).parent / f"eval_{suffix}"
+    return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
+
+
+def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
+    """Make `folder` and check that files can be made in it.
+
+    Raises UserError, naming the options that choose another place, if not.
+    """
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        probe.unlink()
+    except ValueError:
+        raise UserError(f"{folder}: no folder can have this name; choose another one with {options}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+            raise
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with {options}") from None
+
+
+@dataclass
+class FolderLock:
+    """The lock of a run on its output folder. Released by the system if the run is killed.
+
+    Attributes:
+        folder: the folder.
+        descriptor: of the open lock file; None if the file system cannot lock.
+    """
+
+    folder: Path
+    descriptor: int | None
+
+    def check(self) -> None:
+        """Raise RunError if the folder was deleted, or deleted and made again: what is there is another run's."""
+        is_there = self.folder.is_dir() if self.descriptor is None else _is_file(self.descriptor, self.folder / LOCK)
+        if not is_there:
+            raise RunError(
+                f"{self.folder} was deleted while the run was writing there, and its checkpoints with it; start the "
+                "run again"
+            )
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[FolderLock]:
+    """Make `folder` and hold it for this run alone; remove half-written files of a run that was killed.
+
+    The lock is a POSIX record lock: loader processes do not inherit it, and it works over NFS. Raises UserError if
+    another run holds the folder.
+    """
+    make_folder(folder)
+    descriptor = _lock(folder)
+    try:
+        for half_written in folder.glob(".*.tmp"):
+            half_written.unlink(missing_ok=True)
+        yield FolderLock(folder, descriptor)
+    finally:
+        if descriptor is not None:
+            if _is_file(descriptor, folder / LOCK):
+                with contextlib.suppress(OSError):
+                    (folder / LOCK).unlink()
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    if fcntl is None:
+        return None
+    path = folder / LOCK
+    while True:
+        remove_special(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                log.warning(f"{folder} is on a file system without locks: start only one run there at a time")
+                return None
+            raise UserError(
+                f"{folder} is in use by another run ({holder}); wait for it to end, or choose another --experiments"
+            ) from None
+        # The run that held it before may have removed the file in the meantime.
+        if _is_file(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
+
+
+def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any] | None) -> None:
+    """Raise UserError if `folder` holds a run that is neither resumed nor to be overwritten.
+
+    --overwrite must not delete the file that the new run starts from.
+    """
+    if not (folder / "last.pt").exists():
+        return
+    sources = {"--resume": options.run.resume, "--pretrained": options.model.pretrained}
+    for name, source in sources.items():
+        if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
+            raise UserError(
+                f"--overwrite would delete {source} ({name}); leave it out, or choose another --experiments"
+            )
+    resumes_here = checkpoint is not None and "optimizer" in checkpoint and resumes_in(folder, options)
+    if not resumes_here and not options.run.overwrite:
+        raise UserError(
+            f"{folder} already holds a run; resume it (--resume auto), start afresh there (--overwrite), or choose "
+            "another --experiments"
+        )
+
+
+def resumes_in(folder: Path, options: Options) -> bool:
+    """Whether the checkpoint that is resumed lies in `folder`."""
+    source = options.run.resume
+    return source not in (None, AUTO) and Path(source).resolve().parent == folder.resolve()
+
+
+def without_resume(options: Options, folder: Path) -> Options:
+    """The options that begin the run in `folder` anew: a run and its continuation record the same."""
+    if options.run.resume != AUTO and not resumes_in(folder, options):
+        return options
+    return replace(options, run=replace(options.run, resume=None))
+
+
+def clear_run(folder: Path) -> None:
+    """Delete the files of a run, and nothing else."""
+    files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", "log.txt"]
+    for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
+        path.unlink(missing_ok=True)
+    remove_special(folder / "tensorboard", keep_folder=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def has_best(source: Path, steps: tuple[int, ...]) -> bool:
+    """Whether best.pt in `source` is of one of these steps."""
+    content = read_checkpoint(source / "best.pt") if (source / "best.pt").is_file() else None
+    return content is not None and content["step"] in steps
+
+
+def bring_best(source: Path, folder: Path) -> None:
+    """Copy best.pt from `source` to `folder` if these differ."""
+    if source.resolve() != folder.resolve():
+        save_checkpoint(folder / "best.pt", read_checkpoint(source / "best.pt"))

@@ -1,0 +1,205 @@
+"""Loader processes: what they share, what they need of /dev/shm, and how their end is noticed."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from clip_retrieval.data import shared_memory
+from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
+from clip_retrieval.data.workers import Workers, in_workers
+from clip_retrieval.errors import RunError, UserError
+from tests.conftest import ROOT
+
+
+class Result(NamedTuple):
+    images: torch.Tensor
+    rest: tuple
+
+
+def compute(number):
+    """A result with tensors of several kinds, for each number."""
+    odd = torch.arange(24).reshape(4, 6)[:, number % 3 :: 2] + number  # not contiguous
+    return Result(
+        torch.full((number + 1, 3, 8, 8), number, dtype=torch.uint8), (odd, torch.empty(0, 5), [number], str(number))
+    )
+
+
+def is_result(result, number):
+    images, (odd, empty, *rest) = result
+    expected = compute(number)
+    assert torch.equal(images, expected.images) and torch.equal(odd, expected.rest[0])
+    return empty.shape == (0, 5) and rest == [[number], str(number)]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_results_are_the_same_from_any_number_of_processes(number):
+    found = list(in_workers(compute, range(20), num_workers=number))
+    assert len(found) == 20 and all(map(is_result, found, range(20)))
+
+
+def test_results_stay_as_they_are_while_others_come():
+    first, second, *_ = in_workers(compute, range(12), num_workers=2)
+    first.images.fill_(77)
+    assert is_result(second, 1)
+
+
+def test_nothing_of_a_result_is_in_dev_shm(monkeypatch):
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("only Linux has memfd_create")
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", None)  # how torch makes a file there
+    storage = shared_memory.share(torch.ones(1000)).untyped_storage()
+    assert str(Path(f"/proc/self/fd/{storage._share_fd_cpu_()[0]}").readlink()).startswith("/memfd:")
+
+
+def test_a_result_leaves_no_file_open():
+    count = len(list(Path("/dev/fd").iterdir()))
+    for number in range(50):
+        shared_memory.share(compute(number))
+    assert len(list(Path("/dev/fd").iterdir())) <= count + 2
+
+
+def fails(kind):
+    if kind == "user":
+        raise UserError("a.jpg: not a readable image")
+    raise RunError("a.jpg: out of memory")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("run", RunError)])
+def test_an_error_keeps_its_kind_and_its_text(number, kind, error):
+    with pytest.raises(error, match=r"^a\.jpg: "):
+        list(in_workers(fails, [kind], num_workers=number))
+
+
+def wrong(number):
+    raise RuntimeError("a bug") if number else OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("request_", [0, 1])
+def test_a_bug_in_a_process_is_no_lost_process(number, request_):
+    with pytest.raises((OSError, RuntimeError), match=r"a bug|No space left"):
+        list(in_workers(wrong, [request_], num_workers=number))
+
+
+def limit(number):
+    return image_pixels_limit()
+
+
+def test_the_limit_of_pixels_reaches_the_processes():
+    default = image_pixels_limit()
+    limit_image_pixels(1234)
+    workers = Workers(limit, num_workers=1)
+    limit_image_pixels(default)  # as in a process that was not forked from this one
+    assert list(workers([0])) == [1234]
+
+
+# Lost processes
+
+
+def slow(number):
+    time.sleep(0.01)
+    return number
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
+def test_a_lost_process_is_noticed_where_its_results_are_asked_for(kill):
+    workers = Workers(slow, num_workers=2)
+    results = workers(range(1000))
+    next(results)
+    saved = []
+    os.kill(workers._loader._iterator._workers[1].pid, kill)
+    for _ in range(10):  # of something that must not be broken off, such as a checkpoint
+        time.sleep(0.02)
+        saved.append(1)
+    started = time.perf_counter()
+    with pytest.raises(RunError, match=r"a process that loads images was lost.*--num_workers"):
+        list(results)
+    assert len(saved) == 10 and time.perf_counter() - started < 3
+
+
+def dies(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_lost_while_it_is_waited_for_is_noticed_at_once():
+    started = time.perf_counter()
+    with pytest.raises(RunError, match="a process that loads images was lost"):
+        list(in_workers(dies, range(3), num_workers=1))
+    assert time.perf_counter() - started < 3
+
+
+def test_other_processes_may_end_while_results_are_waited_for():
+    others = [subprocess.Popen(["sh", "-c", f"sleep 0.0{i}; exit {i}"]) for i in range(1, 5)]
+    assert list(in_workers(slow, range(30), num_workers=1)) == list(range(30))
+    assert [other.wait() for other in others] == [1, 2, 3, 4]
+
+
+# /dev/shm
+
+
+def in_small_shm(size, code):
+    """Run code, with Workers and an `images` that gives 4 MB, in a process whose /dev/shm has this size."""
+    setup = """
+        import sys, torch
+        from clip_retrieval.data import shared_memory
+        from clip_retrieval.data.workers import in_workers
+        from clip_retrieval.errors import run_and_exit
+        def images(number):
+            return torch.full((64, 3, 148, 148), number, dtype=torch.uint8)
+        def run():
+            found = [int(part.max()) for part in in_workers(images, range(12), num_workers=workers)]
+            assert found == list(range(12))
+    """
+    code = f"{textwrap.dedent(setup)}\n{textwrap.dedent(code)}\nsys.exit(run_and_exit(run))"
+    mount = (
+        f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 99; exec timeout -k 3 60 {sys.executable} -c '{code}'"
+    )
+    try:
+        done = subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip("a /dev/shm of its own is not permitted here")
+    return done.returncode, done.stderr
+
+
+def test_a_small_dev_shm_is_enough():
+    assert in_small_shm("256k", "workers = 3") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("size", "code"),
+    [
+        ("4k", "workers = 3"),  # not even the processes' semaphores
+        ("256k", "workers = 3; del shared_memory.os.memfd_create"),  # as on systems without it
+    ],
+)
+def test_a_dev_shm_that_does_not_suffice_is_one_line(size, code):
+    code, err = in_small_shm(size, code)
+    assert code == 3 and err.count("\n") == 1, err
+    assert all(word in err for word in ("/dev/shm", "--num_workers 0", "--shm-size"))
+
+
+def test_too_many_open_files_are_one_line():
+    code = """
+        import resource, os
+        os.memfd_create  # each result has a descriptor
+        kept = []
+        def run():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+            for part in in_workers(images, range(300), num_workers=2):
+                kept.append(part)
+        workers = 2
+    """
+    code, err = in_small_shm("64m", code)
+    assert code == 3 and err.count("\n") == 1 and "ulimit -n" in err, err
