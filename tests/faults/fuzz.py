@@ -1,0 +1,178 @@
+"""Mutations of valid files, given to every reader of the package.
+
+python -m tests.faults.fuzz --count 5000                        # a row for each reader
+python -m tests.faults.fuzz --count 300 --reader png --keep failed/     # those with "png" in their names
+
+A document is accepted, or refused with one line and exit code 2 or 3. Everything else is a fault: an error that nobody
+caught, a signal, more than ten seconds, more than 4 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Before torch is imported: a forked process has none of the threads of the one that it is from.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+from tests.faults.readers import READERS
+from tests.faults.readers.reader import Reader
+from tests.faults.worker import ACCEPTED, MEMORY_OUT, REFUSED, UNCAUGHT, Documents, Outcome, start
+
+DEADLINE = 10.0  # seconds that a document may take
+CRASHED, HUNG = "crashed", "hung"
+KINDS = (ACCEPTED, REFUSED, UNCAUGHT, CRASHED, HUNG, MEMORY_OUT)
+FAULTS = KINDS[2:]
+IN_MEMORY = "/dev/shm"
+
+
+@dataclass
+class Report:
+    """What became of the mutations of a reader.
+
+    Attributes:
+        reader: its name.
+        counts: by kind.
+        roots: the first outcome of each distinct fault.
+        times: how often each was met.
+        seconds: that they took.
+    """
+
+    reader: str
+    counts: Counter = field(default_factory=Counter)
+    roots: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    times: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def faults(self) -> int:
+        return sum(self.counts[kind] for kind in FAULTS)
+
+    def add(self, outcome: Outcome) -> None:
+        self.counts[outcome.kind] += 1
+        if outcome.kind in FAULTS:
+            key = (outcome.kind, outcome.root)
+            self.roots.setdefault(key, outcome)
+            self.times[key] += 1
+
+
+def fuzz(reader: Reader, count: int, seed: int = 0, first: int = 0) -> Report:
+    """Read the mutations `first` to `first` + `count` - 1 of a reader's documents."""
+    report = Report(reader.name)
+    began = time.perf_counter()
+    place = IN_MEMORY if Path(IN_MEMORY).is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="faults-") as folder:
+        for outcome in _outcomes(reader, Path(folder) / "documents", seed, first, first + count):
+            report.add(outcome)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> Iterator[Outcome]:
+    """One for each mutation; a process that is lost is followed by another one."""
+    while first < end:
+        child, pipe = start(reader, folder, seed, first, end)
+        lost = UNCAUGHT
+        number = None
+        for line in _lines(pipe):
+            if line is None:
+                lost = HUNG
+                break
+            if not line.startswith("{"):
+                number = int(line)
+                continue
+            yield Outcome(**json.loads(line))
+            number = None
+            first += 1
+        os.close(pipe)
+        if lost == HUNG:
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if number is None:
+            if first < end:
+                raise RuntimeError(f"{reader.name}: the process ended with status {status} between two documents")
+            return
+        if lost == HUNG:
+            yield Outcome(number, HUNG, f"more than {DEADLINE:g} s")
+        elif os.WIFSIGNALED(status):
+            yield Outcome(number, CRASHED, signal.Signals(os.WTERMSIG(status)).name)
+        else:
+            yield Outcome(number, UNCAUGHT, f"the process ended with code {os.WEXITSTATUS(status)}")
+        first = number + 1
+
+
+def _lines(pipe: int) -> Iterator[str | None]:
+    """The lines that arrive in a pipe, until it is closed; None if the next one takes longer than the deadline."""
+    rest, deadline = b"", 60.0  # the documents are written first
+    while True:
+        if not select.select([pipe], [], [], deadline)[0]:
+            yield None
+            return
+        read = os.read(pipe, 1 << 16)
+        if not read:
+            return
+        *whole, rest = (rest + read).split(b"\n")
+        for line in whole:
+            yield line.decode()
+        deadline = DEADLINE
+
+
+def table(reports: Iterable[Report]) -> str:
+    """A row of counts for each reader, and their sum."""
+    rows = [[r.reader, *(str(r.counts[kind]) for kind in KINDS), f"{r.seconds:.0f}"] for r in reports]
+    sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(KINDS) + 2)]
+    lines = [["reader", *KINDS, "seconds"], *rows, ["all", *sums]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def keep(reader: Reader, report: Report, folder: Path, seed: int) -> None:
+    """Write the first document of each distinct fault into `folder`, with its traceback beside it."""
+    with tempfile.TemporaryDirectory() as made:
+        documents = Documents(reader, Path(made), seed)
+        for (kind, root), outcome in report.roots.items():
+            chosen, content = documents.mutation(outcome.number)
+            name = f"{reader.name.replace(' ', '-').replace(',', '')}-{kind}-{outcome.number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}{documents.paths[chosen].suffix}").write_bytes(content)
+            text = f"{root}\n{report.times[kind, root]} times\n\n{outcome.text}\n"
+            (folder / f"{name}.txt").write_text(text, errors="backslashreplace")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=5000, help="mutations of each reader")
+    parser.add_argument("--reader", default="", help="only readers with this in their names")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation, to repeat one")
+    parser.add_argument("--keep", type=Path, help="folder for a document of each distinct fault")
+    args = parser.parse_args()
+    reports = []
+    for reader in [reader for name, reader in READERS.items() if args.reader in name]:
+        reports.append(fuzz(reader, args.count, args.seed, args.first))
+        for (kind, root), outcome in reports[-1].roots.items():
+            print(f"{reader.name}, mutation {outcome.number}: {kind}: {root} ({reports[-1].times[kind, root]} times)")
+        sys.stdout.flush()
+        if args.keep:
+            keep(reader, reports[-1], args.keep, args.seed)
+    print(table(reports))
+    return int(any(report.faults for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

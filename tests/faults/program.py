@@ -1,0 +1,171 @@
+"""The program in a process of its own, that starts in a fraction of a second: what it imports is imported already.
+
+A server process imports the package once and forks for each run (multiprocessing's forkserver). What is forked is a
+process like any other: it can be killed, stopped by a signal, starved of memory, or hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELOAD = "tests.faults.preload"
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a process is set up before the program starts.
+
+    Attributes:
+        folder: its working directory.
+        memory: bytes that it may take beyond the address space that it starts with.
+        environment: variables that are set.
+        before: called with `arguments` in the process, before the program: it may bring faults in.
+        arguments: for `before`.
+    """
+
+    folder: Path
+    memory: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    before: Callable[..., None] | None = None
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass
+class Ended:
+    """A program that has ended.
+
+    Attributes:
+        code: its exit code; that of a signal is negative; None if it was still running at the deadline.
+        out, err: what it wrote.
+        seconds: how long it took.
+    """
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines on standard error that are no warnings."""
+        return [line for line in self.err.splitlines() if not line.startswith("WARNING")]
+
+
+class Program:
+    """A running main.py, or a script.
+
+    Args:
+        typed: what is typed behind the program's name.
+        settings: see there.
+        script: the program, from the project's folder.
+    """
+
+    _number = 0
+
+    def __init__(self, typed: Sequence[object], settings: Settings, script: str = "main.py"):
+        Program._number += 1
+        # Beside the folder, not in it: a run may fill it, or look at what it holds.
+        self._files = [settings.folder.parent / f".{os.getpid()}-{Program._number}.{name}" for name in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in typed]
+        self._process = _server().Process(target=_run, args=(script, words, self._files, settings))
+        self._started = time.perf_counter()
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    def send(self, number: int, *, to_group: bool = False) -> None:
+        """Send a signal to the process, or to all processes of its group."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if to_group else os.kill)(self.pid, number)
+
+    def wait(self, deadline: float = 60.0) -> Ended:
+        """Wait for its end; kill it, and what it started, at the deadline (seconds)."""
+        self._process.join(deadline)
+        code = self._process.exitcode
+        self.send(signal.SIGKILL)
+        self.send(signal.SIGKILL, to_group=True)
+        self._process.join()
+        out, err = (file.read_bytes().decode(errors="backslashreplace") for file in self._files)
+        for file in self._files:
+            file.unlink()
+        return Ended(code, out, err, time.perf_counter() - self._started)
+
+
+def run(typed: Sequence[object], settings: Settings, script: str = "main.py", deadline: float = 60.0) -> Ended:
+    """Run the program to its end."""
+    return Program(typed, settings, script).wait(deadline)
+
+
+def call(function: Callable[..., Any], *arguments: Any, deadline: float = 300.0) -> Any:
+    """What a function gives in a process of its own. Raises RuntimeError if there is nothing before the deadline."""
+    context = _server()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(deadline):
+            raise RuntimeError(f"{function.__name__} takes more than {deadline:g} s")
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__} ended with code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    pipe.send(function(*arguments))
+    pipe.close()
+
+
+def _server() -> Any:
+    os.environ.update(QUIET)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    return context
+
+
+def _run(script: str, words: list[str], files: list[Path], settings: Settings) -> None:
+    """What the forked process does."""
+    multiprocessing.set_start_method(None, force=True)  # loaders start as in a run of its own
+    with contextlib.suppress(OSError):
+        os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(settings.folder)
+    os.environ.update(QUIET | settings.environment)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if settings.memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + settings.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if settings.before is not None:
+        settings.before(*settings.arguments)
+    path = ROOT / script
+    sys.argv = [str(path), *words]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
