@@ -9,6 +9,7 @@ import codecs
 import json
 import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
