@@ -18,11 +18,14 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.decode import decode_rgb
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 2**20  # a line is a whole photograph
+LONGEST_LINE = 2**29  # bytes
+MOST_DIGITS = 2000  # of an id that is a number; int() refuses more than 4,300
 
 
 class Base64Images:
@@ -83,7 +86,7 @@ class TsvImages(Base64Images):
     def base64(self, index: int) -> bytes:
         # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._begins[index])
                 return file.read(self._sizes[index])
         except OSError as error:
@@ -112,19 +115,21 @@ def read_tsv(path: Path, begin: int = 0, line: int = 0) -> Iterator[TsvRecord]:
     Raises UserError, naming file and line, where a line is not one id, a tab and base64.
     """
     try:
-        file = path.open("rb", buffering=_BUFFER)
+        with io.BufferedReader(open_regular(path).detach(), _BUFFER) as file:
+            file.seek(begin)
+            while text := file.readline(LONGEST_LINE + 1):
+                line += 1
+                if len(text) > LONGEST_LINE:
+                    raise UserError(f"{path}, line {line}: longer than {LONGEST_LINE:,} bytes, as no image is")
+                key, tab, content = text.partition(b"\t")
+                first, begin = begin + len(key) + 1, begin + len(text)
+                if not tab and not text.strip():
+                    continue
+                if problem := _problem(key, tab, content):
+                    raise UserError(f"{path}, line {line}: {problem}")
+                yield TsvRecord(_key(path, line, key), content.rstrip(), line, first, begin)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
-        file.seek(begin)
-        for number, text in enumerate(file, line + 1):
-            key, tab, content = text.partition(b"\t")
-            first, begin = begin + len(key) + 1, begin + len(text)
-            if not tab and not text.strip():
-                continue
-            if problem := _problem(key, tab, content):
-                raise UserError(f"{path}, line {number}: {problem}")
-            yield TsvRecord(_key(path, number, key), content.rstrip(), number, first, begin)
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
 
 
 def _problem(key: bytes, tab: bytes, content: bytes) -> str | None:
@@ -167,7 +172,7 @@ def padded(text: bytes) -> bytes:
 def written_as_number(key: str) -> bool:
     """Whether an id is what a whole number is written as: 7 or -7, not 007."""
     digits = key.removeprefix("-")
-    return key == "0" or (digits.isascii() and digits.isdecimal() and digits[0] != "0")
+    return key == "0" or (len(digits) <= MOST_DIGITS and digits.isascii() and digits.isdecimal() and digits[0] != "0")
 
 
 def typed_ids(keys: Sequence[str], named: Iterable[int | str] = ()) -> list[int | str]:

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Sequence
 
-MOST_DIGITS = 600  # of an id
+MOST_DIGITS, MOST_BYTES = 2500, 2**10  # of an id
 MOST_OPERATIONS = 50  # protocol 0 needs 9
 DEEPEST = 4  # values on the stack: a mark and three others
+NOT_AN_ID = "it holds a number that is no id"
 NO_PAIR = "it is not an image id, a text id and a text"
 
+
+def _forms(operations: Sequence[bytes], letters: str) -> dict[int, struct.Struct]:
+    """The form of each operation's argument."""
+    return {operation[0]: struct.Struct(f"<{letter}") for operation, letter in zip(operations, letters)}
+
+
 _SKIPPED = {pickle.PROTO[0]: 1, pickle.FRAME[0]: 8}  # and the bytes that follow
-_NUMBERS = {op[0]: struct.Struct(form) for op, form in zip((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")}
-_TEXTS = {
-    op[0]: struct.Struct(f"<{form}")
-    for op, form in zip((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
-}
-_PUTS = {op[0]: struct.Struct(f"<{form}") for op, form in zip((pickle.BINPUT, pickle.LONG_BINPUT), "BI")}
-_GETS = {op[0]: struct.Struct(f"<{form}") for op, form in zip((pickle.BINGET, pickle.LONG_BINGET), "BI")}
+_NUMBERS = _forms((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")
+_TEXTS = _forms((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
+_LONGS = _forms((pickle.LONG1, pickle.LONG4), "BI")
+_PUTS = _forms((pickle.BINPUT, pickle.LONG_BINPUT), "BI")
+_GETS = _forms((pickle.BINGET, pickle.LONG_BINGET), "BI")
 _LINES = {op[0] for op in (pickle.INT, pickle.LONG, pickle.UNICODE, pickle.PUT, pickle.GET)}
-_LONG1, _MEMOIZE, _MARK = pickle.LONG1[0], pickle.MEMOIZE[0], pickle.MARK[0]
+_MEMOIZE, _MARK = pickle.MEMOIZE[0], pickle.MARK[0]
 _TUPLE, _TUPLE3, _STOP = pickle.TUPLE[0], pickle.TUPLE3[0], pickle.STOP[0]
 _THE_MARK = object()
 
@@ -60,8 +66,11 @@ def _run(pickled: bytes) -> object:
             form = _NUMBERS[operation]
             stack.append(form.unpack_from(pickled, at)[0])
             at += form.size
-        elif operation == _LONG1:
-            size, at = pickled[at], at + 1
+        elif operation in _LONGS:
+            form = _LONGS[operation]
+            size, at = form.unpack_from(pickled, at)[0], at + form.size
+            if size > MOST_BYTES:
+                raise ValueError(NOT_AN_ID)
             stack.append(int.from_bytes(_exactly(pickled, at, size), "little", signed=True))
             at += size
         elif operation == _MEMOIZE:
@@ -118,7 +127,7 @@ def _run_line(operation: int, line: bytes, stack: list[object], memo: dict[int, 
         return
     digits = line.removesuffix(b"L") if operation == pickle.LONG[0] else line
     if not digits.removeprefix(b"-").isdigit() or len(digits) > MOST_DIGITS or digits in (b"00", b"01"):  # booleans
-        raise ValueError("it holds a number that is no id")
+        raise ValueError(NOT_AN_ID)
     number = int(digits)
     if operation == pickle.PUT[0]:
         memo[_place(number)] = stack[-1]

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from clip_retrieval.command_line import parse
+from clip_retrieval.data import base64_images
 from clip_retrieval.data.base64_images import TsvImages, typed_ids
 from clip_retrieval.data.build_lmdb import build_lmdb
 from clip_retrieval.data.image_cache import cached_pixels
@@ -262,6 +264,36 @@ def test_nothing_is_trained_without_answers(run, arguments, tmp_path, name):
     write_split(data, name, {1: photo(1)}, [(5, "一", [])])
     code, _, err = run(*arguments[4:], "--dataset", "chinese", "--dataset_root", data)
     assert code == 2 and err.count("\n") == 1 and "no image has a caption" in err
+
+
+# Files that are none, lines that are none
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling"])
+def test_a_tsv_that_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "test_imgs.tsv"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+    with pytest.raises(UserError, match=f"{path}: cannot be read"):
+        TsvImages(path)
+
+
+def test_a_line_longer_than_any_image_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(base64_images, "LONGEST_LINE", 1000)
+    (tmp_path / "a.tsv").write_bytes(b"1\t" + b"A" * 900 + b"\n" + b"xy\t" + b"A" * 2000)
+    with pytest.raises(UserError, match=r"a\.tsv, line 2: longer than 1,000 bytes"):
+        TsvImages(tmp_path / "a.tsv")
+
+
+def test_an_image_id_of_thousands_of_digits_is_a_text(tmp_path, read):
+    digits = "1" * 5000
+    write_split(tmp_path, "test", {digits: photo(1), "7": photo(2)}, [(5, "一", [digits]), (6, "二", [7])])
+    assert read("chinese", tmp_path).image_ids == [digits, 7]
 
 
 # In other processes, and kept as pixels
