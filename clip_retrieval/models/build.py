@@ -279,7 +279,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
         words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
         words = words or text.get("hf_tokenizer_name") or simple_clip.TEXT_MODEL
         of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
-        return of_its_kind(words, length, known)
+        return of_its_kind(words, length, known, model.name if model.weights == names.NO_WEIGHTS else model.weights)
     if text.get("hf_tokenizer_name"):
         tokenizer = _hf_tokenizer(options, model, length, arguments)
         size = len(tokenizer.tokenizer)

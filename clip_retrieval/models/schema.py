@@ -66,13 +66,15 @@ def text(value: Any, place: str) -> None:
         raise _mismatch(value, place, "text")
 
 
-def sequence(item: Check, *lengths: int) -> Check:
-    """A list or tuple, of one of these lengths."""
+def sequence(item: Check, *lengths: int, empty: bool = True) -> Check:
+    """A list or tuple, of one of these lengths if any are given; with empty=False of one element at least."""
 
     def check(value: Any, place: str) -> None:
-        if type(value) not in (list, tuple) or (lengths and len(value) not in lengths):
-            expected = f"a list of {' or '.join(map(str, lengths))}" if lengths else "a list"
-            raise _mismatch(value, place, expected)
+        if type(value) not in (list, tuple):
+            raise _mismatch(value, place, "a list")
+        if (lengths and len(value) not in lengths) or not (value or empty):
+            expected = " or ".join(map(str, lengths)) or "1 or more"
+            raise SchemaError(f"{place} has {len(value)} values, not {expected}")
         for index, element in enumerate(value):
             item(element, f"{place}[{index}]")
 
@@ -164,7 +166,8 @@ def hinted(hint: Any) -> Check:
     if origin in (typing.Union, types.UnionType):
         return either(*(hinted(part) for part in sorted(arguments, key=lambda part: part is not type(None))))
     if origin is tuple:
-        return sequence(hinted(arguments[0]), *(() if Ellipsis in arguments else (len(arguments),)))
+        lengths = () if Ellipsis in arguments else (len(arguments),)
+        return sequence(hinted(arguments[0]), *lengths, empty=False)
     if origin is list:
         return sequence(hinted(arguments[0]))
     known = {type(None): nothing, bool: one_of(False, True), int: whole(-(2**63)), float: number(), str: text}

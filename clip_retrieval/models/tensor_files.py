@@ -112,6 +112,8 @@ def _errors_named(path: Path) -> Iterator[None]:
         ) from error
     except DamagedError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # zipfile, safetensors and torch raise nearly anything on broken input
         damage = DamagedError(f"damaged or cut short ({reason(error)})")
         raise UserError(f"{path} cannot be read as weights: {damage}") from error

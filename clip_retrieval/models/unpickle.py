@@ -12,11 +12,12 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any, Protocol
 
 import torch
 
-MOST_OPCODES = 5_000_000
+MOST_OPCODES = 2_000_000
 """A checkpoint has thousands; each may take a hundred bytes of memory."""
 
 MOST_DIMENSIONS = 64
@@ -146,7 +147,7 @@ class Unpickler:
         modules: admit TorchScript's own classes, as `Module`.
     """
 
-    def __init__(self, content: memoryview | bytes, make_tensor: MakeTensor, *, modules: bool = False):
+    def __init__(self, content: bytes | mmap, make_tensor: MakeTensor, *, modules: bool = False):
         self.content = content
         self.position = 0
         self.storages: dict[str, Storage] = {}
@@ -164,20 +165,22 @@ class Unpickler:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
-            while (opcode := self._take(1)[0]) != _STOP:
+            while (opcode := self.content[self.position]) != _STOP:
+                self.position += 1
                 handler = _HANDLERS.get(opcode)
                 if handler is None:
                     raise PythonObjectError(f"opcode {opcode}")
                 self._left -= 1
                 if self._left < 0:
-                    raise DamagedError(f"more than {MOST_OPCODES:,} parts")
+                    raise DamagedError(f"a pickle of more than {MOST_OPCODES:,} parts")
                 handler(self)
+            self.position += 1
             return self._stack.pop()
         except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
             raise DamagedError(str(error)) from error
 
     def _take(self, count: int) -> bytes:
-        taken = bytes(self.content[self.position : self.position + count])
+        taken = self.content[self.position : self.position + count]
         if len(taken) < count:
             raise DamagedError("cut short")
         self.position += count
@@ -187,7 +190,7 @@ class Unpickler:
         return struct.unpack(code, self._take(struct.calcsize(code)))[0]
 
     def _line(self) -> str:
-        length = bytes(self.content[self.position : self.position + 1000]).index(b"\n")
+        length = self.content[self.position : self.position + 1000].index(b"\n")
         return self._take(length + 1)[:-1].decode("utf-8")
 
     def _push(self, value: Any) -> None:

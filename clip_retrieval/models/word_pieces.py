@@ -28,6 +28,7 @@ class WordPieceTokenizer:
             order of their ids.
         context_length: in tokens; longer captions are cut, keeping [SEP].
         vocabulary: number of tokens the text tower knows.
+        holder: the file that words themselves are from, for messages.
 
     Raises:
         UserError: the vocabulary is not there, or is another than the text tower's, or cased.
@@ -36,10 +37,12 @@ class WordPieceTokenizer:
     tokenizer_mode = ""
     strip_sep_token = False
 
-    def __init__(self, source: str | list[str], context_length: int, vocabulary: int):
-        self.tokenizer = _of_words(source) if isinstance(source, list) else _read(source)
+    def __init__(self, source: str | list[str], context_length: int, vocabulary: int, holder: str = ""):
+        place = f"--tokenizer {source}"
+        if isinstance(source, list):
+            place = f"{holder}: " * bool(holder) + "the vocabulary in the model config"
+        self.tokenizer = _of_words(source, place) if isinstance(source, list) else _read(source)
         self.context_length = context_length
-        place = "the vocabulary in the model config" if isinstance(source, list) else f"--tokenizer {source}"
         if missing := _missing_tokens(self.tokenizer):
             raise UserError(f"{place} has no {', '.join(missing)}; give BERT's vocab.txt")
         if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
@@ -89,14 +92,14 @@ def _missing_tokens(tokenizer: Any) -> list[str]:
     return [token for token in SPECIAL_TOKENS if token not in words]
 
 
-def _of_words(words: list[str]) -> Any:
+def _of_words(words: list[str], place: str) -> Any:
     from transformers import BertTokenizer
 
     try:
         with quiet():
             return BertTokenizer({word: number for number, word in enumerate(words)})
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"the vocabulary in the model config cannot be used ({reason(error)})") from error
+        raise UserError(f"{place} cannot be used ({reason(error)})") from error
 
 
 def _of_file(path: Path) -> Any:

@@ -133,16 +133,17 @@ def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source:
         if not 0 <= number < len(parameters):
             problem = f"there is no parameter {number}"
         elif problem is None and not _fits(state, parameters[number]):
-            problem = f"that of parameter {number} has other tensors, shapes or types"
+            problem = f"that of parameter {number} has other tensors, shapes, types or values"
     if problem:
         raise UserError(f"{source}: its optimizer's state does not fit ({problem}); add --reset_optimizer")
 
 
 def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
-    moments = {"exp_avg", "exp_avg_sq"}
-    return (
-        state.keys() == moments | {"step"}
-        and state["step"].shape == ()
-        and state["step"].dtype == torch.float32
-        and all(state[name].shape == parameter.shape and state[name].dtype == torch.float32 for name in moments)
-    )
+    """Whether AdamW can go on with this state of a parameter."""
+    moments = ("exp_avg", "exp_avg_sq")
+    if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
+        return False
+    if any(state[name].shape != parameter.shape or state[name].dtype != torch.float32 for name in moments):
+        return False
+    # Mean squares that are NaN or negative would make the weights NaN.
+    return not parameter.numel() or bool(state["exp_avg_sq"].min() >= 0 and not state["exp_avg"].min().isnan())

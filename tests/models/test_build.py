@@ -234,7 +234,7 @@ def test_siglip_starts_where_the_config_says_or_where_siglip_does(tmp_path, scal
     "changes, words",
     [
         ({"preprocess_cfg": [1]}, "preprocess_cfg is a list, not a dict"),
-        ({"preprocess_cfg": {"mean": [1, 2]}}, "preprocess_cfg.mean is a list, not a list of 3"),
+        ({"preprocess_cfg": {"mean": [1, 2]}}, "preprocess_cfg.mean has 2 values, not 3"),
         ({"preprocess_cfg": {"std": ["a", "b", "c"]}}, r"preprocess_cfg.std\[0\] is 'a', not a finite number above 0"),
         ({"vision_cfg": {**VIT, "image_size": "64"}}, "vision_cfg.image_size is '64', not a whole number .*"),
         ({"text_cfg": {**TEXT, "hf_config": None}}, "text_cfg.hf_config is None, not a dict"),
