@@ -19,7 +19,7 @@ from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.batch_norm import shared_statistics
 from clip_retrieval.models.build import BuiltModel
-from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.towers import RetrievalModel, check_compiles
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.log import MetricsLog, log, log_to_file
@@ -84,6 +84,8 @@ def prepare(
     # model and data
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
+    if options.train.compile:
+        check_compiles(device)
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)

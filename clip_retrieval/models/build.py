@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
 from clip_retrieval.models import chinese_clip, hub, names, simple_clip
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
-from clip_retrieval.models.load import load_into
+from clip_retrieval.models.hugging_face import fetch_config, known_config, load_open_clip_tokenizer
+from clip_retrieval.models.load import check_adaptor, load_into
+from clip_retrieval.models.memory import must_fit
+from clip_retrieval.models.named_config import preprocess_config
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
-from clip_retrieval.models.towers import text_part
+from clip_retrieval.models.towers import RetrievalModel, text_part
 from clip_retrieval.models.word_pieces import WordPieceTokenizer, folder_of_words
 from clip_retrieval.options import ModelOptions
 
@@ -37,10 +39,6 @@ DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_IMAGE_SIZE = 224
 RESNET_STRIDE = 32
 ADAPTOR = "adaptor."
-_CONFIG_ERRORS = (
-    *(TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError, ArithmeticError),
-    StrictDataclassError,
-)
 
 
 @dataclass
@@ -117,9 +115,11 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     config = deepcopy(source.config)
     _set_sizes(config, source.name, image_size, context_length)
     state = source.state or {}
-    if logit_bias or "logit_bias" in state:
-        config.setdefault("init_logit_bias", SIGLIP_BIAS)
+    if (logit_bias or "logit_bias" in state) and config.get("init_logit_bias") is None:
+        config["init_logit_bias"] = SIGLIP_BIAS
     clip = _instantiate(config, source.name)
+
+    # Weights.
     adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
     if source.state is not None:
         state = {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}
@@ -127,14 +127,33 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         if _holds_other_size(clip, state):
             _resize_timm(clip, config, source.name)
         load_into(clip, state, source.weights, source.name, source.random)
+        check_adaptor(adaptor, config["embed_dim"], source.weights)
     _resize_timm(clip, config, source.name)
     if logit_bias and "logit_bias" not in state:
         torch.nn.init.constant_(clip.logit_scale, config.get("init_logit_scale", SIGLIP_SCALE))
         torch.nn.init.constant_(clip.logit_bias, config["init_logit_bias"])
-    preprocess = {**source.preprocess, "size": config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)}
+
+    preprocess = preprocess_config(source.preprocess)
+    preprocess["size"] = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
     # The scale, too, is in no file of a tower's, but starts at a value of its own.
     random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
-    return BuiltModel(clip.float().eval(), config, preprocess, source.name, source.weights, adaptor or None, random)
+    clip = clip.float().eval()
+    if not source.is_known or image_size or context_length:
+        _try(clip, config, preprocess, source.name)
+    return BuiltModel(clip, config, preprocess, source.name, source.weights, adaptor or None, random)
+
+
+def _try(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:
+    """Encode an image and a caption: a config may be wrong in ways that only show then. Raises UserError."""
+    if clip.logit_scale.is_meta:
+        return
+    length = config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+    with _config_errors(name), torch.no_grad():
+        model = RetrievalModel(clip, preprocess).eval()
+        images = model.encode_image(torch.zeros(1, 3, *_both(preprocess["size"]), dtype=torch.uint8))
+        texts = model.encode_text(torch.zeros(1, length, dtype=torch.int64), torch.tensor([length]))
+        if not images.shape == texts.shape == (1, config["embed_dim"]):
+            raise ValueError(f"its features have the shapes {tuple(images.shape)} and {tuple(texts.shape)}")
 
 
 def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, context_length: int | None) -> None:
@@ -153,12 +172,17 @@ def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, contex
 
 def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     """The module of `config`, with random weights; completes `config` with what it took to build it."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if text.get("hf_config"):
+        text["hf_config"] = known_config(text["hf_config"], name)
     if simple_clip.is_simple_clip(config):
-        with _config_errors(name):
+        with must_fit(name), _config_errors(name):
             return SimpleCLIP(**config)
-    if config["vision_cfg"].get("timm_model_name"):
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    text = config["text_cfg"]
+
+    # Nothing is fetched or read but what is asked for below.
+    if vision.get("timm_model_name"):
+        _check_timm_name(vision["timm_model_name"], name)
+        vision["timm_model_pretrained"] = False
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False
     arguments = deepcopy(config)
@@ -167,27 +191,40 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     custom_text = arguments.pop("custom_text", False) or bool(text.get("hf_model_name"))
     model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
     with ExitStack() as stack:
-        if hf_config:
+        if text.get("hf_model_name"):
             # open_clip reads a Hugging Face config from a name or a folder only.
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            (Path(folder) / "config.json").write_text(json.dumps(hf_config))
+            content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
+            (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
-        stack.enter_context(hub.hub_access() if text.get("hf_model_name") and not hf_config else hub.quiet())
-        stack.enter_context(_config_errors(name))
-        try:
-            clip = model_class(**arguments)
-        except OSError as error:
-            raise UserError(
-                f"{name}: its text tower {text.get('hf_model_name')} could not be fetched from huggingface.co; is "
-                "there a network?"
-            ) from error
+        for context in (hub.quiet(), must_fit(name), _config_errors(name)):
+            stack.enter_context(context)
+        clip = model_class(**arguments)
     if isinstance(clip, CoCa):
         # open_clip leaves it as the memory was: another value each time, perhaps NaN.
         projection = clip.text_decoder.text_projection
         torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
-        text["hf_config"] = json.loads(clip.text.config.to_json_string())
+        text["hf_config"] = known_config(json.loads(clip.text.config.to_json_string()), name)
     return clip
+
+
+def _fetch_hf_config(tower: str, name: str) -> dict[str, Any]:
+    try:
+        with hub.hub_access():
+            return fetch_config(tower)
+    except hub.FETCH_ERRORS as error:
+        raise UserError(
+            f"{name}: its text tower {tower} could not be fetched from huggingface.co; is there a network?"
+        ) from error
+
+
+def _check_timm_name(tower: str, name: str) -> None:
+    """Raise UserError for what is no model that timm builds: names with a prefix are fetched, or read from folders."""
+    import timm
+
+    if ":" in tower or not timm.is_model(tower):
+        raise UserError(f"{name}: its timm_model_name is {tower}, which is no model of timm")
 
 
 @contextmanager
@@ -195,9 +232,10 @@ def _config_errors(name: str) -> Iterator[None]:
     """A block in which what a wrong model config makes the libraries raise becomes a UserError."""
     try:
         yield
-    except _CONFIG_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: its model config cannot be built: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:  # of every kind: the values of a config go everywhere
+        raise UserError(f"{name}: its model config cannot be built: {reason(error)}") from error
 
 
 def _holds_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
@@ -238,28 +276,43 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
     """
     text = model.config["text_cfg"]
     length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    known = text_part(model.clip).vocab_size
+    arguments = {name: value for name, value in (text.get("tokenizer_kwargs") or {}).items() if value is not None}
     is_chinese = chinese_clip.is_chinese_clip(model.config)
     if is_chinese or simple_clip.is_simple_clip(model.config):
         words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
-        words = words or text.get("hf_tokenizer_name", simple_clip.TEXT_MODEL)
+        words = words or text.get("hf_tokenizer_name") or simple_clip.TEXT_MODEL
         of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
-        return of_its_kind(words, length, text_part(model.clip).vocab_size)
-    extra = text.get("tokenizer_kwargs") or {}
+        return of_its_kind(words, length, known, model.name if model.weights == names.NO_WEIGHTS else model.weights)
     if text.get("hf_tokenizer_name"):
-        tokenizer = _hf_tokenizer(options, model, context_length=length, **extra)
+        tokenizer = _hf_tokenizer(options, model, length, arguments)
         size = len(tokenizer.tokenizer)
     elif options.tokenizer:
         raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; leave it out")
     else:
-        tokenizer = SimpleTokenizer(context_length=length, **extra)
+        try:
+            tokenizer = SimpleTokenizer(context_length=length, **arguments)
+        except TypeError as error:
+            raise UserError(f"{model.name}: its tokenizer_kwargs are not those of CLIP's tokenizer ({error})") from None
         size = tokenizer.vocab_size
-    known = text_part(model.clip).vocab_size
     if size > known:
         raise UserError(
             f"{model.name}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the tokenizer "
             "that belongs to it"
         )
+    _try_tokenizer(tokenizer, model.name, known)
     return tokenizer
+
+
+def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: int) -> None:
+    """Tokenise a few captions. Raises UserError for a tokenizer without padding, a word for the unknown, and so on."""
+    try:
+        ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
+        is_known = bool((ids >= 0).all() and (ids < known).all())
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"{name}: its tokenizer cannot read captions ({reason(error)}); give --tokenizer") from error
+    if not is_known:
+        raise UserError(f"{name}: its tokenizer has ids that the text tower does not know; give --tokenizer")
 
 
 def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFTokenizer | WordPieceTokenizer) -> None:
@@ -268,14 +321,15 @@ def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFToken
         config["text_cfg"]["vocab"] = tokenizer.words
 
 
-def _hf_tokenizer(options: ModelOptions, model: BuiltModel, **arguments: Any) -> HFTokenizer:
+def _hf_tokenizer(
+    options: ModelOptions, model: BuiltModel, context_length: int, arguments: dict[str, Any]
+) -> HFTokenizer:
     text = model.config["text_cfg"]
     source = options.tokenizer or text["hf_tokenizer_name"]
     if not options.tokenizer and model.name.startswith(names.FOLDER):
         source = model.name.removeprefix(names.FOLDER)
     try:
-        with hub.hub_access():
-            return HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **arguments)
+        return load_open_clip_tokenizer(source, context_length, tokenizer_mode=text.get("tokenizer_mode"), **arguments)
     except hub.FETCH_ERRORS:
         raise UserError(
             f"the tokenizer {source} of {model.name} could not be read, or fetched from huggingface.co; a folder that "

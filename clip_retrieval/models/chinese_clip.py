@@ -209,4 +209,4 @@ class ChineseTokenizer(WordPieceTokenizer):
 
     @staticmethod
     def clean_fn(text: str) -> str:
-        return text.lower().replace("“", '"').replace("”", '"')
+        return WordPieceTokenizer.clean_fn(text).replace("“", '"').replace("”", '"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import urllib.parse
@@ -10,7 +9,6 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import huggingface_hub.constants
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
@@ -89,17 +87,16 @@ def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
     )
 
 
-def fetch_hub_config(hub_id: str) -> dict:
-    """open_clip_config.json of a hub repository. Raises UserError where it cannot be had."""
+def fetch_hub_config(hub_id: str) -> str:
+    """Path of the open_clip_config.json of a hub repository. Raises UserError where it cannot be had."""
     try:
         with hub_access():
-            path = download_pretrained_from_hf(hub_id, filename="open_clip_config.json")
+            return download_pretrained_from_hf(hub_id, filename="open_clip_config.json")
     except FETCH_ERRORS:
         raise UserError(
             f"open_clip_config.json of hf-hub:{hub_id} could not be fetched from huggingface.co; check the name and "
             "the network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
         ) from None
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def fetch_hub_weights(hub_id: str) -> str:

@@ -9,6 +9,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.towers import make_adaptor
 from clip_retrieval.models.weights import some
 
 
@@ -38,7 +39,24 @@ def load_into(
         raise UserError(
             f"{source} does not fit {name}: {', '.join(problems)}; give the model it belongs to as --vision_model"
         )
+    refuse_not_finite({key: state[key] for key in own if key in state}, source)
     clip.load_state_dict(state, strict=False)
+
+
+def check_adaptor(adaptor: dict[str, torch.Tensor], dim: int, source: str) -> None:
+    """Raise UserError, naming `source`, for weights of an adaptor that do not fit features of a width, or are NaN."""
+    own = make_adaptor(dim).state_dict()
+    if adaptor and {name: v.shape for name, v in adaptor.items()} != {name: v.shape for name, v in own.items()}:
+        raise UserError(f"{source} does not fit: its adaptor is not one for features of {dim} numbers")
+    refuse_not_finite({f"adaptor.{name}": v for name, v in adaptor.items()}, source)
+
+
+def refuse_not_finite(state: dict[str, torch.Tensor], source: str) -> None:
+    """Raise UserError, naming `source` and the weight, for NaN or infinity. Takes no memory."""
+    for name, value in state.items():
+        has_values = value.is_floating_point() and value.numel() and not value.is_meta
+        if has_values and not all(bound.isfinite() for bound in torch.aminmax(value)):
+            raise UserError(f"{source}: {name} is not finite (NaN or infinity); give other weights")
 
 
 def _fit(

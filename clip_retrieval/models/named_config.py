@@ -12,8 +12,10 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import hub, names
+from clip_retrieval.models import checkpoint_schema, hub, names
+from clip_retrieval.models.hugging_face import read_json
 from clip_retrieval.models.names import ModelName
+from clip_retrieval.models.schema import SchemaError
 
 
 def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -24,50 +26,33 @@ def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
     if name.kind == "hub":
-        content = hub.fetch_hub_config(name.config.removeprefix(names.HUB))
+        path = Path(hub.fetch_hub_config(name.config.removeprefix(names.HUB)))
     elif name.kind == "folder":
-        content = _read_json(Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json")
+        path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
     else:
-        content = _read_json(names.our_configs()[name.config] if name.kind == "ours" else Path(name.config))
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    if lacking := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
-        raise UserError(f"--vision_model {name.name} is not a model config: it has no {', '.join(lacking)}")
-    overrides = content.get("preprocess_cfg", {})
-    if wrong := _wrong_values(config, overrides):
-        raise UserError(f"--vision_model {name.name} is not a model config: {wrong}")
-    return config, preprocess_config(overrides)
-
-
-def _wrong_values(config: dict[str, Any], preprocess: Any) -> str:
-    """What is wrong with the values that nothing else would complain of before a run breaks on them."""
-    size = config["vision_cfg"].get("image_size", 1)
-    sides = size if isinstance(size, list) and len(size) == 2 else [size]
-    if not all(type(side) is int and side > 0 for side in sides):
-        return f"its image_size is {json.dumps(size)}, no whole number"
-    if not isinstance(config["text_cfg"].get("hf_config", {}), dict):
-        return "its hf_config holds no values"
-    if not isinstance(preprocess, dict):
-        return "its preprocess_cfg holds no values"
-    for key in ("mean", "std"):
-        value = preprocess.get(key, [0, 0, 0])
-        if not isinstance(value, list) or [type(v) in (int, float) for v in value] != [True] * 3:
-            return f"its {key} is {json.dumps(value)}, not three numbers"
-    return ""
+        path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
+    config, overrides = read_json(path, "model config"), {}
+    if isinstance(config, dict):
+        overrides = config.pop("preprocess_cfg", None) or {}
+        config = config.get("model_cfg", config)
+    try:
+        checkpoint_schema.model_config(config, "")
+        return config, preprocess_config(overrides)
+    except SchemaError as error:
+        raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
 
 
 def preprocess_config(overrides: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out)."""
-    return json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
+    """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out).
 
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such model config") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not a model config: {error}") from None
+    One number for mean or std counts for each channel, as in open_clip. Raises SchemaError for values that are none.
+    """
+    checkpoint_schema.preprocess(overrides, "preprocess_cfg")
+    merged = json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
+    for key in ("mean", "std"):
+        values = merged[key] if isinstance(merged[key], list) else [merged[key]] * 3
+        merged[key] = [float(value) for value in values]
+    return merged
 
 
 def _common_preprocess(config_name: str) -> dict[str, Any]:

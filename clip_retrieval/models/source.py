@@ -20,6 +20,9 @@ from clip_retrieval.options import ModelOptions
 WHOLE = (weights.OURS, weights.CHINESE_CLIP, weights.SIMPLE_CLIP)
 """Kinds of files that tell their whole model: nothing needs to be named beside them."""
 
+KNOWN = ("open_clip", "ours")
+"""Kinds of names whose configs are not the user's."""
+
 CLIP_TRAINING = "RN50-text6"
 """clip-training's model, by our name."""
 
@@ -35,6 +38,7 @@ class ModelSource:
         weights: where the weights are from: a tag, "none", "own" (a hub id's or folder's) or a file.
         state: the weights, or None for random ones.
         random: beginnings of the names of weights that `state` may lack: they stay random.
+        is_known: whether the config is one of open_clip's own, or ours.
     """
 
     name: str
@@ -43,6 +47,7 @@ class ModelSource:
     weights: str
     state: dict[str, torch.Tensor] | None = None
     random: tuple[str, ...] = ()
+    is_known: bool = False
 
 
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
@@ -96,7 +101,7 @@ def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> Model
         location = name.config.partition(":")[2]
         path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
         state = read_weights(path).state
-    return ModelSource(name.name, config, preprocess, pretrained, state)
+    return ModelSource(name.name, config, preprocess, pretrained, state, is_known=name.kind in KNOWN)
 
 
 def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
@@ -114,14 +119,14 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
         # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
         config["text_cfg"]["layers"] = chinese_clip.count_layers(found.state, "transformer.resblocks.")
         preprocess = read_config(names.resolve(CLIP_TRAINING))[1]
-    return ModelSource(name.name, config, preprocess, found.source, found.state)
+    return ModelSource(name.name, config, preprocess, found.source, found.state, is_known=name.kind in KNOWN)
 
 
 def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
     """The model that a file tells; names that were typed must agree with it."""
     _refuse_text_pretrained(options, found.source)
     if found.kind == weights.OURS:
-        config, preprocess = found.model_config, found.preprocess or preprocess_config({})
+        config, preprocess = found.model_config, found.preprocess
         held = found.options.get("vision_model") or "model without a name"
     elif found.kind == weights.SIMPLE_CLIP:
         config = simple_clip.infer_config(found.state, found.source)

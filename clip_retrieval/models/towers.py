@@ -13,6 +13,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from clip_retrieval.errors import UserError, reason
 from clip_retrieval.models.pooled import (
     pooled_end_token,
     pooled_image_token,
@@ -45,7 +46,9 @@ class RetrievalModel(nn.Module):
         self.frozen: list[nn.Module] = []
         self._pooled_image_token = pooled_image_token
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preprocess[name]).view(-1, 1, 1), persistent=False)
+            self.register_buffer(
+                name, torch.tensor(preprocess[name], dtype=torch.float32).view(-1, 1, 1), persistent=False
+            )
 
     def compile_towers(self) -> None:
         """Compile both towers where they are called (torch.compile); names and weights stay as they are."""
@@ -152,12 +155,30 @@ class RetrievalModel(nn.Module):
             state.update({f"adaptor.{name}": value for name, value in self.adaptor.state_dict().items()})
         return state
 
-    def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Load what `weights` gave, strictly."""
+    def load_weights(self, state: dict[str, Tensor], source: str = "best.pt") -> None:
+        """Load what `weights` gave, strictly. Raises UserError, naming `source`, for weights of another model."""
         adaptor = {name.removeprefix("adaptor."): v for name, v in state.items() if name.startswith("adaptor.")}
-        self.clip.load_state_dict({name: v for name, v in state.items() if not name.startswith("adaptor.")})
-        if self.adaptor is not None:
-            self.adaptor.load_state_dict(adaptor)
+        try:
+            self.clip.load_state_dict({name: v for name, v in state.items() if not name.startswith("adaptor.")})
+            if self.adaptor is not None:
+                self.adaptor.load_state_dict(adaptor)
+        except RuntimeError as error:
+            raise UserError(f"{source} holds the weights of another model ({reason(error)})") from error
+
+
+def check_compiles(device: torch.device) -> None:
+    """Raise UserError if torch.compile does not work here: it needs a compiler, and headers beside it."""
+    try:
+        torch.compile(_tiny, dynamic=False)(torch.ones(2, device=device))
+    except Exception as error:  # of torch's, the compiler's or Triton's
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason(error)}); install a C++ compiler (g++) and Python's "
+            "headers, or leave --compile out"
+        ) from error
+
+
+def _tiny(x: Tensor) -> Tensor:
+    return x.sin() + 1
 
 
 def make_adaptor(dim: int) -> nn.Sequential:

@@ -1,15 +1,7 @@
-"""Weight files of every format, read into one form.
-
-Nothing here unpickles Python objects: a file that asks for them is refused.
-"""
+"""Weight files of every format, read into one form."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +10,12 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip, hub, simple_clip
+from clip_retrieval.files import write_atomic
+from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip
+from clip_retrieval.models.hugging_face import read_json
+from clip_retrieval.models.schema import SchemaError
+from clip_retrieval.models.tensor_files import read_tensor_file
+from clip_retrieval.models.unpickle import Unusable
 
 OURS = "ours"
 OPENAI_ARCHIVE = "openai archive"
@@ -32,7 +29,6 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 """How the names of weight files end."""
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
-_READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 
 @dataclass
@@ -64,13 +60,11 @@ def read_weights(path: str | Path) -> Weights:
     checkpoint, or holds Python objects.
     """
     path = Path(path)
-    _check_is_file(path)
-    if _is_safetensors(path):
-        return _from_content(path, _read_safetensors(path))
-    if _is_torchscript(path):
-        state = {name: v for name, v in _read_torchscript(path).items() if name not in _ARCHIVE_FACTS}
-        return Weights(str(path), OPENAI_ARCHIVE, _float32(state))
-    return _from_content(path, _read_tensors(path))
+    file = read_tensor_file(path)
+    if file.is_torchscript:
+        state = {name: v for name, v in file.content.items() if name not in _ARCHIVE_FACTS}
+        return Weights(str(path), OPENAI_ARCHIVE, _float32(path, state))
+    return _from_content(path, file.content)
 
 
 def read_text_tower(
@@ -99,22 +93,17 @@ def read_text_tower(
         path = files[0]
     elif not path.exists() and path.suffix not in WEIGHT_FILES:
         path = Path(hub.fetch_bert(place))
-    _check_is_file(path)
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_tensors(path)
-    tensors = content.items() if isinstance(content, dict) else ()
-    state = {name: v for name, v in tensors if isinstance(name, str) and isinstance(v, torch.Tensor)}
-    state = rename(_float32(_without_prefix(state, "module.")))
+    content = read_tensor_file(path).content
+    state = _tensors(path, content if isinstance(content, dict) else {})
+    state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
-    return state
+    return _float32(path, state)
 
 
 def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
     """Raise UserError where a config.json differs in what the shapes of the weights do not tell."""
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
+    found = read_json(config, "config of a text tower") if config.exists() else {}
     ours = {"activation": "gelu", "sinusoidal_pos_embds": False, "hidden_act": "gelu"} | hf_config
     for key in ("n_heads", "num_attention_heads", "activation", "hidden_act", "sinusoidal_pos_embds"):
         if isinstance(found, dict) and key in found and key in ours and found[key] != ours[key]:
@@ -135,9 +124,8 @@ def export_chinese_clip(checkpoint: Path, output: Path) -> None:
     if output.exists():
         raise UserError(f"{output} is there already; choose another name, or take it away")
     state = chinese_clip.to_reference(content["model"])
-    temporary = output.with_name(f".{output.name}.tmp")
-    torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, temporary)
-    temporary.replace(output)
+    with write_atomic(output) as file:
+        torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
@@ -146,14 +134,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
     Raises UserError as `read_weights` does.
     """
     path = Path(path)
-    _check_is_file(path)
-    if _is_safetensors(path) or _is_torchscript(path):
+    file = read_tensor_file(path)
+    if file.is_torchscript or not _is_ours(file.content):
         return None
-    content = _read_tensors(path)
-    if not _is_ours(content):
-        return None
-    _check_ours(path, content)
-    return content
+    _check_ours(path, file.content)
+    return file.content
 
 
 def _is_ours(content: Any) -> bool:
@@ -161,110 +146,26 @@ def _is_ours(content: Any) -> bool:
 
 
 def _check_ours(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError where a checkpoint of ours lacks something that every one has."""
-    kinds = {"model": dict, "model_config": dict, "preprocess": dict, "options": dict, "epoch": int, "step": int}
-    if "optimizer" in content:
-        kinds |= dict.fromkeys(("learning", "scaler", "random", "sampler", "progress"), dict)
-    lacking = ", ".join(name for name, kind in kinds.items() if not isinstance(content.get(name), kind))
-    if lacking:
-        raise UserError(f"{path} is a damaged checkpoint: it lacks {lacking}; take another one")
-
-
-def _read_tensors(path: Path) -> Any:
-    """What a file of `torch.save` holds: tensors, numbers, strings, and dicts and lists of them.
-
-    Tensors stay on the disk until they are used, where the format allows it.
-    """
+    """Raise UserError for a checkpoint of ours that no version of this tool wrote."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or _first_bytes(path, 1) == b"\x80":
-            raise UserError(
-                f"{path} holds Python objects beside weights and is refused, as loading them can run any code; if you "
-                "trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-            ) from error
-        raise _unreadable(path, "no checkpoint") from error
-    except _READ_ERRORS as error:
-        raise _unreadable(path, "damaged, cut short or no checkpoint") from error
-
-
-def _check_is_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the weight file in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such weight file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; fetch it again")
-
-
-def _unreadable(path: Path, what: str) -> UserError:
-    return UserError(f"{path} cannot be read as weights: {what}; fetch it again")
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
-
-
-def _is_safetensors(path: Path) -> bool:
-    # Eight bytes of length, then a JSON header.
-    return path.suffix == ".safetensors" or _first_bytes(path, 9)[8:] == b"{"
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, *_READ_ERRORS) as error:
-        raise _unreadable(path, "damaged, cut short or not in the safetensors format") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inner = [name.partition("/")[2] for name in archive.namelist()]
-    except zipfile.BadZipFile:
-        return False
-    return "constants.pkl" in inner and any(name.startswith("code/") for name in inner)
-
-
-def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            code = [archive.read(entry) for entry in archive.infolist() if "/code/" in entry.filename]
-        # The one thing that runs while an archive is loaded, and it may write files. OpenAI's have none.
-        if any(b"__setstate__" in text for text in code):
-            raise UserError(f"{path} runs code of its own when it is loaded and is refused; save its state dict alone")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
-    except (zipfile.BadZipFile, zlib.error, *_READ_ERRORS) as error:
-        raise _unreadable(path, "a damaged TorchScript archive") from error
+        checkpoint_schema.checkpoint(content)
+    except SchemaError as error:
+        raise UserError(f"{path} is a damaged checkpoint: {error}; take another one") from None
 
 
 def _from_content(path: Path, content: Any) -> Weights:
     if _is_ours(content):
         _check_ours(path, content)
-        return Weights(
-            str(path),
-            OURS,
-            _float32(content["model"]),
-            content["model_config"],
-            content.get("preprocess"),
-            content.get("options") or {},
-        )
+        state = _float32(path, content["model"])
+        return Weights(str(path), OURS, state, content["model_config"], content["preprocess"], content["options"])
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
     holder = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), dict)), None)
     state = content if holder is None else content[holder]
-    state = {name: v for name, v in state.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+    state = _tensors(path, state)
     if not state:
         raise UserError(f"{path} holds no weights (it has {some([str(key) for key in content])})")
-    state = _float32(_without_prefix(_without_prefix(state, "_orig_mod."), "module."))
+    state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
     if any(name.startswith("bert.") for name in state):
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
     if any(name.startswith("clip_model.") for name in state):
@@ -292,8 +193,23 @@ def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**clip, **adaptor, **rest}
 
 
-def _float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among the entries of a dict. Raises UserError for one that is no plain tensor."""
+    for name, value in content.items():
+        if isinstance(value, Unusable):
+            raise UserError(f"{path}: {value.problem(name)}")
+    return {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+
+
+def _float32(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict as float32; those under several names stay one."""
+    converted: dict[int, torch.Tensor] = {}
+    for name, value in state.items():
+        if value.is_complex():
+            raise UserError(f"{path}: {name} has complex numbers, which no model here computes with")
+        if id(value) not in converted:
+            converted[id(value)] = value.float() if value.is_floating_point() else value
+    return {name: converted[id(value)] for name, value in state.items()}
 
 
 def some(names: Iterable[str]) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError
-from clip_retrieval.models.hub import FETCH_ERRORS, hub_access, quiet
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.models.hub import FETCH_ERRORS, quiet
+from clip_retrieval.models.hugging_face import load_tokenizer, read_json, read_small
 
 MIN_VOCABULARY = 6
 """transformers gives a vocabulary of the five special tokens where it did not understand the file."""
 
 WORD_FILES = ("vocab.txt", "tokenizer.json")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class WordPieceTokenizer:
@@ -27,6 +28,7 @@ class WordPieceTokenizer:
             order of their ids.
         context_length: in tokens; longer captions are cut, keeping [SEP].
         vocabulary: number of tokens the text tower knows.
+        holder: the file that words themselves are from, for messages.
 
     Raises:
         UserError: the vocabulary is not there, or is another than the text tower's, or cased.
@@ -35,10 +37,14 @@ class WordPieceTokenizer:
     tokenizer_mode = ""
     strip_sep_token = False
 
-    def __init__(self, source: str | list[str], context_length: int, vocabulary: int):
-        self.tokenizer = _of_words(source) if isinstance(source, list) else _read(source)
+    def __init__(self, source: str | list[str], context_length: int, vocabulary: int, holder: str = ""):
+        place = f"--tokenizer {source}"
+        if isinstance(source, list):
+            place = f"{holder}: " * bool(holder) + "the vocabulary in the model config"
+        self.tokenizer = _of_words(source, place) if isinstance(source, list) else _read(source)
         self.context_length = context_length
-        place = "the vocabulary in the model config" if isinstance(source, list) else f"--tokenizer {source}"
+        if missing := _missing_tokens(self.tokenizer):
+            raise UserError(f"{place} has no {', '.join(missing)}; give BERT's vocab.txt")
         if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
             raise UserError(
                 f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt that "
@@ -56,7 +62,7 @@ class WordPieceTokenizer:
     @staticmethod
     def clean_fn(text: str) -> str:
         # Also keeps a caption that spells "[SEP]" out from being read as the special token.
-        return text.lower()
+        return replace_surrogates(text).lower()
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """int64 (texts, context_length), padded with 0."""
@@ -74,55 +80,61 @@ def folder_of_words(place: str | None) -> str | None:
     return place if place and any((Path(place) / name).is_file() for name in WORD_FILES) else None
 
 
-def _of_words(words: list[str]) -> Any:
+def replace_surrogates(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair: no tokenizer of transformers takes them."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _missing_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens that a vocabulary lacks; transformers would add them behind its end."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.get_vocab(with_added_tokens=False) if backend else tokenizer.get_vocab()
+    return [token for token in SPECIAL_TOKENS if token not in words]
+
+
+def _of_words(words: list[str], place: str) -> Any:
     from transformers import BertTokenizer
-
-    with quiet():
-        return BertTokenizer({word: number for number, word in enumerate(words)})
-
-
-def _saved(folder: Path) -> Any:
-    """The tokenizer that transformers' save_pretrained wrote."""
-    from transformers import AutoTokenizer
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return BertTokenizer({word: number for number, word in enumerate(words)})
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tokenizer {folder}: its tokenizer.json cannot be read ({reason})") from error
+        raise UserError(f"{place} cannot be used ({reason(error)})") from error
+
+
+def _of_file(path: Path) -> Any:
+    from transformers import BertTokenizer
+
+    try:
+        read_small(path)
+        with quiet():
+            # By position: given as vocab_file=, transformers 5 ignores it.
+            return BertTokenizer(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"--tokenizer {path} is not a vocab.txt ({reason(error)}); give BERT's") from error
 
 
 def _refuse_cased(settings: Path) -> None:
-    try:
-        cased = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case") is False
-    except (OSError, ValueError, AttributeError):
+    if not settings.exists():
         return
-    if cased:
+    content = read_json(settings, "tokenizer config")
+    if isinstance(content, dict) and content.get("do_lower_case") is False:
         raise UserError(f"{settings}: its vocabulary is cased, captions are read in lower case; give an uncased one")
 
 
 def _read(source: str) -> Any:
-    from transformers import AutoTokenizer, BertTokenizer
-
     path = Path(source)
     if path.is_dir():
         _refuse_cased(path / "tokenizer_config.json")
         if not (path / "vocab.txt").exists() and (path / "tokenizer.json").exists():
-            return _saved(path)
+            return load_tokenizer(source)
         path = path / "vocab.txt"
     if path.exists():
-        try:
-            with quiet():
-                # By position: given as vocab_file=, transformers 5 ignores it.
-                return BertTokenizer(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"--tokenizer {path} is not a vocab.txt ({str(error).splitlines()[0]})") from error
+        return _of_file(path)
     if path.suffix == ".txt" or path.is_absolute():
         raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
     try:
-        with hub_access():
-            return AutoTokenizer.from_pretrained(source)
+        return load_tokenizer(source)
     except FETCH_ERRORS:
         raise UserError(
             f"the tokenizer {source} could not be fetched from huggingface.co; give the model's word list as "

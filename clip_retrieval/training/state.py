@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
+
+import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.reporting.log import log
@@ -111,8 +113,39 @@ def restore_training(
                 f"{source}: other parameters learned there, or of other sizes; keep --trainable, --freeze_*, --loss, "
                 "--image_size and --context_length as they were, or add --reset_optimizer"
             )
+        _check_moments(checkpoint["optimizer"], trainer.optimizer, source)
         trainer.load_optimizer(checkpoint["optimizer"], checkpoint["scaler"])
     if reset_data_offset:
         return Progress()
     log.info(f"going on from {source}, step {checkpoint['step']}")
-    return Progress(**checkpoint["progress"])
+    # Fields of a newer version are left out.
+    return Progress(
+        **{f.name: checkpoint["progress"][f.name] for f in fields(Progress) if f.name in checkpoint["progress"]}
+    )
+
+
+def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: str) -> None:
+    """Raise UserError, naming `source`, unless AdamW's state is that of these parameters: it would trust the shapes."""
+    groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    problem = None
+    if [list(group["params"]) for group in stored["param_groups"]] != groups:
+        problem = "its parameters are grouped otherwise"
+    for number, state in stored["state"].items():
+        if not 0 <= number < len(parameters):
+            problem = f"there is no parameter {number}"
+        elif problem is None and not _fits(state, parameters[number]):
+            problem = f"that of parameter {number} has other tensors, shapes, types or values"
+    if problem:
+        raise UserError(f"{source}: its optimizer's state does not fit ({problem}); add --reset_optimizer")
+
+
+def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
+    """Whether AdamW can go on with this state of a parameter."""
+    moments = ("exp_avg", "exp_avg_sq")
+    if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
+        return False
+    if any(state[name].shape != parameter.shape or state[name].dtype != torch.float32 for name in moments):
+        return False
+    # Mean squares that are NaN or negative would make the weights NaN.
+    return not parameter.numel() or bool(state["exp_avg_sq"].min() >= 0 and not state["exp_avg"].min().isnan())

@@ -114,11 +114,26 @@ class Trainer:
         return {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
 
     def load_optimizer(self, optimizer: dict, scaler: dict) -> None:
-        """Load moments, loss scale and the last learning rate; the hyperparameters stay those of this run's options."""
-        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(optimizer)
-        for group, settings in zip(self.optimizer.param_groups, own):
-            group.update(settings)
+        """Load moments, loss scale and last learning rate; the hyperparameters stay those of this run's options.
+
+        The moments are those of these parameters (`training.state` checks that); they are copied into tensors laid out
+        as the parameters are, which AdamW's kernels rely on.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {
+            number: {
+                "step": moments["step"].clone(),
+                **{
+                    name: torch.empty_like(parameters[number]).copy_(moments[name])
+                    for name in ("exp_avg", "exp_avg_sq")
+                },
+            }
+            for number, moments in optimizer["state"].items()
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, stored in zip(groups, optimizer["param_groups"], strict=True):
+            group["lr"] = stored["lr"]  # that of the last step, as in a run that was not stopped
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
 

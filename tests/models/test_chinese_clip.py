@@ -274,7 +274,7 @@ def test_is_saved_back_as_the_reference_has_it(tmp_path):
     path = checkpoint(tmp_path)
     built = build_model(ModelOptions(pretrained=str(path)))
     ours = {"model": built.clip.state_dict(), "model_config": built.config, "preprocess": built.preprocess}
-    torch.save(ours | {"options": {}, "epoch": 3, "step": 9}, tmp_path / "ours.pt")
+    torch.save(ours | {"options": {"vision_model": built.name}, "epoch": 3, "step": 9}, tmp_path / "ours.pt")
     export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
     exported, reference = (torch.load(p, weights_only=True)["state_dict"] for p in (tmp_path / "exported.pt", path))
     assert exported.keys() == {name for name in reference if ".pooler." not in name}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.load import load_into
 from clip_retrieval.models.weights import read_checkpoint, read_weights
-from tests.models.small import RESNET, TEXT, VIT, small_clip, small_preprocess
+from tests.models.small import RESNET, TEXT, VIT, small_clip, small_config, small_preprocess
 
 ARCHIVE_FACTS = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}
 
@@ -48,6 +48,19 @@ def jit_archive(clip, path):
         torch.jit.save(torch.jit.trace_module(clip, inputs, check_trace=False), str(path))
 
 
+def our_checkpoint(clip, **changes):
+    """What a run of ours saves of `clip`, without an optimizer."""
+    content = {
+        "model": clip.state_dict(),
+        "model_config": small_config(),
+        "preprocess": small_preprocess(),
+        "options": {"vision_model": "tiny"},
+        "epoch": 1,
+        "step": 5,
+    }
+    return content | changes
+
+
 def saved(layout, clip, folder):
     """`clip` written to a file of one of the layouts."""
     path, state = folder / "weights.pt", clip.state_dict()
@@ -59,7 +72,7 @@ def saved(layout, clip, folder):
         "compiled": {"state_dict": {f"_orig_mod.{name}": v for name, v in ddp.items()}},
         "clip_itm": {"epoch": 3, "name": "ex0", "state_dict": state, "optimizer": {"state": {}}},
         "clip_training": {"epoch": 3, "global_step": 9, "model_state_dict": state, "optimizer_state_dict": {}},
-        "ours": {"model": state, "model_config": {}, "preprocess": {}, "options": {}, "epoch": 1, "step": 2},
+        "ours": our_checkpoint(clip),
     }
     if layout == "safetensors":
         path = folder / "weights.safetensors"
@@ -126,14 +139,7 @@ def test_the_adaptor_of_clip_crossmodal_retrieval_is_found(tmp_path):
 
 
 def test_a_checkpoint_of_ours_keeps_what_it_knows(tmp_path):
-    content = {
-        "model": small_clip().state_dict(),
-        "model_config": {"embed_dim": 24},
-        "preprocess": small_preprocess(),
-        "options": {"vision_model": "tiny"},
-        "epoch": 1,
-        "step": 5,
-    }
+    content = our_checkpoint(small_clip())
     torch.save(content, tmp_path / "last.pt")
     found = read_weights(tmp_path / "last.pt")
     assert (found.model_config, found.preprocess) == (content["model_config"], content["preprocess"])

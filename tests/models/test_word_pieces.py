@@ -67,7 +67,7 @@ def test_a_saved_tokenizer_is_read_without_a_network(vocabulary, saved, monkeypa
 
 def test_a_broken_saved_tokenizer_is_named(saved):
     (saved / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"--tokenizer .*saved: its tokenizer.json cannot be read"):
+    with pytest.raises(UserError, match=r"the tokenizer .*saved cannot be read \(.*; give another --tokenizer"):
         WordPieceTokenizer(str(saved), 7, len(WORDS))
 
 

@@ -1,0 +1,163 @@
+"""What a model config, its preprocessing and a checkpoint of ours may hold, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_clip.coca_model import MultimodalCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from clip_retrieval.models.schema import (
+    Check,
+    SchemaError,
+    either,
+    entries,
+    fields,
+    nothing,
+    number,
+    one_of,
+    record,
+    sequence,
+    tensor,
+    text,
+    whole,
+)
+from clip_retrieval.options import GROUPS
+
+SIDE = whole(1, 4096)
+MOST_PATCHES = 2**14
+flag = one_of(False, True)
+
+
+def _nullable(checks: dict[str, Check]) -> dict[str, Check]:
+    return {name: either(nothing, check) for name, check in checks.items()}
+
+
+TOKENIZER_ARGUMENTS = record(
+    optional=_nullable(
+        {
+            "clean": one_of("canonicalize", "lower", "whitespace"),
+            "strip_sep_token": flag,
+            "language": text,
+            "reduction_mask": one_of("", "simple", "random", "shuffle"),
+        }
+    ),
+    rest=lambda _, place: _refuse(place, "no argument of a tokenizer that is known here"),
+)
+
+_VISION = record(
+    optional=fields(CLIPVisionCfg, nullable=True)
+    | {"image_size": either(sequence(SIDE, 2), SIDE), "torchvision_model_name": text}
+)
+
+_TEXT = record(
+    optional=fields(CLIPTextCfg, nullable=True)
+    | {
+        "context_length": whole(1, 8192),
+        "hf_config": record(optional={"model_type": text}),
+        "tokenizer_kwargs": either(nothing, TOKENIZER_ARGUMENTS),
+        "vocab": sequence(text),
+    }
+)
+
+_CONFIG = record(
+    required={"embed_dim": whole(1, 2**16), "vision_cfg": _VISION, "text_cfg": _TEXT},
+    optional={
+        "multimodal_cfg": record(optional=fields(MultimodalCfg, nullable=True)),
+        "init_logit_scale": number(),
+        **_nullable({"init_logit_bias": number(), "quick_gelu": flag, "custom_text": flag}),
+    },
+)
+
+
+def model_config(value: Any, place: str) -> None:
+    """A model config of open_clip's form, or of ours."""
+    _CONFIG(value, place)
+    vision = value["vision_cfg"]
+    size, patch = vision.get("image_size", CLIPVisionCfg.image_size), vision.get("patch_size")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if patch is not None and not 1 <= patch <= min(height, width):
+        raise SchemaError(f"{_under(place, 'vision_cfg')}.patch_size is {patch}, the image {height} x {width} pixels")
+    if patch is not None and (height // patch) * (width // patch) > MOST_PATCHES:
+        raise SchemaError(f"{_under(place, 'vision_cfg')} divides an image into more than {MOST_PATCHES:,} patches")
+
+
+preprocess = record(
+    optional=_nullable(
+        {
+            "size": either(sequence(SIDE, 1, 2), SIDE),
+            "mode": one_of("RGB"),
+            "mean": either(number(), sequence(number(), 3)),
+            "std": either(number(above=0), sequence(number(above=0), 3)),
+            "interpolation": one_of("bicubic", "bilinear", "random"),
+            "resize_mode": one_of("shortest", "longest", "squash"),
+            "fill_color": whole(0, 255),
+        }
+    )
+)
+
+_METRICS = record(required=dict.fromkeys(("R@1", "R@5", "R@10", "MedR", "MeanR"), number()), rest=number())
+_RESULTS = record(required={"split": text, "i2t": _METRICS, "t2i": _METRICS, "mean_recall": number(), "rsum": number()})
+
+
+def results(value: Any, place: str) -> None:
+    """A block of results.json: both directions have the same metrics."""
+    _RESULTS(value, place)
+    if value["i2t"].keys() != value["t2i"].keys():
+        raise SchemaError(f"{place} has other metrics of images than of captions")
+
+
+_MODEL = {
+    "model": entries(tensor),
+    "model_config": model_config,
+    "preprocess": preprocess,
+    "options": record(required={"vision_model": text}, optional=fields(*GROUPS.values())),
+    "epoch": whole(),
+    "step": whole(),
+}
+
+_SCALER = record(
+    required={
+        **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), number(above=0)),
+        **dict.fromkeys(("growth_interval", "_growth_tracker"), whole()),
+    }
+)
+
+_TRAINING = {
+    "optimizer": record(
+        required={
+            "state": entries(entries(tensor), key=int),
+            "param_groups": sequence(record(required={"params": sequence(whole()), "lr": number()})),
+        }
+    ),
+    "learning": entries(sequence(whole())),
+    "scaler": either(one_of({}), _SCALER),
+    "random": record(required={"seed": whole(), "step": whole()}),
+    "sampler": record(required={"data": either(text, whole())}),
+    "progress": record(
+        optional={
+            "step": whole(),
+            "evaluated_step": whole(),
+            "best": either(nothing, record(required={"step": whole(), "epoch": whole(), "block": results})),
+            "before": either(nothing, results),
+            "zero_shot_before": either(nothing, record()),
+            "seconds": number(),
+        }
+    ),
+}
+
+_WITHOUT_OPTIMIZER = record(required=_MODEL, optional={"val": results})
+_WITH_OPTIMIZER = record(required={**_MODEL, **_TRAINING})
+
+
+def checkpoint(value: Any) -> None:
+    """A checkpoint of ours: of a model, or of a run that can go on. Raises SchemaError."""
+    (_WITH_OPTIMIZER if "optimizer" in value else _WITHOUT_OPTIMIZER)(value, "")
+
+
+def _under(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _refuse(place: str, what: str) -> None:
+    raise SchemaError(f"{place}: {what}")

@@ -1,0 +1,381 @@
+"""Pickles of plain values and tensors, read without running anything.
+
+Python's own unpickler imports the names in a pickle and calls them. This one knows the few that weight files hold; each
+is an entry of a table here, and any other name ends the reading. It supports what `torch.save` and `torch.jit.save`
+write: protocol 2, without numbers of more than 255 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from mmap import mmap
+from typing import Any, Protocol
+
+import torch
+
+MOST_OPCODES = 2_000_000
+"""A checkpoint has thousands; each may take a hundred bytes of memory."""
+
+MOST_DIMENSIONS = 64
+LARGEST = 2**62
+MODULE_CLASSES = "__torch__."
+
+_STORAGE_TYPES = {
+    "Float": torch.float32,
+    "Double": torch.float64,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Short": torch.int16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
+STORAGES = {f"torch.{device}{name}Storage": dtype for device in ("", "cuda.") for name, dtype in _STORAGE_TYPES.items()}
+STORAGES |= {f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped", "Typed")}
+# Tensors of these are Unusable.
+STORAGES |= {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("QInt8", "QUInt8", "QInt32")}
+
+_DTYPE_NAMES = ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
+_DTYPE_NAMES += ("complex64", "complex128", "uint16", "uint32", "uint64")
+_DTYPE_NAMES += ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
+
+_UNUSABLE = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, without values",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of a subclass",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
+}
+_TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor")
+"""Names that are never called: further types of numbers, and ways to quantise them."""
+
+
+class PythonObjectError(Exception):
+    """A pickle asks for a Python object: holds its name."""
+
+
+class DamagedError(Exception):
+    """A file that no program wrote: cut short, or with values in the wrong places.
+
+    Args:
+        what: is wrong.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str = "fetch it again"):
+        super().__init__(f"{what}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name in a pickle. It is never looked up in Python."""
+
+    name: str
+
+
+@dataclass
+class Module:
+    """An object of a TorchScript archive.
+
+    Attributes:
+        name: of its class.
+        attributes: a dict of them; of a class with a `__setstate__` of its own, the state that this would be given.
+    """
+
+    name: str
+    attributes: Any = field(default_factory=dict)
+
+
+@dataclass
+class OldParameter:
+    """A parameter as torch saved it until 2017: made first, then given its tensor."""
+
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A tensor that cannot be read as plain numbers, and why."""
+
+    kind: str
+
+    def problem(self, name: str) -> str:
+        """What is wrong with it under this name, and the remedy."""
+        return f"{name} is {self.kind}; save it as a plain one (.to_dense(), .dequantize())"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The numbers that tensors share: `key` names them in the file.
+
+    Attributes:
+        key: their name in the file.
+        dtype: their type.
+        count: how many there are.
+    """
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+class MakeTensor(Protocol):
+    """Makes a tensor of a part of a storage, or refuses to."""
+
+    def __call__(
+        self, storage: Storage, offset: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype | None
+    ) -> torch.Tensor | None: ...
+
+
+class Unpickler:
+    """Reads one pickle after another from bytes in memory.
+
+    Args:
+        content: the bytes; `position` is the place in them, and after `load` that behind the pickle.
+        make_tensor: called for each tensor.
+        modules: admit TorchScript's own classes, as `Module`.
+    """
+
+    def __init__(self, content: bytes | mmap, make_tensor: MakeTensor, *, modules: bool = False):
+        self.content = content
+        self.position = 0
+        self.storages: dict[str, Storage] = {}
+        """Those that were named so far, by their keys."""
+        self._make_tensor = make_tensor
+        self._modules = modules
+        self._left = MOST_OPCODES
+
+    def load(self) -> Any:
+        """The next pickle: None, bool, int, float, str, bytes, list, tuple, dict, Tensor, Unusable, Module, Global.
+
+        Dicts keep only keys that are strings and small numbers. Raises PythonObjectError or DamagedError.
+        """
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        try:
+            while (opcode := self.content[self.position]) != _STOP:
+                self.position += 1
+                handler = _HANDLERS.get(opcode)
+                if handler is None:
+                    raise PythonObjectError(f"opcode {opcode}")
+                self._left -= 1
+                if self._left < 0:
+                    raise DamagedError(f"a pickle of more than {MOST_OPCODES:,} parts")
+                handler(self)
+            self.position += 1
+            return self._stack.pop()
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
+            raise DamagedError(str(error)) from error
+
+    def _take(self, count: int) -> bytes:
+        taken = self.content[self.position : self.position + count]
+        if len(taken) < count:
+            raise DamagedError("cut short")
+        self.position += count
+        return taken
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
+
+    def _line(self) -> str:
+        length = self.content[self.position : self.position + 1000].index(b"\n")
+        return self._take(length + 1)[:-1].decode("utf-8")
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _popped_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def _mark(self) -> None:
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def _tuple(self, count: int) -> None:
+        items = tuple(self._stack[-count:])
+        if len(items) < count:
+            raise DamagedError("a tuple of too few")
+        self._stack[-count:] = [items]
+
+    def _append(self, items: list[Any]) -> None:
+        if type(self._stack[-1]) is not list:
+            raise DamagedError("items of what is no list")
+        self._stack[-1].extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        holder = self._stack[-1]
+        if type(holder) is not dict:
+            raise DamagedError("entries of what is no dict")
+        _fill(holder, zip(items[::2], items[1::2], strict=True))
+
+    def _global(self) -> None:
+        name = f"{self._line()}.{self._line()}".replace("__builtin__.", "builtins.", 1)
+        is_known = any(name in table for table in (_MAKERS, _UNUSABLE, STORAGES, DTYPES))
+        if not is_known and not _TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
+            raise PythonObjectError(name)
+        self._push(Global(name))
+
+    def _call(self) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if type(function) is not Global or type(arguments) is not tuple:
+            raise DamagedError("a call of what is no function")
+        self._push(self._made(function.name, arguments))
+
+    def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name in _UNUSABLE:
+            return Unusable(_UNUSABLE[name])
+        if name in _MAKERS:
+            return _MAKERS[name](self, *arguments)
+        if self._modules and name.startswith(MODULE_CLASSES) and not arguments:
+            return Module(name)
+        raise DamagedError(f"a call of {name}")
+
+    def _build(self) -> None:
+        state, value = self._stack.pop(), self._stack[-1]
+        if type(value) is Module:
+            value.attributes = state
+        elif type(value) is OldParameter:
+            value.data = state[0]
+        elif type(value) not in (dict, torch.Tensor, Unusable):  # these may carry attributes, of no use here
+            raise DamagedError("a state of what has none")
+
+    def _persistent(self) -> None:
+        kind, dtype, key, _, count, *view = self._stack.pop()
+        if kind != "storage" or type(dtype) is not Global or type(key) not in (str, int) or any(view):
+            raise DamagedError("an unknown storage")
+        if dtype.name not in STORAGES or not _is_size(count):
+            raise DamagedError("an unknown storage")
+        storage = self.storages[str(key)] = Storage(str(key), STORAGES[dtype.name], count)
+        self._push(storage)
+
+    def _tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, dtype=None, metadata=None) -> Any:
+        if type(storage) is not Storage or (dtype is not None and type(dtype) is not Global):
+            raise DamagedError("a tensor of no storage")
+        sizes, strides = tuple(size), tuple(stride)
+        if len(sizes) != len(strides) or len(sizes) > MOST_DIMENSIONS:
+            raise DamagedError("a tensor of no shape")
+        if not all(map(_is_size, (offset, *sizes, *strides))) or math.prod(sizes) > LARGEST:
+            raise DamagedError("a tensor of no shape")
+        if (DTYPES.get(dtype.name) if dtype else storage.dtype) not in DTYPES.values():
+            return Unusable(f"a tensor of the type {dtype.name if dtype else storage.dtype}")
+        return self._make_tensor(storage, offset, sizes, strides, DTYPES[dtype.name] if dtype else None)
+
+    def _typed_tensor(self, function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """A tensor with attributes, which are left out, or a parameter of another name."""
+        if type(function) is not Global or type(arguments) is not tuple or function.name not in _REBUILDERS:
+            raise DamagedError("a tensor of an unknown kind")
+        return self._made(function.name, arguments)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _fill(holder: dict[Any, Any], pairs: Any) -> None:
+    """Put pairs into a dict; keys that could be made to collide (large numbers, tuples) are of no use here."""
+    for key, value in pairs:
+        if type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**31):
+            holder[key] = value.data if type(value) is OldParameter else value
+
+
+def _dict(_: Unpickler, content: Any = ()) -> dict[Any, Any]:
+    holder: dict[Any, Any] = {}
+    _fill(holder, content.items() if type(content) is dict else content)
+    return holder
+
+
+def _bytes(_: Unpickler, text: str = "", encoding: str = "latin1") -> bytes:
+    # In protocol 2 bytes are text that is to be encoded.
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise DamagedError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+def _tensor_v3(unpickler: Unpickler, storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> Any:
+    return unpickler._tensor(storage, offset, size, stride, dtype=dtype)
+
+
+def _first(_: Unpickler, value: Any, *rest: Any) -> Any:
+    return value
+
+
+_REBUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": Unpickler._tensor,
+    "torch._utils._rebuild_tensor_v2": lambda unpickler, *arguments: unpickler._tensor(*arguments[:4]),
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+}
+_MAKERS: dict[str, Callable[..., Any]] = _REBUILDERS | {
+    "torch._tensor._rebuild_from_type_v2": Unpickler._typed_tensor,
+    "torch.nn.parameter.Parameter": lambda _, *arguments: arguments[0] if arguments else OldParameter(),
+    "torch.Size": lambda _, sizes=(): tuple(sizes),
+    "torch.device": lambda _, *names: names,
+    "torch.serialization._get_layout": _first,
+    "torch.jit._pickle.build_intlist": _first,
+    "torch.jit._pickle.build_doublelist": _first,
+    "torch.jit._pickle.build_boollist": _first,
+    "torch.jit._pickle.build_tensorlist": _first,
+    "torch.jit._pickle.restore_type_tag": _first,
+    "collections.OrderedDict": _dict,
+    "collections.Counter": _dict,
+    "builtins.set": lambda _, items=(): list(items),
+    "builtins.complex": lambda _, real, imaginary: complex(real, imaginary),
+    "builtins.bytearray": _bytes,
+    "_codecs.encode": _bytes,
+}
+
+_STOP = ord(".")
+_HANDLERS: dict[int, Callable[[Unpickler], None]] = {
+    ord(opcode): handler
+    for opcode, handler in {
+        "\x80": lambda u: u._take(1),
+        "N": lambda u: u._push(None),
+        "\x88": lambda u: u._push(True),
+        "\x89": lambda u: u._push(False),
+        "J": lambda u: u._push(u._number("<i")),
+        "K": lambda u: u._push(u._number("<B")),
+        "M": lambda u: u._push(u._number("<H")),
+        "\x8a": lambda u: u._push(int.from_bytes(u._take(u._number("<B")), "little", signed=True)),
+        "G": lambda u: u._push(u._number(">d")),
+        "X": lambda u: u._push(u._take(u._number("<I")).decode("utf-8", "surrogatepass")),
+        # Text of Python 2.
+        "U": lambda u: u._push(u._take(u._number("<B")).decode("utf-8")),
+        "T": lambda u: u._push(u._take(u._number("<I")).decode("utf-8")),
+        ")": lambda u: u._push(()),
+        "]": lambda u: u._push([]),
+        "}": lambda u: u._push({}),
+        "(": Unpickler._mark,
+        "t": lambda u: u._push(tuple(u._popped_mark())),
+        "\x85": lambda u: u._tuple(1),
+        "\x86": lambda u: u._tuple(2),
+        "\x87": lambda u: u._tuple(3),
+        "a": lambda u: u._append([u._stack.pop()]),
+        "e": lambda u: u._append(u._popped_mark()),
+        "s": lambda u: u._set_items([u._stack.pop(-2), u._stack.pop()]),
+        "u": lambda u: u._set_items(u._popped_mark()),
+        "c": Unpickler._global,
+        "R": Unpickler._call,
+        "\x81": Unpickler._call,
+        "b": Unpickler._build,
+        "Q": Unpickler._persistent,
+        "h": lambda u: u._push(u._memo[u._number("<B")]),
+        "j": lambda u: u._push(u._memo[u._number("<I")]),
+        "q": lambda u: u._memo.__setitem__(u._number("<B"), u._stack[-1]),
+        "r": lambda u: u._memo.__setitem__(u._number("<I"), u._stack[-1]),
+    }.items()
+}

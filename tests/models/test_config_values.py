@@ -1,0 +1,247 @@
+"""Model configs with wrong values, of every form they come in: one line that names the file."""
+
+import copy
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.build import build_model, build_tokenizer
+from clip_retrieval.models.memory import must_fit
+from clip_retrieval.options import ModelOptions
+from tests.models.small import RESNET, TEXT, VIT, WORDS, small_config, small_simple_config
+from tests.models.test_remote_code import ROBERTA, TOWER
+
+
+def build(path):
+    options = ModelOptions(vision_model=str(path))
+    built = build_model(options, typed_model=True)
+    return built, build_tokenizer(options, built)
+
+
+def refusal(path):
+    """The one line that refuses a model config."""
+    with pytest.raises(UserError) as error:
+        build(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def written(folder, config, preprocess=None):
+    path = folder / "model.json"
+    content = config if preprocess is None else {"model_cfg": config, "preprocess_cfg": preprocess}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"embed_dim": ' + b"9" * 5000 + b"}",
+        b'{"embed_dim": NaN, "vision_cfg": {}, "text_cfg": {}}',
+        b"null",
+        b'"text"',
+        b'{"model_cfg": null}',
+        b'{"model_cfg": [1]}',
+    ],
+)
+def test_a_file_that_holds_no_config(tmp_path, content):
+    (tmp_path / "model.json").write_bytes(content)
+    assert "is not a model config" in refusal(tmp_path / "model.json")
+
+
+def test_a_path_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.json")
+    assert "not a regular file" in refusal(tmp_path / "fifo.json")
+    (tmp_path / "folder.json").mkdir()
+    refusal(tmp_path / "folder.json")
+    assert "no such model config" in refusal(tmp_path / "absent.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    refusal(tmp_path / "zero.json")
+
+
+@pytest.mark.parametrize("missing", ["embed_dim", "vision_cfg", "text_cfg"])
+def test_a_config_without_a_part(tmp_path, missing):
+    config = small_config()
+    del config[missing]
+    assert f"lacks {missing}" in refusal(written(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    "preprocess, words",
+    [
+        ({"mean": [0.1, 0.2]}, "mean"),
+        ({"mean": "0.5"}, "mean"),
+        ({"mean": [None] * 3}, "mean"),
+        ({"std": [0.1, 0, 0.1]}, "std"),
+        ({"std": -1}, "std"),
+        ({"std": [True] * 3}, "std"),
+        ({"resize_mode": "crop"}, "resize_mode"),
+        ({"interpolation": "nearest"}, "interpolation"),
+        ({"interpolation": 3}, "interpolation"),
+        ({"fill_color": "black"}, "fill_color"),
+        ({"fill_color": 256}, "fill_color"),
+        ({"fill_color": [0, 0]}, "fill_color"),
+        ({"mode": "L"}, "mode"),
+        ({"size": 0}, "size"),
+        ({"size": [16, 16, 16]}, "size"),
+    ],
+)
+def test_preprocessing_of_wrong_values(tmp_path, preprocess, words):
+    assert words in refusal(written(tmp_path, small_config(), preprocess))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [([0, 0, 0], [0.0] * 3), ([1, 0.5, 0], [1.0, 0.5, 0.0]), (0.5, [0.5] * 3), (1, [1.0] * 3), (None, None)],
+)
+def test_whole_numbers_and_one_number_are_a_mean(tmp_path, values, expected):
+    built, _ = build(written(tmp_path, small_config(), {"mean": values, "std": 1}))
+    assert expected is None or built.preprocess["mean"] == expected
+    assert built.preprocess["std"] == [1.0] * 3 and all(type(v) is float for v in built.preprocess["mean"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_cfg": {**VIT, "patch_size": 32}},
+        {"vision_cfg": {**VIT, "patch_size": 0}},
+        {"vision_cfg": {**VIT, "image_size": 0}},
+        {"vision_cfg": {**VIT, "image_size": -16}},
+        {"vision_cfg": {**VIT, "image_size": 10**6}},
+        {"vision_cfg": {**VIT, "image_size": [16, "16"]}},
+        {"vision_cfg": {**VIT, "image_size": 4096, "patch_size": 1}},
+        {"vision_cfg": {**VIT, "width": 33}},
+        {"vision_cfg": {**VIT, "head_width": 0}},
+        {"vision_cfg": {**VIT, "head_width": 48}},
+        {"vision_cfg": {**VIT, "width": "wide"}},
+        {"vision_cfg": {**VIT, "layers": -1.5}},
+        {"vision_cfg": {**VIT, "pool_type": "none of these"}},
+        {"vision_cfg": {**VIT, "norm_kwargs": {"eps": "small"}}},
+        {"vision_cfg": {**VIT, "act_kwargs": {"approximate": "badly"}}},
+        {"vision_cfg": {**VIT, "unknown": 1}},
+        {"vision_cfg": {**RESNET, "head_width": 7}},
+        {"vision_cfg": {**RESNET, "layers": [1, 1, 1]}},
+        {"vision_cfg": {**RESNET, "image_size": 8}},
+        {"text_cfg": {**TEXT, "heads": 3}},
+        {"text_cfg": {**TEXT, "heads": 0}},
+        {"text_cfg": {**TEXT, "context_length": 0}},
+        {"text_cfg": {**TEXT, "context_length": 10**9}},
+        {"text_cfg": {**TEXT, "vocab_size": -1}},
+        {"text_cfg": {**TEXT, "pool_type": 3}},
+        {"text_cfg": {**TEXT, "hf_tokenizer_name": 5}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"num_attention_heads": 3}}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"hidden_act": "none"}}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"hidden_size": "wide"}}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"max_position_embeddings": 4}}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA, "hf_pooler_type": "none of these"}},
+        {"embed_dim": "24"},
+        {"embed_dim": 0},
+        {"embed_dim": True},
+        {"quick_gelu": "yes"},
+        {"init_logit_bias": "none"},
+        {"init_logit_scale": None},
+        {"multimodal_cfg": 1},
+        {"unknown": 1},
+    ],
+)
+def test_a_model_of_wrong_values(tmp_path, changes):
+    refusal(written(tmp_path, small_config(**changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_cfg": {**VIT, "layers": 10**9}},
+        {"vision_cfg": {**RESNET, "layers": [1, 1, 1, 10**9]}},
+        {"text_cfg": {**TEXT, "layers": 10**9}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"num_hidden_layers": 10**9}}},
+        {"vision_cfg": {**VIT, "width": 2**24}},
+        {"vision_cfg": {**VIT, "mlp_ratio": 1e12}},
+        {"text_cfg": {**TEXT, "vocab_size": 10**14}},
+        {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"vocab_size": 10**14}}},
+    ],
+)
+def test_a_model_that_no_memory_holds(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.memory.MOST_TENSORS", 500)
+    message = refusal(written(tmp_path, small_config(**changes)))
+    assert "GB of memory" in message or "more than 500 tensors" in message
+
+
+def test_memory_is_counted_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.memory._free_bytes", lambda: 4000)
+    with must_fit("x"):
+        torch.nn.Linear(10, 40)
+        torch.empty(10**12, device="meta")
+    for make in (
+        lambda: torch.nn.Linear(30, 40),
+        lambda: torch.randn(2000),
+        lambda: torch.zeros(600, 2, dtype=torch.int64),
+    ):
+        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of memory"), must_fit("x"):
+            make()
+
+
+SEEDS = {
+    "vit": small_config(custom_text=False, quick_gelu=False, init_logit_scale=2.6, init_logit_bias=-10),
+    "resnet": small_config(True),
+    "timm": small_config(vision_cfg={"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}),
+    "roberta": small_config(text_cfg={**TOWER, "hf_config": ROBERTA}),
+    "simple": small_simple_config(len(WORDS), vocab=WORDS),
+}
+VALUES = [
+    None,
+    "x",
+    "",
+    -1,
+    0,
+    1,
+    7,
+    10**6,
+    10**30,
+    1.5,
+    -0.5,
+    1e300,
+    [],
+    {},
+    [1],
+    ["x"],
+    [1, 1],
+    {"x": 1},
+    True,
+    "hf-hub:x/y",
+]
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_any_value_in_the_place_of_another_is_read_or_refused(tmp_path, kind, no_network):
+    """Each value of a config replaced by one of another type or size, or left out, by chance."""
+    rng = random.Random(kind)
+    for _ in range(12):
+        config = copy.deepcopy(SEEDS[kind])
+        holder, name = rng.choice(list(places(config)))
+        if rng.random() < 0.1 and isinstance(holder, dict):
+            del holder[name]
+        else:
+            holder[name] = rng.choice(VALUES)
+        path = written(tmp_path, config)
+        try:
+            _, tokenizer = build(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error), error
+        else:
+            assert len(tokenizer(["a dog"])) == 1
+
+
+def places(value):
+    """Every (dict or list, key) in a nested value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        yield value, name
+        yield from places(inner)

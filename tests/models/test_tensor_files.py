@@ -1,0 +1,344 @@
+"""Weight files read without running them, compared with torch's own readers on files that may be trusted."""
+
+import collections
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.tensor_files import read_tensor_file
+from clip_retrieval.models.unpickle import DamagedError, PythonObjectError, Unpickler, Unusable
+from clip_retrieval.models.weights import read_weights
+
+DTYPES = ["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool", "complex64"]
+DTYPES += ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"]
+
+
+def same(a, b):
+    """Whether two contents are equal, their tensors bit for bit and in their strides."""
+    if isinstance(b, torch.Tensor):
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        equal = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        view = bits[b.element_size()]
+        return equal and torch.equal(a.contiguous().view(view), b.detach().contiguous().view(view))
+    if isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in b)
+    if isinstance(b, (list, tuple)):
+        return type(a) is (tuple if isinstance(b, tuple) else list) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def tensors():
+    """Tensors of every type and layout that a file may hold."""
+    torch.manual_seed(0)
+    base = torch.randn(6, 8)
+    kinds = {name: (100 * torch.rand(3, 4)).to(getattr(torch, name)) for name in DTYPES}
+    layouts = {
+        "transposed": base.t(),
+        "slice": base[2:5, ::3],
+        "last rows": base[4:],
+        "scalar": torch.tensor(2.5),
+        "one": torch.ones(1),
+        "empty": torch.empty(0, 3),
+        "empty storage": torch.empty(0),
+        "five": torch.randn(1, 2, 1, 3, 2).permute(4, 0, 2, 1, 3),
+        "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "expanded": torch.randn(4)[:2].expand(2, 2),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+    }
+    return {**kinds, **layouts, "tied": base, "tied again": base}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_tensors_are_those_that_torch_reads(tmp_path, is_zip):
+    state = collections.OrderedDict(tensors())
+    if not is_zip:  # torch itself does not read these in the old format
+        state = {name: v for name, v in state.items() if not name.startswith(("uint16", "uint32", "uint64", "float8"))}
+    torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    read = read_tensor_file(tmp_path / "a.pt").content
+    expected = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert same(read, {"state_dict": dict(expected["state_dict"])})
+    assert read["state_dict"]["tied"] is read["state_dict"]["tied again"]
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_values_beside_tensors_are_kept(tmp_path, is_zip):
+    values = {
+        "none": None,
+        "flags": [True, False],
+        "numbers": (0, 255, 65535, -1, 2**31, -(2**70), 1.5, float("inf")),
+        "text": "grün \ud800",
+        "bytes": b"\x00\xff",
+        1: {"nested": [[], {}, ()]},
+        "size": torch.Size([2, 3]),
+        "complex": 1 + 2j,
+    }
+    torch.save(values, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    read = read_tensor_file(tmp_path / "a.pt").content
+    assert same(read, {**values, "size": (2, 3)})
+    torch.save([{3, 4}, collections.Counter("aab"), torch.float16], tmp_path / "b.pt")
+    members, counter, _ = read_tensor_file(tmp_path / "b.pt").content
+    assert (sorted(members), counter) == ([3, 4], {"a": 2, "b": 1})
+
+
+def test_safetensors_are_those_that_were_saved(tmp_path):
+    state = {name: v.detach().contiguous() for name, v in tensors().items() if not name.startswith("tied")}
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "named.bin").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    assert same(read_tensor_file(tmp_path / "a.safetensors").content, state)
+    assert same(read_tensor_file(tmp_path / "named.bin").content, state)
+
+
+def rewritten(path, change=lambda name, content: content, *, drop=(), rename=str):
+    """The archive at `path` with entries changed by change(name, content), dropped and renamed, stored plainly."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries:
+            if not any(part in name for part in drop):
+                archive.writestr(zipfile.ZipInfo(rename(name)), change(name, content))
+    return path
+
+
+def test_numbers_of_a_big_endian_machine_are_turned_round(tmp_path):
+    state = {"a": torch.arange(5, dtype=torch.float32), "b": torch.arange(7), "c": torch.tensor([True, False])}
+    torch.save(state, tmp_path / "a.pt")
+
+    def swap(name, content):
+        if name.endswith("byteorder"):
+            return b"big"
+        size = {"0": 4, "1": 8}.get(name.rpartition("/data/")[2], 1)
+        return b"".join(content[i : i + size][::-1] for i in range(0, len(content), size))
+
+    assert same(read_tensor_file(rewritten(tmp_path / "a.pt", swap)).content, state)
+
+
+def refusal(path):
+    """The one line that refuses a file."""
+    with pytest.raises(UserError) as error:
+        read_tensor_file(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def strided(size, stride, storage=1, dtype=torch.float32):
+    return torch.zeros(storage, dtype=dtype).as_strided(size, stride)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        strided((50_000, 40_000), (0, 0)),
+        strided((2,), (0,)),
+        strided((1000, 100), (0, 1), 100),
+        strided((3, 3), (1, 1), 5),
+        torch.zeros(8)[:1].expand(9),
+    ],
+)
+def test_a_tensor_of_more_numbers_than_its_file_is_refused(tmp_path, tensor, is_zip):
+    torch.save({"w": tensor}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    assert "of which it holds" in refusal(tmp_path / "a.pt")
+
+
+def test_many_views_of_the_same_numbers_are_refused(tmp_path):
+    numbers = torch.zeros(50_000)
+    torch.save({n: numbers[n:] for n in range(4)}, tmp_path / "few.pt")
+    assert len(read_tensor_file(tmp_path / "few.pt").content) == 4
+    torch.save({n: numbers[n:] for n in range(10)}, tmp_path / "many.pt")
+    assert "times the bytes" in refusal(tmp_path / "many.pt")
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: torch.zeros(3, 3).to("meta"), "a meta tensor"),
+        (lambda: torch.eye(3).to_sparse(), "a sparse tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), "a sparse tensor"),
+        (lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "a quantised tensor"),
+        (lambda: torch.quantize_per_channel(torch.eye(3), torch.ones(3), torch.zeros(3), 0, torch.quint8), "quantised"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_without_plain_numbers_is_told_apart(tmp_path, make, words):
+    for is_zip in (True, False):
+        torch.save({"fine": torch.ones(2), "w": make()}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+        content = read_tensor_file(tmp_path / "a.pt").content
+        assert torch.equal(content["fine"], torch.ones(2))
+        assert isinstance(content["w"], Unusable) and words in content["w"].problem("w")
+
+
+PICKLES = {
+    "a memo of gigabytes": b"\x80\x02K\x01r\x00\x00\x00\x10K\x02.",
+    "text of gigabytes": b"\x80\x02X\xff\xff\xff\xffabc.",
+    "text of exabytes": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x00abc.",
+    "bytes of exabytes": b"\x80\x05\x96" + b"\xff" * 7 + b"\x00abc.",
+    "a frame of exabytes": b"\x80\x04\x95" + b"\xff" * 7 + b"\x00abc.",
+    "a number of gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "a bytearray by number": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "a tensor by number": b"\x80\x02ctorch\nTensor\nJ\xff\xff\xff\x7f\x85R.",
+    "a storage by number": b"\x80\x02ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85R.",
+    "an object": b"\x80\x02cos\nmkdir\nX\x01\x00\x00\x00m\x85R.",
+    "an object with a state": b"\x80\x02ccollections\nOrderedDict\n}b.",
+    "a state of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__code__K\x01s\x86b.",
+    "nothing on the stack": b"\x80\x02R.",
+    "no mark": b"\x80\x02t.",
+    "no end": b"\x80\x02N",
+    "a name without end": b"\x80\x02c" + b"a" * 5000,
+    "an unhashable key": b"\x80\x02}]]s.",
+    "a list in itself": b"\x80\x02]q\x00h\x00a.",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_crafted_pickle_is_refused_at_once(name, tmp_path):
+    """As the pickle of an archive, and of a file in the old format."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", PICKLES[name])
+    (tmp_path / "b.pt").write_bytes(b"".join(PICKLE_START) + PICKLES[name])
+    for file in ("a.pt", "b.pt"):
+        with pytest.raises(UserError, match=rf"^[^\n]*{file}[^\n]*$"):
+            read_weights(tmp_path / file)
+
+
+PICKLE_START = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02M\xe9\x03.", b"\x80\x02}.")
+
+
+@pytest.mark.parametrize("part", [b"}", b"]q\x00", b"K\x01", b"h\x00"])
+def test_a_pickle_of_too_many_parts_is_refused(part, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.unpickle.MOST_OPCODES", 10_000)
+    with pytest.raises(DamagedError, match="more than 10,000 parts"):
+        Unpickler(b"\x80\x02Nq\x00" + part * 20_000 + b".", None).load()
+
+
+def test_deep_nesting_is_read_without_recursion():
+    value = Unpickler(b"\x80\x02)" + b"\x85" * 100_000 + b".", None).load()
+    for _ in range(100_000):
+        (value,) = value
+    assert value == ()
+
+
+def test_no_name_is_looked_up(monkeypatch):
+    """A name that the tables lack ends the reading, also one that exists, and one that torch would admit."""
+    for name in (
+        b"os\nsystem",
+        b"builtins\neval",
+        b"torch\nload",
+        b"torch.jit\nload",
+        b"__torch__\nA",
+        b"collections\ndeque",
+    ):
+        with pytest.raises(PythonObjectError):
+            Unpickler(b"\x80\x02c" + name + b"\n.", None).load()
+
+
+def with_entries(path, *entries):
+    """An archive of a saved tensor, with further entries."""
+    torch.save({"w": torch.arange(6.0)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["a/data.pkl", "a/Data.pkl", "A/data.pkl", "a/data/0", "a/DATA/0"])
+def test_two_entries_of_a_name_are_refused(name, tmp_path):
+    assert "two entries" in refusal(with_entries(tmp_path / "a.pt", (name, b"\x80\x02N.")))
+
+
+def test_compressed_tensors_are_refused(tmp_path):
+    torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "a.pt")
+    entries = zipfile.ZipFile(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in entries.namelist():
+            archive.writestr(name, entries.read(name))
+    assert (tmp_path / "b.pt").stat().st_size < 20_000
+    assert "compressed" in refusal(tmp_path / "b.pt")
+
+
+def test_a_compressed_pickle_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.tensor_files.MOST_TEXT", 10_000)
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"N" * 20_000 + b".")
+    assert "longer than 10,000 bytes" in refusal(tmp_path / "a.pt")
+
+
+def test_an_entry_that_claims_more_than_the_file_is_refused(tmp_path):
+    torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    at = content.rindex(b"PK\x01\x02", 0, content.rindex(b"a/data/0"))
+    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
+    (tmp_path / "a.pt").write_bytes(content)
+    assert "longer than the file" in refusal(tmp_path / "a.pt")
+
+
+def test_a_storage_that_claims_more_than_its_entry_is_refused(tmp_path):
+    torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
+    path = rewritten(tmp_path / "a.pt", lambda name, content: content[:8] if name.endswith("data/0") else content)
+    assert "longer than its part" in refusal(path)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pt")
+    assert "not a regular file" in refusal(tmp_path / "fifo.pt")
+    (tmp_path / "link.pt").symlink_to("/dev/zero")
+    assert "not a regular file" in refusal(tmp_path / "link.pt")
+    assert "folder" in refusal(tmp_path)
+    assert "no such" in refusal(tmp_path / "absent.pt")
+    (tmp_path / "empty.pt").touch()
+    assert "empty" in refusal(tmp_path / "empty.pt")
+
+
+def test_a_tar_of_the_first_torch_is_named(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"storages".ljust(257, b"\0") + b"ustar\x0000".ljust(300, b"\0"))
+    assert "before 2017" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" * 50_000,
+        b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400000000000]}}',
+        b'{"a":{"dtype":"Q9","shape":[1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        b"[]",
+    ],
+)
+@pytest.mark.parametrize("length", [None, 2**40, 2**63])
+def test_bogus_safetensors_are_refused(tmp_path, header, length):
+    content = struct.pack("<Q", length or len(header)) + header + b"\0" * 4
+    (tmp_path / "a.safetensors").write_bytes(content)
+    refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.slow
+def test_hostile_files_need_little_memory(tmp_path):
+    """All of them in a process that may take 1.5 GB of addresses."""
+    torch.save({"w": strided((50_000, 40_000), (0, 0), dtype=torch.float16)}, tmp_path / "a.pt")
+    for number, content in enumerate(PICKLES.values()):
+        (tmp_path / f"{number}.pt").write_bytes(b"".join(PICKLE_START) + content)
+    program = f"""
+import resource, pathlib
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.weights import read_weights
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29,) * 2)
+for path in pathlib.Path({str(tmp_path)!r}).glob("*.pt"):
+    try:
+        read_weights(path)
+    except UserError as error:
+        assert "memory" not in str(error).lower().replace("a memo of", ""), error
+    else:
+        raise AssertionError(path)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
