@@ -91,7 +91,8 @@ def _run(pickled: bytes) -> object:
             mark = len(stack) - 1 - stack[::-1].index(_THE_MARK) if _THE_MARK in stack else 0
             stack[mark:] = [_tuple(stack[mark + 1 :])]
         elif operation in _LINES:
-            end = pickled.index(b"\n", at)
+            if (end := pickled.find(b"\n", at)) < 0:
+                raise IndexError
             _run_line(operation, pickled[at:end], stack, memo)
             at = end + 1
         elif operation == _STOP:

@@ -255,6 +255,7 @@ HOSTILE = {
     "marks": b"(((\x87.",
     "get of nothing": b"h\x05.",
     "not UTF-8": b"\x80\x02K\x01K\x01X\x01\0\0\0\xff\x87.",
+    "no end of a line": b"I5",
     "negative number of digits": b"I--5\n.",
 }
 
