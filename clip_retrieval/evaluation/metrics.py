@@ -20,7 +20,7 @@ def recall_at(ranks: Ranks, k: int) -> float:
     k - above places are left for the tied items, of which `positives` are relevant; the query misses when none of
     these places goes to one: C(tied, places) / C(tied + positives, places) of the orders.
     """
-    places = k - ranks.above
+    places = min(k, np.iinfo(np.int64).max) - ranks.above
     hit = (places > ranks.tied).astype(np.float64)
     open_ = (places > 0) & (places <= ranks.tied)
     places, tied, positives = places[open_], ranks.tied[open_], ranks.positives[open_]

@@ -200,6 +200,8 @@ def predict(
 
     Raises UserError for files that cannot be read or do not go together.
     """
+    if gallery_batch_size is not None and gallery_batch_size < 1:
+        raise UserError(f"--eval_batch_size {gallery_batch_size}: must be at least 1")
     images = read_features(image_feats, "image", memory_map=index == "faiss")
     texts = read_features(text_feats, "text", memory_map=index == "faiss")
     if images.vectors.shape[1] != texts.vectors.shape[1]:

@@ -79,3 +79,8 @@ def test_collapsed_model_scores_chance():
     for direction in ("i2t", "t2i"):
         assert [result[direction][f"R@{k}"] for k in (1, 5, 10)] == pytest.approx([2, 10, 20])
         assert result[direction]["MedR"] == result[direction]["MeanR"] == 25.5
+
+
+def test_recall_at_a_k_of_any_size():
+    ranks = Ranks(*(np.array(values, np.int64) for values in ([0, 7], [0, 3], [1, 1])))
+    assert recall_at(ranks, 10**30) == recall_at(ranks, 2**63) == recall_at(ranks, 100) == 100

@@ -233,3 +233,9 @@ def test_long_list_with_a_repeated_prediction_is_refused_quickly(tmp_path):
     with pytest.raises(UserError, match="line 1: image_ids of text_id 1 has 99999 twice"):
         read_lists(write_jsonl(tmp_path / "p.jsonl", lines))
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_items_at_a_time_are_refused(script, features, size):
+    code, _, err = script("make_topk_predictions", *both(), "--output", "p.jsonl", "--eval_batch_size", size)
+    assert code == 2 and "--eval_batch_size" in err and err.count("\n") == 1
