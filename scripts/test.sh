@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Set up, then lint and test.
+# Set up, then lint and test; with --full also run the fault campaigns, which take hours, and print what they counted.
 #
-#     bash scripts/test.sh [arguments of pytest]
+#     bash scripts/test.sh [--full] [arguments of pytest]
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt
+full=false
+if [ "${1:-}" = --full ]; then
+    full=true
+    shift
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+if $full; then
+    .venv/bin/python -m tests.faults.full
+fi

@@ -83,9 +83,9 @@ def finish_again(place: Place, kind: Kind) -> float:
 
 
 @contextmanager
-def inputs() -> Iterator[tuple[Path, Path]]:
-    """A folder in memory, and the data in it."""
-    place = IN_MEMORY if Path(IN_MEMORY).is_dir() else None
+def inputs(*, in_memory: bool = True) -> Iterator[tuple[Path, Path]]:
+    """A folder, and the data in it."""
+    place = IN_MEMORY if in_memory and Path(IN_MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(dir=place, prefix="campaign-") as folder:
         yield Path(folder), write_inputs(Path(folder))
 

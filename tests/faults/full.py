@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.faults import disks, kills, loaders, sharing, stops
 from tests.faults.campaign import Campaign, Count, inputs, table
 
-FILL = "fill"
+FILL, MOUNTED = "fill", "mounted"
 ALL = ("kills", "disks", FILL, "stops", "sharing", "loaders", "hostile", "fuzz")
 
 
@@ -52,13 +52,13 @@ def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
         "stops": lambda campaign: stops.stop_runs(campaign, args.others),
         "sharing": lambda campaign: sharing.share_folders(campaign, args.others // 3),
         "loaders": lambda campaign: loaders.kill_loaders(campaign, args.others),
-        "mounted": lambda campaign: [
+        MOUNTED: lambda campaign: [
             *disks.fill_disks(campaign, args.others // 2),
             *disks.small_shared_memory(campaign),
         ],
     }
     counts: list[Count] = []
-    with inputs() as (folder, data):
+    with inputs(in_memory=MOUNTED not in wanted) as (folder, data):
         campaign = Campaign(folder, data, args.seed)
         for name in wanted:
             if name in run:
@@ -74,7 +74,7 @@ def _in_own_mounts(args: argparse.Namespace) -> bool:
     if not disks.can_mount():
         print("full disks: skipped, as this user may not mount file systems")
         return False
-    command = [sys.executable, "-m", "tests.faults.full", "--only", "mounted"]
+    command = [sys.executable, "-m", "tests.faults.full", "--only", MOUNTED]
     command += ["--others", str(args.others), "--seed", str(args.seed)]
     # The server of the runs must be started within: it is not there yet, as the process is a new one.
     return subprocess.run(["unshare", "-m", *command]).returncode != 0

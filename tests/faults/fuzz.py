@@ -10,7 +10,9 @@ caught, a signal, more than ten seconds, more than 4 GB.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -154,6 +156,15 @@ def keep(reader: Reader, report: Report, folder: Path, seed: int) -> None:
             (folder / f"{name}.txt").write_text(text, errors="backslashreplace")
 
 
+def _fuzz_and_keep(job: tuple[str, argparse.Namespace]) -> Report:
+    name, args = job
+    report = fuzz(READERS[name], args.count, args.seed, args.first)
+    if args.keep:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            keep(READERS[name], report, args.keep, args.seed)
+    return report
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=5000, help="mutations of each reader")
@@ -161,15 +172,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation, to repeat one")
     parser.add_argument("--keep", type=Path, help="folder for a document of each distinct fault")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="readers at a time")
     args = parser.parse_args()
+    jobs = [(name, args) for name in READERS if args.reader in name]
     reports = []
-    for reader in [reader for name, reader in READERS.items() if args.reader in name]:
-        reports.append(fuzz(reader, args.count, args.seed, args.first))
-        for (kind, root), outcome in reports[-1].roots.items():
-            print(f"{reader.name}, mutation {outcome.number}: {kind}: {root} ({reports[-1].times[kind, root]} times)")
-        sys.stdout.flush()
-        if args.keep:
-            keep(reader, reports[-1], args.keep, args.seed)
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for report in pool.imap(_fuzz_and_keep, jobs, chunksize=1):
+            reports.append(report)
+            for (kind, root), outcome in report.roots.items():
+                times = report.times[kind, root]
+                print(f"{report.reader}, mutation {outcome.number}: {kind}: {root} ({times} times)", flush=True)
     print(table(reports))
     return int(any(report.faults for report in reports))
 

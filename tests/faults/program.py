@@ -6,6 +6,7 @@ process like any other: it can be killed, stopped by a signal, starved of memory
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -13,11 +14,13 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = "tests.faults.preload"
@@ -168,4 +171,22 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
     path = ROOT / script
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name="__main__")
+    code: object = 1
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+    _end(code if isinstance(code, int) else code is not None)
+
+
+def _end(code: int) -> NoReturn:
+    """End as the interpreter does; a process of multiprocessing would leave out what atexit holds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
