@@ -206,6 +206,7 @@ def test_only_what_no_model_sees_is_cut_off():
     np.testing.assert_array_equal(decoded(encoded(pixels=pixels[:, :512])), pixels[:, :512])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
 def test_a_damaged_tiff_prints_nothing_of_its_own(capfd, caplog, compression):
     file = io.BytesIO()
