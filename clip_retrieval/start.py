@@ -20,7 +20,7 @@ from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels import AutoAugmented, MixedPixels, Pixels, make_pixels
 from clip_retrieval.data.shards import absolute_patterns
 from clip_retrieval.data.workers import choose_num_workers
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.models.build import (
     BuiltModel,
     build_model,
@@ -203,7 +203,7 @@ def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:
     """Say a few captions, spread over the split."""
     for row in torch.linspace(0, len(dataset.pairs) - 1, number).long().unique().tolist():
         image, caption = dataset.pairs[row]
-        log.info(f"  {Path(dataset.images.name(image)).name}: {dataset.captions[caption]}")
+        log.info("  " + one_line(f"{Path(dataset.images.name(image)).name}: {dataset.captions[caption]}"))
 
 
 def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:

@@ -19,7 +19,7 @@ from clip_retrieval.data.shard_stream import StreamLoader
 from clip_retrieval.data.shards import find_shards, known_sizes
 from clip_retrieval.data.workers import in_workers, usual_num_workers
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import DataOptions, Options
 from clip_retrieval.reporting.log import log, progress_bar
@@ -98,7 +98,7 @@ def _log_samples(stream: StreamedSplit, data: DataOptions, number: int = 3) -> N
             problem = problem or str(unusable)
             continue
         captions = captions_of(sample, data.caption_key)
-        log.info(f"  {sample['__key__']}: {captions[0]}")
+        log.info("  " + one_line(f"{sample['__key__']}: {captions[0]}"))
         several |= len(captions) > 1
         said += 1
         if said == number:

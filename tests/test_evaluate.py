@@ -5,6 +5,10 @@ import shutil
 import pytest
 import torch
 
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.reporting.log import start_log
+from clip_retrieval.start import log_samples
 from tests.conftest import read_json
 from tests.models.small import small_clip
 from tests.test_finetune import BLOCK
@@ -140,3 +144,11 @@ def test_a_typed_model_that_contradicts_the_checkpoint_is_an_error_naming_both(r
     assert code == 2 and "ViT-B/16" in err and "small.json" in err
     code, _, err = run("--eval", "--resume", trained / "best.pt", "--vision_model", captioned / "small.json")
     assert code == 0, err
+
+
+def test_captions_in_the_log_are_one_line_each(tmp_path, capsys):
+    start_log()
+    image = tmp_path / "a\nb.jpg"
+    log_samples(RetrievalDataset("x", "test", ImageFiles([str(image)]), ["long " * 10_000], [[0, 0]]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and len(lines[0]) < 510 and lines[0].startswith("  a b.jpg: long ")

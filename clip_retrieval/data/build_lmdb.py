@@ -22,6 +22,7 @@ from clip_retrieval.data.jsonl import parse_json, to_json
 from clip_retrieval.data.lmdb_files import NUM_IMAGES, NUM_SAMPLES, UNANSWERED, LmdbImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS, Text, Texts, read_texts
 from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.files import open_regular, write_text
 from clip_retrieval.reporting.log import log, progress_bar
 
 COMMIT_BYTES = 32 * 2**20  # what an interruption may lose
@@ -86,7 +87,8 @@ def _stamp(path: Path) -> list[int]:
 def _read_sources(folder: Path) -> dict[str, list[int]]:
     """What the folder was built from, as far as it is whole."""
     try:
-        content = parse_json((folder / SOURCES).read_bytes())
+        with open_regular(folder / SOURCES) as file:
+            content = parse_json(file.read())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -97,7 +99,8 @@ def _alone(partial: Path) -> Iterator[None]:
     """Make the folder, for this process to write to. Raises UserError where another one is at it."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with (partial / LOCK).open("w") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # neither through a link nor at a FIFO
+        with os.fdopen(os.open(partial / LOCK, flags, 0o666), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
     except BlockingIOError:
@@ -114,11 +117,11 @@ def _fill(partial: Path, tsv: Path, texts: Texts, stamps: dict[str, list[int]]) 
     if there.get("images") != stamps["images"]:
         (partial / SOURCES).unlink(missing_ok=True)
         _write_images(tsv, stamps["images"], partial / "imgs")
-        (partial / SOURCES).write_text(json.dumps({"images": stamps["images"]}))
+        write_text(partial / SOURCES, json.dumps({"images": stamps["images"]}))
     keys = LmdbImages(partial / "imgs").keys
     pairs = _write_pairs(texts, texts.answers(keys, tsv), partial / "pairs")
     log.info(f"{tsv}: {len(keys):,} images, {len(texts.records):,} texts, {pairs:,} pairs")
-    (partial / SOURCES).write_text(json.dumps(stamps))
+    write_text(partial / SOURCES, json.dumps(stamps))
     _flush(partial)
 
 
@@ -146,7 +149,7 @@ def _write_images(tsv: Path, stamp: list[int], folder: Path) -> None:
     start = {"source": stamp, "end": 0, "line": 0, "images": 0}
     store = _Store(folder)
     place = json.loads(store.get(POSITION) or "{}")
-    if place.get("source") != stamp:
+    if not isinstance(place, dict) or place.keys() != start.keys() or place["source"] != stamp:
         place = start
         store.clear()
     elif place["images"]:

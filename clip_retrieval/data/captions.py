@@ -11,6 +11,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
 HF_CHUNK = 8192
+LONGEST_TOKEN = 40  # bytes; CLIP's longest has 32
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ def _byte_pairs(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterator
         clean = " ".join(caption.split()).lower() if plain else tokenizer.clean_fn(caption)
         ids = [start]
         for word in tokenizer.pat.findall(clean):
+            if len(ids) > limit:  # the rest is cut off
+                break
             known = ids_of.get(word)
             if known is None:
-                symbols = "".join(tokenizer.byte_encoder[b] for b in word.encode("utf-8"))
+                # The time for a word grows faster than its length, and no more of it can count.
+                counted = word.encode("utf-8")[: limit * LONGEST_TOKEN]
+                symbols = "".join(tokenizer.byte_encoder[b] for b in counted)
                 known = ids_of[word] = [tokenizer.encoder[pair] for pair in tokenizer.bpe(symbols).split(" ")]
             ids += known
         ids.append(end)

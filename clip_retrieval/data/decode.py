@@ -7,14 +7,16 @@ of them start programs (Ghostscript for an EPS) or have decoders that nobody tes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import logging
 import os
 import re
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO
 
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, _imaging
 
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import open_regular
@@ -33,6 +35,11 @@ FORMATS = [
 ]
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about sizes, palettes and EXIF
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs errors that it raises as well
+with contextlib.suppress(OSError, AttributeError):  # libtiff prints them to the terminal, if it is there
+    _set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    _set_handler(None)
 
 
 class _PngWithoutText(PngImagePlugin.PngStream):

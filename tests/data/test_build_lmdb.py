@@ -281,6 +281,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         build_lmdb(tmp_path, ["train"], tmp_path / "file")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["lock", "sources.json"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling"])
+def test_a_build_follows_no_link_and_waits_for_no_fifo(tmp_path, name, kind):
+    write(tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    path = tmp_path / "lmdb" / ".train.partial" / name
+    path.parent.mkdir(parents=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / ("precious" if kind == "link" else "gone"))
+    try:
+        build_lmdb(tmp_path, ["train"])
+        assert names(tmp_path / "lmdb/train") == ["imgs", "pairs", "sources.json"]
+    except UserError as error:
+        assert name == "lock" and str(path.parent) in str(error)
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "gone").exists()
+
+
 # What is wrong with an LMDB
 
 

@@ -1,5 +1,8 @@
 import gzip
 import json
+import random
+import string
+import time
 
 import pytest
 import torch
@@ -118,3 +121,23 @@ def test_where_padding_is_not_at_the_end_nothing_is_called_padding(odd, bert_fol
     tokens = tokenize(captions, tokenizer)
     assert torch.equal(tokens.ids, reference(captions, tokenizer))
     assert tokens.lengths.tolist() == [8, 8]
+
+
+def test_long_words_have_the_ids_of_clip():
+    rng = random.Random(0)
+    words = ["".join(rng.choices(letters, k=5000)) for letters in ("ab", "etaoin", "xyzé", "红色的包狗猫", "🐶😂")]
+    words += ["x" * 9000, "blackandwhitephotography" * 300, "😂" * 4000]
+    captions = [f"{before}{word}{after}" for word in words for before, after in (("", ""), ("a photo of ", " dog"))]
+    assert torch.equal(tokenize(captions, TOKENIZER).ids, reference(captions))
+
+
+@pytest.mark.parametrize("letters", [string.ascii_lowercase, "".join(map(chr, range(0x4E00, 0x5000)))])
+def test_a_caption_of_a_million_letters_takes_seconds(letters):
+    rng = random.Random(1)
+    captions = [
+        "".join(rng.choices(letters, k=10**6)),
+        " ".join("".join(rng.choices(letters, k=9)) for _ in range(10**5)),
+    ]
+    began = time.process_time()
+    tokens = tokenize(captions, TOKENIZER)
+    assert tokens.cut == 2 and time.process_time() - began < 10

@@ -206,6 +206,23 @@ def test_only_what_no_model_sees_is_cut_off():
     np.testing.assert_array_equal(decoded(encoded(pixels=pixels[:, :512])), pixels[:, :512])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_a_damaged_tiff_prints_nothing_of_its_own(capfd, caplog, compression):
+    file = io.BytesIO()
+    image = Image.fromarray(PIXELS)
+    (image.convert("1") if compression == "group4" else image).save(file, "tiff", compression=compression)
+    content = file.getvalue()
+    printed = 0
+    for at in range(8, len(content) - 1, max(1, len(content) // 60)):
+        damaged = content[:at] + bytes([content[at] ^ 0xFF, content[at + 1] ^ 0x10]) + content[at + 2 :]
+        try:
+            decoded(damaged)
+        except UserError:
+            printed += 1
+    assert printed > 5 and capfd.readouterr() == ("", "") and not caplog.records
+
+
 # Paths that are no files
 
 
