@@ -24,7 +24,7 @@ from clip_retrieval.models import chinese_clip, hub, names, simple_clip
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
 from clip_retrieval.models.hugging_face import fetch_config, known_config, load_open_clip_tokenizer
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.memory import must_fit
+from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.models.named_config import preprocess_config
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
@@ -176,8 +176,8 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     if text.get("hf_config"):
         text["hf_config"] = known_config(text["hf_config"], name)
     if simple_clip.is_simple_clip(config):
-        with must_fit(name), _config_errors(name):
-            return SimpleCLIP(**config)
+        with _config_errors(name):
+            return build_within_memory(lambda: SimpleCLIP(**config), name)
 
     # Nothing is fetched or read but what is asked for below.
     if vision.get("timm_model_name"):
@@ -197,9 +197,9 @@ def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
             content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
-        for context in (hub.quiet(), must_fit(name), _config_errors(name)):
+        for context in (hub.quiet(), _config_errors(name)):
             stack.enter_context(context)
-        clip = model_class(**arguments)
+        clip = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
     if isinstance(clip, CoCa):
         # open_clip leaves it as the memory was: another value each time, perhaps NaN.
         projection = clip.text_decoder.text_projection
