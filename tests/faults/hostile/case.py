@@ -19,7 +19,7 @@ SECRET, HELD = "victim", "held before the run"
 """A file that no run may change, and its text."""
 LONGEST = 540  # characters of a message, "error: " and a hint to --help included
 MEMORY = 4 * 2**30  # bytes
-DEADLINE = 60.0  # seconds; a run takes one
+DEADLINE = 120.0  # seconds; a run takes one
 
 REFUSED, VALID, EITHER = "refused", "valid", "either"
 Make = Callable[[Path], Sequence[object]]

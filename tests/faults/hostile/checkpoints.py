@@ -184,7 +184,14 @@ HARMLESS = {
     ),
     *("moments by stride 0", "transposed moments", "a best that is a text", "a preprocessing with more", "no data"),
     *("options is empty", "preprocess is empty", "state of parameters that are not there", "a NUL in a path"),
-    *("betas that are texts", "progress is empty too", "a step of 10^400", "options of lists", "weights of integers"),
+    *(
+        "betas that are texts",
+        "progress is empty too",
+        "a progress with more",
+        "a step of 10^400",
+        "options of lists",
+        "weights of integers",
+    ),
     *("a vision model of a number", "a preprocessing of a tensor", "a step of NaN", "NaN moments"),
     *("half a surrogate pair in a path", "a batch size of 10^18", "a config with an unknown key"),
 }

@@ -108,7 +108,13 @@ CHANGES: dict[str, Callable[[dict], Any]] = {
     "a list": lambda config: "[]",
     "not UTF-8": lambda config: '{"a": "\udcff"}',
 }
-HARMLESS = ("a text as fill colour", "a fill colour of 2^70", "an embedding of true", "3 heads of 4 numbers")
+HARMLESS = (
+    "a whole number as mean",
+    "a text as fill colour",
+    "a fill colour of 2^70",
+    "an embedding of true",
+    "3 heads of 4 numbers",
+)
 
 
 def _module(folder: Path, name: str) -> None:
