@@ -1,4 +1,4 @@
-"""How much memory there is, to refuse a file that asks for more before it is read."""
+"""How much memory there is, to refuse a file or a model that asks for more before it is taken."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def memory_limit() -> int:
 
         limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     return min(limits)
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still take; as `memory_limit` on systems that do not tell."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+    except (OSError, ValueError, KeyError):
+        return memory_limit()
+    return min(free, memory_limit())

@@ -60,18 +60,18 @@ def read_archive(
             raise UserError(f"{archive}: not the official archive (its MD5 sum differs); fetch it again, {reader.url}")
         log.info(f"extracting {archive}")
         extract_archive(str(archive), str(root))
-    contents = _official_contents(extracted, reader.test_list)
+    contents = _read_official(extracted, reader.test_list)
     if contents is None and download:
-        _download(reader, root)
-        contents = _official_contents(extracted, reader.test_list)
+        _fetch(reader, root)
+        contents = _read_official(extracted, reader.test_list)
     if contents is None:
         found = "is not the official one, or not whole" if extracted.is_dir() else "is missing"
         raise UserError(f"{extracted}: {found}; put {reader.filename} ({reader.url}) into {root}, or {mend}")
-    pixels, labels = _stl(*contents) if name == "stl10" else _cifar(*contents)
+    pixels, labels = _read_stl(*contents) if name == "stl10" else _read_cifar(*contents)
     return ImageArray(pixels, name), labels, OFFICIAL_NAMES[name]
 
 
-def _official_contents(folder: Path, files: Sequence[tuple[str, str]]) -> list[bytes] | None:
+def _read_official(folder: Path, files: Sequence[tuple[str, str]]) -> list[bytes] | None:
     """The contents of files given by name and MD5 sum; None if one is missing or another one."""
     contents = []
     for file, md5 in files:
@@ -90,7 +90,7 @@ def _has_sum(content: bytes, md5: str) -> bool:
     return hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
 
 
-def _download(reader: Any, root: Path) -> None:
+def _fetch(reader: Any, root: Path) -> None:
     """Fetch an archive into `root` and extract it. Raises UserError if it cannot be fetched."""
     archive = root / reader.filename
     if archive.is_symlink():
@@ -101,13 +101,13 @@ def _download(reader: Any, root: Path) -> None:
         raise UserError(f"{reader.url} could not be fetched into {root} ({error}); is there a network?") from None
 
 
-def _stl(images: bytes, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _read_stl(images: bytes, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (images, 96, 96, 3) and int64 (images,) of STL-10: columns of pixels, and labels from 1 on."""
     pixels = np.frombuffer(images, np.uint8).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     return pixels, np.frombuffer(labels, np.uint8).astype(np.int64) - 1
 
 
-def _cifar(batch: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar(batch: bytes) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (images, 32, 32, 3) and int64 (images,) of a batch of CIFAR-10 or CIFAR-100."""
     content = _Unpickler(io.BytesIO(batch), encoding="latin1").load()
     labels = content["labels"] if "labels" in content else content["fine_labels"]

@@ -98,14 +98,14 @@ def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image]
     except FileNotFoundError:
         raise no_such_image(name) from None
     except Image.DecompressionBombError as error:
-        raise UserError(_too_many_pixels(name, str(error))) from None
+        raise UserError(_describe_pixels(name, str(error))) from None
     except MemoryError:
         raise RunError(
             f"{name}: the memory does not suffice to decode this image; choose fewer --num_workers, or take it out"
         ) from None
     # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
     except Exception as error:
-        raise UserError(f"{name}: not a readable image ({_reason(error)}); {_remedy(error)}") from None
+        raise UserError(f"{name}: not a readable image ({_describe(error)}); {_choose_remedy(error)}") from None
 
 
 def _check_scans(file: BinaryIO) -> None:
@@ -150,13 +150,13 @@ def no_such_image(path: str) -> UserError:
     return UserError(f"{path}: no such image; check --image_dir or --dataset_root")
 
 
-def _too_many_pixels(name: str, text: str) -> str:
+def _describe_pixels(name: str, text: str) -> str:
     found = re.search(r"\((\d+) pixels\)", text)
     pixels = f"{int(found[1]):,} pixels" if found else "more pixels"
     return f"{name}: {pixels} are more than --max_image_pixels {image_pixels_limit()}; raise it, or take the image out"
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
         return f"none of the formats {', '.join(FORMATS)}, or damaged"
     if isinstance(error, OSError) and error.strerror:
@@ -164,6 +164,6 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _remedy(error: Exception) -> str:
+def _choose_remedy(error: Exception) -> str:
     other = "convert it to JPEG or PNG, " if isinstance(error, UnidentifiedImageError) else ""
     return f"{other}fetch it again or take it out"

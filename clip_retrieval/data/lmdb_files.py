@@ -50,17 +50,17 @@ class LmdbImages(Base64Images):
         return self.__dict__ | {"_reader": None}
 
     def base64(self, index: int) -> bytes:
-        return self._there(self._opened().get(self._key(index)), index)
+        return self._require(self._open().get(self._key(index)), index)
 
     def _key(self, index: int) -> bytes:
         return self.keys[index].encode()
 
-    def _opened(self) -> LmdbReader:
+    def _open(self) -> LmdbReader:
         if self._reader is None:
             self._reader = LmdbReader(self.path, LARGEST_FILE)
         return self._reader
 
-    def _there(self, found: _Found | None, index: int) -> _Found:
+    def _require(self, found: _Found | None, index: int) -> _Found:
         if found is None:
             raise UserError(f"{self.name(index)}: no longer there; start again")
         return found
@@ -69,8 +69,8 @@ class LmdbImages(Base64Images):
         return f"{self.path}, key {self.keys[index]}"
 
     def stamp(self, index: int) -> tuple[int, int]:
-        size = self._there(self._opened().size(self._key(index)), index)
-        return size, self._opened().path.stat().st_mtime_ns
+        size = self._require(self._open().size(self._key(index)), index)
+        return size, self._open().path.stat().st_mtime_ns
 
 
 def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, str]]]:

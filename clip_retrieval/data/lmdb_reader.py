@@ -65,13 +65,13 @@ class LmdbReader:
         try:
             self._file = open_regular(self.path)
             self._size = os.fstat(self._file.fileno()).st_size
-            self._open()
+            self._read_metas()
         except OSError as error:
             raise UserError(f"{folder}: not an LMDB folder ({self.path.name}: {error.strerror})") from None
 
-    def _open(self) -> None:
-        first = self._meta(0)
-        second = self._meta(first.page_size)
+    def _read_metas(self) -> None:
+        first = self._read_meta(0)
+        second = self._read_meta(first.page_size)
         meta = second if second.transaction > first.transaction else first
         self._page_size, self._last_page = meta.page_size, meta.last_page
         needed = (meta.last_page + 1) * meta.page_size
@@ -85,7 +85,7 @@ class LmdbReader:
             self._fail(f"its tree is said to have {meta.depth} levels")
         self._root, self._depth = meta.root, meta.depth
 
-    def _meta(self, begin: int) -> _Meta:
+    def _read_meta(self, begin: int) -> _Meta:
         meta = _Meta(*_META.unpack(os.pread(self._file.fileno(), _META.size, begin).ljust(_META.size, b"\0")))
         size = meta.page_size
         if meta.magic != MAGIC or meta.kind != META or not 256 <= size <= 65536 or size & (size - 1):
@@ -97,37 +97,37 @@ class LmdbReader:
     def get(self, key: bytes) -> bytes | None:
         """The value of a key; None if it has none."""
         found = self._find(key)
-        return None if found is None else self._value(*found)
+        return None if found is None else self._read_value(*found)
 
     def size(self, key: bytes) -> int | None:
         """The size of a key's value in bytes, without reading it."""
         found = self._find(key)
-        return None if found is None else self._node(*found)[1]
+        return None if found is None else self._read_node(*found)[1]
 
     def iter_keys(self) -> Iterator[bytes]:
         """All keys, in their order."""
-        for page, offset in self._nodes(b""):
-            yield self._key(page, offset)
+        for page, offset in self._iter_nodes(b""):
+            yield self._read_key(page, offset)
 
     def items(self, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """The keys from `first` on, in their order, and their values."""
-        for page, offset in self._nodes(first):
-            yield self._key(page, offset), self._value(page, offset)
+        for page, offset in self._iter_nodes(first):
+            yield self._read_key(page, offset), self._read_value(page, offset)
 
     def _find(self, key: bytes) -> tuple[bytes, int] | None:
         """The leaf page and the offset of a key's node in it."""
         if self._root == NO_ROOT:
             return None
-        page, offsets = self._page(self._root, 1)
+        page, offsets = self._read_page(self._root, 1)
         for level in range(2, self._depth + 1):
-            child = self._last_up_to(key, page, offsets, first=1)
-            page, offsets = self._page(self._child(page, offsets[child]), level)
-        place = self._last_up_to(key, page, offsets, first=0)
-        if place < 0 or self._key(page, offsets[place]) != key:
+            child = self._search(key, page, offsets, first=1)
+            page, offsets = self._read_page(self._read_child(page, offsets[child]), level)
+        place = self._search(key, page, offsets, first=0)
+        if place < 0 or self._read_key(page, offsets[place]) != key:
             return None
         return page, offsets[place]
 
-    def _last_up_to(self, key: bytes, page: bytes, offsets: tuple[int, ...], first: int) -> int:
+    def _search(self, key: bytes, page: bytes, offsets: tuple[int, ...], first: int) -> int:
         """The last node from `first` on whose key is not greater; `first` - 1 if all are."""
         low, high = first, len(offsets)
         while low < high:
@@ -140,7 +140,7 @@ class LmdbReader:
                 high = middle
         return low - 1
 
-    def _nodes(self, first: bytes) -> Iterator[tuple[bytes, int]]:
+    def _iter_nodes(self, first: bytes) -> Iterator[tuple[bytes, int]]:
         """All nodes of leaf pages from the key `first` on: page and offset."""
         if self._root == NO_ROOT:
             return
@@ -148,13 +148,13 @@ class LmdbReader:
         waiting = [(self._root, 1)]  # pages to visit, the next one last
         while waiting:
             number, level = waiting.pop()
-            page, offsets = self._page(number, level)
+            page, offsets = self._read_page(number, level)
             if level < self._depth:
-                begin = self._last_up_to(first, page, offsets, first=1)
-                waiting += [(self._child(page, offset), level + 1) for offset in reversed(offsets[begin:])]
+                begin = self._search(first, page, offsets, first=1)
+                waiting += [(self._read_child(page, offset), level + 1) for offset in reversed(offsets[begin:])]
                 continue
             for offset in offsets:
-                key = self._key(page, offset)
+                key = self._read_key(page, offset)
                 # A page that is met twice, as in a cycle, has keys that were there already.
                 if last is not None and key <= last:
                     self._fail(f"page {number} is out of order")
@@ -162,7 +162,7 @@ class LmdbReader:
                 if key >= first:
                     yield page, offset
 
-    def _page(self, number: int, level: int) -> tuple[bytes, tuple[int, ...]]:
+    def _read_page(self, number: int, level: int) -> tuple[bytes, tuple[int, ...]]:
         """A page of the tree at this level, the root's being 1, and the offsets of its nodes: at least one."""
         if (known := self._branches.get(number)) is not None and known[0] == level:
             return known[1:]
@@ -188,25 +188,25 @@ class LmdbReader:
             self._fail(f"page {number} is cut short")
         return content
 
-    def _node(self, page: bytes, offset: int) -> tuple[int, int, int]:
+    def _read_node(self, page: bytes, offset: int) -> tuple[int, int, int]:
         """Where the node's value begins, how many bytes it has, and the node's flags."""
         if offset + _NODE.size > len(page):
             self._fail("a node lies outside its page")
         low, high, flags, key_size = _NODE.unpack_from(page, offset)
         return offset + _NODE.size + key_size, low | high << 16, flags
 
-    def _key(self, page: bytes, offset: int) -> bytes:
-        end = self._node(page, offset)[0]
+    def _read_key(self, page: bytes, offset: int) -> bytes:
+        end = self._read_node(page, offset)[0]
         if end > len(page):
             self._fail("a key lies outside its page")
         return page[offset + _NODE.size : end]
 
-    def _child(self, page: bytes, offset: int) -> int:
-        _, low, high = self._node(page, offset)
+    def _read_child(self, page: bytes, offset: int) -> int:
+        _, low, high = self._read_node(page, offset)
         return low | high << 32
 
-    def _value(self, page: bytes, offset: int) -> bytes:
-        begin, size, flags = self._node(page, offset)
+    def _read_value(self, page: bytes, offset: int) -> bytes:
+        begin, size, flags = self._read_node(page, offset)
         if flags & ~BIGDATA:
             self._fail("a value is another database")
         if size > self.largest:

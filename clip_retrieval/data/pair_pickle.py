@@ -17,17 +17,17 @@ NOT_AN_ID = "it holds a number that is no id"
 NO_PAIR = "it is not an image id, a text id and a text"
 
 
-def _forms(operations: Sequence[bytes], letters: str) -> dict[int, struct.Struct]:
+def _make_forms(operations: Sequence[bytes], letters: str) -> dict[int, struct.Struct]:
     """The form of each operation's argument."""
     return {operation[0]: struct.Struct(f"<{letter}") for operation, letter in zip(operations, letters)}
 
 
 _SKIPPED = {pickle.PROTO[0]: 1, pickle.FRAME[0]: 8}  # and the bytes that follow
-_NUMBERS = _forms((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")
-_TEXTS = _forms((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
-_LONGS = _forms((pickle.LONG1, pickle.LONG4), "BI")
-_PUTS = _forms((pickle.BINPUT, pickle.LONG_BINPUT), "BI")
-_GETS = _forms((pickle.BINGET, pickle.LONG_BINGET), "BI")
+_NUMBERS = _make_forms((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")
+_TEXTS = _make_forms((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
+_LONGS = _make_forms((pickle.LONG1, pickle.LONG4), "BI")
+_PUTS = _make_forms((pickle.BINPUT, pickle.LONG_BINPUT), "BI")
+_GETS = _make_forms((pickle.BINGET, pickle.LONG_BINGET), "BI")
 _LINES = {op[0] for op in (pickle.INT, pickle.LONG, pickle.UNICODE, pickle.PUT, pickle.GET)}
 _MEMOIZE, _MARK = pickle.MEMOIZE[0], pickle.MARK[0]
 _TUPLE, _TUPLE3, _STOP = pickle.TUPLE[0], pickle.TUPLE3[0], pickle.STOP[0]
@@ -60,7 +60,7 @@ def _run(pickled: bytes) -> object:
         if operation in _TEXTS:
             form = _TEXTS[operation]
             size, at = form.unpack_from(pickled, at)[0], at + form.size
-            stack.append(_exactly(pickled, at, size).decode("utf-8", "surrogatepass"))
+            stack.append(_take(pickled, at, size).decode("utf-8", "surrogatepass"))
             at += size
         elif operation in _NUMBERS:
             form = _NUMBERS[operation]
@@ -71,12 +71,12 @@ def _run(pickled: bytes) -> object:
             size, at = form.unpack_from(pickled, at)[0], at + form.size
             if size > MOST_BYTES:
                 raise ValueError(NOT_AN_ID)
-            stack.append(int.from_bytes(_exactly(pickled, at, size), "little", signed=True))
+            stack.append(int.from_bytes(_take(pickled, at, size), "little", signed=True))
             at += size
         elif operation == _MEMOIZE:
             memo[len(memo)] = stack[-1]
         elif operation in _PUTS:
-            memo[_place(_PUTS[operation].unpack_from(pickled, at)[0])] = stack[-1]
+            memo[_check_place(_PUTS[operation].unpack_from(pickled, at)[0])] = stack[-1]
             at += _PUTS[operation].size
         elif operation in _GETS:
             stack.append(memo[_GETS[operation].unpack_from(pickled, at)[0]])
@@ -86,10 +86,10 @@ def _run(pickled: bytes) -> object:
         elif operation == _MARK:
             stack.append(_THE_MARK)
         elif operation == _TUPLE3:
-            stack[-3:] = [_tuple(stack[-3:])]
+            stack[-3:] = [_make_tuple(stack[-3:])]
         elif operation == _TUPLE:
             mark = len(stack) - 1 - stack[::-1].index(_THE_MARK) if _THE_MARK in stack else 0
-            stack[mark:] = [_tuple(stack[mark + 1 :])]
+            stack[mark:] = [_make_tuple(stack[mark + 1 :])]
         elif operation in _LINES:
             if (end := pickled.find(b"\n", at)) < 0:
                 raise IndexError
@@ -98,23 +98,23 @@ def _run(pickled: bytes) -> object:
         elif operation == _STOP:
             return stack[-1]
         else:
-            raise ValueError(_refusal(operation, pickled[at:], stack))
+            raise ValueError(_describe(operation, pickled[at:], stack))
     raise ValueError(NO_PAIR)
 
 
-def _exactly(pickled: bytes, at: int, size: int) -> bytes:
+def _take(pickled: bytes, at: int, size: int) -> bytes:
     if at + size > len(pickled):
         raise IndexError
     return pickled[at : at + size]
 
 
-def _tuple(parts: list[object]) -> tuple[object, ...]:
+def _make_tuple(parts: list[object]) -> tuple[object, ...]:
     if len(parts) != 3 or any(isinstance(part, tuple) for part in parts):
         raise ValueError(NO_PAIR)
     return tuple(parts)
 
 
-def _place(number: int) -> int:
+def _check_place(number: int) -> int:
     """A place in the memo; picklers number them from 0 or 1 on."""
     if number > MOST_OPERATIONS:
         raise ValueError(f"it asks for a memo of {number:,} places")
@@ -131,14 +131,14 @@ def _run_line(operation: int, line: bytes, stack: list[object], memo: dict[int, 
         raise ValueError(NOT_AN_ID)
     number = int(digits)
     if operation == pickle.PUT[0]:
-        memo[_place(number)] = stack[-1]
+        memo[_check_place(number)] = stack[-1]
     elif operation == pickle.GET[0]:
         stack.append(memo[number])
     else:
         stack.append(number)
 
 
-def _refusal(operation: int, rest: bytes, stack: list[object]) -> str:
+def _describe(operation: int, rest: bytes, stack: list[object]) -> str:
     if operation == pickle.GLOBAL[0]:
         return "it names " + ".".join(line.decode(errors="replace") for line in rest.split(b"\n")[:2])
     if operation == pickle.STACK_GLOBAL[0]:

@@ -44,14 +44,14 @@ def read_records(path: Path, images: int) -> np.ndarray | None:
     """The records of a whole file of so many images; None if there is no file, or another one, or it is not whole."""
     try:
         with open_regular(path) as file:
-            return _records_of(file, images)
+            return _read_table(file, images)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINVAL):  # EINVAL: no regular file
             return None
         raise
 
 
-def _records_of(file: BinaryIO, images: int) -> np.ndarray | None:
+def _read_table(file: BinaryIO, images: int) -> np.ndarray | None:
     table = images * RECORD.itemsize + _END.itemsize
     begin = file.seek(0, os.SEEK_END) - table
     if begin < 0:
@@ -62,10 +62,10 @@ def _records_of(file: BinaryIO, images: int) -> np.ndarray | None:
     if len(content) != table or end.tolist() != [(images, _MAGIC)]:
         return None
     records = np.frombuffer(content[: -_END.itemsize], RECORD)
-    return records if _there(records, begin).all() and _offsets(records)[-1] == begin else None
+    return records if _fit(records, begin).all() and _offsets(records)[-1] == begin else None
 
 
-def _there(records: np.ndarray, size: int) -> np.ndarray:
+def _fit(records: np.ndarray, size: int) -> np.ndarray:
     """bool (images,): whether an image, and all before it, can be in so many bytes."""
     sides = np.stack([records[name] for name in ("height", "width", "source_height", "source_width")])
     sizes = 3.0 * sides[0] * sides[1]  # as floats: those of a damaged record may be too large for int64
@@ -93,11 +93,11 @@ class PixelFile:
         self.path = path
         try:
             self._file = open_regular(path)
-            records = _records_of(self._file, images)
+            records = _read_table(self._file, images)
         except OSError as error:
-            raise self._error(error.strerror) from None
+            raise self._make_error(error.strerror) from None
         if records is None:
-            raise self._error("it has changed")
+            raise self._make_error("it has changed")
         self.records = records
         self._offsets = _offsets(records)
 
@@ -120,10 +120,10 @@ class PixelFile:
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], begin)
                 if not count:
-                    raise self._error("it has become shorter")
+                    raise self._make_error("it has become shorter")
                 rest, begin = rest[count:], begin + count
         except OSError as error:
-            raise self._error(error.strerror) from None
+            raise self._make_error(error.strerror) from None
 
     def will_read(self, indices: Sequence[int]) -> None:
         """Have these images read from the disk all at once, not one when the one before it has come."""
@@ -133,7 +133,7 @@ class PixelFile:
             begin, end = self._offsets[index : index + 2].tolist()
             os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
-    def _error(self, reason: str | None) -> UserError:
+    def _make_error(self, reason: str | None) -> UserError:
         return UserError(f"{self.path}: cannot be read ({reason}); start again, and it is built anew")
 
 
@@ -156,7 +156,7 @@ class PartialFile:
             journal = b""
         records = np.frombuffer(journal[: len(journal) // RECORD.itemsize * RECORD.itemsize], RECORD)
         # A crash of the machine may leave the journal with zeros at its end, or the images shorter than it says.
-        there = _there(records, self._file.seek(0, os.SEEK_END))
+        there = _fit(records, self._file.seek(0, os.SEEK_END))
         return records[: int(there.sum())].copy()
 
     def go_on_after(self, images: int) -> None:

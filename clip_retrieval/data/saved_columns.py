@@ -101,27 +101,27 @@ def _is_compressed(metadata: bytes) -> bool:
     RecordBatch (3). Raises ValueError if they are damaged.
     """
     try:
-        message = _offset(metadata, 0)
-        kind, header = _field(metadata, message, 1), _field(metadata, message, 2)
+        message = _follow(metadata, 0)
+        kind, header = _find_field(metadata, message, 1), _find_field(metadata, message, 2)
         if kind is None or header is None or metadata[kind] not in (2, 3):
             return False
-        batch = _offset(metadata, header)
+        batch = _follow(metadata, header)
         if metadata[kind] == 2:
-            data = _field(metadata, batch, 1)
+            data = _find_field(metadata, batch, 1)
             if data is None:
                 return False
-            batch = _offset(metadata, data)
-        return _field(metadata, batch, 3) is not None
+            batch = _follow(metadata, data)
+        return _find_field(metadata, batch, 3) is not None
     except (struct.error, IndexError):
         raise ValueError("a damaged message") from None
 
 
-def _offset(buffer: bytes, at: int) -> int:
+def _follow(buffer: bytes, at: int) -> int:
     """What an offset in a flatbuffer refers to."""
     return at + struct.unpack_from("<I", buffer, at)[0]
 
 
-def _field(buffer: bytes, table: int, number: int) -> int | None:
+def _find_field(buffer: bytes, table: int, number: int) -> int | None:
     """The place of a field of a table in a flatbuffer; None if it has the default."""
     vtable = table - struct.unpack_from("<i", buffer, table)[0]
     if vtable < 0 or 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
@@ -227,10 +227,10 @@ class Contents:
         self.is_text = types.is_string(kind) or types.is_large_string(kind)
         if not (self.is_text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)):
             raise TypeError(f"holds {column.type}")
-        self._parts = [self._leaf(chunk) for chunk in column.chunks]
+        self._parts = [self._find_leaf(chunk) for chunk in column.chunks]
         self._first = np.cumsum([0, *(len(rows) for _, rows in self._parts)]).tolist()
 
-    def _leaf(self, chunk: Any) -> tuple[Any, np.ndarray]:
+    def _find_leaf(self, chunk: Any) -> tuple[Any, np.ndarray]:
         """The bytes or texts of a chunk, and int64 (rows,): which of them each row has, -1 if none or several.
 
         Raises ValueError if one lies outside the chunk. A struct's other fields may be damaged: rows of a list or a
@@ -262,12 +262,12 @@ class Contents:
         """Empty if there is nothing, or several."""
         part = bisect_right(self._first, row) - 1
         leaf, rows = self._parts[part]
-        return _content(leaf, int(rows[row - self._first[part]]))
+        return _read_content(leaf, int(rows[row - self._first[part]]))
 
     def __iter__(self) -> Iterator[memoryview]:
         for leaf, rows in self._parts:
             for row in rows.tolist():
-                yield _content(leaf, row)
+                yield _read_content(leaf, row)
 
 
 def _is_null(chunk: Any) -> np.ndarray:
@@ -275,7 +275,7 @@ def _is_null(chunk: Any) -> np.ndarray:
     return chunk.is_null().to_numpy(zero_copy_only=False)
 
 
-def _content(leaf: Any, row: int) -> memoryview:
+def _read_content(leaf: Any, row: int) -> memoryview:
     """The bytes of a row, not copied; empty for row -1 and for one without a value."""
     scalar = leaf[row] if row >= 0 else None
     return memoryview(scalar.as_buffer() if scalar is not None and scalar.is_valid else b"")

@@ -49,16 +49,16 @@ def read_members(path: Path) -> Iterator[list[Member]]:
 
     Raises UserError, naming the shard, if it is cut short or broken, or a member is too large.
     """
-    with _opened(path) as file:
-        yield from _samples(path, file)
+    with _open(path) as file:
+        yield from _group(path, file)
 
 
-def _samples(path: Path, file: BinaryIO) -> Iterator[list[Member]]:
-    for _, members in itertools.groupby(_members(path, file), key=lambda member: member.key):
+def _group(path: Path, file: BinaryIO) -> Iterator[list[Member]]:
+    for _, members in itertools.groupby(_iter_members(path, file), key=lambda member: member.key):
         yield list(members)
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[Member]:
+def _iter_members(path: Path, file: BinaryIO) -> Iterator[Member]:
     for header in read_headers(path, file):
         if _is_part(header.name):
             key, ending = key_and_ending(header.name)
@@ -67,7 +67,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Member]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     """A shard, for a block whose OSError is a UserError."""
     try:
         with open_regular(path) as file:
@@ -133,7 +133,7 @@ def check_layout(path: Path, caption_key: str | None) -> None:
 
 def _other_names(path: Path) -> Iterator[str]:
     """The names of files that are part of no sample, and not webdataset's own notes."""
-    with _opened(path) as file:
+    with _open(path) as file:
         for header in read_headers(path, file):
             hidden = header.name.rpartition("/")[2].startswith(".")  # macOS brings a ._file along with every file
             if not hidden and not _is_part(header.name) and not _META.match(header.name):
@@ -151,16 +151,16 @@ def read_samples(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
     Of two members of the same name the first is taken. The contents before `first` are not read. Raises UserError if
     the shard is cut short or broken, or a member is too large.
     """
-    with _opened(path) as file:
-        for members in itertools.islice(_samples(path, file), first, None):
+    with _open(path) as file:
+        for members in itertools.islice(_group(path, file), first, None):
             sample: dict[str, Any] = {"__key__": members[0].key}
             for member in members:
                 if member.ending not in sample:
-                    sample[member.ending] = _read(path, file, member)
+                    sample[member.ending] = _read_member(path, file, member)
             yield sample
 
 
-def _read(path: Path, file: BinaryIO, member: Member) -> bytes:
+def _read_member(path: Path, file: BinaryIO, member: Member) -> bytes:
     file.seek(member.begin)
     content = file.read(member.size)
     if len(content) != member.size:

@@ -31,20 +31,21 @@ def share(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.numel() == 0:
         return value
     try:
-        return _copied(value)
+        return _copy_to_shared_memory(value)
     except OSError as error:
-        raise loading_error(error) from None
+        raise make_loading_error(error) from None
     except RuntimeError as error:  # torch's word for a full /dev/shm
         if "shared memory" not in str(error) and "mmap" not in str(error):
             raise
-        raise loading_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
+        raise make_loading_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    if not hasattr(os, "memfd_create"):
-        return tensor.contiguous().share_memory_()
+def _copy_to_shared_memory(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
-    with os.fdopen(os.memfd_create("clip_retrieval"), "wb", buffering=0) as file:
+    descriptor = _open_memory_file()
+    if descriptor is None:
+        return tensor.share_memory_()
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         while rest:  # written, not copied to a mapping: no page faults, and an error if there is no room
             rest = rest[file.write(rest) :]
@@ -52,7 +53,19 @@ def _copied(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
 
 
-def loading_error(error: OSError) -> RunError:
+def _open_memory_file() -> int | None:
+    """The descriptor of an anonymous file in memory; None on systems without them, or that forbid them."""
+    try:
+        return os.memfd_create("clip_retrieval")
+    except AttributeError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            return None
+        raise
+
+
+def make_loading_error(error: OSError) -> RunError:
     """The error for loader processes that cannot be started, or cannot hand over their results."""
     if error.errno == errno.EMFILE:
         return RunError("too many open files; raise the limit (ulimit -n 65536), or choose fewer --num_workers")

@@ -61,7 +61,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
                 content = _read_extended(file, info, offset + BLOCK, total)
                 if info.type != _PAX_OF_ALL:
                     extended |= content
-                offset += BLOCK + _in_blocks(info.size)
+                offset += BLOCK + _round_up(info.size)
                 info = _read_header(file, offset)
             if info is None:
                 break
@@ -74,9 +74,9 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
                 continue
             if size < 0 or begin + size > total:
                 raise _Broken("unexpected end of data")
-            offset = begin + _in_blocks(size)
+            offset = begin + _round_up(size)
             if info.type in _REGULAR:
-                yield Header(_name(extended.get("path", info.name)), first, begin, size)
+                yield Header(_check_name(extended.get("path", info.name)), first, begin, size)
         _check_end(file, path, offset, total)
     except _Broken as problem:
         raise UserError(f"{path}: cannot be read as a tar (at byte {offset:,}: {problem}); fetch it again") from None
@@ -132,7 +132,7 @@ def _parse_pax(content: bytes) -> dict[str, str | int]:
     return found
 
 
-def _name(name: str) -> str:
+def _check_name(name: str) -> str:
     if len(name) > LONGEST_NAME:
         raise _Broken(f"a name of {len(name):,} characters")
     return name
@@ -145,6 +145,6 @@ def _check_end(file: BinaryIO, path: Path, offset: int, total: int) -> None:
         raise UserError(f"{path}: goes on behind its end at byte {offset:,}; is it several tars in one?")
 
 
-def _in_blocks(size: int) -> int:
+def _round_up(size: int) -> int:
     """The bytes that a content of this size takes."""
     return -(-size // BLOCK) * BLOCK

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 
 from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.pixels import Pixels
-from clip_retrieval.data.shared_memory import loading_error, share
+from clip_retrieval.data.shared_memory import make_loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import outlive_first_signal
 
@@ -88,14 +88,14 @@ class Workers:
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
         """The results, in the order of the requests. Raises RunError if a worker is lost or cannot be started."""
         self._requests.now = requests
-        noticed = _lost_workers_noticed if self._loader.num_workers else contextlib.nullcontext
-        with noticed():
+        guard = _notice_lost_workers if self._loader.num_workers else contextlib.nullcontext
+        with guard():
             try:
                 results = iter(self._loader)
             except OSError as error:  # of the semaphores and pipes between the processes
-                raise loading_error(error) from error
+                raise make_loading_error(error) from error
         while True:
-            with noticed():
+            with guard():
                 result = next(results, _END)
             if result is _END:
                 return
@@ -109,7 +109,7 @@ _NO_DESCRIPTORS = ("Too many open files", "items of ancdata")  # how torch and m
 
 
 @contextlib.contextmanager
-def _lost_workers_noticed() -> Iterator[None]:
+def _notice_lost_workers() -> Iterator[None]:
     """A block that waits for workers: a lost one is a RunError in it, and only in it.
 
     torch's handler of SIGCHLD raises wherever the main process is, in the middle of writing a checkpoint too. Here it
@@ -126,7 +126,7 @@ def _lost_workers_noticed() -> Iterator[None]:
         if str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited")):
             raise RunError(LOST_WORKER) from error
         if getattr(error, "errno", None) == errno.EMFILE or any(sign in str(error) for sign in _NO_DESCRIPTORS):
-            raise loading_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE))) from error
+            raise make_loading_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE))) from error
         raise
     finally:
         _waiting = False
@@ -138,15 +138,15 @@ _torchs_handler: Callable[[int, FrameType | None], None] | None = None
 
 
 def _take_over_handler() -> None:
-    """Put `_child_ended` in the place of torch's handler, which torch sets when it first starts workers."""
+    """Put `_on_child_exit` in the place of torch's handler, which torch sets when it first starts workers."""
     global _torchs_handler
     current = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if callable(current) and current is not _child_ended and "torch" in getattr(current, "__module__", ""):
+    if callable(current) and current is not _on_child_exit and "torch" in getattr(current, "__module__", ""):
         _torchs_handler = current
-        signal.signal(signal.SIGCHLD, _child_ended)
+        signal.signal(signal.SIGCHLD, _on_child_exit)
 
 
-def _child_ended(number: int, frame: FrameType | None) -> None:
+def _on_child_exit(number: int, frame: FrameType | None) -> None:
     if _waiting:
         _check_workers()
 

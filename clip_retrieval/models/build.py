@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.coca_model import CoCa
-from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from clip_retrieval.errors import UserError, reason
 from clip_retrieval.models import chinese_clip, hub, names, simple_clip
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
-from clip_retrieval.models.hugging_face import fetch_config, known_config, load_open_clip_tokenizer
+from clip_retrieval.models.hugging_face import load_open_clip_tokenizer
+from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH, height_and_width, instantiate, try_model
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.memory import must_fit
 from clip_retrieval.models.named_config import preprocess_config
-from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
-from clip_retrieval.models.towers import RetrievalModel, text_part
+from clip_retrieval.models.towers import text_part
 from clip_retrieval.models.word_pieces import WordPieceTokenizer, folder_of_words
 from clip_retrieval.options import ModelOptions
 
 # Where SigLIP starts, https://arxiv.org/abs/2303.15343.
 SIGLIP_SCALE = math.log(10)
 SIGLIP_BIAS = -10.0
-DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_IMAGE_SIZE = 224
 RESNET_STRIDE = 32
 ADAPTOR = "adaptor."
@@ -55,6 +45,7 @@ class BuiltModel:
         weights: a tag of open_clip or torchvision, "none" for random ones, "own" for a hub id's, or the file.
         adaptor_state: weights of an adaptor (`0.weight`, `2.weight`) found in the file.
         random: beginnings of the names of what is random although there are weights for the rest, e.g. "text.proj".
+        config_from: where the config is from, for messages: the name, or a checkpoint's file.
     """
 
     clip: torch.nn.Module
@@ -64,6 +55,7 @@ class BuiltModel:
     weights: str
     adaptor_state: dict[str, torch.Tensor] | None = None
     random: tuple[str, ...] = ()
+    config_from: str = ""
 
 
 def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias: bool = False) -> BuiltModel:
@@ -100,7 +92,9 @@ def rebuild_model(
     """
     if chinese_clip.is_chinese_clip(config):
         name = chinese_clip.model_name(config)
-    return _build(ModelSource(name, config, preprocess, source, state), image_size, context_length, logit_bias)
+    return _build(
+        ModelSource(name, config, preprocess, source, state, config_from=source), image_size, context_length, logit_bias
+    )
 
 
 def known_tags(name: str) -> list[str]:
@@ -112,12 +106,12 @@ def known_tags(name: str) -> list[str]:
 
 
 def _build(source: ModelSource, image_size: int | None, context_length: int | None, logit_bias: bool) -> BuiltModel:
-    config = deepcopy(source.config)
+    config, config_from = deepcopy(source.config), source.config_from or source.name
     _set_sizes(config, source.name, image_size, context_length)
     state = source.state or {}
     if (logit_bias or "logit_bias" in state) and config.get("init_logit_bias") is None:
         config["init_logit_bias"] = SIGLIP_BIAS
-    clip = _instantiate(config, source.name)
+    clip = instantiate(config, config_from)
 
     # Weights.
     adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
@@ -139,21 +133,8 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
     clip = clip.float().eval()
     if not source.is_known or image_size or context_length:
-        _try(clip, config, preprocess, source.name)
-    return BuiltModel(clip, config, preprocess, source.name, source.weights, adaptor or None, random)
-
-
-def _try(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:
-    """Encode an image and a caption: a config may be wrong in ways that only show then. Raises UserError."""
-    if clip.logit_scale.is_meta:
-        return
-    length = config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-    with _config_errors(name), torch.no_grad():
-        model = RetrievalModel(clip, preprocess).eval()
-        images = model.encode_image(torch.zeros(1, 3, *_both(preprocess["size"]), dtype=torch.uint8))
-        texts = model.encode_text(torch.zeros(1, length, dtype=torch.int64), torch.tensor([length]))
-        if not images.shape == texts.shape == (1, config["embed_dim"]):
-            raise ValueError(f"its features have the shapes {tuple(images.shape)} and {tuple(texts.shape)}")
+        try_model(clip, config, preprocess, config_from)
+    return BuiltModel(clip, config, preprocess, source.name, source.weights, adaptor or None, random, config_from)
 
 
 def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, context_length: int | None) -> None:
@@ -170,82 +151,9 @@ def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, contex
         text["context_length"] = context_length
 
 
-def _instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
-    """The module of `config`, with random weights; completes `config` with what it took to build it."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if text.get("hf_config"):
-        text["hf_config"] = known_config(text["hf_config"], name)
-    if simple_clip.is_simple_clip(config):
-        with must_fit(name), _config_errors(name):
-            return SimpleCLIP(**config)
-
-    # Nothing is fetched or read but what is asked for below.
-    if vision.get("timm_model_name"):
-        _check_timm_name(vision["timm_model_name"], name)
-        vision["timm_model_pretrained"] = False
-    if text.get("hf_model_name"):
-        text["hf_model_pretrained"] = False
-    arguments = deepcopy(config)
-    arguments["text_cfg"].pop("vocab", None)
-    hf_config = arguments["text_cfg"].pop("hf_config", None)
-    custom_text = arguments.pop("custom_text", False) or bool(text.get("hf_model_name"))
-    model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
-    with ExitStack() as stack:
-        if text.get("hf_model_name"):
-            # open_clip reads a Hugging Face config from a name or a folder only.
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
-            (Path(folder) / "config.json").write_text(content)
-            arguments["text_cfg"]["hf_model_name"] = folder
-        for context in (hub.quiet(), must_fit(name), _config_errors(name)):
-            stack.enter_context(context)
-        clip = model_class(**arguments)
-    if isinstance(clip, CoCa):
-        # open_clip leaves it as the memory was: another value each time, perhaps NaN.
-        projection = clip.text_decoder.text_projection
-        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-    if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
-        text["hf_config"] = known_config(json.loads(clip.text.config.to_json_string()), name)
-    return clip
-
-
-def _fetch_hf_config(tower: str, name: str) -> dict[str, Any]:
-    try:
-        with hub.hub_access():
-            return fetch_config(tower)
-    except hub.FETCH_ERRORS as error:
-        raise UserError(
-            f"{name}: its text tower {tower} could not be fetched from huggingface.co; is there a network?"
-        ) from error
-
-
-def _check_timm_name(tower: str, name: str) -> None:
-    """Raise UserError for what is no model that timm builds: names with a prefix are fetched, or read from folders."""
-    import timm
-
-    if ":" in tower or not timm.is_model(tower):
-        raise UserError(f"{name}: its timm_model_name is {tower}, which is no model of timm")
-
-
-@contextmanager
-def _config_errors(name: str) -> Iterator[None]:
-    """A block in which what a wrong model config makes the libraries raise becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of every kind: the values of a config go everywhere
-        raise UserError(f"{name}: its model config cannot be built: {reason(error)}") from error
-
-
 def _holds_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
     key = "visual.trunk.pos_embed"
     return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
-
-
-def _both(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> None:
@@ -256,15 +164,15 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
     if clip.visual.trunk.default_cfg["input_size"][-1] == size:
         return
     patch = getattr(getattr(clip.visual.trunk, "patch_embed", None), "patch_size", 1)
-    if any(side % each for side, each in zip(_both(size), _both(patch))):
+    if any(side % each for side, each in zip(height_and_width(size), height_and_width(patch))):
         raise UserError(
             f"--image_size {size}: {name} takes multiples of {patch if isinstance(patch, int) else patch[0]}"
         )
     try:
         with hub.quiet():
             clip.visual.set_input_size(size)
-    except AssertionError as error:
-        raise UserError(f"--image_size {size}: {name} does not take it ({error})") from None
+    except Exception as error:  # of every kind, timm has many towers
+        raise UserError(f"--image_size {size}: {name} does not take it ({reason(error)})") from None
 
 
 def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
@@ -283,7 +191,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
         words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
         words = words or text.get("hf_tokenizer_name") or simple_clip.TEXT_MODEL
         of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
-        return of_its_kind(words, length, known, model.name if model.weights == names.NO_WEIGHTS else model.weights)
+        return of_its_kind(words, length, known, model.config_from)
     if text.get("hf_tokenizer_name"):
         tokenizer = _hf_tokenizer(options, model, length, arguments)
         size = len(tokenizer.tokenizer)
@@ -293,14 +201,16 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
         try:
             tokenizer = SimpleTokenizer(context_length=length, **arguments)
         except TypeError as error:
-            raise UserError(f"{model.name}: its tokenizer_kwargs are not those of CLIP's tokenizer ({error})") from None
+            raise UserError(
+                f"{model.config_from}: its tokenizer_kwargs are not those of CLIP's tokenizer ({error})"
+            ) from None
         size = tokenizer.vocab_size
     if size > known:
         raise UserError(
-            f"{model.name}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the tokenizer "
-            "that belongs to it"
+            f"{model.config_from}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the "
+            "tokenizer that belongs to it"
         )
-    _try_tokenizer(tokenizer, model.name, known)
+    _try_tokenizer(tokenizer, model.config_from, known)
     return tokenizer
 
 

@@ -43,7 +43,7 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if name.startswith("bert."):
             renamed["text.transformer." + name.removeprefix("bert.")] = value
         elif name == "text_projection":
-            renamed["text.proj.weight"] = value.T.contiguous()
+            renamed["text.proj.weight"] = value.t().contiguous()
         else:
             renamed[name] = value
     return renamed
@@ -56,7 +56,7 @@ def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if name.startswith("text.transformer."):
             renamed["bert." + name.removeprefix("text.transformer.")] = value
         elif name == "text.proj.weight":
-            renamed["text_projection"] = value.T.contiguous()
+            renamed["text_projection"] = value.t().contiguous()
         else:
             renamed[name] = value
     return {f"module.{name}": value for name, value in renamed.items()}

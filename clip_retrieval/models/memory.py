@@ -1,32 +1,52 @@
-"""The memory that a model takes, counted before it is taken."""
+"""Models built only if the memory holds them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.memory import free_memory
 
 FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided")
+LARGE = 4
+"""A model that needs more than this part of the free memory is large."""
+
 MOST_TENSORS = 20_000
 """The largest models have 3,000; those of a billion layers would be built for ever."""
 
 
-@contextmanager
-def must_fit(name: str) -> Iterator[None]:
-    """A block that builds a model: UserError, naming it, as soon as it would need more memory than there is."""
-    with _Counter(name, _free_bytes()):
-        yield
+def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
+    """The module that `build` makes, on the CPU.
+
+    One that turns out to be large is made on the meta device first, which takes no memory. Raises UserError, naming the
+    model `name`, if it needs more memory than is free.
+    """
+    free = free_memory()
+    random_state = torch.get_rng_state()
+    try:
+        with _Counter(name, free / LARGE):
+            return build()
+    except UserError:
+        torch.set_rng_state(random_state)
+    try:
+        with torch.device("meta"), _Counter(name, free):
+            build()
+    except UserError:
+        raise
+    except Exception:  # some models read a value while they are built, which a meta tensor has not
+        pass
+    with _Counter(name, free):
+        return build()
 
 
 class _Counter(TorchDispatchMode):
-    """Sees each tensor that is made before it is."""
+    """Counts the tensors that are made and their bytes. Raises UserError before there are too many."""
 
     def __init__(self, name: str, free: float):
         super().__init__()
@@ -36,7 +56,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
         options = options or {}
-        if function._opname in FACTORIES and torch.device(options.get("device") or "cpu").type == "cpu":
+        if function._opname in FACTORIES:
             dtype = options.get("dtype") or torch.get_default_dtype()
             self._bytes += math.prod(arguments[0]) * dtype.itemsize
             self._tensors += 1
@@ -48,15 +68,3 @@ class _Counter(TorchDispatchMode):
             if self._tensors > MOST_TENSORS:
                 raise UserError(f"{self._name} has more than {MOST_TENSORS:,} tensors; give a model with fewer layers")
         return function(*arguments, **options)
-
-
-def _free_bytes() -> float:
-    """Memory that this process may take; infinite where the system does not tell."""
-    free = math.inf
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = sum(1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError, KeyError):
-        pass  # another system; or a control group without a limit ("max")
-    return free

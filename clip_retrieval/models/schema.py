@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from clip_retrieval.models.unpickle import Unusable
+from clip_retrieval.models.pickled import Unusable
 
 Check = Callable[[Any, str], None]
 

@@ -11,7 +11,7 @@ from open_clip import factory
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import chinese_clip, hub, names, simple_clip, weights
+from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, names, simple_clip, weights
 from clip_retrieval.models.named_config import preprocess_config, read_config
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
 from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
@@ -39,6 +39,7 @@ class ModelSource:
         state: the weights, or None for random ones.
         random: beginnings of the names of weights that `state` may lack: they stay random.
         is_known: whether the config is one of open_clip's own, or ours.
+        config_from: the file that holds the config, or that it was inferred from, if `name` does not tell it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelSource:
     state: dict[str, torch.Tensor] | None = None
     random: tuple[str, ...] = ()
     is_known: bool = False
+    config_from: str | None = None
 
 
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
@@ -126,19 +128,26 @@ def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSou
     """The model that a file tells; names that were typed must agree with it."""
     _refuse_text_pretrained(options, found.source)
     if found.kind == weights.OURS:
-        config, preprocess = found.model_config, found.preprocess
-        held = found.options.get("vision_model") or "model without a name"
-    elif found.kind == weights.SIMPLE_CLIP:
-        config = simple_clip.infer_config(found.state, found.source)
-        preprocess = preprocess_config(simple_clip.PREPROCESS)
-        held = simple_clip.infer_name(found.state, found.source)
+        config, preprocess, held = found.model_config, found.preprocess, found.options["vision_model"]
     else:
-        config = chinese_clip.infer_config(found.state, found.source)
-        preprocess = preprocess_config(chinese_clip.PREPROCESS)
+        config, preprocess, held = _inferred(found)
     if chinese_clip.is_chinese_clip(config):
         held = chinese_clip.model_name(config)
     check_names(options, typed_model, config, held, found.source)
-    return ModelSource(held, config, preprocess, found.source, found.state)
+    return ModelSource(held, config, preprocess, found.source, found.state, config_from=found.source)
+
+
+def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Config, preprocessing and name of a model, from the shapes of its tensors."""
+    with weights.shapes_checked(found.source):
+        if found.kind == weights.SIMPLE_CLIP:
+            held = simple_clip.infer_name(found.state, found.source)
+            config, preprocess = simple_clip.infer_config(found.state, found.source), simple_clip.PREPROCESS
+        else:
+            config, preprocess = chinese_clip.infer_config(found.state, found.source), chinese_clip.PREPROCESS
+            held = chinese_clip.UNNAMED
+        checkpoint_schema.model_config(config, "")
+    return config, preprocess_config(preprocess), held
 
 
 def _refuse_text_pretrained(options: ModelOptions, source: str) -> None:

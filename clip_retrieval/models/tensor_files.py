@@ -23,15 +23,8 @@ import torch
 
 from clip_retrieval.errors import UserError, reason
 from clip_retrieval.files import open_regular
-from clip_retrieval.models.unpickle import (
-    MODULE_CLASSES,
-    DamagedError,
-    Module,
-    PythonObjectError,
-    Storage,
-    Unpickler,
-    Unusable,
-)
+from clip_retrieval.models.pickled import DamagedError, Module, PythonObjectError, Storage, Unusable
+from clip_retrieval.models.unpickle import MODULE_CLASSES, Unpickler
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"

@@ -1,21 +1,33 @@
 """Pickles of plain values and tensors, read without running anything.
 
 Python's own unpickler imports the names in a pickle and calls them. This one knows the few that weight files hold; each
-is an entry of a table here, and any other name ends the reading. It supports what `torch.save` and `torch.jit.save`
-write: protocol 2, without numbers of more than 255 bytes.
+is an entry of a table, here or in `pickled`, and any other name ends the reading. It supports what `torch.save` and
+`torch.jit.save` write: protocol 2, without numbers of more than 255 bytes.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from mmap import mmap
 from typing import Any, Protocol
 
 import torch
+
+from clip_retrieval.models.pickled import (
+    DTYPES,
+    STORAGES,
+    TYPE_NAME,
+    UNUSABLE,
+    DamagedError,
+    Global,
+    Module,
+    OldParameter,
+    PythonObjectError,
+    Storage,
+    Unusable,
+)
 
 MOST_OPCODES = 2_000_000
 """A checkpoint has thousands; each may take a hundred bytes of memory."""
@@ -23,111 +35,6 @@ MOST_OPCODES = 2_000_000
 MOST_DIMENSIONS = 64
 LARGEST = 2**62
 MODULE_CLASSES = "__torch__."
-
-_STORAGE_TYPES = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Byte": torch.uint8,
-    "Char": torch.int8,
-    "Short": torch.int16,
-    "Int": torch.int32,
-    "Long": torch.int64,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-}
-STORAGES = {f"torch.{device}{name}Storage": dtype for device in ("", "cuda.") for name, dtype in _STORAGE_TYPES.items()}
-STORAGES |= {f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped", "Typed")}
-# Tensors of these are Unusable.
-STORAGES |= {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("QInt8", "QUInt8", "QInt32")}
-
-_DTYPE_NAMES = ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
-_DTYPE_NAMES += ("complex64", "complex128", "uint16", "uint32", "uint64")
-_DTYPE_NAMES += ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
-
-_UNUSABLE = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, without values",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of a subclass",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
-}
-_TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor")
-"""Names that are never called: further types of numbers, and ways to quantise them."""
-
-
-class PythonObjectError(Exception):
-    """A pickle asks for a Python object: holds its name."""
-
-
-class DamagedError(Exception):
-    """A file that no program wrote: cut short, or with values in the wrong places.
-
-    Args:
-        what: is wrong.
-        remedy: what to do about it.
-    """
-
-    def __init__(self, what: str, remedy: str = "fetch it again"):
-        super().__init__(f"{what}; {remedy}")
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name in a pickle. It is never looked up in Python."""
-
-    name: str
-
-
-@dataclass
-class Module:
-    """An object of a TorchScript archive.
-
-    Attributes:
-        name: of its class.
-        attributes: a dict of them; of a class with a `__setstate__` of its own, the state that this would be given.
-    """
-
-    name: str
-    attributes: Any = field(default_factory=dict)
-
-
-@dataclass
-class OldParameter:
-    """A parameter as torch saved it until 2017: made first, then given its tensor."""
-
-    data: Any = None
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A tensor that cannot be read as plain numbers, and why."""
-
-    kind: str
-
-    def problem(self, name: str) -> str:
-        """What is wrong with it under this name, and the remedy."""
-        return f"{name} is {self.kind}; save it as a plain one (.to_dense(), .dequantize())"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """The numbers that tensors share: `key` names them in the file.
-
-    Attributes:
-        key: their name in the file.
-        dtype: their type.
-        count: how many there are.
-    """
-
-    key: str
-    dtype: torch.dtype
-    count: int
 
 
 class MakeTensor(Protocol):
@@ -223,8 +130,8 @@ class Unpickler:
 
     def _global(self) -> None:
         name = f"{self._line()}.{self._line()}".replace("__builtin__.", "builtins.", 1)
-        is_known = any(name in table for table in (_MAKERS, _UNUSABLE, STORAGES, DTYPES))
-        if not is_known and not _TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
+        is_known = any(name in table for table in (_MAKERS, UNUSABLE, STORAGES, DTYPES))
+        if not is_known and not TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
             raise PythonObjectError(name)
         self._push(Global(name))
 
@@ -235,8 +142,8 @@ class Unpickler:
         self._push(self._made(function.name, arguments))
 
     def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name in _UNUSABLE:
-            return Unusable(_UNUSABLE[name])
+        if name in UNUSABLE:
+            return Unusable(UNUSABLE[name])
         if name in _MAKERS:
             return _MAKERS[name](self, *arguments)
         if self._modules and name.startswith(MODULE_CLASSES) and not arguments:

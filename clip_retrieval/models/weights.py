@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, reason
 from clip_retrieval.files import write_atomic
 from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip
 from clip_retrieval.models.hugging_face import read_json
+from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
-from clip_retrieval.models.unpickle import Unusable
 
 OURS = "ours"
 OPENAI_ARCHIVE = "openai archive"
@@ -95,7 +96,8 @@ def read_text_tower(
         path = Path(hub.fetch_bert(place))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
-    state = rename(_without_prefix(state, "module."))
+    with shapes_checked(str(path)):
+        state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
     return _float32(path, state)
@@ -166,15 +168,33 @@ def _from_content(path: Path, content: Any) -> Weights:
     if not state:
         raise UserError(f"{path} holds no weights (it has {some([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
+    with shapes_checked(str(path)):
+        return _of_system(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
+
+
+def _of_system(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: bool) -> Weights:
+    """The weights of the system whose names they have."""
     if any(name.startswith("bert.") for name in state):
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
     if any(name.startswith("clip_model.") for name in state):
         return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
     if simple_clip.is_reference(state):
         return Weights(str(path), SIMPLE_CLIP, simple_clip.from_reference(state))
-    # What clip-training writes beside the weights: others call them model_state_dict as well.
-    is_clip_training = holder == "model_state_dict" and "global_step" in content
+    # clip-training writes a global_step beside its model_state_dict; others call their weights so as well.
     return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
+
+
+@contextmanager
+def shapes_checked(source: str) -> Iterator[None]:
+    """A block that renames, counts and unpacks tensors of a file by their names: some may have any other shape."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{source} does not hold the weights of a model that is known here ({reason(error)}); give another file"
+        ) from error
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

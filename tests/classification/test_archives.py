@@ -139,7 +139,7 @@ def test_batches_are_read_as_torchvision_reads_them(monkeypatch, tmp_path, name,
         path.write_bytes(file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core."))
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: True)
     theirs = READERS[name](str(tmp_path), train=False)
-    pixels, labels = archives._cifar(path.read_bytes())
+    pixels, labels = archives._read_cifar(path.read_bytes())
     assert np.array_equal(pixels, theirs.data) and labels.tolist() == theirs.targets
 
 

@@ -60,6 +60,16 @@ def test_nothing_of_a_result_is_in_dev_shm(monkeypatch):
     assert str(Path(f"/proc/self/fd/{storage._share_fd_cpu_()[0]}").readlink()).startswith("/memfd:")
 
 
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])
+def test_a_system_that_forbids_anonymous_files_gets_torchs(monkeypatch, error):
+    def forbidden(name):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    assert is_result(shared_memory.share(compute(3)), 3)
+    assert list(in_workers(compute, [1, 2], num_workers=1))[1].images.max() == 2
+
+
 def test_a_result_leaves_no_file_open():
     count = len(list(Path("/dev/fd").iterdir()))
     for number in range(50):

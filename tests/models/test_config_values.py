@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
+from open_clip import CustomTextCLIP
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import build_model, build_tokenizer
-from clip_retrieval.models.memory import must_fit
+from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.options import ModelOptions
 from tests.models.small import RESNET, TEXT, VIT, WORDS, small_config, small_simple_config
 from tests.models.test_remote_code import ROBERTA, TOWER
@@ -175,17 +176,39 @@ def test_a_model_that_no_memory_holds(tmp_path, changes, monkeypatch):
 
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch):
-    monkeypatch.setattr("clip_retrieval.models.memory._free_bytes", lambda: 4000)
-    with must_fit("x"):
-        torch.nn.Linear(10, 40)
-        torch.empty(10**12, device="meta")
+    monkeypatch.setattr("clip_retrieval.models.memory.free_memory", lambda: 4000)
+    assert build_within_memory(lambda: torch.nn.Linear(10, 40), "x").weight.device.type == "cpu"
     for make in (
         lambda: torch.nn.Linear(30, 40),
         lambda: torch.randn(2000),
         lambda: torch.zeros(600, 2, dtype=torch.int64),
     ):
-        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of memory"), must_fit("x"):
-            make()
+        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of memory"):
+            build_within_memory(make, "x")
+
+
+def test_a_model_too_large_takes_a_part_of_the_memory_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.memory.free_memory", lambda: 4 * 10**8)
+    taken, normal = [], torch.Tensor.uniform_
+
+    def uniform(tensor, *arguments, **options):
+        taken.append(0 if tensor.is_meta else tensor.nbytes)
+        return normal(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+    assert "GB of memory" in refusal(written(tmp_path, small_config(vision_cfg={**VIT, "width": 2**14, "layers": 3})))
+    assert taken and sum(taken) < 10**8
+
+
+@pytest.mark.parametrize("tower", ["vit_base_patch32_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_building_a_large_model_changes_no_weight(tower, monkeypatch):
+    monkeypatch.setattr("clip_retrieval.models.memory.LARGE", 10**9)
+    vision = {"timm_model_name": tower, "timm_model_pretrained": False, "image_size": 224, "timm_proj": "linear"}
+    weights = []
+    for wrap in (lambda build, name: build(), build_within_memory):
+        torch.manual_seed(0)
+        weights.append(wrap(lambda: CustomTextCLIP(24, dict(vision), dict(TEXT)), "x").state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 SEEDS = {

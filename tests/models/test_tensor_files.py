@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.pickled import DamagedError, PythonObjectError, Unusable
 from clip_retrieval.models.tensor_files import read_tensor_file
-from clip_retrieval.models.unpickle import DamagedError, PythonObjectError, Unpickler, Unusable
+from clip_retrieval.models.unpickle import Unpickler
 from clip_retrieval.models.weights import read_weights
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool", "complex64"]

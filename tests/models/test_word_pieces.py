@@ -1,9 +1,13 @@
+import os
+
 import pytest
+from open_clip.tokenizer import SimpleTokenizer
 from transformers import BertTokenizer
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.chinese_clip import ChineseTokenizer
+from clip_retrieval.models.hugging_face import load_open_clip_tokenizer
 from clip_retrieval.models.word_pieces import WordPieceTokenizer
 from tests.models.small import WORDS
 
@@ -81,3 +85,72 @@ def test_a_cased_vocabulary_is_refused(vocabulary):
     (vocabulary.parent / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     with pytest.raises(UserError, match=r"tokenizer_config.json: its vocabulary is cased"):
         WordPieceTokenizer(str(vocabulary.parent), 7, len(WORDS))
+
+
+@pytest.mark.parametrize("token", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+def test_a_vocabulary_without_a_special_token_is_refused(vocabulary, token):
+    words = [word for word in WORDS if word != token]
+    vocabulary.write_text("\n".join(words) + "\n")
+    for size in (len(words), len(WORDS)):
+        with pytest.raises(UserError, match=rf"vocab.txt has no \{token}"):
+            WordPieceTokenizer(str(vocabulary), 7, size)
+        with pytest.raises(UserError, match=rf"^last.pt: the vocabulary in the model config has no \{token}"):
+            WordPieceTokenizer(words, 7, size, "last.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00", b"a" * 1000, bytes(range(256))])
+def test_a_file_that_is_no_vocabulary_is_refused(vocabulary, content):
+    vocabulary.write_bytes(content)
+    with pytest.raises(UserError, match=r"^--tokenizer [^\n]*vocab.txt [^\n]*$"):
+        WordPieceTokenizer(str(vocabulary), 7, len(WORDS))
+
+
+def test_a_vocabulary_that_is_no_regular_file_is_refused(vocabulary):
+    vocabulary.unlink()
+    os.mkfifo(vocabulary)
+    with pytest.raises(UserError, match="not a regular file"):
+        WordPieceTokenizer(str(vocabulary), 7, len(WORDS))
+    with pytest.raises(UserError, match="not a regular file"):
+        WordPieceTokenizer(str(vocabulary.parent), 7, len(WORDS))
+
+
+@pytest.mark.parametrize("words", [["\ud800", *WORDS[1:]], [*WORDS[:-1], WORDS[0]], [*WORDS[:-1], ""]])
+def test_words_of_a_checkpoint_that_make_no_vocabulary_are_refused_or_read(words):
+    try:
+        assert WordPieceTokenizer(words, 7, len(words))(["a"]).shape == (1, 7)
+    except UserError as error:
+        assert "the vocabulary in the model config" in str(error)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"model": 3}', b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_a_saved_tokenizer_of_garbage_is_named(saved, name, content):
+    (saved / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^[^\n]*{saved}[^\n]*$"):
+        WordPieceTokenizer(str(saved), 7, len(WORDS))
+
+
+CAPTIONS_OF_ANY_CHARACTERS = [
+    "a \ud800 dog",
+    "\udfff",
+    "\ud83d\ude00",
+    "\udcff\udc80",
+    "\x00\x1b",
+    "a\u200d\ufeff",
+    "[UNK]" * 50,
+]
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Chinese-CLIP", "CLIP", "Hugging Face", "canonicalize"])
+def test_every_caption_is_tokenised(saved, kind):
+    tokenizers = {
+        "WordPiece": lambda: WordPieceTokenizer(WORDS, 7, len(WORDS)),
+        "Chinese-CLIP": lambda: ChineseTokenizer(WORDS, 7, len(WORDS)),
+        "CLIP": lambda: SimpleTokenizer(context_length=7),
+        "Hugging Face": lambda: load_open_clip_tokenizer(str(saved), 7),
+        "canonicalize": lambda: load_open_clip_tokenizer(str(saved), 7, clean="canonicalize", strip_sep_token=True),
+    }
+    tokens = tokenize(CAPTIONS_OF_ANY_CHARACTERS, tokenizers[kind]())
+    assert tokens.ids.shape == (len(CAPTIONS_OF_ANY_CHARACTERS), 7) and (tokens.lengths >= 1).all()
