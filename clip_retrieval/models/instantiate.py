@@ -18,7 +18,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from clip_retrieval.errors import UserError, reason
 from clip_retrieval.models import hub, simple_clip
 from clip_retrieval.models.hugging_face import fetch_config, known_config
-from clip_retrieval.models.memory import must_fit
+from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.towers import RetrievalModel
 
@@ -31,8 +31,8 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     if text.get("hf_config"):
         text["hf_config"] = known_config(text["hf_config"], name)
     if simple_clip.is_simple_clip(config):
-        with must_fit(name), _config_errors(name):
-            return SimpleCLIP(**config)
+        with _config_errors(name):
+            return build_within_memory(lambda: SimpleCLIP(**deepcopy(config)), name)
 
     # Nothing is fetched or read but what is asked for below.
     if vision.get("timm_model_name"):
@@ -52,9 +52,9 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
             content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
-        for context in (hub.quiet(), must_fit(name), _config_errors(name)):
+        for context in (hub.quiet(), _config_errors(name)):
             stack.enter_context(context)
-        clip = model_class(**arguments)
+        clip = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
     if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
         text["hf_config"] = known_config(json.loads(clip.text.config.to_json_string()), name)
     return clip

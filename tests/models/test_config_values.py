@@ -10,7 +10,7 @@ import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import build_model, build_tokenizer
-from clip_retrieval.models.memory import must_fit
+from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.options import ModelOptions
 from tests.models.small import RESNET, TEXT, VIT, WORDS, small_config, small_simple_config
 from tests.models.test_remote_code import ROBERTA, TOWER
@@ -116,7 +116,7 @@ def test_whole_numbers_and_one_number_are_a_mean(tmp_path, values, expected):
         {"vision_cfg": {**VIT, "image_size": -16}},
         {"vision_cfg": {**VIT, "image_size": 10**6}},
         {"vision_cfg": {**VIT, "image_size": [16, "16"]}},
-        {"vision_cfg": {**VIT, "image_size": 4096, "patch_size": 1}},
+        {"vision_cfg": {**VIT, "image_size": 2048, "patch_size": 1}},
         {"vision_cfg": {**VIT, "width": 33}},
         {"vision_cfg": {**VIT, "head_width": 0}},
         {"vision_cfg": {**VIT, "head_width": 48}},
@@ -176,16 +176,34 @@ def test_a_model_that_no_memory_holds(tmp_path, changes, monkeypatch):
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.memory._free_bytes", lambda: 4000)
-    with must_fit("x"):
-        torch.nn.Linear(10, 40)
-        torch.empty(10**12, device="meta")
-    for make in (
-        lambda: torch.nn.Linear(30, 40),
-        lambda: torch.randn(2000),
-        lambda: torch.zeros(600, 2, dtype=torch.int64),
-    ):
-        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of memory"), must_fit("x"):
-            make()
+    assert build_within_memory(lambda: torch.nn.Linear(10, 40), "x").weight.shape == (40, 10)
+    monkeypatch.setattr("clip_retrieval.models.memory._free_bytes", lambda: 2**40)
+    made = []
+
+    def make():
+        made.append(torch.empty(10**11))
+        made.append(torch.zeros(10**11, 10, dtype=torch.int64))
+
+    with pytest.raises(UserError, match=r"x needs more than the 1099\.5 GB of memory"):
+        build_within_memory(make, "x")
+    assert [tensor.is_meta for tensor in made] == [True]
+
+
+def test_random_weights_are_those_of_one_building():
+    torch.manual_seed(3)
+    expected = torch.nn.Linear(5, 5).weight
+    torch.manual_seed(3)
+    assert torch.equal(build_within_memory(lambda: torch.nn.Linear(5, 5), "x").weight, expected)
+
+
+def test_a_module_that_needs_values_while_it_is_built_is_built():
+    class Sorted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(100_000).sort().values)
+            assert self.weight[0].item() < self.weight[-1].item()
+
+    assert not build_within_memory(Sorted, "x").weight.is_meta
 
 
 SEEDS = {
