@@ -27,8 +27,8 @@ def png(width: int, height: int, chunks: list[tuple[bytes, bytes]], depth: int =
 
 def _black(width: int, height: int) -> bytes:
     """A black grey image: a few kilobytes, whatever its size."""
-    packer = zlib.compressobj(1)
-    rows = b"".join(packer.compress(b"\0" * (width + 1)) for _ in range(height)) + packer.flush()
+    packer, size, block = zlib.compressobj(1), (width + 1) * height, b"\0" * 2**20
+    rows = b"".join(packer.compress(block[: size - begin]) for begin in range(0, size, len(block))) + packer.flush()
     return png(width, height, [(b"IDAT", rows), (b"IEND", b"")])
 
 
