@@ -321,7 +321,11 @@ def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
     """Write a checkpoint; of several processes, the main one does."""
     if run.lock is not None:
         run.lock.check()
-        save_checkpoint(run.folder / name, content(run))
+        try:
+            save_checkpoint(run.folder / name, content(run))
+        except RunError:
+            run.lock.check()  # if the folder has just been deleted, that is the reason
+            raise
 
 
 def whole_content(run: Run) -> dict[str, Any]:

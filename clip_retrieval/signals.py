@@ -21,13 +21,13 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Handle SIGINT and SIGTERM in this block."""
+        """Handle SIGINT and SIGTERM in this block; a run that was stopped ignores further ones, as it only ends."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._requested else handler)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

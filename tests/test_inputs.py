@@ -45,7 +45,7 @@ KINDS = [fifo, unix_socket, device, terminal, folder, loop, dangling, memory_of_
 
 @pytest.fixture
 def inputs(tmp_path, captioned):
-    """A script and its arguments for each text input, `X` standing for the input itself."""
+    """A script and its arguments for each text input; `X` is the place of the input."""
     np.save(tmp_path / "a.npy", np.eye(3, dtype=np.float32))
     (tmp_path / "gold_texts.jsonl").write_text('{"text_id": 1, "image_ids": [1]}\n')
     for name in ("classes/cat", "classes/dog"):

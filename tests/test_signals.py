@@ -6,9 +6,17 @@ import pytest
 from clip_retrieval.signals import StopSignal, outlive_first_signal
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of the test program come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_interrupts_at_the_next_point_that_asks(number):
-    before = signal.getsignal(number)
     with StopSignal().listening() as stop:
         stop.check()
         os.kill(os.getpid(), number)
@@ -16,7 +24,14 @@ def test_a_signal_is_noted_and_interrupts_at_the_next_point_that_asks(number):
             stop.check()
         with pytest.raises(KeyboardInterrupt), stop.interruptible():
             raise AssertionError("work that has to be interrupted must not begin")
-    assert signal.getsignal(number) == before
+    os.kill(os.getpid(), number)  # ignored: a run that was stopped only ends
+
+
+def test_without_a_signal_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal().listening():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_what_can_be_broken_off_is_interrupted_at_once():

@@ -181,7 +181,10 @@ def _columns(
     """The columns of the folders and of the names: the first two, unless a header has more (-1: no name for names)."""
     if header is None or len(header) < 3:
         return 0, 1
-    held = [sum(len(fields) > i and fields[i] in folders for _, fields in rows) for i in range(len(header))]
+    held = [0] * len(header)
+    for _, fields in rows:
+        for i, field in enumerate(fields[: len(header)]):
+            held[i] += field in folders
     key = max(range(len(header)), key=held.__getitem__)
     titles = [title.lower() if i != key else "" for i, title in enumerate(header)]
     return key, next((titles.index(name) for name in NAMES if name in titles), -1)

@@ -20,7 +20,7 @@ NUM_IMAGES = b"num_images"
 NUM_SAMPLES = b"num_samples"
 # Keys of ours in `pairs`, which Chinese-CLIP does not look at: the lines of texts that no image answers.
 UNANSWERED = b"text:"
-LARGEST_PAIR = 2**20  # bytes
+LARGEST_PAIR = 2**28  # bytes
 _Found = TypeVar("_Found")
 
 

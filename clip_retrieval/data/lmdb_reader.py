@@ -111,8 +111,13 @@ class LmdbReader:
 
     def items(self, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """The keys from `first` on, in their order, and their values."""
+        total = 0
         for page, offset in self._iter_nodes(first):
-            yield self._read_key(page, offset), self._read_value(page, offset)
+            value = self._read_value(page, offset)
+            total += len(value)
+            if total > self._size:
+                self._fail("several keys share a value")  # a small file could give any number of large values
+            yield self._read_key(page, offset), value
 
     def _find(self, key: bytes) -> tuple[bytes, int] | None:
         """The leaf page and the offset of a key's node in it."""

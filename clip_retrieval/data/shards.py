@@ -30,7 +30,7 @@ SIZES = "sizes.json"
 SEPARATOR = "::"
 _A_SPLIT = re.compile(rf"(?<![A-Za-z])({'|'.join(files.SPLITS)})(?![A-Za-z])")
 _GZIP = b"\x1f\x8b"
-# Braces: of numbers and letters, how many names they may stand for, and how deep they may be nested.
+# Braces: ranges of numbers and letters, how many names they may expand to, and how deep they may be nested.
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
 MOST_SHARDS, MOST_CHARACTERS = 10**6, 10**9
@@ -73,7 +73,7 @@ def _split_patterns(text: str, where: str) -> list[str]:
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
     patterns = text.split()
-    if patterns != [text] and any(_matches(name) for name in _braces_expanded(text, where)):
+    if patterns != [text] and any(_matches(name) for name in _expand_braces(text, where)):
         return [text]
     return patterns
 
@@ -93,7 +93,7 @@ def _names_tars(text: str) -> bool:
 
 def _absolute(pattern: str) -> list[str]:
     """The pattern itself, made absolute; what its braces stand for, where only some of that is absolute already."""
-    names = _braces_expanded(pattern, pattern) if "{" in pattern else [pattern]
+    names = _expand_braces(pattern, pattern) if "{" in pattern else [pattern]
     mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() for name in names)
     return [str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
@@ -105,7 +105,7 @@ def expand(text: str, option: str) -> list[Path]:
     """
     paths: list[Path] = []
     for pattern in _split_patterns(text, f"{option} {text}"):
-        for name in _braces_expanded(pattern, f"{option} {text}"):
+        for name in _expand_braces(pattern, f"{option} {text}"):
             if found := _files(name):
                 paths += found
             elif Path(name).is_dir() or glob.has_magic(name):
@@ -125,12 +125,12 @@ def _files(name: str) -> list[Path]:
     return _tars(path) if path.is_dir() else _matches(name)
 
 
-def _braces_expanded(pattern: str, where: str) -> list[str]:
-    """The names that a pattern with braces stands for. Raises UserError if the braces do not match, or for too many."""
+def _expand_braces(pattern: str, where: str) -> list[str]:
+    """The names that a pattern with braces expands to. Raises UserError if the braces do not match, or for too many."""
     try:
         number = _expansions(pattern)
         if number > MOST_SHARDS or number * len(pattern) > MOST_CHARACTERS:
-            raise UserError(f"{where}: the braces stand for more than {MOST_SHARDS:,} shards; correct the numbers")
+            raise UserError(f"{where}: the braces expand to more than {MOST_SHARDS:,} shards; correct the numbers")
         return list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{where}: the braces do not fit ({error}); write {{00000..00099}}") from None
@@ -194,7 +194,7 @@ def _resolved(patterns: str | None) -> set[Path]:
     """The files that patterns name, as far as they are there."""
     if not patterns:
         return set()
-    names = (name for pattern in _split_patterns(patterns, patterns) for name in _braces_expanded(pattern, patterns))
+    names = (name for pattern in _split_patterns(patterns, patterns) for name in _expand_braces(pattern, patterns))
     return {path.resolve() for name in names for path in _files(name)}
 
 

@@ -25,8 +25,8 @@ from clip_retrieval.models.schema import (
 )
 from clip_retrieval.options import GROUPS
 
-SIDE = whole(1, 4096)
-MOST_PATCHES = 2**14
+SIDE = whole(1, 2048)
+MOST_PATCHES = 2**13
 flag = one_of(False, True)
 
 

@@ -14,6 +14,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.memory import free_memory
 
 FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided")
+SMALL = 2**16  # numbers
 LARGE = 4
 """A model that needs more than this part of the free memory is large."""
 
@@ -25,7 +26,7 @@ def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
     """The module that `build` makes, on the CPU.
 
     One that turns out to be large is made on the meta device first, which takes no memory. Raises UserError, naming the
-    model `name`, if it needs more memory than is free.
+    model, if it needs more memory than is free.
     """
     free = free_memory()
     random_state = torch.get_rng_state()
@@ -35,7 +36,7 @@ def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
     except UserError:
         torch.set_rng_state(random_state)
     try:
-        with torch.device("meta"), _Counter(name, free):
+        with torch.random.fork_rng(devices=[]), _Counter(name, free, on_meta=True):
             build()
     except UserError:
         raise
@@ -46,19 +47,25 @@ def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the tensors that are made and their bytes. Raises UserError before there are too many."""
+    """Counts the tensors that are made and their bytes. Raises UserError before there are too many.
 
-    def __init__(self, name: str, free: float):
+    With on_meta, those that are not small are made on the meta device.
+    """
+
+    def __init__(self, name: str, free: float, *, on_meta: bool = False):
         super().__init__()
         self._name = name
         self._free = free
+        self._on_meta = on_meta
         self._bytes = self._tensors = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
-        options = options or {}
-        if function._opname in FACTORIES:
-            dtype = options.get("dtype") or torch.get_default_dtype()
-            self._bytes += math.prod(arguments[0]) * dtype.itemsize
+        options = dict(options or {})
+        if function._opname in FACTORIES and torch.device(options.get("device") or "cpu").type == "cpu":
+            count, dtype = math.prod(arguments[0]), options.get("dtype") or torch.get_default_dtype()
+            if self._on_meta and count > SMALL:
+                options["device"] = "meta"
+            self._bytes += count * dtype.itemsize
             self._tensors += 1
             if self._bytes > self._free:
                 raise UserError(

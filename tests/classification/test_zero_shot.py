@@ -147,9 +147,9 @@ def test_options_of_the_classes_and_the_prompts(script, own, tmp_path):
 
 
 def test_a_download_is_tried_only_where_it_is_asked_for(script, own, tmp_path, monkeypatch):
-    from torchvision import datasets
+    from clip_retrieval.classification import archives
 
-    monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", lambda *_, **__: (tmp_path / "tried").touch())
+    monkeypatch.setattr(archives, "download_and_extract_archive", lambda *_, **__: (tmp_path / "tried").touch())
     command = ("zero_shot", "--resume", own, "--data", "cifar100", "--data_root", "data")
     for typed, tried in (((), False), (("--download",), True)):
         code, _, err = script(*command, *typed)

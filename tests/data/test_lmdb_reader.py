@@ -175,6 +175,24 @@ def test_a_tree_that_visits_its_pages_again_ends(tmp_path, depth, to_itself):
     assert read_all(tmp_path) is None
 
 
+def test_keys_that_share_a_large_value_are_refused(tmp_path):
+    """A file of a megabyte that would give fifty."""
+    content = {b"big": b"x" * 10**6} | {b"k%02d" % i: b"12345678" for i in range(50)}
+    path = write(tmp_path, [content]) / "data.mdb"
+    page = LmdbReader(tmp_path, 2**20)._find(b"big")
+    number = page[0][page[1] + 11 : page[1] + 19]  # of the first page of the large value
+    small = struct.pack("<HHHH", 8, 0, 0, 3)
+    large = struct.pack("<HHHH", 10**6 & 0xFFFF, 10**6 >> 16, 1, 3)
+    whole = path.read_bytes()
+    for i in range(50):
+        whole = whole.replace(small + b"k%02d12345678" % i, large + b"k%02d" % i + number)
+    path.write_bytes(whole)
+    reader = LmdbReader(tmp_path, 2**20)
+    assert len(reader.get(b"k07")) == 10**6
+    with pytest.raises(UserError, match="several keys share a value"):
+        list(reader.items())
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder", "gone", "empty", "device"])
 def test_what_is_no_lmdb_is_named(tmp_path, kind):
     path = tmp_path / "data.mdb"

@@ -245,7 +245,7 @@ def test_letters_are_counted_from_above():
     ],
     ids=lambda pattern: pattern[:20],
 )
-def test_braces_that_stand_for_too_much_are_refused_at_once(pattern):
+def test_braces_that_expand_to_too_much_are_refused_at_once(pattern):
     began = time.process_time()
     for expand_pattern in (lambda: expand(pattern, "--train_data"), lambda: absolute_patterns(f"{pattern} x.tar")):
         with pytest.raises(UserError, match="the braces"):

@@ -211,6 +211,17 @@ def test_building_a_large_model_changes_no_weight(tower, monkeypatch):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_a_module_that_reads_its_weights_while_built_is_built(monkeypatch):
+    class Sorted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(100_000).sort().values)
+            assert self.weight[0].item() < self.weight[-1].item()
+
+    monkeypatch.setattr("clip_retrieval.models.memory.LARGE", 10**9)
+    assert not build_within_memory(Sorted, "x").weight.is_meta
+
+
 SEEDS = {
     "vit": small_config(custom_text=False, quick_gelu=False, init_logit_scale=2.6, init_logit_bias=-10),
     "resnet": small_config(True),

@@ -108,7 +108,7 @@ def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, cap
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(module.fcntl, "lockf", refuse)
-    module.log.propagate = True
+    monkeypatch.setattr(module.log, "propagate", True)
     with lock_folder(tmp_path / "run") as lock:
         lock.check()
     assert [record.message for record in caplog.records if "without locks" in record.message]
