@@ -130,13 +130,14 @@ class Campaign:
     @staticmethod
     def check_message(count: Count, ended: Ended, codes: tuple[int, ...], words: tuple[str, ...], what: str) -> None:
         """Check that a run ended with one of these exit codes, and one line that contains these words."""
-        line = ended.errors[-1] if ended.errors else ""
+        lines = [line for line in ended.errors if line.strip()]
+        text = " | ".join(line.strip() for line in lines[-12:])[-900:]
         if ended.code not in codes:
-            count.note_wrong(f"{what}: exit code {ended.code}: {line[-300:]}")
-        elif ended.code and ended.code > 0 and (len(ended.errors) != 1 or len(line) > LONGEST):
-            count.note_wrong(f"{what}: {len(ended.errors)} lines, the last of {len(line)} characters: {line[-300:]}")
-        elif missing := [word for word in words if word not in line]:
-            count.note_wrong(f"{what}: no {missing[0]!r} in: {line[-300:]}")
+            count.note_wrong(f"{what}: exit code {ended.code}: {text}")
+        elif ended.code and ended.code > 0 and (len(lines) != 1 or len(lines[0]) > LONGEST):
+            count.note_wrong(f"{what}: {len(lines)} lines: {text}")
+        elif missing := [word for word in words if word not in text]:
+            count.note_wrong(f"{what}: no {missing[0]!r} in: {text}")
 
 
 def table(counts: list[Count]) -> str:

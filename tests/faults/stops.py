@@ -41,8 +41,8 @@ def _stop(program: Program, sent: signal.Signals, twice: bool, to_group: bool, r
 
 
 def _check(campaign: Campaign, row: Count, ended: Ended, sent: signal.Signals, what: str, *, saved: bool) -> None:
-    """130 with one line that tells how to go on; before the run listens, the signal itself; 0 if it was too late."""
-    if ended.code == -sent and not saved:
+    """130 and one line with the remedy; the signal itself before the run handles it; 0 after the end of the run."""
+    if (ended.code == -sent or not (ended.out or ended.err)) and not saved:
         return
     words = ("--resume",) if ended.code == INTERRUPTED and saved else ()
     campaign.check_message(row, ended, (INTERRUPTED, 0), words, what)
