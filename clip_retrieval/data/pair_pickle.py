@@ -57,6 +57,7 @@ def _run(pickled: bytes) -> object:
             break
         operation = pickled[at]
         at += 1
+        # values
         if operation in _TEXTS:
             form = _TEXTS[operation]
             size, at = form.unpack_from(pickled, at)[0], at + form.size
@@ -73,6 +74,7 @@ def _run(pickled: bytes) -> object:
                 raise ValueError(NOT_AN_ID)
             stack.append(int.from_bytes(_take(pickled, at, size), "little", signed=True))
             at += size
+        # values that were there before
         elif operation == _MEMOIZE:
             memo[len(memo)] = stack[-1]
         elif operation in _PUTS:
@@ -81,6 +83,7 @@ def _run(pickled: bytes) -> object:
         elif operation in _GETS:
             stack.append(memo[_GETS[operation].unpack_from(pickled, at)[0]])
             at += _GETS[operation].size
+        # the tuple, and the end
         elif operation in _SKIPPED:
             at += _SKIPPED[operation]
         elif operation == _MARK:
