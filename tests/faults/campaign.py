@@ -1,4 +1,4 @@
-"""What the campaigns of crashes share: runs that nothing disturbs, counts, and a row for each campaign."""
+"""Shared by the campaigns of crashes: undisturbed runs to compare with, counts, and a row of the table for each."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Count:
 
     Attributes:
         name: of it.
-        tried: faults that were brought in.
-        met: those that the run met; the others came after its end.
-        lost: runs that did not end as the undisturbed one, or not at all.
-        wrong: ends with another exit code or message than they should have.
-        notes: the first words on each of these.
+        tried: injected faults.
+        met: faults that hit the run; the others came after its end.
+        lost: runs whose outputs differ from the undisturbed run's, or that do not resume.
+        wrong: runs with an unexpected exit code or message.
+        notes: a line on each lost run and wrong end.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Undisturbed:
 
 
 def finish_again(place: Place, kind: Kind) -> float:
-    """Seconds that the run takes now that the server is warm; the second run is the one that is kept."""
+    """Repeat the run, now that the server is warm, and return its seconds."""
     shutil.rmtree(place.folder)
     return finish(place, kind).seconds
 
@@ -91,7 +91,7 @@ def inputs(*, in_memory: bool = True) -> Iterator[tuple[Path, Path]]:
 
 
 class Campaign:
-    """Runs and their undisturbed twins, made when they are needed."""
+    """Makes places for runs, and undisturbed runs of each kind on demand."""
 
     def __init__(self, folder: Path, data: Path, seed: int = 0, kinds: Sequence[Kind] = KINDS):
         self.folder = folder
@@ -119,7 +119,7 @@ class Campaign:
         return Place(self.folder / f"run {self._number}", self.data)
 
     def check_end(self, count: Count, place: Place, kind: Kind, what: str) -> None:
-        """Go on with a run to its end, and compare it with the undisturbed one; then its place is cleared."""
+        """Resume a run to its end, compare it with the undisturbed one, and delete it."""
         ended = finish(place, kind)
         if ended.code != 0:
             count.note_lost(f"{what}: --resume auto ends with {ended.code}: {' '.join(ended.errors)[-300:]}")
@@ -129,7 +129,7 @@ class Campaign:
 
     @staticmethod
     def check_message(count: Count, ended: Ended, codes: tuple[int, ...], words: tuple[str, ...], what: str) -> None:
-        """See that a run ended with one of these exit codes, and one line with these words."""
+        """Check that a run ended with one of these exit codes, and one line that contains these words."""
         line = ended.errors[-1] if ended.errors else ""
         if ended.code not in codes:
             count.note_wrong(f"{what}: exit code {ended.code}: {line[-300:]}")

@@ -21,7 +21,7 @@ Change = Callable[[bytes], bytes]
 Container = Callable[[bytes, Random, Change], bytes]
 
 PICKLES = 0.6  # share of the changes in a zip that meet a pickle: tensors take most of the bytes
-ALIGNMENT = 64  # torch reads the tensors of a checkpoint where they are
+ALIGNMENT = 64  # torch maps the tensors of a checkpoint into memory
 TAR_BLOCK, TAR_CHECKSUM = 512, slice(148, 156)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -1,4 +1,4 @@
-"""Disks that are full, broken, read-only or gone: the run ends with code 3 and one line, and goes on afterwards."""
+"""Disks that are full, broken, read-only or gone: the run ends with code 3 and one line, and resumes afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def break_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
 
 
 def _words(file: str, code: int | None) -> tuple[str, ...]:
-    """What the message has to name."""
+    """Words that the message has to contain."""
     return (file,) if code == 3 and file.endswith((".pt", ".json", ".jsonl", ".txt")) else ()
 
 
@@ -86,7 +86,7 @@ def delete_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count
 
 
 def can_mount() -> bool:
-    """Whether this process may mount a file system where no other process sees it."""
+    """Whether this process may mount a file system that no other process sees."""
     if os.geteuid() or shutil.which("unshare") is None:
         return False
     command = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]

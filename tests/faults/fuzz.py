@@ -3,8 +3,8 @@
 python -m tests.faults.fuzz --count 5000                        # a row for each reader
 python -m tests.faults.fuzz --count 300 --reader png --keep failed/     # those with "png" in their names
 
-A document is accepted, or refused with one line and exit code 2 or 3. Everything else is a fault: an error that nobody
-caught, a signal, more than ten seconds, more than 4 GB.
+A document is accepted, or refused with one line and exit code 2 or 3. Everything else is a fault: an uncaught
+error, a signal, more than ten seconds, more than 4 GB.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ IN_MEMORY = "/dev/shm"
 
 @dataclass
 class Report:
-    """What became of the mutations of a reader.
+    """The outcomes of the mutations of a reader.
 
     Attributes:
         reader: its name.

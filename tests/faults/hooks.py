@@ -1,7 +1,7 @@
-"""Faults in the file operations of a run: an operation is counted, and at a chosen one the process dies or it fails.
+"""Faults in the file operations of a run: operations are counted, and a chosen one kills the process or fails.
 
-`install` runs in the process of the program, before it. An operation is a call of open (to write), write, flush, fsync,
-rename, remove or mkdir that belongs to a file below the folder that is watched.
+`install` is called in the process of the program, before the program starts. Counted are open (for writing), write,
+flush, fsync, rename, remove and mkdir of files below one folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BEFORE, AFTER = "before", "after"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at which operation.
+    """A fault at one operation.
 
     Attributes:
         at: number of the operation, from 0; with `file` or `kind`, among those that match.
@@ -42,7 +42,7 @@ class Fault:
 
 
 class _Watch:
-    """Counts operations, and writes them down if a record is asked for."""
+    """Counts operations, and writes each to `record` if that is given."""
 
     def __init__(self, folder: Path, fault: Fault | None, record: Path | None):
         self.folder = str(folder)
@@ -179,7 +179,7 @@ def install(folder: Path, fault: Fault | None = None, record: Path | None = None
 
 
 def limit_files(size: int) -> None:
-    """Let no file of this process grow beyond `size` bytes: what is written then fails with EFBIG."""
+    """Limit the size of files that this process writes, in bytes: longer writes fail with EFBIG."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

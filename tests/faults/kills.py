@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and before and after the file operations of a run; then the same command goes on."""
+"""SIGKILL at random moments, and before and after the file operations of a run; then the same command resumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.faults import hooks
 from tests.faults.campaign import Campaign, Count, Undisturbed
 from tests.faults.runs import Place
 
-SECOND_KILL = 0.4  # share of the runs that are killed again when they go on
+SECOND_KILL = 0.4  # share of the runs that are killed again after they resume
 
 
 def kill_runs(campaign: Campaign, count: int, first: int = 0) -> list[Count]:

@@ -1,4 +1,4 @@
-"""What a run imports, imported before it is forked."""
+"""Import all modules that a run needs, before it is forked."""
 
 import importlib
 
@@ -15,6 +15,6 @@ NAMES = (
 )
 for name in (*(f"clip_retrieval.{name}" for name in NAMES), "torch.utils.tensorboard", "tests.faults.fuzz"):
     importlib.import_module(name)
-# transformers imports what is asked of it.
+# transformers imports lazily.
 for name in ("AutoTokenizer", "BertConfig", "BertModel", "BertTokenizer", "DistilBertModel"):
     getattr(importlib.import_module("transformers"), name)

@@ -1,7 +1,7 @@
-"""The program in a process of its own, that starts in a fraction of a second: what it imports is imported already.
+"""The program in a process of its own that starts in a fraction of a second, because its imports are done.
 
-A server process imports the package once and forks for each run (multiprocessing's forkserver). What is forked is a
-process like any other: it can be killed, stopped by a signal, starved of memory, or hang.
+A server process imports the package once and forks for each run (multiprocessing's forkserver). The forked process can
+be killed, stopped by a signal, run out of memory, or hang, as any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Settings:
         folder: its working directory.
         memory: bytes that it may take beyond the address space that it starts with.
         environment: variables that are set.
-        before: called with `arguments` in the process, before the program: it may bring faults in.
+        before: called with `arguments` in the process, before the program: it may inject faults.
         arguments: for `before`.
     """
 
@@ -52,7 +52,7 @@ class Ended:
 
     Attributes:
         code: its exit code; that of a signal is negative; None if it was still running at the deadline.
-        out, err: what it wrote.
+        out, err: its standard output and standard error.
         seconds: how long it took.
     """
 
@@ -71,7 +71,7 @@ class Program:
     """A running main.py, or a script.
 
     Args:
-        typed: what is typed behind the program's name.
+        typed: the arguments of the command line.
         settings: see there.
         script: the program, from the project's folder.
     """
@@ -80,7 +80,7 @@ class Program:
 
     def __init__(self, typed: Sequence[object], settings: Settings, script: str = "main.py"):
         Program._number += 1
-        # Beside the folder, not in it: a run may fill it, or look at what it holds.
+        # Beside the folder, not in it: a run may fill its disk, or list it.
         self._files = [settings.folder.parent / f".{os.getpid()}-{Program._number}.{name}" for name in ("out", "err")]
         for file in self._files:
             file.touch()
@@ -103,7 +103,7 @@ class Program:
             (os.killpg if to_group else os.kill)(self.pid, number)
 
     def wait(self, deadline: float = 60.0) -> Ended:
-        """Wait for its end; kill it, and what it started, at the deadline (seconds)."""
+        """Wait for its end; kill it and its children at the deadline (seconds)."""
         self._process.join(deadline)
         code = self._process.exitcode
         self.send(signal.SIGKILL)
@@ -121,7 +121,10 @@ def run(typed: Sequence[object], settings: Settings, script: str = "main.py", de
 
 
 def call(function: Callable[..., Any], *arguments: Any, deadline: float = 300.0) -> Any:
-    """What a function gives in a process of its own. Raises RuntimeError if there is nothing before the deadline."""
+    """Call a function in a process of its own and return its result.
+
+    Raises RuntimeError if there is none before the deadline (seconds).
+    """
     context = _server()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, function, arguments))
@@ -152,7 +155,7 @@ def _server() -> Any:
 
 
 def _run(script: str, words: list[str], files: list[Path], settings: Settings) -> None:
-    """What the forked process does."""
+    """The forked process: set it up, run the program, end."""
     multiprocessing.set_start_method(None, force=True)  # loaders start as in a run of its own
     with contextlib.suppress(OSError):
         os.setsid()
@@ -183,7 +186,7 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
 
 
 def _end(code: int) -> NoReturn:
-    """End as the interpreter does; a process of multiprocessing would leave out what atexit holds."""
+    """End as the interpreter does: a process of multiprocessing would skip the functions of atexit."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Small finetunes for the campaigns, and what two of them have to have in common, bit for bit."""
+"""Small finetunes for the campaigns, and a bit-for-bit comparison of their outputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.faults.program import Ended, Program, Settings
 from tests.faults.readers.reader import CAPTIONS, write_images
 
 CLOCK = ("pairs_per_second", "data_percent", "seconds")
-"""What a clock measured, in metrics.jsonl, results.json and checkpoints."""
+"""Measured times, in metrics.jsonl, results.json and checkpoints: they may differ."""
 PLACES = ("checkpoint_path", "experiments", "resume", "image_cache")
-"""Options that may differ between two runs that end alike."""
+"""Paths of a run, which may differ as well."""
 Options = dict[str, Any]
 
 
@@ -29,7 +29,7 @@ class Kind:
 
     Attributes:
         name: of it.
-        options: what is typed for it.
+        options: its command line.
     """
 
     name: str
@@ -81,7 +81,7 @@ def write_inputs(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is to be: its own folder, and that of the data."""
+    """The folder of a run, and that of its data."""
 
     folder: Path
     data: Path
@@ -91,7 +91,7 @@ class Place:
         return self.folder / "logs" / "run"
 
     def typed(self, kind: Kind, *more: object, resume: bool = True) -> list[object]:
-        """What is typed: the same command begins a run and goes on with it."""
+        """The command line; with `resume`, the same one starts a run and resumes it."""
         words: list[object] = ["--checkpoint_path", self.folder / "logs", "--experiments", "run"]
         for name, value in kind.options.items():
             text = str(value).replace("DATA", str(self.data)).replace("OWN", str(self.folder))
@@ -101,19 +101,19 @@ class Place:
     def start(
         self, kind: Kind, *more: object, before: Callable | None = None, arguments: tuple = (), **options: Any
     ) -> Program:
-        """Start the run, or go on with it; `before` brings faults in."""
+        """Start or resume the run; `before` injects faults."""
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = Settings(self.folder, before=before, arguments=arguments)
         return Program(self.typed(kind, *more, **options), settings)
 
 
 def finish(place: Place, kind: Kind, deadline: float = 120.0) -> Ended:
-    """Go on with a run, undisturbed, to its end."""
+    """Start or resume a run, undisturbed, and wait for its end."""
     return place.start(kind).wait(deadline)
 
 
 def differences(output: Path, undisturbed: Path) -> list[str]:
-    """What differs between the folders of two runs that should have ended alike."""
+    """The differences between the outputs of a run and of an undisturbed one; empty if there are none."""
     found = []
     names = [{path.name for path in folder.iterdir() if path.is_file()} for folder in (undisturbed, output)]
     kept = [{name for name in each if name.endswith((".pt", ".json", ".jsonl", ".txt"))} for each in names]
@@ -140,7 +140,7 @@ def _read_lines(path: Path) -> Any:
 
 
 def _compare(before: Any, after: Any, where: str) -> Iterator[str]:
-    """The places at which two trees of values differ."""
+    """Paths within two nested structures at which their values differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}, key=str):
             if key in CLOCK or key in PLACES:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at random moments: once, twice, to the whole group; then the same command goes on."""
+"""SIGTERM and SIGINT at random moments: once, twice, to the whole group; then the same command resumes."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def make_one(folder: Path):
 
 
 def read_badly(path):
-    """A reader with every fault, by the length of what it reads."""
+    """A reader with every fault; the bytes of the document choose one."""
     import ctypes
     import os
 

@@ -33,12 +33,12 @@ ACCEPTED, REFUSED, UNCAUGHT, MEMORY_OUT = "accepted", "refused", "uncaught", "me
 
 @dataclass
 class Outcome:
-    """What became of a document.
+    """The outcome of reading a document.
 
     Attributes:
         number: of the mutation.
         kind: ACCEPTED, REFUSED, UNCAUGHT or MEMORY_OUT; the parent adds those that the process did not survive.
-        root: what tells the cause from others: the error, and where in the package it came from.
+        root: identifies the cause: the error's type, and the functions of the package and of a library that raised it.
         text: the traceback, or the message.
     """
 
@@ -69,7 +69,7 @@ class Documents:
         try:
             container = rng.choice(self.reader.containers)
             return chosen, container(document, rng, lambda part: mutate(part, rng, **settings))
-        except Exception:  # a part too large for its container, say
+        except Exception:  # for example a part that is too large for its container
             return chosen, mutate(document, rng, **settings)
 
     def read(self, number: int) -> Outcome:
@@ -85,7 +85,7 @@ class Documents:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a new file at `path`: what is mapped of the old one must not change."""
+    """Put a new file at `path`: an old one may still be memory-mapped, and must not change."""
     temporary = path.with_name(f"{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -93,7 +93,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def judge(read) -> Outcome:
-    """What a program that reads so would end with."""
+    """Run `read` as a program would, and judge its exit code and message."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
     from clip_retrieval.errors import run_and_exit
     from clip_retrieval.reporting.log import start_log
@@ -136,14 +136,14 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> str:
-    """The error's type, where in the package it was raised, and where in a library."""
+    """The error's type, and the innermost functions of the package and of a library in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "clip_retrieval" in frame.filename]
     places = [ours[-1]] if ours else []
     if frames and (not places or frames[-1] is not places[-1]):
         places.append(frames[-1])
-    where = ", ".join(f"{_short(frame.filename)}:{frame.name}" for frame in places)
-    return f"{type(error).__name__} in {where}"
+    functions = ", ".join(f"{_short(frame.filename)}:{frame.name}" for frame in places)
+    return f"{type(error).__name__} in {functions}"
 
 
 def _short(file: str) -> str:
@@ -171,7 +171,7 @@ def start(reader: Reader, folder: Path, seed: int, first: int, count: int) -> tu
 
 
 def _serve(reader: Reader, folder: Path, seed: int, numbers: range, pipe: int) -> None:
-    # What a library written in C says goes nowhere; a document's name is all that a run would add.
+    # C libraries print warnings of their own: discard them.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -179,7 +179,9 @@ def _serve(reader: Reader, folder: Path, seed: int, numbers: range, pipe: int) -
     folder.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         documents = Documents(reader, folder, seed)
-        warm = [judge(lambda path=path: reader.read(path)).kind for path in documents.paths]  # what is imported late
+        warm = [
+            judge(lambda path=path: reader.read(path)).kind for path in documents.paths
+        ]  # imports the modules that a first read needs
     if reader.accepts and set(warm) != {ACCEPTED}:
         raise AssertionError(f"{reader.name}: the valid documents are {warm}")
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,4 +1,4 @@
-"""Hostile and extreme files, each with the command that reads it and what has to come of it."""
+"""Hostile and extreme files, each with the command that reads it and the wanted end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ CORE = (
     *("weights: a tensor of 10 GB by stride 0", "weights: deflated entries", "weights: pickle: a memo of 2^28"),
     *("weights: one meta tensor", "weights: a sparse tensor", "weights: a quantised tensor", "weights: NaN"),
     *("weights: NaN, to train", "weights: float16", "weights: TorchScript, a default argument that writes a file"),
-    *("weights: TorchScript, code under /Code/", "weights: TorchScript, __setstate__", "weights: a FIFO"),
+    *(
+        "weights: TorchScript, code under /Code/",
+        "weights: TorchScript, __setstate__",
+        "weights: TorchScript, a default argument that loops for ever",
+        "weights: a FIFO",
+    ),
     *("model config: no vision_cfg", "model config: a whole number as mean", "model config: an unknown resize mode"),
     *("model config: a patch larger than the image", "model config: 10^9 layers", "vocabulary: without [UNK]"),
     *("tokenizer folder: auto_map, typed", "tokenizer_kwargs: trust_remote_code", "last.pt: a tokenizer with code"),

@@ -1,4 +1,4 @@
-"""What a case is, how it is run, and what has to come of it."""
+"""The definition of a case, how it runs, and how its end is judged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.readers.models import RUN_TEXT, VISION
 from tests.faults.readers.reader import CAPTIONS, write_images
 
 MARKER = "marker"
-"""A file with this in its name appears if a hostile file had its way."""
+"""Part of the name of a file that code in a hostile file would create."""
 SECRET, HELD = "victim", "held before the run"
 """A file that no run may change, and its text."""
 LONGEST = 540  # characters of a message, "error: " and a hint to --help included
@@ -30,11 +30,11 @@ class Case:
     """A file, or files, that a run has to refuse, or to read.
 
     Attributes:
-        name: what it is.
-        make: writes the files into a folder and returns what is typed behind main.py.
-        wanted: REFUSED (exit code 2), VALID (0), or EITHER, or an end with code 3: no more than that nothing breaks.
+        name: of the file.
+        make: writes the files into a folder and returns the arguments of the command line.
+        wanted: REFUSED (exit code 2), VALID (0), or EITHER (0, 2 or 3).
         script: the program.
-        words: what the message has to contain when it is refused.
+        words: must be in the message if the file is refused.
     """
 
     name: str
@@ -66,14 +66,14 @@ def model_config() -> dict:
 
 
 def evaluate(folder: Path, *typed: object) -> list[object]:
-    """What is typed to evaluate a model on good data; `typed` replaces any of it, or (None) leaves it out."""
+    """The command line to evaluate a model on valid data; `typed` replaces options, or (None) drops them."""
     data = ["--dataset", "csv", "--annotations", write_data(folder), "--vision_model", write_model(folder)]
     place = ["--checkpoint_path", folder / "logs", "--device", "cpu", "--num_workers", 0]
     return _joined("--eval", *data, "--pretrained", "none", *place, *typed)
 
 
 def finetune(folder: Path, *typed: object) -> list[object]:
-    """What is typed to train for one step."""
+    """The command line to train for one step."""
     length = ["--max_steps", 1, "--batch_size", 2, "--warmup", 1, "--no_eval_first"]
     return _joined(*evaluate(folder)[1:], *length, *typed)
 
@@ -91,7 +91,7 @@ def _joined(*typed: object) -> list[object]:
 
 
 def judge(case: Case, folder: Path) -> tuple[Ended, list[str]]:
-    """Run a case; what is wrong with its end, if anything."""
+    """Run a case; return its end, and the problems with it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     secret = folder.parent / f"{folder.name}-{SECRET}"
@@ -110,7 +110,7 @@ def judge(case: Case, folder: Path) -> tuple[Ended, list[str]]:
 
 
 def _problems(case: Case, ended: Ended, folder: Path, secret: Path):
-    """What differs from what is wanted, in words."""
+    """Each difference from the wanted end, in words."""
     if ended.code is None:
         yield f"it hung for {DEADLINE:g} s"
         return

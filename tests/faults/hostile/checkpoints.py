@@ -36,7 +36,7 @@ def _run_files() -> dict[str, bytes]:
 
 
 def _resumed(folder: Path) -> list[object]:
-    """A folder with a run that can go on, and what is typed for it."""
+    """Write the folder of a run that can be resumed; return the command line that resumes it."""
     place = folder / "logs" / "run"
     place.mkdir(parents=True)
     for name, content in _run_files().items():

@@ -33,7 +33,7 @@ def _config(change: Callable[[dict], Any]) -> Callable[[Path], list[object]]:
 
 
 def _set(*path: Any) -> Callable[[dict], None]:
-    """Set what the keys before the last one lead to."""
+    """Set the value under a path of keys; the last argument is the value."""
     *keys, last, value = path
 
     def change(config: dict) -> None:

@@ -23,7 +23,7 @@ PREDICTIONS = "scripts/evaluate_predictions.py"
 
 
 def _file(name: str, content: bytes | str | Callable[[], bytes], *typed: object) -> Callable[[Path], list[object]]:
-    """A case in which one file is hostile; FILE in `typed` stands for its path."""
+    """A case in which one file is hostile; FILE in `typed` is replaced by its path."""
 
     def make(folder: Path) -> list[object]:
         path = folder / name
@@ -183,7 +183,7 @@ def _nul_in_config(folder: Path) -> list[object]:
 
 
 def _surrogate_option(folder: Path) -> list[object]:
-    """What a shell passes on when a name is not UTF-8."""
+    """A name that is not UTF-8, as a shell passes it on."""
     return evaluate(folder, "--annotations", os.fsencode(folder / "captions") + b"\xff\xfe.csv")
 
 

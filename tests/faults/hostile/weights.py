@@ -1,9 +1,8 @@
-"""Weight files that run code, ask for memory, or hold what cannot be copied into a model."""
+"""Weight files that run code, ask for memory, or hold tensors that cannot be copied into a model."""
 
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import pickle
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 
 from tests.faults.containers import write_zip
-from tests.faults.hostile.case import EITHER, MARKER, VALID, Case, evaluate, finetune, model_config
+from tests.faults.hostile.case import EITHER, VALID, Case, evaluate, finetune, model_config
 from tests.faults.hostile.packed import PAIRS, Runs
+from tests.faults.hostile.torchscript import SCRIPTS
 from tests.models.small import small_clip
 
 Write = Callable[[Path], Any]
@@ -103,7 +103,7 @@ FINE: dict[str, Callable[[], State]] = {
 
 
 def _pickled(content: bytes) -> Write:
-    """A pickle where torch.save would write one: alone, as before version 1.6."""
+    """A bare pickle, as torch.save wrote before version 1.6."""
     return lambda path: path.write_bytes(content)
 
 
@@ -193,93 +193,6 @@ FILES: dict[str, tuple[str, Write]] = {
     "safetensors: NaN": ("w.safetensors", _safe_state(_spoilt(float("nan")))),
     "a zip of nothing": ("w.pt", lambda path: path.write_bytes(b"PK\5\6" + b"\0" * 18)),
     "a text": ("w.pt", lambda path: path.write_bytes(b"<!DOCTYPE html><html></html>")),
-}
-
-
-class _Plain(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("a", torch.ones(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.a
-
-
-class _SetsState(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("a", torch.ones(3))
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[torch.Tensor, bool]:
-        return self.a, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
-        torch.save(state[0], "marker-setstate")
-        self.a = state[0]
-        self.training = state[1]
-
-
-def _script(module: type[torch.nn.Module], change: Callable[[str, bytes], tuple[str, bytes]]) -> Write:
-    """A TorchScript archive whose entries are changed one by one."""
-
-    def write(path: Path) -> None:
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.jit.save(torch.jit.script(module()), buffer)
-        with zipfile.ZipFile(buffer) as archive:
-            entries = [change(info.filename, archive.read(info)) for info in archive.infolist()]
-        path.write_bytes(write_zip([(name, content) for name, content in entries if name]))
-
-    return write
-
-
-def _default(text: str) -> Callable[[str, bytes], tuple[str, bytes]]:
-    """A default argument that torch.jit.load evaluates."""
-
-    def change(name: str, content: bytes) -> tuple[str, bytes]:
-        if name.endswith(".py"):
-            content = content.replace(b"x: Tensor)", f"x: Tensor={text})".encode())
-        return name, content
-
-    return change
-
-
-def _renamed(
-    old: str, new: str, inner: Callable[[str, bytes], tuple[str, bytes]]
-) -> Callable[[str, bytes], tuple[str, bytes]]:
-    def change(name: str, content: bytes) -> tuple[str, bytes]:
-        name, content = inner(name, content)
-        return name.replace(old, new), content
-
-    return change
-
-
-def _entry_is(ending: str, replacement: bytes) -> Callable[[str, bytes], tuple[str, bytes]]:
-    return lambda name, content: (name, replacement if name.endswith(ending) else content)
-
-
-WRITES = f'torch.from_file("{MARKER}-default", True, 4)'
-ENDLESS = "torch.ones([9223372036854775807])"
-SCRIPTS: dict[str, Write] = {
-    "a default argument that writes a file": _script(_Plain, _default(WRITES)),
-    "a default argument of 2^65 bytes": _script(_Plain, _default(ENDLESS)),
-    "a default argument without end": _script(_Plain, _default("torch.ones([100000, 100000])")),
-    "code under /Code/": _script(_Plain, _renamed("/code/", "/Code/", _default(WRITES))),
-    "code under /CODE/": _script(_Plain, _renamed("/code/", "/CODE/", _default(WRITES))),
-    "__setstate__": _script(_SetsState, lambda name, content: (name, content)),
-    "__setstate__ under /Code/": _script(
-        _SetsState, _renamed("/code/", "/Code/", lambda name, content: (name, content))
-    ),
-    "code in data.pkl": _script(_Plain, _entry_is("data.pkl", pickle.dumps(Runs()))),
-    "code in constants.pkl": _script(_Plain, _entry_is("constants.pkl", pickle.dumps(Runs()))),
-    "code that is no code": _script(_Plain, _entry_is(".py", b"while True:\n    pass\n" * 1000)),
-    "a class in the pickle that torch has": _script(
-        _Plain, _entry_is("data.pkl", b"\x80\2ctorch\nload\nX\6\0\0\0marker\x85R.")
-    ),
-    "no data.pkl": _script(_Plain, _renamed("data.pkl", "nothing.pkl", lambda name, content: (name, content))),
 }
 
 

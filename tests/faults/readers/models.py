@@ -39,7 +39,7 @@ def _write_config(folder: Path, text: dict[str, Any] = TEXT) -> Path:
 
 
 def _save(layout: Callable[[dict], Any], name: str, **options: Any) -> Callable[[Path], list[Path]]:
-    """What writes the weights of two models in a layout of torch.save."""
+    """A function that writes the weights of two models in a layout of torch.save."""
 
     def write(folder: Path) -> list[Path]:
         _write_config(folder)

@@ -127,7 +127,7 @@ def _read_cache(path: Path) -> None:
 
 
 def _make_partial(folder: Path) -> list[Path]:
-    """What a cache that was not built to its end leaves."""
+    """The files of an image cache whose build was killed."""
     whole = _make_cache(folder)[0]
     content = whole.read_bytes()
     whole.unlink()

@@ -1,4 +1,4 @@
-"""What a reader is, and what the readers share."""
+"""The definition of a reader, and helpers that the readers share."""
 
 from __future__ import annotations
 
