@@ -20,6 +20,14 @@ ROOT = Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Reports go to another process as UTF-8, and what a test logged may be none."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder of real data sets."""

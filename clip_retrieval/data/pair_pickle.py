@@ -57,6 +57,7 @@ def _run(pickled: bytes) -> object:
             break
         operation = pickled[at]
         at += 1
+        # values
         if operation in _TEXTS:
             form = _TEXTS[operation]
             size, at = form.unpack_from(pickled, at)[0], at + form.size
@@ -73,6 +74,7 @@ def _run(pickled: bytes) -> object:
                 raise ValueError(NOT_AN_ID)
             stack.append(int.from_bytes(_take(pickled, at, size), "little", signed=True))
             at += size
+        # values that were there before
         elif operation == _MEMOIZE:
             memo[len(memo)] = stack[-1]
         elif operation in _PUTS:
@@ -81,6 +83,7 @@ def _run(pickled: bytes) -> object:
         elif operation in _GETS:
             stack.append(memo[_GETS[operation].unpack_from(pickled, at)[0]])
             at += _GETS[operation].size
+        # the tuple, and the end
         elif operation in _SKIPPED:
             at += _SKIPPED[operation]
         elif operation == _MARK:
@@ -91,10 +94,7 @@ def _run(pickled: bytes) -> object:
             mark = len(stack) - 1 - stack[::-1].index(_THE_MARK) if _THE_MARK in stack else 0
             stack[mark:] = [_make_tuple(stack[mark + 1 :])]
         elif operation in _LINES:
-            if (end := pickled.find(b"\n", at)) < 0:
-                raise IndexError
-            _run_line(operation, pickled[at:end], stack, memo)
-            at = end + 1
+            at = _run_line(operation, pickled, at, stack, memo)
         elif operation == _STOP:
             return stack[-1]
         else:
@@ -121,11 +121,14 @@ def _check_place(number: int) -> int:
     return number
 
 
-def _run_line(operation: int, line: bytes, stack: list[object], memo: dict[int, object]) -> None:
-    """An operation of protocol 0, whose argument is a line of text."""
+def _run_line(operation: int, pickled: bytes, at: int, stack: list[object], memo: dict[int, object]) -> int:
+    """Run an operation of protocol 0, whose argument is a line of text; returns where the next one begins."""
+    if (end := pickled.find(b"\n", at)) < 0:
+        raise IndexError
+    line = pickled[at:end]
     if operation == pickle.UNICODE[0]:
         stack.append(line.decode("raw-unicode-escape"))
-        return
+        return end + 1
     digits = line.removesuffix(b"L") if operation == pickle.LONG[0] else line
     if not digits.removeprefix(b"-").isdigit() or len(digits) > MOST_DIGITS or digits in (b"00", b"01"):  # booleans
         raise ValueError(NOT_AN_ID)
@@ -136,6 +139,7 @@ def _run_line(operation: int, line: bytes, stack: list[object], memo: dict[int, 
         stack.append(memo[number])
     else:
         stack.append(number)
+    return end + 1
 
 
 def _describe(operation: int, rest: bytes, stack: list[object]) -> str:

@@ -35,7 +35,7 @@ _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
 MOST_SHARDS, MOST_CHARACTERS = 10**6, 10**9
 DEEPEST_BRACES = 50
-LARGEST_SIZE = 2**40  # samples of a shard
+SMALLEST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes: the headers of an image and a caption
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,10 @@ def check_whole(path: Path) -> None:
 
 
 def known_sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Samples of each shard as the `sizes.json` beside it has them, {file name: samples}; None where it does not."""
+    """Samples of each shard as the `sizes.json` beside it has them, {file name: samples}; None if it has none.
+
+    Raises UserError if a number is none, or more than the shard can hold.
+    """
     tables: dict[Path, dict] = {}
     found: list[int | None] = []
     for path in paths:
@@ -259,7 +262,7 @@ def known_sizes(paths: Sequence[Path]) -> list[int | None]:
         if source not in tables:
             tables[source] = read_sizes(source)
         size = tables[source].get(path.name)
-        if size is not None and not _is_count(size):
+        if size is not None and not _is_count(size, path):
             raise UserError(f"{source}: {path.name} has {reprlib.repr(size)} samples; mend it, or take it away")
         found.append(None if size is None else int(size))
     return found
@@ -273,7 +276,12 @@ def read_sizes(source: Path) -> dict[str, Any]:
     return table
 
 
-def _is_count(size: object) -> bool:
+def _is_count(size: object, shard: Path) -> bool:
+    """Whether it is a number of samples that the shard can hold: memory is taken for so many."""
     if isinstance(size, str) and size.isascii() and size.isdecimal() and len(size) < 20:
         size = int(size)
-    return type(size) is int and 0 <= size <= LARGEST_SIZE
+    try:
+        largest = shard.stat().st_size // SMALLEST_SAMPLE
+    except OSError:
+        return False
+    return type(size) is int and 0 <= size <= largest

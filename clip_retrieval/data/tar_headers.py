@@ -55,6 +55,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
     offset = 0
     try:
         while True:
+            # extended headers: a long name or a size for the member that follows
             first, extended = offset, {}
             info = _read_header(file, offset)
             while info is not None and info.type in _EXTENDED:
@@ -65,6 +66,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
                 info = _read_header(file, offset)
             if info is None:
                 break
+            # the member itself
             size = extended.get("size", info.size)
             begin = offset + BLOCK
             if info.type == _SPARSE:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 
 import pytest
@@ -162,7 +163,20 @@ def test_sizes_json_says_how_many_samples_there_are(tmp_path, tars):
     paths = tars("a/0.tar", "a/1.tar", "b/0.tar")
     (tmp_path / "a/sizes.json").write_text(json.dumps({"0.tar": 7, "2.tar": 9}))
     (tmp_path / "b/sizes.json").write_text(json.dumps({"0.tar": "12"}))
+    os.truncate(paths[2], 12 * 1024)
     assert known_sizes(paths) == [7, None, 12]
+
+
+def test_more_samples_than_a_shard_can_hold_are_refused(tmp_path, tars):
+    (path,) = tars("0.tar")
+    for number, size in ((100, 100 * 1024), (100, 100 * 1024 - 1), (2**39, 10240), ("9" * 30, 10240)):
+        os.truncate(path, size)
+        (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": number}))
+        if size == 100 * 1024:
+            assert known_sizes([path]) == [100]
+        else:
+            with pytest.raises(UserError, match=r"sizes\.json: 0\.tar has .* samples"):
+                known_sizes([path])
 
 
 @pytest.mark.parametrize("content", ["[]", '{"0.tar": -1}', '{"0.tar": 1.5}', '{"0.tar": null, "0.tar": "x"}', "{"])

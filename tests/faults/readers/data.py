@@ -215,7 +215,8 @@ def use_classes(names: Sequence[str], templates: Sequence[str]) -> None:
 
 
 def _make_sizes(folder: Path) -> list[Path]:
-    (folder / "0.tar").write_bytes(b"")
+    for number in range(3):
+        (folder / f"{number}.tar").write_bytes(bytes(1 << 16))
     return [_write_json(folder / "sizes.json", {"0.tar": 3, "1.tar": "12", "2.tar": 0})]
 
 
