@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -173,7 +174,7 @@ def _fuzz_and_keep(job: tuple[str, argparse.Namespace]) -> Report:
     name, args = job
     report = fuzz(READERS[name], args.count, args.seed, args.first)
     if args.keep:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             keep(READERS[name], report, args.keep, args.seed)
     return report
 
