@@ -14,6 +14,7 @@ from PIL import Image
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import run_and_exit
+from clip_retrieval.reporting.log import log
 from tests.models.small import small_config, small_simple_config
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,15 @@ def pytest_runtest_makereport():
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def close_log_files():
+    """A log.txt belongs to the run of one test: the next one must not write to it."""
+    yield
+    for handler in [handler for handler in log.handlers if hasattr(handler, "path")]:
+        log.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture
