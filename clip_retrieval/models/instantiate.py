@@ -31,7 +31,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     if text.get("hf_config"):
         text["hf_config"] = known_config(text["hf_config"], name)
     if simple_clip.is_simple_clip(config):
-        with _config_errors(name):
+        with hub.quiet(), _config_errors(name):
             return build_within_memory(lambda: SimpleCLIP(**deepcopy(config)), name)
 
     # Nothing is fetched or read but what is asked for below.

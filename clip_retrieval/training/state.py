@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -144,6 +145,8 @@ def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
     """Whether AdamW can go on with this state of a parameter."""
     moments = ("exp_avg", "exp_avg_sq")
     if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
+        return False
+    if not 0 <= state["step"].item() < math.inf:
         return False
     if any(state[name].shape != parameter.shape or state[name].dtype != torch.float32 for name in moments):
         return False

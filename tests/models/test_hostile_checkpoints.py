@@ -123,6 +123,8 @@ def test_moments_in_another_layout_are_the_same(last, tmp_path):
     [
         (("optimizer", "state", 0, "step"), torch.zeros(2)),
         (("optimizer", "state", 0, "step"), torch.tensor(2)),
+        (("optimizer", "state", 0, "step"), torch.tensor(math.nan)),
+        (("optimizer", "state", 0, "step"), torch.tensor(-1.0)),
         (("optimizer", "state", 0, "max_exp_avg_sq"), torch.zeros(2)),
         (("optimizer", "state", 0, "exp_avg"), "DELETED"),
         (("optimizer", "state", 10**6), {}),

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import open_clip
 import pytest
@@ -175,3 +179,19 @@ def test_coca_has_the_features_of_open_clip():
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(images), model.clip.encode_image(pixels, normalize=True))
         torch.testing.assert_close(model.encode_text(ids), model.clip.encode_text(ids, normalize=True))
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_refused(tmp_path):
+    program = """
+import sys, torch
+from clip_retrieval.errors import run_and_exit
+from clip_retrieval.models.towers import check_compiles
+sys.exit(run_and_exit(lambda: check_compiles(torch.device("cpu"))))
+"""
+    (tmp_path / "ldconfig").symlink_to("/sbin/ldconfig")
+    environment = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "--compile: torch.compile does not work here" in done.stderr.splitlines()[-1]
