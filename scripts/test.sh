@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then lint and test; with --full also run the fault campaigns, which take hours, and print what they counted.
+# Set up, then lint and test; with --full also run the fault campaigns (an hour or two), and print their tables.
 #
 #     bash scripts/test.sh [--full] [arguments of pytest]
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt

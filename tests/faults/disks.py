@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.faults import hooks
 from tests.faults.campaign import Campaign, Count
+from tests.faults.program import Ended
 from tests.faults.runs import LOADERS, Kind, Place, differences
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
@@ -148,7 +149,7 @@ def _make_read_only(campaign: Campaign, row: Count, kind: Kind, number: int) -> 
         shutil.rmtree(place.folder, ignore_errors=True)
 
 
-def _compare(campaign: Campaign, row: Count, kind: Kind, place: Place, ended, what: str) -> None:
+def _compare(campaign: Campaign, row: Count, kind: Kind, place: Place, ended: Ended, what: str) -> None:
     if ended.code != 0:
         row.note_lost(f"{what}: --resume auto ends with {ended.code}: {' '.join(ended.errors)[-300:]}")
     elif found := differences(place.output, campaign.undisturbed(kind).place.output):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from random import Random
 
 from tests.faults import hooks
 from tests.faults.campaign import Campaign, Count, Undisturbed
@@ -30,7 +31,7 @@ def kill_runs(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     return [at_moments, at_operations]
 
 
-def _at_moment(place: Place, twin: Undisturbed, rng) -> tuple[bool, str]:
+def _at_moment(place: Place, twin: Undisturbed, rng: Random) -> tuple[bool, str]:
     moment = rng.uniform(0, 1.1 * twin.seconds)
     program = place.start(twin.kind)
     time.sleep(moment)
@@ -40,7 +41,7 @@ def _at_moment(place: Place, twin: Undisturbed, rng) -> tuple[bool, str]:
     return met, f"after {moment:.3f} s"
 
 
-def _at_operation(place: Place, twin: Undisturbed, rng) -> tuple[bool, str]:
+def _at_operation(place: Place, twin: Undisturbed, rng: Random) -> tuple[bool, str]:
     (kind, file), number = rng.choice(sorted(twin.operations.items()))
     fault = hooks.Fault(
         rng.randrange(number), hooks.KILL, rng.choice((hooks.BEFORE, hooks.AFTER)), file=file, kind=kind

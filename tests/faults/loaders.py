@@ -9,6 +9,7 @@ import time
 
 from tests.faults import hooks
 from tests.faults.campaign import Campaign, Count
+from tests.faults.program import Ended
 from tests.faults.runs import LOADERS, Place
 
 
@@ -39,7 +40,7 @@ def kill_loaders(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
     return [at_moments, at_writes]
 
 
-def _at_moment(place: Place, moment: float):
+def _at_moment(place: Place, moment: float) -> tuple[Ended, bool]:
     program = place.start(LOADERS)
     time.sleep(moment)
     found = hooks.children(program.pid) if program.is_running else []

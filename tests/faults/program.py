@@ -106,7 +106,8 @@ class Program:
         """Wait for its end; kill it and its children at the deadline (seconds)."""
         self._process.join(deadline)
         code = self._process.exitcode
-        self.send(signal.SIGKILL)
+        if code is None:
+            self.send(signal.SIGKILL)
         self.send(signal.SIGKILL, to_group=True)
         self._process.join()
         out, err = (file.read_bytes().decode(errors="backslashreplace") for file in self._files)

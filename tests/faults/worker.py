@@ -17,8 +17,10 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults.mutate import mutate
 from tests.faults.readers.reader import Reader
@@ -92,7 +94,7 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def judge(read) -> Outcome:
+def judge(read: Callable[[], Any]) -> Outcome:
     """Run `read` as a program would, and judge its exit code and message."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
     from clip_retrieval.errors import run_and_exit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def judge(case: Case, folder: Path) -> tuple[Ended, list[str]]:
     return ended, list(_problems(case, ended, folder, secret))
 
 
-def _problems(case: Case, ended: Ended, folder: Path, secret: Path):
+def _problems(case: Case, ended: Ended, folder: Path, secret: Path) -> Iterator[str]:
     """Each difference from the wanted end, in words."""
     if ended.code is None:
         yield f"it hung for {DEADLINE:g} s"
