@@ -92,8 +92,6 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             return _say(OUT_OF_MEMORY, RunError.exit_code)
-        if "DataLoader worker" in str(error):
-            return _say(LOST_WORKER, RunError.exit_code)
         if any(sign in str(error) for sign in ("gloo", "NCCL", "Connection closed by peer")):
             return _say(LOST_PROCESS, RunError.exit_code)
         raise

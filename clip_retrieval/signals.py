@@ -6,6 +6,8 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopSignal:
     """Notes that an end was asked for; a run asks at the points where it can stop (`check`).
@@ -22,7 +24,7 @@ class StopSignal:
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
         """Handle SIGINT and SIGTERM in this block; a run that was stopped ignores further ones, as it only ends."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:

@@ -86,7 +86,7 @@ def test_finetune_in_such_a_folder(run, arguments, strange):
     assert code == 0 and is_clean(out + err), err
     folder = strange / "logs" / STRANGE
     assert (folder / "last.pt").is_file() and (folder / "metrics.jsonl").read_text()
-    assert "TensorBoard" in err and str(parse(["--name", STRANGE])["experiments"]) == STRANGE
+    assert list((folder / "tensorboard").iterdir()) and str(parse(["--name", STRANGE])["experiments"]) == STRANGE
 
 
 def test_features_predictions_and_scores(script, arguments, strange):

@@ -24,7 +24,7 @@ NAMES = ("name", "class_name", "label_name", "words", "label", "class", "categor
 """What it calls the names."""
 DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"\d+\s+(?=\S)")  # `n02119789 1 kit_fox`, as in ImageNet's map_clsloc.txt
-POSITION = re.compile(r"(\d+)[\s.,:;)]+(?=\S)")
+POSITION = re.compile(r"(\d{1,9})[\s.,:;)]+(?=\S)")
 WORD_ENDS = re.compile(r"[\s,;:=]+")
 CODE = ("{", "[", '"', "'")
 

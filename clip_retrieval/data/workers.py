@@ -8,6 +8,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,9 +22,8 @@ from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.pixels import Pixels
 from clip_retrieval.data.shared_memory import make_loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
-from clip_retrieval.signals import outlive_first_signal
+from clip_retrieval.signals import STOP_SIGNALS, outlive_first_signal
 
-dataloader._MultiProcessingDataLoaderIter._shutdown = True  # of one that could not be made: its __del__ asks
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as they were asked for
 
 
@@ -91,8 +91,10 @@ class Workers:
         guard = _notice_lost_workers if self._loader.num_workers else contextlib.nullcontext
         with guard():
             try:
-                results = iter(self._loader)
+                with _hold_signals():  # until a new process can handle them
+                    results = iter(self._loader)
             except OSError as error:  # of the semaphores and pipes between the processes
+                _abandon_iterator(error)
                 raise make_loading_error(error) from error
         while True:
             with guard():
@@ -156,8 +158,27 @@ def _check_workers() -> None:
         _torchs_handler(signal.SIGCHLD, None)
 
 
+@contextlib.contextmanager
+def _hold_signals() -> Iterator[None]:
+    """A block after which SIGINT and SIGTERM are delivered; processes that start in it begin with both held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _abandon_iterator(error: OSError) -> None:
+    """Mark torch's iterator whose construction raised this error as shut down: its __del__ needs a complete one."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        iterator = frame.f_locals.get("self")
+        if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
+            iterator._shutdown = True
+
+
 def _begin_worker(worker: int, pixels: int) -> None:
     outlive_first_signal(worker)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     limit_image_pixels(pixels)  # a process that was not forked has the default
 
 

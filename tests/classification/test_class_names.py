@@ -44,6 +44,7 @@ FOLDERS = ["n01", "n02", "n03"]
         ("id,wnid,label\n0,n01,tench\n1,n02,shark\n2,n03,hen\n", ["tench", "shark", "hen"]),
         ("0 tench\n1 shark\n2 hen\n", ["tench", "shark", "hen"]),
         ("1. tench\n2. shark\n3. hen\n", ["tench", "shark", "hen"]),
+        (f"{'1' * 5000} a\n2 b\n3 c\n", [f"{'1' * 5000} a", "2 b", "3 c"]),
         ("n03\nn01\nn02\n", ["n01", "n02", "n03"]),
     ],
 )

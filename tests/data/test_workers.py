@@ -46,6 +46,40 @@ def test_results_are_the_same_from_any_number_of_processes(number):
     assert len(found) == 20 and all(map(is_result, found, range(20)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_a_worker_that_has_only_been_forked(monkeypatch, number):
+    fork = os.fork
+
+    def fork_and_signal():
+        child = fork()
+        if child == 0:
+            os.kill(os.getpid(), number)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork_and_signal)
+    found = list(in_workers(compute, range(8), num_workers=2))
+    assert len(found) == 8 and all(map(is_result, found, range(8)))
+
+
+def test_a_signal_reaches_the_main_process_after_its_workers_start(monkeypatch):
+    fork, received = os.fork, []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(len(forked)))
+    forked = []
+
+    def signal_and_fork():
+        os.kill(os.getpid(), signal.SIGINT)
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", signal_and_fork)
+    try:
+        found = list(in_workers(compute, range(8), num_workers=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(found) == 8 and received == [2]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint({signal.SIGINT, signal.SIGTERM})
+
+
 def test_results_stay_as_they_are_while_others_come():
     first, second, *_ = in_workers(compute, range(12), num_workers=2)
     first.images.fill_(77)
@@ -190,7 +224,7 @@ def test_a_small_dev_shm_is_enough():
 @pytest.mark.parametrize(
     ("size", "code"),
     [
-        ("4k", "workers = 3"),  # not even the processes' semaphores
+        *((f"{size}k", "workers = 3") for size in (4, 16, 28, 48)),  # not even the processes' semaphores
         ("256k", "workers = 3; del shared_memory.os.memfd_create"),  # as on systems without it
     ],
 )
