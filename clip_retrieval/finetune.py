@@ -323,8 +323,10 @@ def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
         run.lock.check()
         try:
             save_checkpoint(run.folder / name, content(run))
-        except RunError:
+        except RunError as error:
             run.lock.check()  # if the folder has just been deleted, that is the reason
+            if isinstance(error.__cause__, FileNotFoundError):  # it is being deleted, file by file
+                raise run.lock.deleted() from error
             raise
 
 

@@ -167,6 +167,20 @@ def test_a_folder_deleted_during_a_run_is_said_to_be_deleted(run, arguments, tmp
     assert code == 3 and err.count("\n") == 1 and "was deleted" in err and str(tmp_path / "logs/ex0") in err
 
 
+def test_a_folder_being_deleted_during_a_save_is_said_to_be_deleted(run, arguments, tmp_path, monkeypatch):
+    """Another program has deleted the half-written checkpoint, but not yet the lock."""
+    normal = os.fsync
+
+    def fsync(descriptor):
+        for half_written in (tmp_path / "logs/ex0").glob(".last.pt.*.tmp"):
+            half_written.unlink()
+        normal(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, _, err = run(*arguments, "--no_eval_first")
+    assert code == 3 and err.count("\n") == 1 and "was deleted" in err and str(tmp_path / "logs/ex0") in err
+
+
 @pytest.mark.parametrize(
     "damage", [b"{not json}\n", b"\xff\xfe\n", b"[1]\n", b'{"kind": "train"}\n', b'"x"\n', b"[" * 100000 + b"\n", b"\n"]
 )

@@ -82,10 +82,14 @@ class FolderLock:
         """Raise RunError if the folder was deleted, or deleted and made again: what is there is another run's."""
         is_there = self.folder.is_dir() if self.descriptor is None else _is_file(self.descriptor, self.folder / LOCK)
         if not is_there:
-            raise RunError(
-                f"{self.folder} was deleted while the run was writing there, and its checkpoints with it; start the "
-                "run again"
-            )
+            raise self.deleted()
+
+    def deleted(self) -> RunError:
+        """The error for a folder that was deleted."""
+        return RunError(
+            f"{self.folder} was deleted while the run was writing there, and its checkpoints with it; start the run "
+            "again"
+        )
 
 
 @contextlib.contextmanager
