@@ -48,16 +48,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageArray, ImageFiles
-from clip_retrieval.data.pixels import make_pixels
-from clip_retrieval.data.readers.karpathy import read_json
-from clip_retrieval.data.workers import choose_num_workers
-from clip_retrieval.evaluation.encode import BATCH_SIZE
-from clip_retrieval.evaluation.protocols import encode_split, score
-from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer
+from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
+from clip_retrieval.data.pixels.pixels import choose_num_workers, make_pixels
+from clip_retrieval.data.readers.karpathy import read_karpathy_json
+from clip_retrieval.device import choose_device, device_name
+from clip_retrieval.encode import BATCH_SIZE
+from clip_retrieval.evaluation.evaluator import encode_split, score
+from clip_retrieval.models.build import BuiltModel, build_model
+from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions
-from clip_retrieval.training.precision import choose_device, device_name
 
 DATA = Path(os.environ.get("CLIP_RETRIEVAL_DATA", "."))
 CAPTIONS = DATA / "coco_text" / "dataset_coco_karpathy_test.json.gz"
@@ -148,7 +148,7 @@ def load_dataset(args: argparse.Namespace, built: BuiltModel, device: torch.devi
 
 
 def random_images(captions: Path, size: int | tuple[int, int]) -> RetrievalDataset:
-    part = read_json(captions)["test"]
+    part = read_karpathy_json(captions)["test"]
     height, width = (size, size) if isinstance(size, int) else size
     noise = np.random.default_rng(0).integers(256, size=(len(part.names), height, width, 3), dtype=np.uint8)
     pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)

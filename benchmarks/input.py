@@ -34,10 +34,10 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip_retrieval.data.image_cache import cached_pixels
-from clip_retrieval.data.images import ImageFiles
-from clip_retrieval.data.pixels import make_pixels
-from clip_retrieval.data.preprocess import evaluation_transform
+from clip_retrieval.data.images.image_files import ImageFiles
+from clip_retrieval.data.pixels.cache import cached_pixels
+from clip_retrieval.data.pixels.pixels import make_pixels
+from clip_retrieval.data.pixels.transforms import evaluation_transform
 
 Read = Callable[[list[int]], Tensor]
 BATCH = 64

@@ -46,19 +46,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clip_retrieval.data.batches.loader import TrainBatch, TrainLoader
+from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageArray
-from clip_retrieval.data.loader import TrainBatch, TrainLoader
-from clip_retrieval.data.readers.karpathy import read_json
-from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.data.images.image_files import ImageArray
+from clip_retrieval.data.readers.karpathy import read_karpathy_json
+from clip_retrieval.device import autocast, choose_device, choose_precision, device_name, make_scaler
 from clip_retrieval.distributed import ALONE
-from clip_retrieval.models.build import BuiltModel, build_model, build_tokenizer
+from clip_retrieval.models.build import BuiltModel, build_model
+from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import ModelOptions, Options
-from clip_retrieval.prepare import COMPILED_LENGTHS, make_trainer
+from clip_retrieval.run.prepare import COMPILED_LENGTHS, make_trainer
 from clip_retrieval.training.optimizer import parameter_groups
-from clip_retrieval.training.precision import autocast, choose_device, choose_precision, device_name, make_scaler
 
 CAPTIONS = ("coco_text/dataset_coco_karpathy_test.json.gz", "flickr8k/dataset_flickr8k.json")
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16
@@ -198,7 +199,7 @@ class Data:
     """The same pairs as every row takes them, on the device: the first batches of an epoch."""
 
     def __init__(self, built: BuiltModel, captions: Path, batch_size: int, number: int, device: torch.device):
-        part = read_json(captions)["test"]
+        part = read_karpathy_json(captions)["test"]
         pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
         images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "drawn")
         self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)

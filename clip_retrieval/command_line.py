@@ -8,10 +8,11 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from clip_retrieval.errors import one_line
+from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.options import GROUPS, as_tuple
 
 
@@ -164,3 +165,19 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="main.py",
     )
     return vars(parser.parse_args(argv))
+
+
+def take_values(group: argparse._ArgumentGroup, typed: dict[str, Any], paths: Collection[str] = ()) -> dict[str, Any]:
+    """Take the values of a group's options out of what was typed: those in `paths` as a Path, repeated ones as a tuple.
+
+    Raises UserError for an empty one: as a Path it would be the working directory.
+    """
+    own = {action.dest: typed.pop(action.dest) for action in group._group_actions if action.dest in typed}
+    for name, value in own.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UserError(f"--{name} is empty; give it a value or leave it out")
+        if isinstance(value, list):
+            own[name] = tuple(value)
+        elif name in paths:
+            own[name] = Path(value)
+    return own

@@ -9,22 +9,19 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.protocols import encode_split, score
+from clip_retrieval.evaluation.evaluator import encode_split, score
+from clip_retrieval.files import write_json
+from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.options import AUTO, Options
-from clip_retrieval.reporting.log import log, log_to_file, start_log
-from clip_retrieval.reporting.results import write_json, write_options
+from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
-from clip_retrieval.start import (
-    load_model,
-    load_split,
-    log_samples,
-    settle_options,
-    warn_of_random_weights,
-)
-from clip_retrieval.training.precision import choose_device, device_name
+from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.settings import settle_options
+from clip_retrieval.run.splits import load_split, log_samples
 
 
 def evaluate(typed: dict[str, Any]) -> None:

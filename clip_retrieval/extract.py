@@ -20,16 +20,18 @@ from torch import Tensor
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import count_broken, read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.data.jsonl import Id
+from clip_retrieval.device import choose_device, true_float32
 from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.encode import encode_captions, encode_images, encoding_model
+from clip_retrieval.jsonl import Id
+from clip_retrieval.log import log, start_log
 from clip_retrieval.options import Options
-from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.retrieval.features import write_array, write_features
 from clip_retrieval.run.folder import evaluation_folder, make_folder
-from clip_retrieval.start import load_model, load_pixels, settle_options, warn_of_random_weights
-from clip_retrieval.training.precision import choose_device, true_float32
+from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.settings import settle_options
+from clip_retrieval.run.splits import load_pixels
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ def read_files(wanted: Wanted) -> RetrievalDataset:
 
     Raises UserError, naming file and line, where a file is not as it should be.
     """
-    from clip_retrieval.data.base64_images import typed_ids
+    from clip_retrieval.data.captions import clean_caption
+    from clip_retrieval.data.images.base64_images import typed_ids
     from clip_retrieval.data.readers.chinese import open_images, read_texts
-    from clip_retrieval.data.readers.files import clean_caption
 
     records = read_texts(wanted.text_data).records if wanted.text_data is not None else []
     texts = {text.text_id: clean_caption(text.text) for text in records} if wanted.texts else {}

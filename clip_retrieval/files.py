@@ -1,14 +1,21 @@
-"""Files opened so that they cannot hang a run, and written so that a crash never leaves half of one."""
+"""Files: opened so that they cannot hang a run, read as text or JSON, and written atomically."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import gzip
+import json
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
+
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.memory import memory_limit
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -116,3 +123,111 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+CHUNK = 2**20  # bytes read at a time
+
+# A gzip that unpacks to more than BOMB_FROM bytes, and BOMB_RATIO times its own, is a bomb: captions shrink to a fifth.
+BOMB_FROM, BOMB_RATIO = 2**28, 200
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark, gzipped if its name ends in .gz.
+
+    Raises UserError, naming the file and where possible the line, if it is missing, something else, or too large.
+    """
+    try:
+        data = _read_bytes(path)
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            line = data.count(b"\n", 0, data.index(0)) + 1
+            raise UserError(f"{path}, line {line}: holds a NUL, as UTF-16 and binary files do; save it as UTF-8")
+        return text
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a file") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise UserError(f"{path}, line {line}: not UTF-8 text (byte 0x{byte:02x}); save it as UTF-8") from None
+    except MemoryError:
+        raise UserError(f"{path}: larger than the memory of this machine; split it") from None
+
+
+def _read_bytes(path: Path) -> bytearray:
+    """The content of a file, decompressed. Raises UserError for more than a quarter of the memory, and for a bomb.
+
+    What is read becomes text, and then objects: a file of a quarter of the memory fills all of it.
+    """
+    limit = memory_limit() // 4
+    data = bytearray()
+    with open_regular(path) as file:
+        source = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        while chunk := source.read(CHUNK):
+            data += chunk
+            if len(data) > limit:
+                raise UserError(f"{path}: holds more than {limit:,} bytes, a quarter of the memory here; split it")
+            if source is not file and len(data) > max(BOMB_FROM, BOMB_RATIO * file.tell()):
+                raise UserError(
+                    f"{path}: {file.tell():,} bytes unpack to {len(data):,}, as no captions do; fetch it again"
+                )
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file (.json or .json.gz). Raises UserError, naming file and line, if it is none."""
+    try:
+        return parse_json(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); fetch it again"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from None
+
+
+def check_root(root: Path) -> None:
+    """Raise UserError unless `root` is a folder."""
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder of the data set as --dataset_root")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of JSON. Raises ValueError for anything else: UnicodeDecodeError, JSONDecodeError or with a reason.
+
+    Half surrogate pairs are kept: ids and names of files may have them.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
+        return json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except MemoryError:
+        raise ValueError("larger than the memory") from None
+    except ValueError:  # int refuses thousands of digits, which would take it very long
+        raise ValueError("a number has thousands of digits") from None
+
+
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON as UTF-8, readable in any language; half a surrogate pair is written as JSON's escape and read back."""
+    return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+
+
+def is_there(path: str) -> bool:
+    """Whether there is such a file or folder. What is typed may also be no path at all, and longer than any."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises OSError for a name that is too long
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically. Raises OSError if the place cannot be written."""
+    with write_atomic(path) as file:
+        file.write(to_json(content, indent=2) + b"\n")

@@ -14,20 +14,21 @@ from typing import Any
 
 from clip_retrieval.classification.report import summary
 from clip_retrieval.classification.task import ZeroShotTask, score_task
+from clip_retrieval.device import choose_device, deterministic_algorithms
 from clip_retrieval.distributed import joined
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError, UserError
-from clip_retrieval.evaluation.protocols import Encoded, encode_split, score
+from clip_retrieval.evaluation.evaluator import Encoded, encode_split, score
+from clip_retrieval.files import write_json
+from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.weights import read_checkpoint
-from clip_retrieval.prepare import Run, prepare
-from clip_retrieval.reporting.log import log, progress_bar, start_log
-from clip_retrieval.reporting.results import write_json
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder, without_resume
+from clip_retrieval.run.prepare import Run, prepare
+from clip_retrieval.run.settings import settle_options, with_absolute_paths
+from clip_retrieval.run.splits import Split
 from clip_retrieval.signals import StopSignal
-from clip_retrieval.start import Split, settle_options, with_absolute_paths
 from clip_retrieval.training.checkpoint import save_checkpoint
-from clip_retrieval.training.precision import choose_device, deterministic_algorithms
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
 from clip_retrieval.training.state import training_state
 from clip_retrieval.training.step import StepResult

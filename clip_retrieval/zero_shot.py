@@ -11,20 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_retrieval.classification.catalog import IMAGENET, ZeroShotData, read_labelled
 from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.labelled_sets import IMAGENET, ZeroShotData, read_labelled
 from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
 from clip_retrieval.classification.templates import Templates
+from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import printable
-from clip_retrieval.files import write_text
+from clip_retrieval.files import write_json, write_text
+from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.options import Options
-from clip_retrieval.reporting.log import log, log_to_file, start_log
-from clip_retrieval.reporting.results import write_json, write_options
+from clip_retrieval.reporting.results import write_options
 from clip_retrieval.run.folder import make_folder
-from clip_retrieval.start import load_model, settle_options, warn_of_random_weights
-from clip_retrieval.training.precision import choose_device, device_name
+from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.settings import settle_options
 
 USUAL_FOLDERS = ("test", "val", "valid", "validation", "train", "images", "data")
 

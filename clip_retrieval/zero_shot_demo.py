@@ -18,20 +18,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clip_retrieval.classification.arguments import is_there
-from clip_retrieval.classification.class_names import imagenet_names, read_names, spaced
-from clip_retrieval.classification.encode import prompted
+from clip_retrieval.classification.class_names import OFFICIAL_NAMES, imagenet_names, read_names, spaced
+from clip_retrieval.classification.embeddings import prompted
 from clip_retrieval.classification.folder import image_paths, say_skipped
-from clip_retrieval.classification.official_names import OFFICIAL_NAMES
 from clip_retrieval.classification.templates import choose_templates
-from clip_retrieval.data.decode import as_rgb, decode_rgb
-from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.images.decode import as_rgb, decode_rgb
+from clip_retrieval.data.images.image_files import ImageFiles
+from clip_retrieval.device import choose_device
 from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.files import is_there
+from clip_retrieval.log import log, start_log
 from clip_retrieval.reporting.figures import Panel, draw_predictions, drawn_before
-from clip_retrieval.reporting.log import log, start_log
 from clip_retrieval.run.folder import make_folder
-from clip_retrieval.start import load_model, settle_options, warn_of_random_weights
-from clip_retrieval.training.precision import choose_device
+from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.settings import settle_options
 
 SHOWN = 5
 SETS = (*OFFICIAL_NAMES, "imagenet")

@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--lmdb_dir", type=Path, help="folder to write to (default: lmdb in data_dir)")
     typed = vars(parser.parse_args())
 
-    from clip_retrieval.data.build_lmdb import build_lmdb
-    from clip_retrieval.reporting.log import start_log
+    from clip_retrieval.data.writers.build_lmdb import build_lmdb
+    from clip_retrieval.log import start_log
 
     typed["splits"] = list(dict.fromkeys(filter(None, map(str.strip, typed["splits"].split(",")))))
     if not typed["splits"]:

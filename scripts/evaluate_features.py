@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write")
     typed = vars(parser.parse_args())
 
-    from clip_retrieval.evaluation.features import evaluate_feature_files
-    from clip_retrieval.reporting.results import write_json
+    from clip_retrieval.files import write_json
     from clip_retrieval.reporting.table import results_table
+    from clip_retrieval.retrieval.evaluate_features import evaluate_feature_files
 
     path = typed.pop("results")
     if path.is_dir():

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours")
     parser.add_argument("output", type=Path, help="where to write")
     args = parser.parse_args()
-    from clip_retrieval.models.weights import export_chinese_clip
+    from clip_retrieval.models.export import export_chinese_clip
 
     export_chinese_clip(args.checkpoint, args.output)
     print(f"wrote {args.output}")

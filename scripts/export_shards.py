@@ -31,8 +31,8 @@ def main() -> None:
         raise UserError(f"--shard_size {own['shard_size']}: must be at least 1")
     options = Options.settle(typed).data
 
-    from clip_retrieval.data.export_shards import export_shards
-    from clip_retrieval.reporting.log import start_log
+    from clip_retrieval.data.writers.tar_shards import export_shards
+    from clip_retrieval.log import start_log
 
     start_log()
     splits = list(dict.fromkeys(filter(None, map(str.strip, own["splits"].split(",")))))

@@ -32,8 +32,8 @@ def main() -> None:
     own = {name: typed.pop(name) for name in ("output", "splits", "ids")}
     options = Options.settle(typed).data
 
-    from clip_retrieval.data.export import export
-    from clip_retrieval.reporting.log import start_log
+    from clip_retrieval.data.writers.tsv import export
+    from clip_retrieval.log import start_log
 
     start_log()
     splits = list(dict.fromkeys(filter(None, map(str.strip, own["splits"].split(",")))))

@@ -16,8 +16,8 @@ from pathlib import Path
 import _path  # noqa: F401
 import numpy as np
 
-from clip_retrieval.data.readers.files import read_ids
-from clip_retrieval.data.readers.karpathy import read_json
+from clip_retrieval.data.readers.annotations import read_ids
+from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.errors import UserError, run_and_exit
 from clip_retrieval.files import write_text
 
@@ -47,7 +47,7 @@ def write_coco(folder: Path, output: Path) -> None:
 
 def write_flickr(name: str, source: Path, output: Path) -> None:
     """Image file names, one a line, in the order of Karpathy's file."""
-    parts = read_json(source)
+    parts = read_karpathy_json(source)
     for split in ("train", "val", "test"):
         names = parts[split].names if split in parts else []
         write_text(output / f"{name}_{split}.txt", "".join(f"{n}\n" for n in names))

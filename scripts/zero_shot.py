@@ -17,8 +17,7 @@ import sys
 
 import _path  # noqa: F401
 
-from clip_retrieval.classification.arguments import take_values
-from clip_retrieval.command_line import add_arguments, build_parser
+from clip_retrieval.command_line import add_arguments, build_parser, take_values
 from clip_retrieval.errors import run_and_exit
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
 
@@ -59,7 +58,7 @@ def main() -> None:
     own = take_values(wanted, typed, paths=("data_root", "class_names", "output"))
     output = own.pop("output", None)
 
-    from clip_retrieval.classification.catalog import ZeroShotData
+    from clip_retrieval.classification.labelled_sets import ZeroShotData
     from clip_retrieval.zero_shot import classify
 
     classify(typed, ZeroShotData(**own), output)

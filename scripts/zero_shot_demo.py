@@ -14,8 +14,7 @@ import sys
 
 import _path  # noqa: F401
 
-from clip_retrieval.classification.arguments import take_values
-from clip_retrieval.command_line import add_arguments, build_parser
+from clip_retrieval.command_line import add_arguments, build_parser, take_values
 from clip_retrieval.errors import run_and_exit
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
 

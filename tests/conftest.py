@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.reporting.log import log
+from clip_retrieval.log import log
 from tests.models.small import small_config, small_simple_config
 
 ROOT = Path(__file__).parent.parent

@@ -26,16 +26,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clip_retrieval.data.batches.loader import TrainBatch, TrainLoader
+from clip_retrieval.data.batches.sampler import BatchSampler, process_slice
+from clip_retrieval.data.batches.skipped import PassedOver
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageArray
-from clip_retrieval.data.loader import TrainBatch, TrainLoader
-from clip_retrieval.data.passed_over import PassedOver
-from clip_retrieval.data.pixels import ImageTransform, make_pixels
-from clip_retrieval.data.sampler import BatchSampler, process_slice
-from clip_retrieval.data.shard_lanes import LaneReader
-from clip_retrieval.data.shard_order import ShardOrder, Shards
-from clip_retrieval.data.shard_stream import StreamLoader
+from clip_retrieval.data.images.image_files import ImageArray
+from clip_retrieval.data.pixels.pixels import ImageTransform, make_pixels
+from clip_retrieval.data.shards.lanes import LaneReader
+from clip_retrieval.data.shards.order import ShardOrder, Shards
+from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.distributed import Processes, joined
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import retrieval_ranks
@@ -43,9 +43,9 @@ from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.models.batch_norm import shared_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, Options
-from clip_retrieval.prepare import make_trainer
+from clip_retrieval.run.prepare import make_trainer
 from clip_retrieval.training.step import Trainer
-from tests.data.shards import jpeg, write_shard
+from tests.data.make_shards import jpeg, write_shard
 from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
 
 MAIN = Path(__file__).parent.parent / "main.py"
@@ -163,7 +163,7 @@ def said_of_what_another_met(processes: Processes) -> list[str]:
     """What this process says of an epoch in which the last process met something that cannot be used."""
     passed_over = PassedOver("samples", processes)
     passed_over.count(["0.tar, sample é"] if processes.rank == processes.world_size - 1 else [])
-    with mock.patch("clip_retrieval.data.passed_over.log.warning") as warning:
+    with mock.patch("clip_retrieval.data.batches.skipped.log.warning") as warning:
         passed_over.say_all()
     return [call.args[0] for call in warning.call_args_list]
 

@@ -185,7 +185,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(start, arguments, tmp_path
 
 
 def test_a_lost_loader_process_is_code_3(run, arguments, tmp_path, monkeypatch):
-    from clip_retrieval.data import loader
+    from clip_retrieval.data.batches import loader
 
     monkeypatch.setattr(loader._PixelsOfMany, "__call__", lambda self, request: os.kill(os.getpid(), 9))
     code, _, err = run(*arguments, "--num_workers", "1", "--no_eval_first")

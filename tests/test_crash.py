@@ -133,7 +133,7 @@ class FullFile:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("part", ["log.txt", "metrics.jsonl", "tensorboard"])
 def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
-    from clip_retrieval.reporting.log import MetricsLog, log
+    from clip_retrieval.log import MetricsLog, log
 
     normal = MetricsLog.write
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from clip_retrieval.command_line import parse
+from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.catalog import read_dataset
-from clip_retrieval.data.sampler import BatchSampler
 from clip_retrieval.distributed import ALONE
 from clip_retrieval.options import Options
 from tests import distributed_worker as worker

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageFiles
-from clip_retrieval.reporting.log import start_log
-from clip_retrieval.start import log_samples
+from clip_retrieval.data.images.image_files import ImageFiles
+from clip_retrieval.log import start_log
+from clip_retrieval.run.splits import log_samples
 from tests.conftest import read_json
 from tests.models.small import small_clip
 from tests.test_finetune import BLOCK

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_retrieval.data.batches.sampler import BatchSampler, process_slice
 from clip_retrieval.data.catalog import read_dataset
-from clip_retrieval.data.export import export
 from clip_retrieval.data.readers import csv_file, shapes
-from clip_retrieval.data.sampler import BatchSampler, process_slice
+from clip_retrieval.data.writers.tsv import export
 from clip_retrieval.options import DataOptions
 from tests.conftest import ROOT, read_json
-from tests.data.shards import jpeg, numbered, write_shard
+from tests.data.make_shards import jpeg, numbered, write_shard
 from tests.test_bad_input import is_one_line
 from tests.test_resume import assert_same_ending
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_retrieval.data import shard_order
+from clip_retrieval.data.shards import order
 from tests.conftest import read_json, read_lines
-from tests.data.shards import jpeg, numbered, shards_of_csv, write_shard, write_shards
+from tests.data.make_shards import jpeg, numbered, shards_of_csv, write_shard, write_shards
 from tests.test_bad_input import is_one_line
 from tests.test_resume import assert_same_ending
 from tests.torchrun import MINUTE, Torchrun
@@ -107,7 +107,7 @@ def test_yfcc7m_is_read_as_simple_clip_lays_it_out(run, settings, tmp_path):
 @pytest.fixture
 def spoilt(shards):
     """The same with two samples more that cannot be used, in the second shard."""
-    from clip_retrieval.data.shard_samples import read_samples
+    from clip_retrieval.data.shards.samples import read_samples
 
     path = shards / "train-001.tar"
     samples = [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in read_samples(path)]
@@ -177,9 +177,9 @@ def test_where_samples_have_several_captions_it_says_that_one_is_drawn_an_epoch(
 
 def test_an_epoch_of_a_given_length_is_not_counted_up_front(run, on_shards, tmp_path, monkeypatch):
     counted = []
-    normal = shard_order.count_samples
-    monkeypatch.setattr(shard_order, "count_samples", lambda path: counted.append(path) or normal(path))
-    monkeypatch.setattr("clip_retrieval.stream.count_samples", lambda path: 1 / 0)
+    normal = order.count_samples
+    monkeypatch.setattr(order, "count_samples", lambda path: counted.append(path) or normal(path))
+    monkeypatch.setattr("clip_retrieval.data.shards.train_split.count_samples", lambda path: 1 / 0)
     code, out, err = run(*on_shards, "--train_num_samples", "9", "--max_steps", "1", "--no_eval_first")
     assert code == 0, err
     assert "3 shards, 9 pairs an epoch" in out and "1 steps, 2 an epoch" in out and len(counted) < 3
@@ -187,7 +187,7 @@ def test_an_epoch_of_a_given_length_is_not_counted_up_front(run, on_shards, tmp_
 
 def test_sizes_json_is_believed(run, on_shards, shards, monkeypatch):
     (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "train-001.tar": 5, "train-002.tar": 4}))
-    monkeypatch.setattr("clip_retrieval.stream.count_samples", lambda path: 1 / 0)
+    monkeypatch.setattr("clip_retrieval.data.shards.train_split.count_samples", lambda path: 1 / 0)
     code, out, err = run(*on_shards)
     assert code == 0 and "14 pairs an epoch" in out, err
     (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "train-001.tar": 5, "train-002.tar": 7}))

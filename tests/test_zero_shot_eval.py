@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_retrieval import prepare
 from clip_retrieval.distributed import Processes
+from clip_retrieval.run import prepare
 from tests.conftest import read_json, read_lines
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}

@@ -17,11 +17,11 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
-from clip_retrieval.classification.official_names import OFFICIAL_NAMES
-from clip_retrieval.data.images import ImageArray
+from clip_retrieval.classification.class_names import OFFICIAL_NAMES
+from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import open_regular
-from clip_retrieval.reporting.log import log
+from clip_retrieval.log import log
 
 READERS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
 """torchvision's classes, which have the names and the MD5 sums of the files."""

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from clip_retrieval.data.readers.files import mend_characters, read_json, read_text
+from clip_retrieval.data.captions import mend_characters
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import log
+from clip_retrieval.files import read_json, read_text
+from clip_retrieval.log import log
 
 # What may stand between a folder and its name: the first one that the lines have. Blanks are common within names: they
 # count only behind folders that are ids, and where most folders are named so.
@@ -221,3 +222,20 @@ def imagenet_folder_names(
 
 def _few(folders: Sequence[str]) -> str:
     return ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+
+STL10 = "airplane bird car cat deer dog horse monkey ship truck"
+
+CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+
+OFFICIAL_NAMES = {name: text.split() for name, text in (("cifar10", CIFAR10), ("cifar100", CIFAR100), ("stl10", STL10))}

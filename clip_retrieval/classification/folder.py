@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.classification.labelled import LabelledImages
-from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import log
+from clip_retrieval.log import log
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm"}

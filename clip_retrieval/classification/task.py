@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.classification.accuracy import accuracy_report
-from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
-from clip_retrieval.classification.encode import Prompted, prompted
+from clip_retrieval.classification.embeddings import Prompted, prompted
 from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.evaluation.neighbours import nearest
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Side, scoring_device
+from clip_retrieval.log import log
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.reporting.log import log
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
-from clip_retrieval.classification.arguments import is_there
-from clip_retrieval.data.readers.files import mend_characters, read_text
+from clip_retrieval.data.captions import mend_characters
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import is_there, read_text
 
 PLACE = "{}"
 PLACES = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # CLIP_benchmark's files write {c}, others a name

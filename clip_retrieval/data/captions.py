@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,3 +110,22 @@ def _pieces(captions: Sequence[str], tokenizer: Callable) -> Iterator[tuple[list
                 yield tokenizer.tokenizer(text, truncation=True, max_length=limit).input_ids, True
             else:
                 yield ids, False
+
+
+HALVES = re.compile("[\ud800-\udfff]")
+
+
+def clean_caption(text: str) -> str:
+    """The caption without blanks around it and on one line, in characters that can be written and tokenised."""
+    text = mend_characters(text.strip())
+    return " ".join(text.splitlines()) if "\n" in text or "\r" in text else text
+
+
+def mend_characters(text: str) -> str:
+    """The text with U+FFFD for half surrogate pairs, which no tokenizer takes; two halves of one pair are joined.
+
+    They come from JSON that was cut within an emoji (`"\\ud83d"`), and from names of files that are not UTF-8.
+    """
+    if text.isascii() or not HALVES.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -8,8 +8,8 @@ import importlib
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log
 
 # The module below `readers` that reads each; imported when asked for.
 READERS = {

@@ -115,3 +115,7 @@ class RetrievalDataset:
         rows = np.repeat(rows, repeats)
         place = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         return np.stack([rows, order[np.repeat(begin, repeats) + place]], axis=1)
+
+
+# What the splits are called in files.
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}

@@ -16,8 +16,8 @@ from PIL import Image
 
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log
 
 Read = Callable[[DataOptions, str], "RetrievalDataset | None"]
 

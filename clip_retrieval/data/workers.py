@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 
-from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
-from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.data.images.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.shared_memory import make_loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import STOP_SIGNALS, outlive_first_signal
@@ -203,13 +202,6 @@ def in_workers(
     A UserError of a worker is raised here, whole.
     """
     return Workers(fetch, num_workers=num_workers, pin_memory=pin_memory, stay=False)(requests)
-
-
-def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) -> int:
-    """`asked`, or what suits the images and the device: none where the images are in memory already."""
-    if asked is not None:
-        return asked
-    return 0 if pixels.in_memory else usual_num_workers(device)
 
 
 def usual_num_workers(device: torch.device) -> int:

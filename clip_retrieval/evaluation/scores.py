@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_retrieval.device import true_float32
 from clip_retrieval.errors import NotFiniteError, UserError
-from clip_retrieval.training.precision import true_float32
 
 
 class Side:

@@ -9,18 +9,13 @@ from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from clip_retrieval.errors import UserError, reason
-from clip_retrieval.models import chinese_clip, hub, names, simple_clip
-from clip_retrieval.models.chinese_clip import ChineseTokenizer
-from clip_retrieval.models.hugging_face import load_open_clip_tokenizer
-from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH, height_and_width, instantiate, try_model
+from clip_retrieval.models import chinese_clip, hub, names
+from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.named_config import preprocess_config
+from clip_retrieval.models.model_config import preprocess_config
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
-from clip_retrieval.models.towers import text_part
-from clip_retrieval.models.word_pieces import WordPieceTokenizer, folder_of_words
 from clip_retrieval.options import ModelOptions
 
 # Where SigLIP starts, https://arxiv.org/abs/2303.15343.
@@ -173,75 +168,3 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
             clip.visual.set_input_size(size)
     except Exception as error:  # of every kind, timm has many towers
         raise UserError(f"--image_size {size}: {name} does not take it ({reason(error)})") from None
-
-
-def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
-    """The tokenizer that goes with `model`; `data.captions.tokenize` runs it.
-
-    A WordPiece tokenizer has the words of --tokenizer, else those in the model's config, else those beside the weights
-    of --text_pretrained, else the hub's. Raises UserError where it cannot be had, or has more tokens than the text
-    tower knows.
-    """
-    text = model.config["text_cfg"]
-    length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    known = text_part(model.clip).vocab_size
-    arguments = {name: value for name, value in (text.get("tokenizer_kwargs") or {}).items() if value is not None}
-    is_chinese = chinese_clip.is_chinese_clip(model.config)
-    if is_chinese or simple_clip.is_simple_clip(model.config):
-        words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
-        words = words or text.get("hf_tokenizer_name") or simple_clip.TEXT_MODEL
-        of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
-        return of_its_kind(words, length, known, model.config_from)
-    if text.get("hf_tokenizer_name"):
-        tokenizer = _hf_tokenizer(options, model, length, arguments)
-        size = len(tokenizer.tokenizer)
-    elif options.tokenizer:
-        raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; leave it out")
-    else:
-        try:
-            tokenizer = SimpleTokenizer(context_length=length, **arguments)
-        except TypeError as error:
-            raise UserError(
-                f"{model.config_from}: its tokenizer_kwargs are not those of CLIP's tokenizer ({error})"
-            ) from None
-        size = tokenizer.vocab_size
-    if size > known:
-        raise UserError(
-            f"{model.config_from}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the "
-            "tokenizer that belongs to it"
-        )
-    _try_tokenizer(tokenizer, model.config_from, known)
-    return tokenizer
-
-
-def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: int) -> None:
-    """Tokenise a few captions. Raises UserError for a tokenizer without padding, a word for the unknown, and so on."""
-    try:
-        ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
-        is_known = bool((ids >= 0).all() and (ids < known).all())
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{name}: its tokenizer cannot read captions ({reason(error)}); give --tokenizer") from error
-    if not is_known:
-        raise UserError(f"{name}: its tokenizer has ids that the text tower does not know; give --tokenizer")
-
-
-def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFTokenizer | WordPieceTokenizer) -> None:
-    """Put the words of a WordPiece tokenizer into its model's config: no checkpoint needs a vocab.txt beside it."""
-    if isinstance(tokenizer, WordPieceTokenizer):
-        config["text_cfg"]["vocab"] = tokenizer.words
-
-
-def _hf_tokenizer(
-    options: ModelOptions, model: BuiltModel, context_length: int, arguments: dict[str, Any]
-) -> HFTokenizer:
-    text = model.config["text_cfg"]
-    source = options.tokenizer or text["hf_tokenizer_name"]
-    if not options.tokenizer and model.name.startswith(names.FOLDER):
-        source = model.name.removeprefix(names.FOLDER)
-    try:
-        return load_open_clip_tokenizer(source, context_length, tokenizer_mode=text.get("tokenizer_mode"), **arguments)
-    except hub.FETCH_ERRORS:
-        raise UserError(
-            f"the tokenizer {source} of {model.name} could not be read, or fetched from huggingface.co; a folder that "
-            "it was downloaded to is given as --tokenizer FOLDER"
-        ) from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.word_pieces import WordPieceTokenizer
+from clip_retrieval.models.model_config import count_layers, same_tower
 from clip_retrieval.options import ModelOptions
 
 CONTEXT_LENGTH = 52
@@ -142,19 +142,6 @@ def is_chinese_clip(config: dict[str, Any]) -> bool:
     return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE
 
 
-def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to.
-
-    A Hugging Face tower's own config (`hf_config`) counts where both have it, and there the sizes that both name. The
-    words of the tokenizer are no part of a tower.
-    """
-    hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
-    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
-    defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
-    a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
-    return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())
-
-
 def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     text = {"model_type": "bert", "num_attention_heads": text["hidden_size"] // HEAD_WIDTH, "pad_token_id": 0, **text}
     name = next((n for n, sizes in TEXT_MODELS.items() if sizes.items() <= text.items()), "bert")
@@ -197,16 +184,3 @@ def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         "patch_size": patch,
     }
-
-
-def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """Number of layers whose names are `prefix` and a number."""
-    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
-
-
-class ChineseTokenizer(WordPieceTokenizer):
-    """Word pieces as Chinese-CLIP makes them: curly quotes straightened."""
-
-    @staticmethod
-    def clean_fn(text: str) -> str:
-        return WordPieceTokenizer.clean_fn(text).replace("“", '"').replace("”", '"')

@@ -36,7 +36,7 @@ def read_small(path: Path) -> bytes:
     return content
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_model_json(path: Path, what: str) -> Any:
     """The content of a small JSON file. Raises UserError, calling it `what`, if it is missing, damaged or too large."""
     try:
         return json.loads(read_small(path).decode("utf-8"))
@@ -51,7 +51,7 @@ def fetch_config(name: str) -> dict[str, Any]:
     path = Path(name) / "config.json"
     if not Path(name).is_dir():
         path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    return known_config(read_json(path, "config of a text tower"), str(path))
+    return known_config(read_model_json(path, "config of a text tower"), str(path))
 
 
 def known_config(config: Any, source: str) -> dict[str, Any]:
@@ -129,6 +129,6 @@ def _refuse_special_files(path: Path) -> None:
 
 def _names_code(path: Path) -> bool:
     try:
-        return "auto_map" in read_json(path, "config")
+        return "auto_map" in read_model_json(path, "config")
     except (UserError, TypeError):
         return False

@@ -16,7 +16,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
 from clip_retrieval.errors import UserError, reason
-from clip_retrieval.models import hub, simple_clip
+from clip_retrieval.models import hub, simple_clip_weights
 from clip_retrieval.models.hugging_face import fetch_config, known_config
 from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
@@ -30,7 +30,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_config"):
         text["hf_config"] = known_config(text["hf_config"], name)
-    if simple_clip.is_simple_clip(config):
+    if simple_clip_weights.is_simple_clip(config):
         with hub.quiet(), _config_errors(name):
             return build_within_memory(lambda: SimpleCLIP(**deepcopy(config)), name)
 

@@ -11,8 +11,8 @@ from open_clip import factory
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, names, simple_clip, weights
-from clip_retrieval.models.named_config import preprocess_config, read_config
+from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, names, simple_clip_weights, weights
+from clip_retrieval.models.model_config import count_layers, preprocess_config, read_config, same_tower
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
 from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
@@ -68,12 +68,12 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
 
 def tags_of(name: ModelName) -> list[str]:
     """The tags of open_clip's or torchvision's weights for a model."""
-    return [*list_pretrained_tags_by_model(name.config), *simple_clip.weight_tags(name.config)]
+    return [*list_pretrained_tags_by_model(name.config), *simple_clip_weights.weight_tags(name.config)]
 
 
 def _tag(name: ModelName, tag: str) -> dict[str, Any] | None:
     """Where the weights of a tag are, and their settings, as open_clip describes them; None for what is no tag."""
-    return get_pretrained_cfg(name.config, tag) or simple_clip.weight_tags(name.config).get(tag)
+    return get_pretrained_cfg(name.config, tag) or simple_clip_weights.weight_tags(name.config).get(tag)
 
 
 def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
@@ -111,7 +111,7 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
     if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
         name = names.resolve(CLIP_TRAINING)
     if _has_two_towers(options, name):
-        if not any(key.startswith(simple_clip.TRUNK) for key in found.state):
+        if not any(key.startswith(simple_clip_weights.TRUNK) for key in found.state):
             return _two_towers(options, name, found.source, found.state)
         _refuse_text_pretrained(options, found.source)
     config, preprocess = read_config(name)
@@ -119,7 +119,7 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
         config["quick_gelu"] = True
     if found.kind == weights.CLIP_TRAINING:
         # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
-        config["text_cfg"]["layers"] = chinese_clip.count_layers(found.state, "transformer.resblocks.")
+        config["text_cfg"]["layers"] = count_layers(found.state, "transformer.resblocks.")
         preprocess = read_config(names.resolve(CLIP_TRAINING))[1]
     return ModelSource(name.name, config, preprocess, found.source, found.state, is_known=name.kind in KNOWN)
 
@@ -141,8 +141,11 @@ def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Config, preprocessing and name of a model, from the shapes of its tensors."""
     with weights.shapes_checked(found.source):
         if found.kind == weights.SIMPLE_CLIP:
-            held = simple_clip.infer_name(found.state, found.source)
-            config, preprocess = simple_clip.infer_config(found.state, found.source), simple_clip.PREPROCESS
+            held = simple_clip_weights.infer_name(found.state, found.source)
+            config, preprocess = (
+                simple_clip_weights.infer_config(found.state, found.source),
+                simple_clip_weights.PREPROCESS,
+            )
         else:
             config, preprocess = chinese_clip.infer_config(found.state, found.source), chinese_clip.PREPROCESS
             held = chinese_clip.UNNAMED
@@ -169,7 +172,7 @@ def _has_two_towers(options: ModelOptions, name: ModelName) -> bool:
 
 
 def _is_simple_clip(name: ModelName) -> bool:
-    return name.kind in ("ours", "file") and simple_clip.is_simple_clip(read_config(name)[0])
+    return name.kind in ("ours", "file") and simple_clip_weights.is_simple_clip(read_config(name)[0])
 
 
 def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
@@ -177,10 +180,10 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
 
     The image tower's are those of any CLIP, or of torchvision; the text tower's a BERT's, or a DistilBERT's.
     """
-    if _is_simple_clip(name) and options.text_model in (None, simple_clip.TEXT_MODEL):
+    if _is_simple_clip(name) and options.text_model in (None, simple_clip_weights.TEXT_MODEL):
         config, preprocess = read_config(name)
-        model, image = name.name, simple_clip.trunk_weights(state)
-        wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip.distilbert_weights
+        model, image = name.name, simple_clip_weights.trunk_weights(state)
+        wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip_weights.distilbert_weights
         random = ("visual.head." if image else "visual.", "logit_scale")
     else:
         _check_text_model(options.text_model, name)
@@ -201,13 +204,13 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
 
 
 def _check_text_model(text_model: str, name: ModelName) -> None:
-    if text_model == simple_clip.TEXT_MODEL:
+    if text_model == simple_clip_weights.TEXT_MODEL:
         raise UserError(
-            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip.IMAGE_MODELS)}; not with "
-            f"{name.name}"
+            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip_weights.IMAGE_MODELS)}; "
+            f"not with {name.name}"
         )
     if text_model not in chinese_clip.TEXT_MODELS:
-        known = ", ".join([*chinese_clip.TEXT_MODELS, simple_clip.TEXT_MODEL])
+        known = ", ".join([*chinese_clip.TEXT_MODELS, simple_clip_weights.TEXT_MODEL])
         raise UserError(f"--text_model {text_model}: no such text tower; known are {known}")
 
 
@@ -239,13 +242,17 @@ def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any]
             f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
             "another checkpoint"
         )
-    holds = simple_clip.TEXT_MODEL if simple_clip.is_simple_clip(config) else config["text_cfg"].get("hf_model_name")
+    holds = (
+        simple_clip_weights.TEXT_MODEL
+        if simple_clip_weights.is_simple_clip(config)
+        else config["text_cfg"].get("hf_model_name")
+    )
     if options.text_model not in (None, holds):
         raise UserError(f"--text_model {options.text_model} contradicts {source}; leave it out")
 
 
 def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    towers = all(chinese_clip.same_tower(a[tower], b[tower]) for tower in ("vision_cfg", "text_cfg"))
+    towers = all(same_tower(a[tower], b[tower]) for tower in ("vision_cfg", "text_cfg"))
     return towers and a["embed_dim"] == b["embed_dim"]
 
 
@@ -257,7 +264,7 @@ def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: M
             f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
             f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
         )
-    if typed and not chinese_clip.same_tower(read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
+    if typed and not same_tower(read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
         raise UserError(
             f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
             "leave it out"

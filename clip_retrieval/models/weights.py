@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError, reason
-from clip_retrieval.files import write_atomic
-from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip
-from clip_retrieval.models.hugging_face import read_json
+from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip_weights
+from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
@@ -105,7 +104,7 @@ def read_text_tower(
 
 def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
     """Raise UserError where a config.json differs in what the shapes of the weights do not tell."""
-    found = read_json(config, "config of a text tower") if config.exists() else {}
+    found = read_model_json(config, "config of a text tower") if config.exists() else {}
     ours = {"activation": "gelu", "sinusoidal_pos_embds": False, "hidden_act": "gelu"} | hf_config
     for key in ("n_heads", "num_attention_heads", "activation", "hidden_act", "sinusoidal_pos_embds"):
         if isinstance(found, dict) and key in found and key in ours and found[key] != ours[key]:
@@ -113,21 +112,6 @@ def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
                 f"{config}: {key} is {found[key]}, the text tower's {ours[key]}; give other weights, or a model config "
                 "with it"
             )
-
-
-def export_chinese_clip(checkpoint: Path, output: Path) -> None:
-    """Write a checkpoint of ours that holds a Chinese-CLIP as that system's own code reads it.
-
-    Raises UserError where `checkpoint` holds something else, or `output` is there already.
-    """
-    content = read_checkpoint(checkpoint)
-    if content is None or not chinese_clip.is_chinese_clip(content["model_config"]):
-        raise UserError(f"{checkpoint} is no checkpoint of ours with a Chinese-CLIP model; give one")
-    if output.exists():
-        raise UserError(f"{output} is there already; choose another name, or take it away")
-    state = chinese_clip.to_reference(content["model"])
-    with write_atomic(output) as file:
-        torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
@@ -178,8 +162,8 @@ def _of_system(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: 
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
     if any(name.startswith("clip_model.") for name in state):
         return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
-    if simple_clip.is_reference(state):
-        return Weights(str(path), SIMPLE_CLIP, simple_clip.from_reference(state))
+    if simple_clip_weights.is_reference(state):
+        return Weights(str(path), SIMPLE_CLIP, simple_clip_weights.from_reference(state))
     # clip-training writes a global_step beside its model_state_dict; others call their weights so as well.
     return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
 

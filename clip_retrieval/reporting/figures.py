@@ -16,7 +16,7 @@ from PIL import Image
 
 from clip_retrieval.errors import UserError, printable
 from clip_retrieval.files import write_atomic
-from clip_retrieval.reporting.log import log
+from clip_retrieval.log import log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,19 +7,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from clip_retrieval.data.jsonl import to_json
-from clip_retrieval.data.readers.files import read_json
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import write_atomic
+from clip_retrieval.files import read_json, write_json
 from clip_retrieval.options import Options
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically. Raises OSError if the place cannot be written."""
-    with write_atomic(path) as file:
-        file.write(to_json(content, indent=2) + b"\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -28,19 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_retrieval.data.jsonl import (
-    LONGEST_LINE,
-    Id,
-    id_of,
-    is_id,
-    open_input,
-    read_lines,
-    record_of_numbers,
-    to_json,
-    write_lines,
-)
 from clip_retrieval.errors import NotFiniteError, UserError
-from clip_retrieval.files import write_atomic
+from clip_retrieval.files import to_json, write_atomic
+from clip_retrieval.jsonl import LONGEST_LINE, Id, id_of, is_id, open_input, read_lines, record_of_numbers, write_lines
 
 ID_KEYS = {"image": "image_id", "text": "text_id"}
 NPY = ".npy"
@@ -122,8 +112,8 @@ def read_features(path: Path, kind: str, *, memory_map: bool = False) -> Feature
 
 
 def _read_npy(path: Path, memory_map: bool) -> Features:
-    from clip_retrieval.data.readers.files import read_json
-    from clip_retrieval.evaluation.features import read_vectors
+    from clip_retrieval.files import read_json
+    from clip_retrieval.retrieval.evaluate_features import read_vectors
 
     vectors = read_vectors(path, memory_map=memory_map)
     beside = ids_path(path)

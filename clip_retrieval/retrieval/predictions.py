@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_retrieval.data.jsonl import Id, id_of, is_id, read_records, write_lines
 from clip_retrieval.errors import UserError
+from clip_retrieval.jsonl import Id, id_of, is_id, read_records, write_lines
 from clip_retrieval.retrieval.features import Features, read_features
 
 STANDARD_K = (1, 5, 10)  # as in evaluation.metrics, which would load torch
@@ -229,9 +229,9 @@ def _exact(
     gallery_batch_size: int | None,
     device: str | None,
 ) -> dict[str, np.ndarray]:
+    from clip_retrieval.device import choose_device
     from clip_retrieval.evaluation.neighbours import nearest
     from clip_retrieval.evaluation.scores import Side, scoring_device, tile_size
-    from clip_retrieval.training.precision import choose_device
 
     place = scoring_device(images.vectors, choose_device(device))
     tile = list(tile_size(place))

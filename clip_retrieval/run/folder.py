@@ -15,9 +15,9 @@ from typing import Any
 
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
+from clip_retrieval.log import log
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import AUTO, Options
-from clip_retrieval.reporting.log import log
 from clip_retrieval.training.checkpoint import save_checkpoint
 
 try:

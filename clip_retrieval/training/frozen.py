@@ -7,11 +7,11 @@ from torch import Tensor
 
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.pixels import Pixels
+from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.device import autocast
 from clip_retrieval.distributed import ALONE, Processes
-from clip_retrieval.evaluation.encode import encode_captions, encode_images
+from clip_retrieval.encode import encode_captions, encode_images
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.training.precision import autocast
 
 
 def frozen_images(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import log
+from clip_retrieval.log import log
 from clip_retrieval.training.step import Trainer
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_retrieval.data.batches.loader import TrainBatch
+from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.loader import TrainBatch
-from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.device import autocast, make_scaler
 from clip_retrieval.distributed import ALONE, Processes
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import make_loss
@@ -22,7 +23,6 @@ from clip_retrieval.models.batch_norm import statistics_kept
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
-from clip_retrieval.training.precision import autocast, make_scaler
 
 MAX_LOGIT_SCALE = math.log(100)
 ACCURACY_ROWS = 1024  # images that are compared with all captions at a time

@@ -13,8 +13,8 @@ from torchvision import datasets
 
 from clip_retrieval.classification import archives
 from clip_retrieval.classification.archives import READERS
-from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
-from clip_retrieval.classification.official_names import OFFICIAL_NAMES
+from clip_retrieval.classification.class_names import OFFICIAL_NAMES
+from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.errors import UserError
 
 LABELS = {"cifar10": [9, 0, 3], "cifar100": [99, 1, 0, 52], "stl10": [2, 9]}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
 from clip_retrieval.classification.folder import class_folders, image_paths
+from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.log import start_log
+from clip_retrieval.log import start_log
 from tests.classification.conftest import paint
 
 

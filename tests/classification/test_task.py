@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_retrieval.classification.catalog import ZeroShotData
-from clip_retrieval.classification.encode import class_embeddings, prompted
+from clip_retrieval.classification.embeddings import class_embeddings, prompted
 from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.labelled_sets import ZeroShotData
 from clip_retrieval.classification.task import prepare_task, score_task, task_of
 from clip_retrieval.classification.templates import SETS, Templates
-from clip_retrieval.data.images import ImageArray, ImageFiles
+from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
 from clip_retrieval.models.towers import RetrievalModel
 from tests.classification.conftest import TOKENIZER
 from tests.models.small import small_clip, small_preprocess

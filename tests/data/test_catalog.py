@@ -8,7 +8,7 @@ import pytest
 
 from clip_retrieval.data.catalog import READERS, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError
 
 

@@ -11,18 +11,18 @@ import numpy as np
 import open_clip
 import pytest
 
-from clip_retrieval.data.build_lmdb import build_lmdb
 from clip_retrieval.data.captions import tokenize
-from clip_retrieval.data.export import export
-from clip_retrieval.data.export_shards import export_shards
-from clip_retrieval.data.shard_samples import read_captions
+from clip_retrieval.data.shards.samples import read_captions
+from clip_retrieval.data.writers.build_lmdb import build_lmdb
+from clip_retrieval.data.writers.tar_shards import export_shards
+from clip_retrieval.data.writers.tsv import export
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log
 from clip_retrieval.retrieval.features import read_features, write_features
 from clip_retrieval.retrieval.predictions import predict, read_lists, score_predictions, transform_to_tr
-from tests.data.chinese import photo, write_split
-from tests.data.shards import jpeg, write_shard
+from tests.data.make_chinese import photo, write_split
+from tests.data.make_shards import jpeg, write_shard
 
 CAPTIONS = ["a dog", "half an emoji \ud83d", "\udc36 the other half", "café\ud800!", "whole 🐶"]
 MENDED = ["a dog", "half an emoji \ufffd", "\ufffd the other half", "café\ufffd!", "whole 🐶"]

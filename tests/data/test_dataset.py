@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageFiles
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError
 
 

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_retrieval.data.batches.sampler import BatchSampler, number_of_samples, proportional
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images import ImageArray
+from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.mixture import MixedImages, mixed, read_mixture
-from clip_retrieval.data.pixels import MixedPixels, make_pixels
-from clip_retrieval.data.sampler import BatchSampler, number_of_samples, proportional
+from clip_retrieval.data.pixels.pixels import MixedPixels, make_pixels
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log
-from tests.data.test_sampler import dataset as one_dataset
-from tests.data.test_sampler import epoch_pairs
+from tests.data.batches.test_sampler import dataset as one_dataset
+from tests.data.batches.test_sampler import epoch_pairs
 from tests.models.small import small_preprocess
 
 

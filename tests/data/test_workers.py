@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from clip_retrieval.data import shared_memory
-from clip_retrieval.data.decode import image_pixels_limit, limit_image_pixels
+from clip_retrieval.data.images.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.workers import Workers, in_workers
 from clip_retrieval.errors import RunError, UserError
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.data.shards import shards_of_csv
+from tests.data.make_shards import shards_of_csv
 from tests.faults.hostile.case import model_config
 from tests.faults.program import Ended, Program, Settings
 from tests.faults.readers.reader import CAPTIONS, write_images

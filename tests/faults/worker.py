@@ -98,7 +98,7 @@ def judge(read: Callable[[], Any]) -> Outcome:
     """Run `read` as a program would, and judge its exit code and message."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
     from clip_retrieval.errors import run_and_exit
-    from clip_retrieval.reporting.log import start_log
+    from clip_retrieval.log import start_log
 
     _forget()
     start_log()

@@ -10,8 +10,9 @@ from open_clip import CLIP, get_model_config
 from safetensors.torch import save_file
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.build import build_model, build_tokenizer, known_tags, rebuild_model
+from clip_retrieval.models.build import build_model, known_tags, rebuild_model
 from clip_retrieval.models.source import find_source
+from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.options import ModelOptions
 from tests.models.small import TEXT, VIT, small_clip, small_config
 from tests.models.test_weights import features, jit_archive

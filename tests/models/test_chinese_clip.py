@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from clip_retrieval.data.captions import tokenize
-from clip_retrieval.data.preprocess import evaluation_transform
+from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import chinese_clip
-from clip_retrieval.models.build import build_model, build_tokenizer, rebuild_model
+from clip_retrieval.models.build import build_model, rebuild_model
+from clip_retrieval.models.export import export_chinese_clip
+from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
-from clip_retrieval.models.weights import export_chinese_clip
 from clip_retrieval.options import ModelOptions
 from tests.models.small import small_preprocess
 

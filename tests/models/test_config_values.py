@@ -10,8 +10,9 @@ import torch
 from open_clip import CustomTextCLIP
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.build import build_model, build_tokenizer
+from clip_retrieval.models.build import build_model
 from clip_retrieval.models.memory import build_within_memory
+from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.options import ModelOptions
 from tests.models.small import RESNET, TEXT, VIT, WORDS, small_config, small_simple_config
 from tests.models.test_remote_code import ROBERTA, TOWER

@@ -208,7 +208,7 @@ def test_nan_ends_an_evaluation_and_a_finetune_before_they_begin(run, arguments,
 
 def test_a_text_tower_that_is_not_finite_is_named(tmp_path):
     from clip_retrieval.models.build import build_model
-    from clip_retrieval.models.simple_clip import distilbert_weights
+    from clip_retrieval.models.simple_clip_weights import distilbert_weights
     from clip_retrieval.options import ModelOptions
     from tests.models.small import small_simple_config
     from tests.models.test_config_values import written

@@ -12,7 +12,7 @@ from clip_retrieval.models.build import build_model
 from clip_retrieval.options import ModelOptions
 from tests.models.small import TEXT, small_clip, small_config
 from tests.models.test_chinese_clip import checkpoint as chinese_checkpoint
-from tests.models.test_simple_clip import Reference
+from tests.models.test_simple_clip_weights import Reference
 
 SMALL_TEXT = {**TEXT, "vocab_size": 64}
 OTHER_SHAPES = [

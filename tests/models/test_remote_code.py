@@ -10,9 +10,9 @@ import torch
 from transformers import BertTokenizer
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.build import build_model, build_tokenizer, rebuild_model
+from clip_retrieval.models.build import build_model, rebuild_model
 from clip_retrieval.models.hugging_face import known_config
-from clip_retrieval.models.word_pieces import WordPieceTokenizer
+from clip_retrieval.models.tokenizers import WordPieceTokenizer, build_tokenizer
 from clip_retrieval.options import ModelOptions
 from tests.models.small import WORDS, small_config, small_simple_config
 

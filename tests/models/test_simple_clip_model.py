@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 from transformers import DistilBertConfig, DistilBertModel
 
-from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.simple_clip_model import CLASSIFIERS, DistilBertTower, SimpleCLIP, TorchvisionTower
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions

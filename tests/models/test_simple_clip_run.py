@@ -6,7 +6,7 @@ from torchvision import models
 
 from tests.conftest import read_json, read_lines
 from tests.models.small import WORDS
-from tests.models.test_simple_clip import Reference
+from tests.models.test_simple_clip_weights import Reference
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from clip_retrieval.data.preprocess import evaluation_transform
+from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.models.towers import RetrievalModel
 from tests.models.small import TEXT, small_clip, small_config, small_preprocess, small_simple_clip
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from clip_retrieval.models.weights import export_chinese_clip
+from clip_retrieval.models.export import export_chinese_clip
 from tests.conftest import read_json
 from tests.models.small import small_simple_config
 from tests.models.test_chinese_clip import checkpoint as chinese_checkpoint

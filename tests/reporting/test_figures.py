@@ -4,9 +4,9 @@ from matplotlib import font_manager
 from PIL import Image
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.reporting import figures
 from clip_retrieval.reporting.figures import Panel, draw_predictions, fonts_for
-from clip_retrieval.reporting.log import log
 
 BARS = [("lawn mower", 61.0), ("sea", 20.0), ("mushroom", 9.5), ("worm", 0.5), ("cloud", 0.0)]
 

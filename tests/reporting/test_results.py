@@ -4,7 +4,8 @@ import re
 import pytest
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.reporting.results import read_results, write_json
+from clip_retrieval.files import write_json
+from clip_retrieval.reporting.results import read_results
 from clip_retrieval.reporting.table import markdown_table, results_table
 
 

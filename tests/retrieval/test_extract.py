@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from clip_retrieval.data.build_lmdb import build_lmdb
+from clip_retrieval.data.writers.build_lmdb import build_lmdb
 from clip_retrieval.errors import UserError
 from clip_retrieval.extract import Wanted
 from clip_retrieval.retrieval.features import read_features
 from tests.conftest import read_json, read_jsonl, write_jsonl
-from tests.data.chinese import photo, write_sample, write_split
+from tests.data.make_chinese import photo, write_sample, write_split
 from tests.torchrun import Torchrun
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_retrieval.data import jsonl
+from clip_retrieval import jsonl
 from clip_retrieval.errors import UserError
 from clip_retrieval.retrieval import features as module
 from clip_retrieval.retrieval.features import read_features, write_features

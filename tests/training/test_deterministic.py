@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.batches.loader import TrainBatch
+from clip_retrieval.device import deterministic_algorithms
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
-from clip_retrieval.training.precision import deterministic_algorithms
 from clip_retrieval.training.step import Trainer
 from tests.conftest import ROOT, read_json
 from tests.models.small import TEXT, small_clip, small_preprocess

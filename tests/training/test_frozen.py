@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clip_retrieval.evaluation import encode
+from clip_retrieval import encode
 
 
 @pytest.mark.parametrize("model", ["small.json", "resnet.json"])
@@ -33,7 +33,7 @@ def test_the_weights_are_those_of_the_plain_way(run, arguments, captioned, tmp_p
 
 
 def test_images_are_read_once_and_not_in_each_epoch(run, arguments, tmp_path, monkeypatch):
-    from clip_retrieval.data import loader
+    from clip_retrieval.data.batches import loader
 
     read = []
     normal = loader._PixelsOfMany.__call__

@@ -8,7 +8,7 @@ import torch
 from open_clip.loss import ClipLoss
 from open_clip_train.scheduler import cosine_lr
 
-from clip_retrieval.data.loader import TrainBatch
+from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import parameter_groups

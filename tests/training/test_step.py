@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from clip_retrieval.data.batches.loader import TrainBatch
+from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageFiles
-from clip_retrieval.data.loader import TrainBatch
-from clip_retrieval.data.sampler import BatchSampler
+from clip_retrieval.data.images.image_files import ImageFiles
+from clip_retrieval.device import true_float32
 from clip_retrieval.errors import RunError
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
-from clip_retrieval.training.precision import true_float32
 from clip_retrieval.training.step import Trainer
 from tests.models.small import small_clip, small_preprocess
 

@@ -19,18 +19,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_retrieval.data.base64_images import Base64Images, TsvImages, typed_ids
-from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.jsonl import is_id, read_records
-from clip_retrieval.data.lmdb_files import LmdbImages, read_pairs, read_unanswered
-from clip_retrieval.data.readers import files
+from clip_retrieval.data.captions import clean_caption, mend_characters
+from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
+from clip_retrieval.data.images.base64_images import Base64Images, TsvImages, typed_ids
+from clip_retrieval.data.images.lmdb_folder import LmdbImages, read_pairs, read_unanswered
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import check_root
+from clip_retrieval.jsonl import is_id, read_records
 from clip_retrieval.options import DataOptions
 
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
 # What each split is called in file names, Chinese-CLIP's own first.
 NAMES = {
-    split: sorted((name for name, of in files.SPLITS.items() if of == split), key="valid".__ne__)
+    split: sorted((name for name, of in SPLITS.items() if of == split), key="valid".__ne__)
     for split in ("train", "val", "test")
 }
 
@@ -150,7 +151,7 @@ def _place_in_root(options: DataOptions, split: str) -> Place | None:
         return place
     if options.train_data or options.val_data:
         return None  # the root need not be there at all
-    files.check_root(root)
+    check_root(root)
     if not any(_place_below(root, other) for other in NAMES):
         raise UserError(
             f"{root}: holds neither lmdb/{{train,valid,test}} nor {{train,valid,test}}{IMAGES} and ...{TEXTS}; give "
@@ -185,7 +186,7 @@ def _text(record: Any, number: int, where: str) -> Text:
     image_ids = [] if image_ids is None else image_ids
     if not isinstance(image_ids, list) or not all(map(is_id, image_ids)):
         raise UserError(f'{where}: "image_ids" is not a list of whole numbers or texts')
-    return Text(text_id, files.mend_characters(text), image_ids, number)
+    return Text(text_id, mend_characters(text), image_ids, number)
 
 
 def read_lmdb_texts(folder: Path) -> Texts:
@@ -212,7 +213,7 @@ def _dataset(name: str, split: str, images: Base64Images, texts: Texts) -> Retri
     captions: list[str] = []
     for text in texts.records:
         if caption_of.setdefault(text.text_id, len(captions)) == len(captions):
-            captions.append(files.clean_caption(text.text))
+            captions.append(clean_caption(text.text))
     pairs = [(image, caption_of[text.text_id]) for text, _, image in texts.answers(images.keys, images.path)]
     image_ids = typed_ids(images.keys, (image_id for text in texts.records for image_id in text.image_ids))
     return RetrievalDataset(name, split, images, captions, np.array(pairs, np.int64), image_ids, list(caption_of))

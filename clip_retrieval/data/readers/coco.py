@@ -24,10 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images import image_files
-from clip_retrieval.data.readers import files, karpathy
+from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.readers import annotations, karpathy
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import check_root, read_json
 from clip_retrieval.options import DataOptions
 
 # The id lists of a split, and where COCO had their images and captions in 2014.
@@ -71,17 +73,17 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
             return _without_splits(options, split, captions)
         parts = []
         for name in _lists(options, split):
-            rows, found = captions.find(files.read_ids(_id_file(root, name)))
+            rows, found = captions.find(annotations.read_ids(_id_file(root, name)))
             parts.append((name, captions, rows[found]))
         return _dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
-    files.check_root(root)
+    check_root(root)
     if not _captions_files(root, "val2014") and karpathy.json_file(root, "coco"):
         return karpathy.read(options, split)
     parts = []
     for name in _lists(options, split):
         captions = _list_captions(root, FOLDERS[name])
         id_file = _id_file(root, name)
-        ids = files.read_ids(id_file)
+        ids = annotations.read_ids(id_file)
         rows, found = captions.find(ids)
         if not found.all():
             raise UserError(
@@ -98,14 +100,14 @@ def _lists(options: DataOptions, split: str) -> tuple[str, ...]:
 
 def _id_file(root: Path, name: str) -> Path:
     file = f"coco_{name}_ids.npy"
-    return files.first_file([root / "annotations" / file, root / file]) or files.ANNOTATIONS / file
+    return annotations.first_file([root / "annotations" / file, root / file]) or annotations.ANNOTATIONS / file
 
 
 def _captions_files(root: Path, folder: str) -> list[Path]:
     """The captions file of `folder`, or else 2017's, either of which may hold the same captions."""
     for names in ([folder], ["train2017", "val2017"]):
         files_of = [[base / f"captions_{name}.json" for base in (root / "annotations", root)] for name in names]
-        if found := [path for candidates in files_of if (path := files.first_file(candidates))]:
+        if found := [path for candidates in files_of if (path := annotations.first_file(candidates))]:
             return found
     return []
 
@@ -135,7 +137,7 @@ def _list_captions(root: Path, folder: str) -> Captions:
 @functools.lru_cache(maxsize=4)
 def read_captions(path: Path) -> Captions:
     """Read a captions file in COCO's format. Raises UserError if it is not one."""
-    data = files.read_json(path)
+    data = read_json(path)
     _check(data, path)
     names = {image["id"]: image["file_name"] for image in data["images"]}
     annotations = sorted(data["annotations"], key=lambda annotation: annotation["id"])
@@ -147,7 +149,7 @@ def read_captions(path: Path) -> Captions:
             caption, image = annotation["id"], annotation["image_id"]
             raise UserError(f"{path}: caption {caption} belongs to image {image}, which the file does not list")
     ids, image_ids = (_ids([annotation[key] for annotation in annotations]) for key in ("id", "image_id"))
-    texts = [files.clean_caption(annotation["caption"]) for annotation in annotations]
+    texts = [clean_caption(annotation["caption"]) for annotation in annotations]
     return Captions(str(path), ids, image_ids, texts, names)
 
 
@@ -191,7 +193,7 @@ def is_coco(captions: Captions) -> bool:
         match = named.fullmatch(name)
         if not match or int(match[1]) != image_id:
             return False
-    lists = [files.read_ids(files.ANNOTATIONS / f"coco_{name}_ids.npy") for name in FOLDERS]
+    lists = [annotations.read_ids(annotations.ANNOTATIONS / f"coco_{name}_ids.npy") for name in FOLDERS]
     rows, found = captions.find(np.concatenate(lists))
     listed_images = np.flatnonzero(found) // 5
     file_images, index = np.unique(captions.image_ids[rows[found]], return_inverse=True)

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images import image_files
-from clip_retrieval.data.readers import files
+from clip_retrieval.data.captions import clean_caption
+from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
+from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.readers import annotations
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import read_text
 from clip_retrieval.options import DataOptions
 
 DELIMITERS = ",;\t|"
@@ -39,7 +41,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     if options.annotations:
         path = Path(options.annotations)
     else:
-        path = files.only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
+        path = annotations.only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
     rows, has_splits = _read_rows(path, options.image_column, options.caption_column, options.split_column)
     if has_splits:
         rows = [row for row in rows if row.split == split]
@@ -66,13 +68,13 @@ def _read_rows(path: Path, image_column: str, caption_column: str, split_column:
     required = split_column != DataOptions.split_column
     rows = []
     for row in read_table(path, (image_column,), (caption_column,), split_column, required):
-        caption = files.clean_caption(row.caption)
+        caption = clean_caption(row.caption)
         if not row.image or not caption:
             empty = image_column if not row.image else caption_column
             raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or take the line out")
         split = row.split
-        if split is not None and (split := files.SPLITS.get(row.split.lower())) is None:
-            raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(files.SPLITS)}")
+        if split is not None and (split := SPLITS.get(row.split.lower())) is None:
+            raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(SPLITS)}")
         rows.append(Row(row.image, caption, split, row.line))
     if not rows:
         raise UserError(f"{path}: holds no captions")
@@ -91,7 +93,7 @@ def read_table(
     The image and caption columns are the first of the given ones that the header has. Raises UserError, naming
     the line, where a row has other than the header's columns.
     """
-    text = files.read_text(path)
+    text = read_text(path)
     header_line = re.match(r"[^\r\n]*", text.lstrip())[0]
     delimiter = _delimiter(path, header_line, image_columns, caption_columns)
     # strict: a stray quote is an error, where it would swallow the lines up to the next one.

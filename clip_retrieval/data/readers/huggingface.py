@@ -21,15 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from clip_retrieval.data.alike import merge_alike
-from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
-from clip_retrieval.data.images import image_files
+from clip_retrieval.data.captions import clean_caption
+from clip_retrieval.data.dataset import SPLITS, UNSPLIT, Images, RetrievalDataset
+from clip_retrieval.data.images.arrow_columns import Contents, SavedImages, is_saved, is_text, open_saved
+from clip_retrieval.data.images.duplicates import merge_alike
+from clip_retrieval.data.images.image_files import image_files
 from clip_retrieval.data.mixture import read_mixture
-from clip_retrieval.data.readers import files
-from clip_retrieval.data.saved_columns import Contents, SavedImages, is_saved, is_text, open_saved
 from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import check_root, read_json
+from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log, progress_bar
 
 SPLITS_FILE = "dataset_dict.json"
 # Where simple-clip keeps its data sets.
@@ -41,7 +42,7 @@ IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_base64_str"), ("caption", "out
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None where the data set has no such split."""
     root = Path(options.dataset_root)
-    files.check_root(root)
+    check_root(root)
     if options.dataset == "combined":
         parts = [replace(options, dataset=name, dataset_root=str(root / folder)) for name, folder in FOLDERS.items()]
         return read_mixture("combined", parts, split, _read_saved)
@@ -54,7 +55,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
 def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split of the data set that was saved in dataset_root."""
     root = Path(options.dataset_root)
-    files.check_root(root)
+    check_root(root)
     if is_saved(root):
         return None if split == "val" else _dataset(options, UNSPLIT, root)
     if not (root / SPLITS_FILE).is_file():
@@ -70,13 +71,13 @@ def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
 
 def _split_names(path: Path) -> dict[str, str]:
     """The folder of each split."""
-    content = files.read_json(path)
+    content = read_json(path)
     found = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise UserError(f'{path}: names no "splits"; save the data set anew')
-    names = {files.SPLITS[name]: name for name in found if name in files.SPLITS}
+    names = {SPLITS[name]: name for name in found if name in SPLITS}
     if not names:
-        raise UserError(f"{path}: none of its splits ({', '.join(found)}) is one of {', '.join(files.SPLITS)}")
+        raise UserError(f"{path}: none of its splits ({', '.join(found)}) is one of {', '.join(SPLITS)}")
     return names
 
 
@@ -130,7 +131,7 @@ def _captions(column: Any, where: str) -> list[list[str]]:
     captions = []
     for value in values:
         texts = value if isinstance(value, list) else [value]
-        captions.append([clean for text in texts if text and (clean := files.clean_caption(text))])
+        captions.append([clean for text in texts if text and (clean := clean_caption(text))])
     return captions
 
 

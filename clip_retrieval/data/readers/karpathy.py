@@ -1,4 +1,4 @@
-"""Flickr30K, Flickr8K and everything else in Karpathy's JSON; the Flickr sets also as captions files.
+"""Flickr30K, Flickr8K and everything else in Karpathy's JSON; the Flickr sets also as captions annotations.
 
 Karpathy's JSON ({root}/dataset_{name}.json, also .json.gz; any single dataset_*.json for `--dataset karpathy`) lists
 images with file name, split and sentences. restval belongs to train unless --no_restval. An image without sentences
@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import image_files
-from clip_retrieval.data.readers import csv_file, files
+from clip_retrieval.data.captions import clean_caption
+from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
+from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.readers import annotations, csv_file
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import check_root, read_json, read_text
 from clip_retrieval.options import DataOptions
 
 FLICKR = ("flickr8k", "flickr30k")
@@ -67,7 +69,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None where the data set has no such split."""
     path = _find(options)
     if path.name.endswith((".json", ".json.gz")):
-        parts = read_json(path)
+        parts = read_karpathy_json(path)
     elif options.dataset in FLICKR:
         parts = read_captions(path, options.dataset)
     else:
@@ -94,12 +96,12 @@ def _find(options: DataOptions) -> Path:
         return Path(options.annotations)
     root, name = Path(options.dataset_root), options.dataset
     if name == "karpathy":
-        return files.only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
-    files.check_root(root)
+        return annotations.only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
+    check_root(root)
     found = json_file(root, name)
     folders = [root, *(root / folder for folder in IMAGE_FOLDERS.get(name, ()))]
     usual = CAPTIONS_FILES.get(name, ())
-    found = found or files.first_file(folder / file for folder in folders for file in usual)
+    found = found or annotations.first_file(folder / file for folder in folders for file in usual)
     if not found:
         others = f" (nor {', '.join(usual)})" if usual else ""
         raise UserError(f"{root / f'dataset_{name}.json'}: no such file{others}; name it with --annotations")
@@ -108,7 +110,7 @@ def _find(options: DataOptions) -> Path:
 
 def json_file(root: Path, name: str) -> Path | None:
     """The Karpathy JSON of a data set."""
-    return files.first_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
+    return annotations.first_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
 
 
 def _places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
@@ -128,9 +130,9 @@ def _places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path
 
 # Karpathy's COCO file takes gigabytes as parsed; what is kept for the other splits is a few plain lists.
 @functools.lru_cache(maxsize=1)
-def read_json(path: Path) -> dict[str, Part]:
+def read_karpathy_json(path: Path) -> dict[str, Part]:
     """Read a Karpathy JSON: its images by split (train, restval, val, test). Raises UserError where it is not one."""
-    data = files.read_json(path)
+    data = read_json(path)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise UserError(f'{path}: not a Karpathy JSON (no list "images")')
@@ -142,7 +144,7 @@ def read_json(path: Path) -> dict[str, Part]:
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str) or not image["filename"]:
             raise UserError(f'{where} has no "filename")')
         named = image.get("split")
-        split = {"restval": "restval", **files.SPLITS}.get(named) if isinstance(named, str) else None
+        split = {"restval": "restval", **SPLITS}.get(named) if isinstance(named, str) else None
         if split is None:
             raise UserError(
                 f"{where}, {image['filename']}, has the split {reprlib.repr(named)}, not one of train, restval, val, "
@@ -162,7 +164,7 @@ def _sentences(sentences: Any) -> list[str] | None:
         return None
     if not all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences):
         return None
-    return [files.clean_caption(sentence["raw"]) for sentence in sentences]
+    return [clean_caption(sentence["raw"]) for sentence in sentences]
 
 
 @functools.lru_cache(maxsize=1)
@@ -176,7 +178,7 @@ def read_captions(path: Path, name: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for split in ("train", "val", "test"):
         part = Part()
-        for image in files.read_text(files.ANNOTATIONS / f"{name}_{split}.txt").split():
+        for image in read_text(annotations.ANNOTATIONS / f"{name}_{split}.txt").split():
             if image in captions:
                 part.add(image, "", captions[image])
         if part.names:
@@ -188,7 +190,7 @@ def read_captions(path: Path, name: str) -> dict[str, Part]:
 
 def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
     """(image, caption) for each line of the file, in whichever of the three forms it has."""
-    lines = files.read_text(path).split("\n")
+    lines = read_text(path).split("\n")
     header = lines[0]
     if re.match(r"[^|,\t]+#\d+\t", header):
         form, skip = re.compile(r"([^\t]+)#\d+\t(.*)"), 0
@@ -197,7 +199,7 @@ def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
         form, skip = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)"), 1
     else:
         for row in csv_file.read_table(path, ("image", "image_name"), ("caption", "comment")):
-            yield row.image, files.clean_caption(row.caption)
+            yield row.image, clean_caption(row.caption)
         return
     for number, line in enumerate(lines[skip:], 1 + skip):
         if not line.strip():
@@ -205,4 +207,4 @@ def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
         match = form.fullmatch(line.strip(" \r"))
         if not match or not match[1].strip() or not match[2].strip():
             raise UserError(f"{path}, line {number}: not an image and a caption: {line[:60]!r}")
-        yield match[1].strip(), files.clean_caption(match[2])
+        yield match[1].strip(), clean_caption(match[2])

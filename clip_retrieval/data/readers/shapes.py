@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from clip_retrieval.arrays import read_npy
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images import ImageArray
+from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import write_atomic
 from clip_retrieval.options import DataOptions

@@ -7,20 +7,18 @@ those with the same image, byte for byte, are one image with the captions of all
 
 from __future__ import annotations
 
-import io
-import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from clip_retrieval.data.alike import merge_alike
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.decode import decode_rgb
-from clip_retrieval.data.shard_samples import (
+from clip_retrieval.data.images.duplicates import merge_alike
+from clip_retrieval.data.images.tar_members import ShardImages
+from clip_retrieval.data.shards.find import find_shards
+from clip_retrieval.data.shards.samples import (
     Member,
     Unusable,
     caption_ending,
@@ -28,54 +26,10 @@ from clip_retrieval.data.shard_samples import (
     read_captions,
     read_members,
 )
-from clip_retrieval.data.shards import find_shards
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import open_regular
+from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
-from clip_retrieval.reporting.log import log, progress_bar
-
-WHOLE = slice(None)
-
-
-class ShardImages:
-    """Images by index, read from tar shards.
-
-    Args:
-        paths: the shards.
-        places: int64 (images, 3): shard, first byte and size of each image.
-        members: what each is called in its shard.
-    """
-
-    def __init__(self, paths: Sequence[Path], places: np.ndarray, members: Sequence[str]):
-        self.paths = paths
-        self.places = places
-        self.members = members
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
-
-    def encoded(self, index: int, part: slice = WHOLE) -> bytes:
-        """The bytes of the image file, or a part of them."""
-        shard, begin, size = self.places[index].tolist()
-        first, end, _ = part.indices(size)
-        # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
-        try:
-            with open_regular(self.paths[shard]) as file:
-                file.seek(begin + first)
-                return file.read(end - first)
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); start again") from None
-
-    def name(self, index: int) -> str:
-        return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"
-
-    def stamp(self, index: int) -> tuple[int, int]:
-        """Size in bytes of the image, and time of the shard's last change (ns)."""
-        shard, _, size = self.places[index].tolist()
-        return size, os.stat(self.paths[shard]).st_mtime_ns  # noqa: PTH116  a hundred thousand times
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:

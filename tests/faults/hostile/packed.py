@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.data.shards import write_shard
+from tests.data.make_shards import write_shard
 from tests.faults.containers import write_lmdb
 from tests.faults.hostile.case import EITHER, MARKER, Case, evaluate, finetune
 from tests.faults.hostile.texts import DEEP, DIGITS

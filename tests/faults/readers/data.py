@@ -188,7 +188,7 @@ def _make_class_json(folder: Path) -> list[Path]:
 
 
 def _read_classes(path: Path) -> None:
-    from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
+    from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 
     labelled, templates = read_labelled(ZeroShotData(str(path.parent / "images"), path.parent, class_names=path))
     use_classes(labelled.class_names, templates.texts)
@@ -201,7 +201,7 @@ def _make_templates(folder: Path) -> list[Path]:
 
 
 def _read_templates(path: Path) -> None:
-    from clip_retrieval.classification.catalog import ZeroShotData, read_labelled
+    from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 
     labelled, templates = read_labelled(ZeroShotData(str(path.parent / "images"), path.parent, templates=str(path)))
     use_classes(labelled.class_names, templates.texts)
@@ -221,8 +221,8 @@ def _make_sizes(folder: Path) -> list[Path]:
 
 
 def _read_sizes(path: Path) -> None:
-    from clip_retrieval.data.shard_order import ShardOrder, Shards
-    from clip_retrieval.data.shards import known_sizes
+    from clip_retrieval.data.shards.find import known_sizes
+    from clip_retrieval.data.shards.order import ShardOrder, Shards
 
     paths = [path.parent / f"{i}.tar" for i in range(3)]
     sizes = known_sizes(paths)

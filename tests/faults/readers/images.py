@@ -88,7 +88,7 @@ def _make(suffix: str, documents: Make) -> Callable[[Path], list[Path]]:
 
 
 def _read(path: Path) -> None:
-    from clip_retrieval.data.images import ImageFiles
+    from clip_retrieval.data.images.image_files import ImageFiles
 
     images = ImageFiles([str(path)])
     transform()(images[0])

@@ -125,7 +125,7 @@ def _use_model(built: Any) -> None:
 
     from PIL import Image
 
-    from clip_retrieval.data.pixels import ImageTransform
+    from clip_retrieval.data.pixels.pixels import ImageTransform
 
     image = Image.open(io.BytesIO(encoded_image(0))).convert("RGB")
     pixels = ImageTransform(built.preprocess)(image)[None].float()
@@ -154,7 +154,8 @@ def _make_configs(folder: Path) -> list[Path]:
 
 def _read_config(path: Path) -> None:
     from clip_retrieval.data.captions import tokenize
-    from clip_retrieval.models.build import build_model, build_tokenizer
+    from clip_retrieval.models.build import build_model
+    from clip_retrieval.models.tokenizers import build_tokenizer
     from clip_retrieval.options import ModelOptions
 
     options = ModelOptions(vision_model=str(path), pretrained="none")
@@ -172,7 +173,7 @@ def _make_vocabulary(folder: Path) -> list[Path]:
 
 def _read_vocabulary(path: Path) -> None:
     from clip_retrieval.data.captions import tokenize
-    from clip_retrieval.models.word_pieces import WordPieceTokenizer
+    from clip_retrieval.models.tokenizers import WordPieceTokenizer
 
     tokenizer = WordPieceTokenizer(str(path), 8, len(WORDS))
     tokenize(CAPTIONS, tokenizer)

@@ -7,7 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
-from tests.data.shards import write_shard
+from tests.data.make_shards import write_shard
 from tests.faults import tokens
 from tests.faults.containers import in_lmdb, in_tar, write_lmdb
 from tests.faults.readers.reader import CAPTIONS, Reader, encoded_image, transform, use_splits, write_images
@@ -55,9 +55,9 @@ def _read_shards(path: Path) -> None:
 def _read_stream(path: Path) -> None:
     import numpy as np
 
-    from clip_retrieval.data.shard_lanes import decode_sample
-    from clip_retrieval.data.shard_samples import Unusable, check_layout, count_samples, read_samples
-    from clip_retrieval.data.shards import check_whole
+    from clip_retrieval.data.shards.find import check_whole
+    from clip_retrieval.data.shards.lanes import decode_sample
+    from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_samples
 
     check_whole(path)
     count = count_samples(path)
@@ -104,8 +104,8 @@ def _read_saved(path: Path) -> None:
 
 
 def _cached(folder: Path, augment: str = "none") -> None:
-    from clip_retrieval.data.image_cache import cached_pixels
-    from clip_retrieval.data.images import ImageFiles
+    from clip_retrieval.data.images.image_files import ImageFiles
+    from clip_retrieval.data.pixels.cache import cached_pixels
 
     images = ImageFiles([str(folder / f"{i}.jpg") for i in range(4)])
     preprocess = small_preprocess(8)

@@ -67,7 +67,7 @@ def tokenizer() -> Any:
 @functools.cache
 def transform() -> Any:
     """The preprocessing of a small model."""
-    from clip_retrieval.data.pixels import ImageTransform
+    from clip_retrieval.data.pixels.pixels import ImageTransform
 
     return ImageTransform(small_preprocess())
 

@@ -60,14 +60,14 @@ def _make_relevance(folder: Path) -> list[Path]:
 
 
 def _read_relevance(path: Path) -> None:
-    from clip_retrieval.evaluation.features import evaluate_feature_files
+    from clip_retrieval.retrieval.evaluate_features import evaluate_feature_files
 
     sides = (path.with_name("image_features.npy"), path.with_name("text_features.npy"))
     evaluate_feature_files(*sides, **{path.stem: path}, device="cpu")
 
 
 def _read_arrays(path: Path) -> None:
-    from clip_retrieval.evaluation.features import evaluate_feature_files
+    from clip_retrieval.retrieval.evaluate_features import evaluate_feature_files
 
     _read_features(path)
     np.save(path.with_name("pairs.npy"), np.array([[0, 0], [1, 2], [2, 1]], np.int64))

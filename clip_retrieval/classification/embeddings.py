@@ -1,0 +1,85 @@
+"""Images and classes in one space: the features of images, and an embedding of each class from its prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_retrieval.classification.templates import Templates
+from clip_retrieval.data.captions import Tokens, tokenize
+from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
+from clip_retrieval.data.pixels.pixels import Pixels, make_pixels
+from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.evaluation.evaluator import encode_split
+from clip_retrieval.log import log
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import EvalOptions
+
+
+@dataclass(frozen=True)
+class ImagesAndClasses:
+    """Features float32 (images, dim) and (classes, dim), L2-normalised, and the seconds they took."""
+
+    images: Tensor
+    classes: Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Images as a model sees them, and the prompts of the classes, tokenised; nothing is said of what is what."""
+
+    dataset: RetrievalDataset
+    tokens: Tokens
+    pixels: Pixels
+    classes: int
+
+    def encode(
+        self,
+        model: RetrievalModel,
+        *,
+        device: torch.device,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        precision: str = "fp32",
+        processes: Processes = ALONE,
+    ) -> ImagesAndClasses:
+        """The features. The model, on `device`, keeps the mode it is in."""
+        encoded = encode_split(
+            model,
+            self.dataset,
+            self.tokens,
+            self.pixels,
+            EvalOptions(eval_batch_size=eval_batch_size, eval_precision=precision),
+            num_workers=num_workers,
+            device=device,
+            processes=processes,
+        )
+        seconds = {"images": encoded.seconds["images"], "classes": encoded.seconds["captions"]}
+        return ImagesAndClasses(encoded.images, class_embeddings(encoded.captions, self.classes), seconds)
+
+
+def prompted(
+    name: str, images: Images, class_names: list[str], templates: Templates, tokenizer: Any, preprocess: dict[str, Any]
+) -> Prompted:
+    """Images and classes, ready to be encoded. tokenizer and preprocess are the model's."""
+    prompts = templates.prompts(class_names)
+    tokens = tokenize(prompts, tokenizer)
+    if tokens.cut:
+        log.info(f"{tokens.cut:,} of {len(prompts):,} prompts are cut to {tokens.ids.shape[1]} tokens")
+    dataset = RetrievalDataset(name, UNSPLIT, images, prompts, np.empty((0, 2), np.int64))
+    return Prompted(dataset, tokens, make_pixels(images, preprocess), len(class_names))
+
+
+def class_embeddings(prompts: Tensor, classes: int) -> Tensor:
+    """(classes, dim): the L2-normalised mean of the normalised embeddings of each class's prompts.
+
+    prompts is (classes * templates, dim), those of a class one after the other. The recipe of CLIP (arXiv:2103.00020,
+    section 3.1.4).
+    """
+    return F.normalize(prompts.unflatten(0, (classes, -1)).mean(1), dim=-1)

@@ -1,0 +1,134 @@
+"""Images on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clip_retrieval.data.images.decode import decode_rgb, no_such_image, read_encoded
+from clip_retrieval.errors import UserError, reason
+
+
+class ImageFiles:
+    """Image files, opened with Pillow and converted to RGB as its `convert` does (grey, palette, CMYK, 16-bit)."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return decode_rgb(self.paths[index], self.paths[index])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes and time of the last change (ns) of the file: they differ where its content does."""
+        try:
+            found = os.stat(self.paths[index])  # noqa: PTH116  a Path for each of 100,000 files takes longer than this
+        except FileNotFoundError:
+            raise no_such_image(self.paths[index]) from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{self.paths[index]}: not a readable image ({reason(error)})") from None
+        return found.st_size, found.st_mtime_ns
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the file."""
+        return read_encoded(self.paths[index])
+
+
+class ImageArray:
+    """Images that are already decoded: uint8 (images, height, width, 3), in memory or memory-mapped."""
+
+    def __init__(self, pixels: np.ndarray, name: str):
+        self.pixels = pixels
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(np.asarray(self.pixels[index]))
+
+    def name(self, index: int) -> str:
+        return f"{self._name} image {index}"
+
+
+def image_files(places: Iterable[tuple[str | Path, Sequence[str]]], source: str | Path) -> ImageFiles:
+    """Find the image files of a data set, each in the first place that holds it.
+
+    Folders are listed, a listing per folder, instead of asking for each file: a hundred thousand images take
+    a fraction of a second, also on a network drive. A later place is only looked at for what is still missing.
+
+    Args:
+        places: (folder, names) for each way the same images may be stored; image i is names[i] everywhere. A
+            name may have subfolders, and an absolute one stands for itself.
+        source: the file that the images are named in, for the message.
+
+    Raises:
+        UserError: an image is in none of the places; so a run stops at its start and not hours later.
+    """
+    listings: dict[str, frozenset[str]] = {}
+    looked: list[tuple[str, Sequence[str]]] = []
+    paths: list[str] = []
+    missing: Sequence[int] = ()
+    for place, names in places:
+        folder = os.fspath(place)
+        if not looked:
+            paths, missing = [""] * len(names), range(len(names))
+        looked.append((folder, names))
+        missing = _look_in(folder, names, listings, paths, missing)
+        if not missing:
+            return ImageFiles(paths)
+    present = [(folder, names) for folder, names in looked if Path(folder).is_dir()]
+    folder, names = (present or looked)[0]
+    first = Path(folder, names[missing[0]])
+    folders = ", ".join(dict.fromkeys(folder for folder, _ in present or looked))
+    raise UserError(
+        f"{source}: {len(missing):,} of the {len(paths):,} images are not there, the first is {first} (looked in "
+        f"{folders}); give their folder as --image_dir"
+    )
+
+
+def _look_in(
+    folder: str,
+    names: Sequence[str],
+    listings: dict[str, frozenset[str]],
+    paths: list[str],
+    missing: Sequence[int],
+) -> list[int]:
+    """Fill in the paths of the missing images that `folder` holds; return those it does not."""
+    still: list[int] = []
+    parents: dict[str, str] = {}  # a Path per folder, not one per image
+    for i in missing:
+        subfolder, file = os.path.split(names[i])
+        if subfolder not in parents:
+            parent = parents[subfolder] = str(Path(folder, subfolder))
+            if parent not in listings:
+                listings[parent] = _listing(parent)
+        parent = parents[subfolder]
+        if file in listings[parent]:
+            paths[i] = f"{parent}{os.sep}{file}"
+        else:
+            still.append(i)
+    return still
+
+
+def _listing(folder: str) -> frozenset[str]:
+    """The names in a folder; none if there is no such folder, or can be none of this name."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries)
+    except ValueError:  # a NUL, or half a surrogate pair
+        return frozenset()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return frozenset()
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None

@@ -1,0 +1,108 @@
+"""Chinese-CLIP's LMDB folders, read: `imgs` (image id -> base64), `pairs` (number -> image id, text id, text, pickled).
+
+Neither liblmdb nor an unpickler touches them: see `lmdb_reader` and `pair_pickle`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from clip_retrieval.data.images.base64_images import Base64Images
+from clip_retrieval.data.images.decode import LARGEST_FILE
+from clip_retrieval.data.images.lmdb_reader import LmdbReader
+from clip_retrieval.data.images.pair_pickle import read_pair
+from clip_retrieval.errors import UserError
+
+NUM_IMAGES = b"num_images"
+NUM_SAMPLES = b"num_samples"
+# Keys of ours in `pairs`, which Chinese-CLIP does not look at: the lines of texts that no image answers.
+UNANSWERED = b"text:"
+LARGEST_PAIR = 2**28  # bytes
+_Found = TypeVar("_Found")
+
+
+def count(reader: LmdbReader, key: bytes) -> int:
+    """The number of images or pairs, which is written at the very end. Raises UserError if it is missing."""
+    value = reader.get(key)
+    if value is None or not value.isdigit() or len(value) > 18:
+        raise UserError(f"{reader.path.parent}: not a whole LMDB of Chinese-CLIP's (no {key.decode()}); build it anew")
+    return int(value)
+
+
+class LmdbImages(Base64Images):
+    """The images of an `imgs` folder, in the order of their keys. A process that was not forked opens it anew."""
+
+    def __init__(self, folder: Path):
+        self._reader: LmdbReader | None = LmdbReader(folder, LARGEST_FILE)
+        count(self._reader, NUM_IMAGES)
+        keys = [key for key in self._reader.iter_keys() if key != NUM_IMAGES]
+        try:
+            super().__init__(folder, [key.decode() for key in keys])
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder}: the image id {error.object[:40]!r} is not UTF-8 text; build it anew") from None
+        if not keys:
+            raise UserError(f"{folder}: holds no images")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_reader": None}
+
+    def base64(self, index: int) -> bytes:
+        return self._require(self._open().get(self._key(index)), index)
+
+    def _key(self, index: int) -> bytes:
+        return self.keys[index].encode()
+
+    def _open(self) -> LmdbReader:
+        if self._reader is None:
+            self._reader = LmdbReader(self.path, LARGEST_FILE)
+        return self._reader
+
+    def _require(self, found: _Found | None, index: int) -> _Found:
+        if found is None:
+            raise UserError(f"{self.name(index)}: no longer there; start again")
+        return found
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, key {self.keys[index]}"
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        size = self._require(self._open().size(self._key(index)), index)
+        return size, self._open().path.stat().st_mtime_ns
+
+
+def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, str]]]:
+    """(key, (image id, text id, text)) of each pair of a `pairs` folder, in order.
+
+    Raises UserError, naming the folder and the key, if one is missing or something else.
+    """
+    reader = LmdbReader(folder, LARGEST_PAIR)
+    number_of_pairs = count(reader, NUM_SAMPLES)
+    pickled = dict(reader.items())  # an order of magnitude faster than asking for each
+    for number in range(number_of_pairs):
+        try:
+            yield number, read_pair(pickled.pop(b"%d" % number))
+        except KeyError:
+            raise UserError(f"{folder}, key {number}: missing; build it anew") from None
+        except ValueError as error:
+            raise UserError(
+                f"{folder}, key {number}: refused ({error}); a pair holds an image id, a text id and a text only"
+            ) from None
+
+
+def read_unanswered(folder: Path) -> list[dict]:
+    """The texts in a `pairs` folder of ours that no image answers, as their lines had them."""
+    texts: list[dict] = []
+    for key, line in LmdbReader(folder, LARGEST_PAIR).items(UNANSWERED):
+        if not key.startswith(UNANSWERED):
+            break
+        try:
+            text = json.loads(line)
+        except (ValueError, RecursionError):
+            text = None
+        if not isinstance(text, dict):
+            raise UserError(f"{folder}, key {key.decode(errors='replace')}: broken JSON; build it anew")
+        texts.append(text)
+    return texts

@@ -1,0 +1,293 @@
+"""Images decoded and resized once, kept as uint8 in one file that all later epochs and runs read.
+
+    DIR/coco_train_0123456789ab.pixels      17 GB for the 113,287 training images of COCO at 224 x 224
+
+The file's name has a hash of what decides its content: the list of images, how they are resized and by which version
+of which library. Whether the image files still are what was read is checked at each start. Runs may share a folder:
+one builds, the others wait. What an interrupted run has built, the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from clip_retrieval.data.dataset import StoredImages
+from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, read_records, sole_writer
+from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.data.pixels.transforms import (
+    crop_region,
+    evaluation_transform,
+    interpolation_mode,
+    model_size,
+    resized,
+    size_for_crops,
+)
+from clip_retrieval.data.workers import in_workers
+from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.log import log, progress_bar
+
+FORMAT = 1
+PART = 16  # images that a worker decodes at a time
+SAMPLE = 64  # images that the size of a cache for crops is estimated from
+
+
+def cached_pixels(
+    images: StoredImages,
+    preprocess: dict,
+    folder: Path,
+    name: str,
+    *,
+    augment: str = "none",
+    decoder: str = "pillow",
+    num_workers: int,
+) -> Pixels:
+    """Pixels that are read from a file in `folder`, which is built first where it is not there yet.
+
+    With augment "none" they are bit for bit what `make_pixels` gives. With "crop" the whole images are kept, their
+    short sides at most 8/7 of the model's size, and the same regions are cropped from them.
+
+    Args:
+        images: the images.
+        preprocess: open_clip's preprocessing, as a dict.
+        folder: where caches are kept; made if need be.
+        name: what the file's name begins with.
+        augment: "none" or "crop".
+        decoder: "pillow" or "fast", as in `make_pixels`.
+        num_workers: processes that decode while the file is built.
+
+    Raises:
+        UserError: an image cannot be read, or the folder cannot be written or is too small.
+        RunError: the file could not be written to its end; what is there is kept.
+    """
+    keep = _Crops(preprocess, decoder) if augment == "crop" else _Resized(preprocess, decoder)
+    path = folder / f"{name}_{_key(images, keep.settings)}.pixels"
+    stamps = np.array([images.stamp(i) for i in range(len(images))], dtype=np.int64)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while not _is_current(path, stamps, keep):
+            with sole_writer(path, len(images), partial(_say_waiting, path)) as file:
+                # Between the look and the lock another run may have finished it.
+                if file is not None and _is_current(path, stamps, keep):
+                    file.discard()
+                elif file is not None:
+                    _build(file, images, keep, stamps, num_workers)
+        size = path.stat().st_size
+    except OSError as error:
+        at = f"{Path(error.filename).name}: " if error.filename not in (None, str(folder)) else ""
+        raise UserError(
+            f"--image_cache {folder}: cannot be used ({at}{error.strerror}); choose a folder that can be written and "
+            "locked"
+        ) from error
+    log.info(f"image cache: {path} ({len(images):,} images, {_gb(size)})")
+    return keep.reader(path, len(images))
+
+
+def _say_waiting(path: Path) -> None:
+    log.info(f"image cache: another run builds {path}, waiting for it")
+
+
+def _key(images: StoredImages, settings: dict) -> str:
+    versions = {"format": FORMAT, "pillow": PIL.__version__}
+    if settings["decoder"] == "fast":
+        versions["torch"] = torch.__version__
+    content = hashlib.sha256(json.dumps([versions, settings], sort_keys=True).encode())
+    for i in range(len(images)):
+        content.update(os.path.abspath(images.name(i)).encode(errors="surrogatepass") + b"\0")  # noqa: PTH100
+    return content.hexdigest()[:12]
+
+
+def _is_current(path: Path, stamps: np.ndarray, keep: _Resized | _Crops) -> bool:
+    records = read_records(path, len(stamps))
+    return records is not None and bool((_unchanged(records, stamps) & keep.fits(records)).all())
+
+
+def _unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    return (records["source_bytes"] == stamps[:, 0]) & (records["source_changed"] == stamps[:, 1])
+
+
+def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, stamps: np.ndarray, workers: int) -> None:
+    _say_why_anew(file.path, stamps)
+    usable = _unchanged(file.records, stamps[: len(file.records)]) & keep.fits(file.records)
+    done = int(np.cumprod(usable).sum())
+    _check_space(file, images, keep, done)
+    starts = range(done, len(images), PART)
+    parts = [range(start, min(start + PART, len(images))) for start in starts]
+    try:
+        file.go_on_after(done)
+        try:
+            with progress_bar(total=len(images), initial=done, desc="image cache", leave=False) as bar:
+                for part, (pixels, sizes) in zip(parts, in_workers(_Encode(images, keep), parts, num_workers=workers)):
+                    records = np.array([(*size, *stamps[i]) for i, size in zip(part, sizes)], RECORD)
+                    file.append(pixels.numpy(), records)
+                    bar.update(len(part))
+        finally:
+            file.flush()  # at a broken image, a lost worker or Ctrl-C, nothing of what was decoded is lost
+        file.finish()
+    except OSError as error:
+        raise RunError(
+            f"building {file.path} stopped: {error.strerror}; {len(file.records):,} of its {len(images):,} images are "
+            "kept, and the same command goes on from there when that is mended"
+        ) from error
+
+
+def _say_why_anew(path: Path, stamps: np.ndarray) -> None:
+    if not path.exists():
+        return
+    records = read_records(path, len(stamps))
+    changed = 0 if records is None else np.count_nonzero(~_unchanged(records, stamps))
+    if not changed:
+        log.info(f"image cache: {path} is not whole: it is built anew")
+    else:
+        log.info(f"image cache: {changed:,} images have changed since {path} was built: it is built anew")
+
+
+def _check_space(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, done: int) -> None:
+    """Say what will be built. Raises UserError where the disk clearly cannot take it."""
+    size, exact = keep.bytes_of(images)
+    there = f", {done:,} of them are there" if done else ""
+    log.info(
+        f"image cache: building {file.path}: {len(images):,} images, {'' if exact else 'about '}{_gb(size)}{there}"
+    )
+    missing = size * (len(images) - done) // len(images)
+    free = shutil.disk_usage(file.path.parent).free
+    if missing * (1 if exact else 0.8) > free:
+        if not done:
+            file.discard()
+        raise UserError(
+            f"--image_cache {file.path.parent}: {_gb(missing)} are needed and {_gb(free)} are free; free some space, "
+            "or choose another folder"
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+class _Encode:
+    """Decodes the images that a request names; runs in a worker."""
+
+    def __init__(self, images: StoredImages, keep: _Resized | _Crops):
+        self.images = images
+        self.keep = keep
+
+    def __call__(self, indices: range) -> tuple[torch.Tensor, list[tuple[int, int, int, int]]]:
+        """The bytes of the images one after the other, and for each (height, width, and those of its source)."""
+        pixels, sizes = [], []
+        for index in indices:
+            image = self.images[index]
+            kept, height, width = self.keep(image)
+            pixels.append(kept.reshape(-1))
+            sizes.append((height, width, image.height, image.width))
+        return torch.cat(pixels), sizes
+
+
+class _Resized:
+    """Keeps images as the model sees them, channels first: a batch is gathered straight from the file."""
+
+    def __init__(self, preprocess: dict, decoder: str):
+        self.size = model_size(preprocess)
+        names = ("size", "interpolation", "resize_mode", "fill_color")
+        self.settings = {"decoder": decoder} | {name: preprocess[name] for name in names if name in preprocess}
+        self._transform = evaluation_transform(preprocess, decoder)
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
+        return self._transform(image), *self.size
+
+    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
+        """What the images take in the file, and whether that is exact."""
+        return len(images) * 3 * self.size[0] * self.size[1], True
+
+    def fits(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records are of images of this size."""
+        return (records["height"] == self.size[0]) & (records["width"] == self.size[1])
+
+    def reader(self, path: Path, images: int) -> Pixels:
+        return _ResizedPixels(PixelFile(path, images), self.size)
+
+
+class _Crops:
+    """Keeps whole images, a little larger than the model sees them, channels last as they are resized."""
+
+    def __init__(self, preprocess: dict, decoder: str):
+        self.preprocess = preprocess
+        self.decoder = decoder
+        self.settings = {"decoder": decoder, "crop": True, "size": preprocess["size"]}
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
+        height, width = self._size(image)
+        return resized(image, (height, width), self.decoder).permute(1, 2, 0), height, width
+
+    def _size(self, image: Image.Image) -> tuple[int, int]:
+        return size_for_crops(image.width, image.height, self.preprocess)
+
+    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
+        sample = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
+        sizes = [3 * np.prod(self._size(images[i])) for i in sample]
+        return int(np.mean(sizes) * len(images)), False
+
+    def fits(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records are of images of the sizes that their sources are kept at."""
+        height, width = (records[f"source_{name}"].astype(np.int64) for name in ("height", "width"))
+        expected = [size_for_crops(w, h, self.preprocess) for w, h in zip(width.tolist(), height.tolist())]
+        return (np.array(expected).reshape(-1, 2) == np.stack([records["height"], records["width"]], 1)).all(1)
+
+    def reader(self, path: Path, images: int) -> Pixels:
+        return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder)
+
+
+class _ResizedPixels:
+    in_memory = True
+
+    def __init__(self, file: PixelFile, size: tuple[int, int]):
+        self._file = file
+        self._shape = (len(file), 3, *size)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
+        return torch.from_numpy(self._file[index].reshape(self._shape[1:]))
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        self._file.will_read(indices)
+        pixels = np.empty((len(indices), *self._shape[1:]), np.uint8)
+        for row, index in enumerate(indices):
+            self._file.read_into(pixels[row], index)
+        return torch.from_numpy(pixels)
+
+
+class _CroppedPixels:
+    in_memory = False  # resizing a crop is work for other processes
+
+    def __init__(self, file: PixelFile, preprocess: dict, decoder: str):
+        self._file = file
+        self._size = model_size(preprocess)
+        self._decoder = decoder
+        self._interpolation = interpolation_mode(preprocess)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
+        height, width, source_height, source_width, *_ = self._file.records[index].item()
+        left, top, right, bottom = crop_region(source_width, source_height, int(seed))
+        down, across = height / source_height, width / source_width
+        rows = slice(round(top * down), round(bottom * down))
+        columns = slice(round(left * across), round(right * across))
+        image = self._file[index].reshape(height, width, 3)[rows, columns]
+        return resized(image, self._size, self._decoder, self._interpolation)
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        self._file.will_read(indices)
+        return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])

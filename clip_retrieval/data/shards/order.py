@@ -1,0 +1,237 @@
+"""Which samples of which shards a training batch holds.
+
+A global batch is made of lanes, and each lane reads its own part of the shards, one after the other. The lanes follow
+from the batch size and the shards; processes and their workers share them out. So the batches are the same for any
+number of either, and a pure function of the seed and the epoch.
+
+A run goes on from any batch of an epoch, and loses and repeats nothing: a lane goes to the shard where it stood by the
+shards' counts, and in it by its headers. Of that one shard it reads anew what its shuffle buffer held, undecoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from clip_retrieval.data.shards.samples import count_samples
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular
+
+MOST_LANES = 32  # unless a batch is so large that each has more than LANE_SHARE pairs of it
+LANE_SHARE = 128
+PROBE_BYTES = 2**16  # of a shard, read three times to tell whether it is the same
+
+
+class Shards:
+    """Tar shards and how many samples each holds, counted when asked for unless it is known.
+
+    Args:
+        paths: the files.
+        sizes: samples of each, as far as they are known.
+    """
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int | None] | None = None):
+        self.paths = paths
+        self._sizes = list(sizes or [None] * len(paths))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def count(self, shard: int) -> int:
+        """Samples of a shard. Raises UserError where it is broken."""
+        if self._sizes[shard] is None:
+            self._sizes[shard] = count_samples(self.paths[shard])
+        return self._sizes[shard]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Samples `begin` to `end` - 1 of a shard, read in a lane's `round`: 0, unless the lane begins again."""
+
+    shard: int
+    begin: int
+    end: int
+    round: int = 0
+
+
+class ShardOrder:
+    """The order of the samples in each epoch.
+
+    Args:
+        shards: where they are.
+        batch_size: pairs in a global batch.
+        num_samples: pairs in an epoch. By default all samples, each at most once: then the shards are counted, the
+            lanes take equal parts of them, and what is left over, fewer than batch_size, is dropped: other samples
+            each epoch. Otherwise each lane takes whole shards, and begins again with them when it has read them all.
+        shuffle_buffer: samples held by all lanes together, from which the next is drawn, within a shard.
+        seed: seed of every epoch's order.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        *,
+        num_samples: int | None = None,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+    ):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.lanes = number_of_lanes(batch_size, len(shards) if num_samples else batch_size)
+        self.lane_share = batch_size // self.lanes
+
+    @property
+    def settings(self) -> dict[str, int | None]:
+        """What decides the order, under the names of the options: a run goes on only with the same."""
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+            "train_num_samples": self.num_samples,
+        }
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A checksum of the shards' names, sizes and some of their bytes: a run is resumed only with the same data."""
+        names = [path.name for path in self.shards.paths]
+        contents = [_probe(path) for path in self.shards.paths]
+        counts = [] if self.num_samples else self._counts.tolist()
+        return zlib.crc32(repr((names, contents, counts)).encode(errors="surrogatepass"))
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return np.array([self.shards.count(shard) for shard in range(len(self.shards))])
+
+    @property
+    def samples(self) -> int:
+        """Pairs that an epoch goes through, its dropped remainder included."""
+        return self.num_samples or int(self._counts.sum())
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self.samples // self.batch_size
+
+    def lane(self, epoch: int, lane: int, first: int = 0) -> Iterator[tuple[Segment, np.ndarray]]:
+        """What a lane reads in an epoch, from its sample number `first` on, without end.
+
+        Yields:
+            A segment, and int64 (n,): the numbers in their shard of its samples, in the order of training.
+        """
+        size = max(1, self.shuffle_buffer // self.lanes)
+        for segment in self._segments(epoch, lane):
+            number = segment.end - segment.begin
+            if first >= number:
+                first -= number
+                continue
+            rng = np.random.default_rng((self.seed, epoch, segment.shard, segment.begin, segment.round))
+            yield segment, segment.begin + buffer_shuffled(number, size, rng)[first:]
+            first = 0
+
+    def elsewhere(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
+        """All samples, for a lane none of whose own can be used; what the epoch drops comes first.
+
+        Yields:
+            As `lane`, once round, in the order in which they stand in their shards.
+        """
+        shards, cut = self._circle(epoch)
+        if self.num_samples:
+            parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())
+        else:
+            first = cut + len(self) * self.batch_size + lane
+            parts = self._part(shards, first, first + self.samples)
+        for shard, begin, end in parts:
+            if begin < end:
+                yield Segment(shard, begin, end), np.arange(begin, end)
+
+    def _circle(self, epoch: int) -> tuple[np.ndarray, int]:
+        """The shards in an epoch's order, and where the circle of their samples is cut for the first lane.
+
+        That decides which samples are dropped, also where there is one shard only. (Uncounted, the shards are no
+        circle.)
+        """
+        rng = np.random.default_rng((self.seed, epoch))
+        shards = rng.permutation(len(self.shards))
+        return shards, 0 if self.num_samples else int(rng.integers(self.samples))
+
+    def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
+        shards, cut = self._circle(epoch)
+        if self.num_samples:
+            yield from self._whole_shards(shards[lane :: self.lanes].tolist())
+        length = len(self) * self.lane_share
+        start = cut + lane * length
+        own = self._part(shards, start, start + length)
+        for round in itertools.count():
+            for shard, begin, end in own:
+                yield Segment(shard, begin, end, round)
+
+    def _whole_shards(self, shards: list[int]) -> Iterator[Segment]:
+        for round in itertools.count():
+            for shard in shards:
+                yield Segment(shard, 0, self.shards.count(shard), round)
+            if not any(map(self.shards.count, shards)):
+                raise UserError(f"{self.shards.paths[shards[0]]}: holds no images with captions; take it out")
+
+    def _part(self, shards: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, begin, end) of what the shards hold between two places of the circle that they form."""
+        ends = np.cumsum(self._counts[shards])
+        total, found = int(ends[-1]), []
+        for turn in range(stop // total + 1):
+            low, high = max(start - turn * total, 0), min(stop - turn * total, total)
+            for shard, end in zip(shards.tolist(), ends.tolist()):
+                first = end - int(self._counts[shard])
+                if max(low, first) < min(high, end):
+                    found.append((shard, max(low, first) - first, min(high, end) - first))
+        return found
+
+
+def _probe(path: Path) -> tuple[int, int]:
+    """Size of a file, and a checksum of its beginning, middle and end: all of it if it is small.
+
+    Raises UserError if it cannot be read.
+    """
+    checksum = 0
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
+                file.seek(begin)
+                checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    return size, checksum
+
+
+def number_of_lanes(batch_size: int, most: int) -> int:
+    """How many lanes a batch has: it divides the batch, and is at most `most`.
+
+    As many as may be, and a power of two times whatever else divides the batch: so that it can be shared by as many
+    processes as are usual, 3, 6 or 12 among them where the batch is a multiple of 3.
+    """
+    odd = next((factor for factor in (3, 5, 7) if batch_size % factor == 0), 1)
+    usual = max(MOST_LANES, batch_size // LANE_SHARE)
+    power = min(batch_size & -batch_size, 1 << (min(most, usual).bit_length() - 1))
+    most = min(most, odd * usual)
+    shared = [n for n in range(power, most + 1, power) if batch_size % n == 0]
+    return max([n for n in shared if n % odd == 0] or shared)
+
+
+def buffer_shuffled(number: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 (number,): the order in which 0, 1, ... leave a shuffle buffer that holds `size` of them."""
+    order = np.empty(number, np.int64)
+    buffer = np.arange(min(size, number))
+    for i, place in enumerate(rng.integers(size, size=max(0, number - size)).tolist()):
+        order[i] = buffer[place]
+        buffer[place] = size + i
+    order[number - len(buffer) :] = rng.permutation(buffer)
+    return order

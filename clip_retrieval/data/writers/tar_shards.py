@@ -1,0 +1,84 @@
+"""Any data set, written as the tar shards that `--dataset webdataset` reads."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images.decode import decode_rgb
+from clip_retrieval.data.shards.find import SIZES, read_sizes
+from clip_retrieval.data.shards.samples import CAPTION
+from clip_retrieval.data.writers.tsv import export_each, file_bytes
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import to_json, write_atomic, write_json
+from clip_retrieval.log import log, progress_bar
+from clip_retrieval.options import DataOptions
+
+MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
+
+
+def export_shards(options: DataOptions, output: Path, splits: Sequence[str] = (), shard_size: int = 1000) -> None:
+    """Write the splits of a data set to `output` as shards, and how many images each holds as sizes.json.
+
+    Raises UserError where there is no such split, shards of it are there already, the sizes.json that is there is no
+    table, an image cannot be read, or the folder cannot be written.
+    """
+    table = output / SIZES
+    sizes = read_sizes(table)
+    export_each(options, output, splits, lambda dataset, name: sizes.update(_export(dataset, output, name, shard_size)))
+    write_json(table, sizes)
+
+
+def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int) -> dict[str, int]:
+    """Write `output`/{name}-00000.tar and so on, and return how many images each holds; those without a caption none.
+
+    Images are the bytes of their files, not encoded again unless their format is none that shards have. One caption is
+    a .txt, several are a list in a .json.
+    """
+    if there := next(output.glob(f"{name}-*.tar"), None):
+        raise UserError(f"--output {output}: holds {there.name} already; take it away, or choose another folder")
+    first = dataset.first_pair
+    described = np.flatnonzero(first[1:] > first[:-1]).tolist()
+    sizes: dict[str, int] = {}
+    with progress_bar(total=len(described), desc=name) as bar:
+        for number, start in enumerate(range(0, len(described), shard_size)):
+            images = described[start : start + shard_size]
+            shard = output / f"{name}-{number:05}.tar"
+            with write_atomic(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
+                for image in images:
+                    captions = [dataset.captions[i] for i in dataset.pairs[first[image] : first[image + 1], 1]]
+                    _add_sample(tar, f"{image:09}", *_as_shards_have_it(dataset, image), captions)
+                    bar.update()
+            sizes[shard.name] = len(images)
+    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(described):,} images")
+    return sizes
+
+
+def _as_shards_have_it(dataset: RetrievalDataset, image: int) -> tuple[str, bytes]:
+    """The ending and the bytes of an image."""
+    content = file_bytes(dataset.images, image)
+    ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
+    if ending is not None:
+        return ending, content
+    file = io.BytesIO()
+    decode_rgb(io.BytesIO(content), dataset.images.name(image)).save(file, "png")
+    return "png", file.getvalue()
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, ending: str, image: bytes, captions: Sequence[str]) -> None:
+    _add(tar, f"{key}.{ending}", image)
+    if len(captions) == 1:
+        _add(tar, f"{key}.txt", captions[0].encode())
+    else:
+        _add(tar, f"{key}.json", to_json({CAPTION: captions}))
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))

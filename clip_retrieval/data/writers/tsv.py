@@ -1,0 +1,119 @@
+"""Any data set, written as Chinese-CLIP's `{split}_imgs.tsv` and `{split}_texts.jsonl`."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clip_retrieval.data.catalog import read_dataset
+from clip_retrieval.data.dataset import SPLITS, UNSPLIT, EncodedImages, Images, RetrievalDataset
+from clip_retrieval.data.images.base64_images import typed_ids
+from clip_retrieval.data.images.decode import limit_image_pixels
+from clip_retrieval.data.mixture import MixedImages
+from clip_retrieval.data.readers.chinese import IMAGES, TEXTS
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import to_json, write_atomic
+from clip_retrieval.log import log, progress_bar
+from clip_retrieval.options import DataOptions
+
+CHINESE_CLIP_SPLITS = ("train", "valid", "test")
+
+
+def export(options: DataOptions, output: Path, splits: Sequence[str] = (), ids: str = "number") -> None:
+    """Write the splits of a data set to `output` as tsv and jsonl files; see `export_each`."""
+    export_each(options, output, splits, lambda dataset, name: export_split(dataset, output, name, ids))
+
+
+def export_each(
+    options: DataOptions, output: Path, splits: Sequence[str], write: Callable[[RetrievalDataset, str], None]
+) -> None:
+    """Write the splits of a data set to `output`; without `splits`, those that it has, as train, valid and test.
+
+    A data set that has no splits is written as train, or as whatever it is asked for as.
+
+    Args:
+        options: the data set.
+        output: folder that they are written to; made if need be.
+        splits: what they are called there.
+        write: writes one split under a name.
+
+    Raises:
+        UserError: there is no such split, an image cannot be read, or the folder cannot be written.
+    """
+    for name in splits:
+        if name not in SPLITS:
+            raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
+    limit_image_pixels(options.max_image_pixels)
+    written = 0
+    for name in splits or CHINESE_CLIP_SPLITS:
+        dataset = read_dataset(options, SPLITS[name])
+        if dataset is None:
+            if splits:
+                raise UserError(f"{options.name} in {options.place} has no {name} split; take it out of --splits")
+            continue
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write(dataset, name)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
+        written += 1
+        if not splits and dataset.split == UNSPLIT:
+            break
+    if not written:
+        raise UserError(f"{options.name} in {options.place} has no split; give other data")
+
+
+def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = "number") -> None:
+    """Write `output`/{name}_imgs.tsv and {name}_texts.jsonl.
+
+    Images are the bytes of their files, not encoded again; pictures that are no files become PNG. Each has the id that
+    the data set gives it; else its number in the split, or with ids "name" the name of its file without the ending.
+    Texts have the data set's ids, or their numbers.
+    """
+    image_ids = _image_ids(dataset, ids)
+    images: list[list[int | str]] = [[] for _ in dataset.captions]
+    for image, caption in dataset.pairs.tolist():
+        images[caption].append(image_ids[image])
+    with write_atomic(output / f"{name}{IMAGES}") as tsv:
+        for index in progress_bar(range(len(image_ids)), desc=f"{name}{IMAGES}"):
+            tsv.write(f"{image_ids[index]}\t".encode())
+            tsv.write(base64.b64encode(file_bytes(dataset.images, index)) + b"\n")
+    text_ids = dataset.text_ids or range(len(dataset.captions))
+    with write_atomic(output / f"{name}{TEXTS}") as jsonl:
+        for text_id, text, answers in zip(text_ids, dataset.captions, images):
+            jsonl.write(to_json({"text_id": text_id, "text": text, "image_ids": answers}) + b"\n")
+    log.info(f"{output / name}{IMAGES} and {TEXTS}: {len(image_ids):,} images, {len(dataset.captions):,} texts")
+
+
+def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
+    """The ids to write. Raises UserError if two images have the same."""
+    images = dataset.images
+    if dataset.image_ids is None and ids == "number":
+        return range(len(images))
+    given = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
+    rows: dict[str, int] = {}
+    for row, image_id in enumerate(map(_tsv_id, given)):
+        if (first := rows.setdefault(image_id, row)) != row:
+            remedy = ", or use --ids number" if dataset.image_ids is None else ""
+            raise UserError(
+                f"{images.name(row)} and {images.name(first)} have the same name, {image_id}; rename one{remedy}"
+            )
+    return typed_ids(list(rows), () if dataset.image_ids is None else dataset.image_ids)
+
+
+def _tsv_id(image_id: int | str) -> str:
+    """The id as a tsv can hold it: without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
+    return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
+
+
+def file_bytes(images: Images, index: int) -> bytes:
+    """The bytes of an image's file; a picture that is no file becomes PNG."""
+    if isinstance(images, MixedImages):
+        return file_bytes(*images.find(index))
+    if isinstance(images, EncodedImages):
+        return images.encoded(index)
+    file = io.BytesIO()
+    images[index].save(file, "png")
+    return file.getvalue()

@@ -1,0 +1,100 @@
+"""Features of a whole data set: each image once, each distinct caption once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_retrieval.data.batches.loader import image_batches
+from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.pixels.pixels import Pixels, choose_num_workers
+from clip_retrieval.device import DTYPES
+from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.log import progress_bar
+from clip_retrieval.models.towers import RetrievalModel
+
+BATCH_SIZE = {"cuda": 256, "mps": 64, "cpu": 32}
+
+Encode = Callable[..., Tensor]
+
+
+def encoding_model(model: RetrievalModel, precision: str) -> RetrievalModel:
+    """`model` ready to encode: in evaluation mode, with its weights in `precision` (a copy, unless it is fp32)."""
+    if precision != "fp32":
+        mean, std = model.mean, model.std
+        model = copy.deepcopy(model).to(DTYPES[precision])
+        model.mean, model.std = mean, std  # the pixels are normalised in float32
+    return model.eval()
+
+
+@torch.inference_mode()
+def encode_images(
+    encode: Encode,
+    pixels: Pixels,
+    *,
+    batch_size: int | None,
+    num_workers: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """float32 (images, dim) on `device`: what `encode` gives for uint8 (n, 3, height, width), of all images.
+
+    Processes that share the work take a batch each in turn, and all get the whole.
+    """
+    batches = torch.arange(len(pixels)).split(batch_size or BATCH_SIZE[device.type])
+    own = batches[processes.rank :: processes.world_size]
+    loaded = image_batches(
+        pixels,
+        (range(int(rows[0]), int(rows[-1]) + 1) for rows in own),
+        num_workers=choose_num_workers(num_workers, pixels, device),
+        pin_memory=device.type == "cuda",
+    )
+    bar = progress_bar(loaded, total=len(own), desc="images", leave=False)
+    return _whole((encode(images.to(device, non_blocking=True)) for images in bar), batches, device, processes)
+
+
+@torch.inference_mode()
+def encode_captions(
+    encode: Encode,
+    captions: Sequence[str],
+    tokens: Tokens,
+    *,
+    trim: bool,
+    batch_size: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length) and lengths (n,), of all captions.
+
+    Equal captions are encoded once; captions of like length go together, so that little padding is computed; `trim`
+    cuts what a batch shares of it. Processes that share the work take a batch each in turn, and all get the whole.
+    """
+    index_of: dict[str, int] = {}
+    distinct = torch.tensor([index_of.setdefault(caption, len(index_of)) for caption in captions])
+    first = torch.from_numpy(np.unique(distinct.numpy(), return_index=True)[1])
+    batches = tokens.lengths[first].argsort(stable=True).split(batch_size or BATCH_SIZE[device.type])
+    own = batches[processes.rank :: processes.world_size]
+
+    def encode_rows(rows: Tensor) -> Tensor:
+        lengths = tokens.lengths[first[rows]]
+        ids = tokens.ids[first[rows], : int(lengths.max()) if trim else None].long()
+        return encode(ids.to(device, non_blocking=True), lengths)
+
+    bar = progress_bar(own, desc="captions", leave=False)
+    return _whole((encode_rows(rows) for rows in bar), batches, device, processes)[distinct.to(device)]
+
+
+def _whole(encoded: Iterable[Tensor], batches: Sequence[Tensor], device: torch.device, processes: Processes) -> Tensor:
+    """The features of all batches, in the order of the rows, from those of this process's batches."""
+    parts = list(encoded)
+    width = int(processes.max(torch.tensor(parts[0].shape[1] if parts else 0)))
+    gathered = processes.gather_rows(torch.cat([*parts, torch.empty(0, width, device=device)]))
+    world_size = processes.world_size
+    rows = torch.cat([rows for rank in range(world_size) for rows in batches[rank::world_size]])
+    features = torch.empty_like(gathered)
+    features[rows.to(device)] = gathered
+    return features

@@ -1,0 +1,94 @@
+"""Scoring a model on a split: encode, rank, count."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.device import true_float32
+from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.encode import encode_captions, encode_images, encoding_model
+from clip_retrieval.evaluation.average_precision import retrieval_map
+from clip_retrieval.evaluation.metrics import report
+from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import EvalOptions
+
+
+@dataclass
+class Encoded:
+    """A split's features, float32 (images, dim) and (captions, dim), L2-normalised, and the seconds they took."""
+
+    images: Tensor
+    captions: Tensor
+    seconds: dict[str, float]
+
+
+def encode_split(
+    model: RetrievalModel,
+    dataset: RetrievalDataset,
+    tokens: Tokens,
+    pixels: Pixels,
+    options: EvalOptions,
+    *,
+    num_workers: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Encoded:
+    """The features of a split, each image and each distinct caption encoded once."""
+    training = model.training
+    shared = {"batch_size": options.eval_batch_size, "device": device, "processes": processes}
+    started = time.perf_counter()
+    encoder = encoding_model(model, options.eval_precision)
+    # As they are: what training compiled knows its own batches only.
+    with true_float32(), torch.compiler.set_stance("force_eager"):
+        images = encode_images(encoder.encode_image, pixels, num_workers=num_workers, **shared)
+        images_done = _now(device)
+        captions = encode_captions(encoder.encode_text, dataset.captions, tokens, trim=encoder.trims_text, **shared)
+        captions_done = _now(device)
+    model.train(training)
+    return Encoded(images, captions, {"images": images_done - started, "captions": captions_done - images_done})
+
+
+def _now(device: torch.device) -> float:
+    """The time when the device has done what it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def score(
+    encoded: Encoded, dataset: RetrievalDataset, options: EvalOptions, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """The block of results.json for one split: sizes, both directions' metrics in percent, and seconds."""
+    started = time.perf_counter()
+    i2t, t2i = retrieval_ranks(
+        encoded.images,
+        encoded.captions,
+        dataset.pairs,
+        image_name=dataset.images.name,
+        text_name=dataset.captions.__getitem__,
+        processes=processes,
+    )
+    metrics = report(i2t, t2i, options.recall_k)
+    if options.map:
+        precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
+        for direction, values in precisions.items():
+            metrics[direction] |= values
+    seconds = encoded.seconds | {"ranks": time.perf_counter() - started}
+    return {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "precision": options.eval_precision,
+        "images": len(dataset.images),
+        "captions": len(dataset.captions),
+        **metrics,
+        "seconds": seconds | {"total": sum(seconds.values())},
+    }

@@ -1,0 +1,113 @@
+"""Files of one JSON record a line: read with errors that name the line, written whole or not at all.
+
+Nothing here imports torch: the processes that read a large file start quickly.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clip_retrieval.errors import UserError, reason
+from clip_retrieval.files import open_regular, parse_json, write_atomic
+
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
+Id = int | str
+
+LONGEST_LINE = 2**27  # bytes
+LONGEST_ID = 2**13  # bits of a whole number, some 2,400 digits: str() refuses more than 4,300
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write text lines atomically, each without its line break. Raises OSError if the place cannot be written."""
+    with write_atomic(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
+
+
+@contextmanager
+def open_input(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, to read from. Raises UserError if it cannot be opened, or read while it is open."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+
+
+def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of each line that is not empty. Raises UserError for a line that no record can need."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; write one record a line")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            yield number, line
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of each line that is not empty. Raises UserError, naming the line."""
+    with open_input(path) as file:
+        for number, line in read_lines(file, path):
+            try:
+                yield number, record(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def record(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line. Raises ValueError, with a reason, if it is something else."""
+    try:
+        content = parse_json(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise ValueError("several records are glued together; each stands on a line of its own") from None
+        raise ValueError(f"broken JSON ({error.msg}, column {error.colno})") from None
+    except ValueError as error:
+        raise ValueError(f"broken JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"not a JSON object, but a {type(content).__name__}")
+    return content
+
+
+def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
+    """The same as `record`, several times faster where a list of many numbers goes with the id under `key`.
+
+    With orjson, where it is installed. What that does not take (whole numbers beyond 64 bit become inexact, NaN is none
+    of its numbers) the standard library reads.
+    """
+    if orjson is not None:
+        try:
+            content = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return record(line)
+        if isinstance(content, dict) and is_id(content.get(key)):
+            return content
+    return record(line)
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can be an id: a text, or a whole number that can be printed."""
+    return type(value) is str or (type(value) is int and value.bit_length() <= LONGEST_ID)
+
+
+def id_of(content: dict[str, Any], key: str) -> Id:
+    """The id under `key`. Raises ValueError if there is none."""
+    value = content.get(key)
+    if not is_id(value):
+        found = f"{reprlib.repr(value)} as " if key in content else "no "
+        raise ValueError(f'{found}"{key}": expected a whole number or a text')
+    return value

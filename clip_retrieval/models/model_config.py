@@ -1,0 +1,81 @@
+"""The model config and the preprocessing that belong to a model's name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import factory
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import checkpoint_schema, hub, names
+from clip_retrieval.models.hugging_face import read_model_json
+from clip_retrieval.models.names import ModelName
+from clip_retrieval.models.schema import SchemaError
+
+
+def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model config and preprocessing (as `preprocess_config` gives it) of a name.
+
+    Raises UserError where it names no model config, or one that cannot be had.
+    """
+    if name.kind == "open_clip":
+        return factory.get_model_config(name.config), _common_preprocess(name.config)
+    if name.kind == "hub":
+        path = Path(hub.fetch_hub_config(name.config.removeprefix(names.HUB)))
+    elif name.kind == "folder":
+        path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
+    else:
+        path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
+    config, overrides = read_model_json(path, "model config"), {}
+    if isinstance(config, dict):
+        overrides = config.pop("preprocess_cfg", None) or {}
+        config = config.get("model_cfg", config)
+    try:
+        checkpoint_schema.model_config(config, "")
+        return config, preprocess_config(overrides)
+    except SchemaError as error:
+        raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
+
+
+def preprocess_config(overrides: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out).
+
+    One number for mean or std counts for each channel, as in open_clip. Raises SchemaError for values that are none.
+    """
+    checkpoint_schema.preprocess(overrides, "preprocess_cfg")
+    merged = json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
+    for key in ("mean", "std"):
+        values = merged[key] if isinstance(merged[key], list) else [merged[key]] * 3
+        merged[key] = [float(value) for value in values]
+    return merged
+
+
+def _common_preprocess(config_name: str) -> dict[str, Any]:
+    """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
+    tags = list_pretrained_tags_by_model(config_name)
+    of_tags = [preprocess_config(get_pretrained_cfg(config_name, tag)) for tag in tags]
+    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else preprocess_config({})
+
+
+def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to.
+
+    A Hugging Face tower's own config (`hf_config`) counts where both have it, and there the sizes that both name. The
+    words of the tokenizer are no part of a tower.
+    """
+    hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
+    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
+    defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
+    a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
+    return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())
+
+
+def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
+    """Number of layers whose names are `prefix` and a number."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -1,0 +1,132 @@
+"""simple-clip: its checkpoints, and the weights that its towers start from.
+
+The models are `resnet18`, `resnet50` and `efficientnet_v2_s` in configs/, the code is simple_clip_model. There images
+are squashed to the square and scaled to [0, 1], not normalised; those of models trained here are cropped, and have
+ImageNet's mean and deviation.
+https://github.com/filipbasara0/simple-clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import names
+from clip_retrieval.models.model_config import count_layers, read_config
+
+IMAGE_MODELS = ("resnet18", "resnet50", "efficientnet_v2_s")
+TEXT_MODEL = "distilbert-base-uncased"
+HEAD_WIDTH = 64
+
+PREPROCESS = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+"""How the images of simple-clip's own checkpoints are prepared."""
+
+HIGHEST_BIAS = -1.0
+"""All checkpoints have a bias; one above this was not trained: SigLIP's starts at -10 and stays far below 0, InfoNCE's
+starts at 0, and rounding alone moves it."""
+
+IMAGE, TRUNK, TEXT = "image_encoder.", "visual.trunk.", "text.transformer."
+RENAMED = {
+    "text_encoder.model.": TEXT,
+    "image_projection.": "visual.head.",
+    "projection_head.": "visual.head.",  # until 2024; then its captions had no head, and there was no temperature
+    "text_projection.": "text.proj.",
+    "t_prime": "logit_scale",
+    "b": "logit_bias",
+}
+RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+EFFICIENTNET_PARTS = {"0": "features"}
+BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
+
+
+def is_simple_clip(config: dict[str, Any]) -> bool:
+    """Whether a model config is one of simple-clip's kind."""
+    return "torchvision_model_name" in config["vision_cfg"]
+
+
+def is_reference(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict is one of simple-clip's own."""
+    return all(any(name.startswith(prefix) for name in state) for prefix in (IMAGE, "text_encoder.model."))
+
+
+def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """simple-clip's own state dict under our names; without a bias that was never trained (see HIGHEST_BIAS).
+
+    The first ones, the published one among them, have no temperature: they were trained with a scale of 1.
+    """
+    parts = RESNET_PARTS if any(name.startswith(f"{IMAGE}4.") for name in state) else EFFICIENTNET_PARTS
+    renames = {f"{IMAGE}{number}.": f"{TRUNK}{part}." for number, part in parts.items()} | RENAMED
+    renamed = {}
+    for name, value in state.items():
+        prefix = next((p for p in renames if name == p or (p.endswith(".") and name.startswith(p))), None)
+        renamed[name if prefix is None else renames[prefix] + name.removeprefix(prefix)] = value
+    if "logit_bias" in renamed and renamed["logit_bias"] > HIGHEST_BIAS:
+        del renamed["logit_bias"]
+    if any(name.startswith("projection_head.") for name in state):
+        renamed.setdefault("logit_scale", torch.tensor(0.0))
+    return renamed
+
+
+def infer_name(state: dict[str, torch.Tensor], source: str) -> str:
+    """The model whose image tower a state dict under our names holds. Raises UserError, naming `source`, for others."""
+    if f"{TRUNK}features.0.0.weight" in state:
+        return "efficientnet_v2_s"
+    blocks = tuple(count_layers(state, f"{TRUNK}layer{stage}.") for stage in (1, 2, 3, 4))
+    name = BLOCKS.get(blocks)
+    if name is None or (f"{TRUNK}layer1.0.conv3.weight" in state) != (name == "resnet50"):
+        raise UserError(f"{source} is not a whole simple-clip checkpoint: it has no {', '.join(IMAGE_MODELS)}")
+    return name
+
+
+def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+    """The model config of a checkpoint, from the shapes of its tensors (under our names).
+
+    Raises UserError, naming `source`, where tensors that tell the sizes are missing.
+    """
+    config, _ = read_config(names.resolve(infer_name(state, source)))
+    text = config["text_cfg"]
+    try:
+        vocabulary, width = state[f"{TEXT}embeddings.word_embeddings.weight"].shape
+        positions = state[f"{TEXT}embeddings.position_embeddings.weight"].shape[0]
+        config["embed_dim"] = state["visual.head.2.weight"].shape[0]
+        if "text.proj.0.weight" not in state:
+            text["proj_type"] = "none"
+        text["context_length"] = min(text["context_length"], positions)
+        text["hf_config"] |= {
+            "vocab_size": vocabulary,
+            "max_position_embeddings": positions,
+            "dim": width,
+            "hidden_dim": state[f"{TEXT}transformer.layer.0.ffn.lin1.weight"].shape[0],
+            "n_layers": count_layers(state, f"{TEXT}transformer.layer."),
+            "n_heads": width // HEAD_WIDTH,
+        }
+    except KeyError as error:
+        raise UserError(f"{source} is not a whole simple-clip checkpoint: it has no {error.args[0]}") from None
+    return config
+
+
+def trunk_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torchvision's state dict of an image classifier, under our names, without the classifier; empty for others."""
+    parts = tuple(f"{part}." for part in (*RESNET_PARTS.values(), *EFFICIENTNET_PARTS.values()))
+    trunk = {f"{TRUNK}{name}": value for name, value in state.items() if name.startswith(parts)}
+    # Weights from before torch 0.4.1 lack the counts, which nothing depends on.
+    counts = [name.replace("running_mean", "num_batches_tracked") for name in trunk if name.endswith("running_mean")]
+    return {name: torch.tensor(0) for name in counts} | trunk
+
+
+def distilbert_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a DistilBERT under our names, without what it was pretrained with; empty for others."""
+    state = {name.removeprefix("distilbert."): value for name, value in state.items()}
+    if not any(name.startswith("transformer.layer.") for name in state):
+        return {}
+    parts = ("embeddings.", "transformer.")
+    return {TEXT + name: v for name, v in state.items() if name.startswith(parts) and not name.endswith("position_ids")}
+
+
+def weight_tags(name: str) -> dict[str, dict[str, str]]:
+    """torchvision's own weights for an image tower, as open_clip describes a tag's; none for other names."""
+    from torchvision.models import get_model_weights
+
+    return {tag.name: {"url": tag.url} for tag in get_model_weights(name)} if name in IMAGE_MODELS else {}

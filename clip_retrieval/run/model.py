@@ -1,0 +1,52 @@
+"""The model of a program, built from the options or a checkpoint, and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clip_retrieval.log import log
+from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
+from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import (
+    Options,
+)
+
+
+def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:
+    """The model, on the CPU, how it was built, and its tokenizer."""
+    logit_bias = options.loss.loss == "siglip" and not options.run.eval
+    if checkpoint is None:
+        built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
+    else:
+        built = rebuild_model(
+            checkpoint["model_config"],
+            checkpoint["preprocess"],
+            checkpoint["model"],
+            name=checkpoint["options"]["vision_model"],
+            source=options.run.resume,
+            image_size=options.model.image_size,
+            context_length=options.model.context_length,
+            logit_bias=logit_bias,
+        )
+    # What a file or a folder turned out to be: the name that the run's checkpoints carry.
+    options.model.vision_model = built.name
+    adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
+    model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
+    if built.adaptor_state is not None:
+        model.adaptor.load_state_dict(built.adaptor_state)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
+    tokenizer = build_tokenizer(options.model, built)
+    keep_vocabulary(built.config, tokenizer)
+    return model, built, tokenizer
+
+
+def warn_of_random_weights(built: BuiltModel) -> None:
+    """Say loudly that what follows is chance, where it is."""
+    if built.weights == "none":
+        tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
+        log.warning(f"THE WEIGHTS ARE RANDOM: what follows is chance. Give --pretrained ({tags}) or --resume")
+    elif built.random:
+        parts = ", ".join(built.random)
+        log.warning(f"PARTS OF THE WEIGHTS ARE RANDOM ({parts}): what follows is chance before a finetune of them")

@@ -1,0 +1,95 @@
+"""The splits of a data set, tokenized, and their images as the model receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_retrieval.data.captions import Tokens, tokenize
+from clip_retrieval.data.catalog import read_dataset, size_warning
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.mixture import Mixture
+from clip_retrieval.data.pixels.pixels import AutoAugmented, MixedPixels, Pixels, choose_num_workers, make_pixels
+from clip_retrieval.errors import one_line
+from clip_retrieval.log import log
+from clip_retrieval.options import (
+    Options,
+)
+
+
+@dataclass
+class Split:
+    """One split of a data set, its captions tokenised, its images as the model sees them."""
+
+    dataset: RetrievalDataset
+    tokens: Tokens
+    pixels: Pixels
+
+    @property
+    def split(self) -> str:
+        """Which one it is."""
+        return self.dataset.split
+
+
+def load_split(
+    options: Options,
+    split: str,
+    tokenizer: Any,
+    preprocess: dict[str, Any],
+    device: torch.device,
+    augment: str = "none",
+    *,
+    answered: bool = True,
+) -> Split | None:
+    """Read a split and say what is in it; None where the data set has no such split.
+
+    Raises UserError where no caption describes an image; where it need not be `answered`, that is no split.
+    """
+    dataset = read_dataset(options.data, split)
+    if dataset is None:
+        return None
+    if not answered and len(dataset.pairs) == 0:
+        log.warning(f"{dataset.name}, {split} split: no image has a caption, so that it cannot be scored")
+        return None
+    dataset.require_pairs()
+    tokens = tokenize(dataset.captions, tokenizer)
+    cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
+    log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
+    for part in dataset.parts if isinstance(dataset, Mixture) else (dataset,):
+        if warning := size_warning(part):
+            log.warning(warning)
+    return Split(dataset, tokens, load_pixels(options, dataset, preprocess, device, augment))
+
+
+def load_pixels(
+    options: Options, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
+) -> Pixels:
+    """The images as the model sees them, from the cache if there is one."""
+    if augment == "auto":
+        return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
+    if isinstance(dataset, Mixture):
+        return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
+    settings = {"augment": augment, "decoder": options.data.decoder}
+    pixels = make_pixels(dataset.images, preprocess, **settings)
+    if not options.data.image_cache or pixels.in_memory:
+        return pixels
+    from clip_retrieval.data.pixels.cache import cached_pixels  # locks files in a way that Windows does not know
+
+    return cached_pixels(
+        dataset.images,
+        preprocess,
+        Path(options.data.image_cache),
+        f"{dataset.name}_{dataset.split}",
+        num_workers=choose_num_workers(options.data.num_workers, pixels, device),
+        **settings,
+    )
+
+
+def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:
+    """Say a few captions, spread over the split."""
+    for row in torch.linspace(0, len(dataset.pairs) - 1, number).long().unique().tolist():
+        image, caption = dataset.pairs[row]
+        log.info("  " + one_line(f"{Path(dataset.images.name(image)).name}: {dataset.captions[caption]}"))

@@ -1,0 +1,104 @@
+"""Batches: every pair once, no image twice where avoidable, the same for any number of processes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_retrieval.data.batches.sampler import BatchSampler, process_slice
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images.image_files import ImageArray
+from clip_retrieval.errors import UserError
+
+
+def dataset(captions_per_image):
+    images = np.repeat(np.arange(len(captions_per_image)), captions_per_image)
+    pairs = np.stack([images, np.arange(len(images))], axis=1)
+    pixels = ImageArray(np.zeros((len(captions_per_image), 2, 2, 3), np.uint8), "test")
+    return RetrievalDataset("test", "train", pixels, [f"caption {i}" for i in range(len(images))], pairs)
+
+
+def epoch_pairs(sampler, epoch=0, first_batch=0):
+    return [list(zip(b.images.tolist(), b.captions.tolist())) for b in sampler.epoch(epoch, first_batch)]
+
+
+def test_every_pair_once_an_epoch():
+    data = dataset([5] * 20)
+    seen = [pair for batch in epoch_pairs(BatchSampler(data, 10)) for pair in batch]
+    assert sorted(seen) == [tuple(p) for p in data.pairs.tolist()]
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=2, max_size=30).filter(lambda c: sum(c) >= 2),
+    batch_size=st.integers(2, 12),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_image_repeats_in_a_batch_unless_it_has_more_pairs_than_there_are_batches(counts, batch_size, seed):
+    data = dataset(counts)
+    batch_size = min(batch_size, sum(counts))
+    sampler = BatchSampler(data, batch_size, seed=seed)
+    batches = epoch_pairs(sampler)
+    assert len(batches) == len(sampler) == sum(counts) // batch_size
+    pairs = [pair for batch in batches for pair in batch]
+    assert len(set(pairs)) == len(pairs) == len(batches) * batch_size
+    used = np.bincount([i for i, _ in pairs], minlength=len(counts))
+    for batch in batches:
+        repeats = np.bincount([i for i, _ in batch], minlength=len(counts))
+        for image in np.flatnonzero(repeats > 1):
+            assert used[image] > len(batches)
+
+
+def test_a_tight_epoch_still_has_no_repeats():
+    # As many images as a batch holds: each batch must hold every image exactly once.
+    batches = epoch_pairs(BatchSampler(dataset([5] * 16), 16))
+    assert all(sorted(i for i, _ in batch) == list(range(16)) for batch in batches)
+
+
+def test_the_remainder_is_dropped_and_is_another_each_epoch():
+    data = dataset([3] * 11)
+    sampler = BatchSampler(data, 8)
+    dropped = []
+    for epoch in range(2):
+        batches = epoch_pairs(sampler, epoch)
+        assert [len(b) for b in batches] == [8] * 4
+        dropped.append(set(map(tuple, data.pairs.tolist())) - {p for b in batches for p in b})
+    assert dropped[0] != dropped[1]
+
+
+def test_one_takes_each_image_once_with_one_of_its_captions():
+    data = dataset([0, *[4] * 12])
+    sampler = BatchSampler(data, 6, "one")
+    epochs = [[p for b in epoch_pairs(sampler, e) for p in b] for e in range(3)]
+    for pairs in epochs:
+        assert sorted(i for i, _ in pairs) == list(range(1, 13))
+        assert set(pairs) <= set(map(tuple, data.pairs.tolist()))
+    assert len({tuple(sorted(pairs)) for pairs in epochs}) == 3
+
+
+@pytest.mark.parametrize("sampling", ["all", "one"])
+def test_an_epoch_is_a_pure_function_of_seed_and_epoch_and_can_start_anywhere(sampling):
+    data = dataset([2, 3, 5, 1, 4, 5, 5, 2])
+    sampler = BatchSampler(data, 3, sampling, seed=7)
+    whole = epoch_pairs(sampler, 4)
+    assert epoch_pairs(BatchSampler(data, 3, sampling, seed=7), 4) == whole
+    assert epoch_pairs(sampler, 4, first_batch=1) == whole[1:]
+    assert epoch_pairs(sampler, 5) != whole
+    assert epoch_pairs(BatchSampler(data, 3, sampling, seed=8), 4) != whole
+
+
+def test_process_slices_make_up_the_global_batch():
+    batch = np.arange(24)
+    for processes in (1, 2, 3, 8):
+        parts = [batch[process_slice(24, rank, processes)] for rank in range(processes)]
+        assert {len(p) for p in parts} == {24 // processes}
+        assert (np.concatenate(parts) == batch).all()
+    with pytest.raises(UserError, match="--batch_size 24 cannot be split over 5 processes"):
+        process_slice(24, 0, 5)
+
+
+def test_images_meet_other_images_in_their_batches():
+    # The pairs of an image must not travel through the epoch together with those of the same other images.
+    batches = epoch_pairs(BatchSampler(dataset([5] * 200), 20, seed=1))
+    met = {i for batch in batches if any(j == 0 for j, _ in batch) for i, _ in batch}
+    assert len(met) > 70

@@ -1,0 +1,138 @@
+"""Images of every kind load as Pillow's own conversion does; broken ones are named."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_retrieval.data.images.image_files import ImageArray, ImageFiles, image_files
+from clip_retrieval.errors import UserError
+
+
+def picture(mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    return Image.fromarray(pixels[..., :3]).convert(mode) if mode != "RGBA" else Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("mode", "file", "options"),
+    [
+        ("RGB", "a.jpg", {}),
+        ("RGB", "a.webp", {}),
+        ("L", "a.jpg", {}),
+        ("CMYK", "a.jpg", {}),
+        ("RGB", "turned.jpg", {"exif": 6}),
+        ("1", "a.png", {}),
+        ("P", "a.png", {}),
+        ("P", "a.gif", {"transparency": 3}),
+        ("LA", "a.png", {}),
+        ("RGBA", "a.png", {}),
+        ("I;16", "a.png", {}),
+        ("I;16", "a.tif", {}),
+    ],
+)
+def test_images_load_as_pillow_converts_them(tmp_path, mode, file, options):
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]  # orientation
+        options = {"exif": exif}
+    path = tmp_path / file
+    picture(mode).save(path, **options)
+    image = ImageFiles([str(path)])[0]
+    assert image.mode == "RGB" and image.size == (16, 12)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_an_array_of_images():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    images = ImageArray(pixels, "shapes")
+    assert len(images) == 2 and images.name(1) == "shapes image 1"
+    np.testing.assert_array_equal(np.asarray(images[1]), pixels[1])
+
+
+def fails(path, *parts):
+    with pytest.raises(UserError) as error:
+        ImageFiles([str(path)])[0]
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.count(str(path)) == 1
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".tif", ".bmp"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_a_truncated_image_is_named(tmp_path, suffix, share):
+    path = tmp_path / f"broken{suffix}"
+    Image.effect_noise((64, 64), 60).convert("RGB").save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    fails(path, "not a readable image")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_bytes_raise_nothing_but_a_user_error(tmp_path):
+    random = np.random.default_rng(0)
+    for suffix in (".jpg", ".png", ".tif"):
+        path = tmp_path / f"x{suffix}"
+        Image.effect_noise((32, 32), 60).convert("RGB").save(path)
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(40):
+            damaged = data.copy()
+            damaged[random.integers(0, min(len(data), 400), 8)] = random.integers(0, 256, 8)
+            path.write_bytes(damaged.tobytes())
+            try:
+                assert ImageFiles([str(path)])[0].mode == "RGB"
+            except UserError as error:
+                assert str(path) in str(error)
+
+
+def test_what_is_not_an_image_is_named(tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    fails(tmp_path / "page.jpg", "none of the formats JPEG, PNG")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    fails(tmp_path / "empty.jpg", "none of the formats JPEG, PNG")
+    (tmp_path / "folder.jpg").mkdir()
+    fails(tmp_path / "folder.jpg", "directory")
+    fails(tmp_path / "gone.jpg", "no such image", "--image_dir")
+
+
+# Finding files
+
+
+def test_an_image_comes_from_the_first_place_that_has_it(tmp_path, photos):
+    photos(tmp_path / "one", "a.jpg", "sub/b.jpg")
+    photos(tmp_path / "two", "b_2.jpg", "c_2.jpg", "a_2.jpg")
+    absolute = tmp_path / "three" / "d.jpg"
+    photos(tmp_path / "three", "d.jpg")
+    names = ["a.jpg", "sub/b.jpg", "c.jpg", str(absolute)]
+    places = [
+        (tmp_path / "nowhere", names),
+        (tmp_path / "one", names),
+        (tmp_path / "two", ["a_2.jpg", "b_2.jpg", "c_2.jpg", "d_2.jpg"]),
+    ]
+    found = image_files(places, "captions.json")
+    expected = [tmp_path / "one" / "a.jpg", tmp_path / "one" / "sub" / "b.jpg", tmp_path / "two" / "c_2.jpg", absolute]
+    assert found.paths == [str(path) for path in expected]
+    assert found[3].size == (8, 8)
+
+
+def test_later_places_are_not_looked_at_in_vain(tmp_path, photos):
+    photos(tmp_path, "a.jpg")
+
+    def places():
+        yield tmp_path, ["a.jpg"]
+        raise AssertionError("looked further")
+
+    assert len(image_files(places(), "captions.json")) == 1
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path, photos):
+    photos(tmp_path / "images", "a.jpg")
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    with pytest.raises(UserError) as error:
+        image_files([(tmp_path / "nowhere", names), (tmp_path / "images", names)], "captions.json")
+    message = str(error.value)
+    assert message.startswith("captions.json: 2 of the 3 images")
+    assert str(tmp_path / "images" / "b.jpg") in message and "--image_dir" in message

@@ -1,0 +1,193 @@
+"""Pixels: the reference's with one decoder, one or two grey levels from them with the other."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
+from clip_retrieval.data.pixels.pixels import AutoAugmented, make_pixels
+from clip_retrieval.data.pixels.transforms import crop_region
+from clip_retrieval.errors import UserError
+from tests.models.small import small_preprocess
+
+DECODERS = ["pillow", "fast"]
+SETTINGS = [
+    {"resize_mode": mode, "interpolation": interpolation, "size": size, "fill_color": fill}
+    for mode in ("shortest", "longest", "squash")
+    for interpolation in ("bicubic", "bilinear", "random")
+    for size, fill in ((16, 0), ((16, 24), 7))
+]
+SIZES = [(20, 26), (61, 43), (16, 16), (9, 70), (5, 4), (40, 17)]  # of images: larger, smaller and as the model sees
+
+
+def smooth(height, width, seed=0):
+    """An image without the noise that no photograph has: uint8 (height, width, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i, (height, width) in enumerate(SIZES):
+        Image.fromarray(smooth(height, width, i)).save(folder / f"{i}.jpg")
+    return ImageFiles([str(folder / f"{i}.jpg") for i in range(len(SIZES))])
+
+
+def difference(a, b):
+    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_pillow_gives_what_open_clip_gives(images, settings):
+    config = PreprocessCfg(**small_preprocess() | settings | {"mean": (0, 0, 0), "std": (1, 1, 1)})
+    reference = image_transform_v2(config, is_train=False)
+    pixels = make_pixels(images, small_preprocess() | settings)
+    for i in range(len(images)):
+        assert pixels(i).dtype == torch.uint8
+        assert torch.equal(pixels(i), (reference(images[i]) * 255).round().byte())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_fast_follows_open_clip_in_sizes_and_places(images, settings):
+    reference = make_pixels(images, small_preprocess() | settings)
+    fast = make_pixels(images, small_preprocess() | settings, decoder="fast")
+    for i in range(len(images)):
+        assert difference(fast(i), reference(i)) <= 2
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(300, 41), (200, 90), (90, 200), (60, 61), (41, 300), (30, 100), (100, 30), (20, 20)])
+def test_fast_resizes_first_along_the_side_that_pillow_does(size, interpolation):
+    # What the first pass clips, the second does not see: with the passes exchanged, noise differs by 20 levels.
+    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (1, *size, 3))
+    settings = small_preprocess(40) | {"resize_mode": "squash", "interpolation": interpolation}
+    reference, fast = (make_pixels(ImageArray(noise, "noise"), settings, decoder=decoder) for decoder in DECODERS)
+    assert difference(fast(0), reference(0)) <= 2
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_fast_is_two_grey_levels_from_the_reference_on_photographs(real_data, augment):
+    paths = sorted((real_data / "coco_mini" / "images").rglob("*.jpg"))[:40]
+    images, preprocess = ImageFiles([str(path) for path in paths]), small_preprocess(112)
+    reference, fast = (
+        make_pixels(images, preprocess, augment=augment, decoder=decoder).batch(range(40), range(40))
+        for decoder in DECODERS
+    )
+    assert difference(fast, reference) <= 2
+    assert (fast.float() - reference.float()).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *(("RGB", suffix) for suffix in ("jpg", "png", "webp", "bmp", "tif")),
+        *(("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("P", "gif"), ("LA", "png"), ("I;16", "png")),
+    ],
+)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_format_is_decoded_as_pillow_converts_it(tmp_path, mode, suffix, decoder):
+    image = Image.fromarray(smooth(16, 16))
+    if mode == "I;16":
+        image = Image.fromarray(smooth(16, 16)[..., 0].astype(np.uint16) * 257)
+    path = tmp_path / f"a.{suffix}"
+    (image if mode in ("RGB", "I;16") else image.convert(mode)).save(path)
+    expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+    pixels = make_pixels(ImageFiles([str(path)]), small_preprocess(16), decoder=decoder)
+    np.testing.assert_array_equal(pixels(0).numpy(), expected)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.99])
+def test_a_truncated_image_is_the_same_error_with_both(tmp_path, share):
+    path = tmp_path / "broken.jpg"
+    Image.effect_noise((64, 64), 60).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    messages = []
+    for decoder in DECODERS:
+        with pytest.raises(UserError) as error:
+            make_pixels(ImageFiles([str(path)]), small_preprocess(), decoder=decoder)(0)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and messages[0].startswith(f"{path}: not a readable image")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_images_in_memory_need_no_workers(images, decoder):
+    array = np.stack([smooth(16, 16, seed) for seed in range(3)])
+    pixels = make_pixels(ImageArray(array, "test"), small_preprocess(16), decoder=decoder)
+    assert pixels.in_memory and len(pixels) == 3
+    assert torch.equal(pixels.batch([2, 0], [0, 0]), torch.from_numpy(array[[2, 0]]).permute(0, 3, 1, 2))
+    larger = make_pixels(ImageArray(array, "test"), small_preprocess(12), decoder=decoder)
+    assert larger(1).shape == (3, 12, 12)
+    assert not make_pixels(images, small_preprocess(), decoder=decoder).in_memory
+
+
+# Random crops
+
+
+@pytest.mark.parametrize("size", [16, (16, 24)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_its_region_resized(images, size, interpolation):
+    height, width = (16, 16) if size == 16 else size
+    settings = small_preprocess(size) | {"interpolation": interpolation}
+    pixels = make_pixels(images, settings, augment="crop")
+    fast = make_pixels(images, settings, augment="crop", decoder="fast")
+    for i in range(len(images)):
+        region = images[i].crop(crop_region(*images[i].size, seed=i))
+        expected = np.asarray(region.resize((width, height), Image.Resampling[interpolation.upper()]))
+        np.testing.assert_array_equal(pixels(i, seed=i).numpy(), expected.transpose(2, 0, 1))
+        assert difference(fast(i, seed=i), pixels(i, seed=i)) <= 2
+
+
+def test_a_crop_region_has_the_area_and_the_shape_that_torchvision_gives_it():
+    regions = [crop_region(200, 190, seed) for seed in range(500)]
+    assert regions == [crop_region(200, 190, seed) for seed in range(500)] and len(set(regions)) > 400
+    left, top, right, bottom = np.array(regions).T
+    assert left.min() == top.min() == 0 and right.max() == 200 and bottom.max() == 190
+    ours = np.stack([(right - left) * (bottom - top) / (200 * 190), (right - left) / (bottom - top)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image = torch.empty(3, 190, 200)
+        theirs = [RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3)) for _ in range(500)]
+    height, width = np.array(theirs).T[2:]
+    theirs = np.stack([width * height / (200 * 190), width / height])
+    assert ours[0].min() > 0.895 and ours[0].max() <= 1
+    deciles = np.linspace(0, 1, 11)
+    np.testing.assert_allclose(
+        np.quantile(ours, deciles, axis=1), np.quantile(theirs, deciles, axis=1), rtol=0, atol=0.02
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 100), (100, 1000), (301, 17), (1, 1), (1, 90)])
+def test_an_image_that_no_crop_fits_is_cut_at_the_centre_as_torchvision_does(width, height):
+    top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3))
+    assert crop_region(width, height, seed=0) == (left, top, left + w, top + h)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_batch_is_its_images_here_and_in_a_process_of_its_own(images, augment, decoder):
+    pixels = make_pixels(images, small_preprocess(), augment=augment, decoder=decoder)
+    indices, seeds = [4, 0, 4], [1, 2**62, 5]
+    expected = torch.stack([pixels(i, seed) for i, seed in zip(indices, seeds)])
+    assert torch.equal(pixels.batch(indices, seeds), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(pixels)).batch(indices, np.array(seeds)), expected)
+    assert torch.equal(expected[0], expected[2]) == (augment == "none")
+
+
+def test_autoaugment_changes_a_crop_the_same_way_for_the_same_seed(images):
+    crops = make_pixels(images, small_preprocess(), augment="crop")
+    changed = AutoAugmented(crops)
+    first = changed.batch([0, 1, 2], [5, 6, 7])
+    assert first.shape == (3, 3, 16, 16) and first.dtype == torch.uint8
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(changed.batch([0, 1, 2], [5, 6, 7]), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    many = [changed(0, seed) for seed in range(20)]
+    assert sum(torch.equal(one, crops(0, seed)) for seed, one in enumerate(many)) < 15

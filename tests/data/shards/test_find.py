@@ -1,0 +1,280 @@
+"""Which shards a split has, and whether they are whole."""
+
+import gzip
+import json
+import os
+import time
+
+import pytest
+from braceexpand import braceexpand
+
+from clip_retrieval.data.shards.find import (
+    _expansions,
+    absolute_patterns,
+    check_whole,
+    expand,
+    find_shards,
+    known_sizes,
+)
+from clip_retrieval.errors import UserError
+from clip_retrieval.options import DataOptions
+from tests.data.make_shards import numbered, write_shard
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """tars("a.tar", ...) writes whole shards into the test's folder."""
+
+    def write(*names):
+        return [write_shard(tmp_path / name, numbered(0, 2)) for name in names]
+
+    return write
+
+
+def names(found):
+    return None if found is None else (found.split, [path.name for path in found.paths])
+
+
+def find(root, split, dataset="webdataset", **options):
+    return names(find_shards(DataOptions(dataset=dataset, dataset_root=str(root), **options), split))
+
+
+def test_braces_wildcards_folders_and_several_patterns(tmp_path, tars):
+    a, b, c, d = tars("s/00000.tar", "s/00001.tar", "other/x.tar", "with blank/y.tar")
+    assert expand(f"{tmp_path}/s/{{00000..00001}}.tar", "--train_data") == [a, b]
+    assert expand(f"{tmp_path}/s/*.tar", "--train_data") == [a, b]
+    assert expand(f"{tmp_path}/s", "--train_data") == [a, b]
+    assert expand(f"{c} {tmp_path}/s/0000[01].tar", "--train_data") == [c, a, b]
+    assert expand(f"{tmp_path}/with blank/*.tar", "--train_data") == [d]
+    assert expand(f"{b} {tmp_path}/s/*.tar", "--train_data") == [b, a]  # each once
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("{00000..00002}.tar", ["00001.tar", "there is no shard"]),
+        ("empty/*.tar", ["empty/*.tar", "holds no shards"]),
+        ("folder", ["folder", "holds no shards"]),
+        ("{00000..", ["00000..", "braces do not fit"]),
+        ("a b.tar", ["a", "there is no shard"]),
+        (" ", ["names no shards"]),
+    ],
+)
+def test_what_a_pattern_names_must_be_there(tmp_path, monkeypatch, tars, pattern, words):
+    tars("00000.tar", "00002.tar")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        expand(pattern, "--val_data")
+    assert all(word in str(error.value) for word in ["--val_data", *words]) and "\n" not in str(error.value)
+
+
+def test_splits_are_told_by_the_names_of_files_or_folders(tmp_path, tars):
+    tars("train-000.tar", "train1.tar", "trainable.tar", "valid_00.tar", "test/x.tar", "._train-000.tar")
+    assert find(tmp_path, "train") == ("train", ["train-000.tar", "train1.tar"])
+    assert find(tmp_path, "val") == ("val", ["valid_00.tar"])
+    assert find(tmp_path, "test") == ("test", ["x.tar"])
+
+
+def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
+    tars("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "contest-0.tar")
+    assert find(tmp_path, "train") == ("train", ["cc3m-train-0000.tar", "cc3m-train-0001.tar"])
+    assert find(tmp_path, "val") == ("val", ["cc3m-validation-0000.tar"])
+    assert find(tmp_path, "test") is None
+    tars("train_val2014-000.tar", "train_dev-0.tar")
+    assert find(tmp_path, "train")[1][2:] == ["train_dev-0.tar", "train_val2014-000.tar"]
+    tars("coco-train-test-0.tar")
+    with pytest.raises(UserError, match=r"coco-train-test-0.tar: its name has words for test and train"):
+        find(tmp_path, "train")
+    named = {name: str(tmp_path / "coco-train-test-0.tar") for name in ("train_data", "val_data")}
+    assert find(tmp_path, "train", **named) == ("train", ["coco-train-test-0.tar"])
+    assert find(tmp_path, "test", **named) is None
+
+
+def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):
+    tars("00000.tar", "00001.tar")
+    assert find(tmp_path, "train") == find(tmp_path, "test") == ("all", ["00000.tar", "00001.tar"])
+    assert find(tmp_path, "val") is None
+
+
+def test_patterns_go_before_the_folder(tmp_path, tars):
+    (held,) = tars("elsewhere/v.tar")
+    tars("00000.tar", "00001.tar")
+    assert find(tmp_path, "val", val_data=str(held)) == ("val", ["v.tar"])
+    assert find(tmp_path, "train", val_data=str(held)) == (
+        "train",
+        ["00000.tar", "00001.tar"],
+    )  # no longer to be scored
+    assert find(tmp_path, "test", val_data=str(held)) is None
+    assert find("/nowhere", "train", val_data=str(held)) is None
+    assert find("/nowhere", "val", train_data=str(held)) is None
+
+
+def test_what_one_split_is_given_by_name_no_other_gets_from_the_folder(tmp_path, tars):
+    a, b = tars("leak/00000.tar", "leak/00001.tar")
+    root = tmp_path / "leak"
+    (tmp_path / "link").symlink_to(root)
+    for named in (str(b), f"{tmp_path}/link/00001.tar", f"{root}/0000[1-9].tar"):
+        assert find(root, "train", val_data=named) == ("train", ["00000.tar"])
+    assert find(root, "train", val_data=f"{a} {b}") is None
+    assert find(root, "train", val_data=str(root)) is None
+
+
+def test_what_a_split_is_called_in_the_folder_does_not_count_where_it_is_named_for_another(tmp_path, tars):
+    tars("train-0.tar", "train-1.tar", "val-0.tar", "test-0.tar")
+    assert find(tmp_path, "train", val_data=f"{tmp_path}/train-1.tar") == ("train", ["train-0.tar"])
+    assert find(tmp_path, "val", train_data=f"{tmp_path}/*.tar") is None
+    assert find(tmp_path, "test", train_data=f"{tmp_path}/*.tar") is None
+    assert find(tmp_path, "test", val_data=f"{tmp_path}/test-0.tar") == ("test", ["test-0.tar"])
+    gone = f"{tmp_path}/val-0.tar {tmp_path}/gone.tar"
+    assert find(tmp_path, "test", train_data=gone) == ("test", ["test-0.tar"])
+    assert find(tmp_path, "val", train_data=gone) is None
+
+
+def test_yfcc7m_is_in_a_folder_of_its_name_as_simple_clip_has_it(tmp_path, tars):
+    tars("yfcc7m/00000.tar", "yfcc7m/00001.tar")
+    assert find(tmp_path, "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
+    assert find(tmp_path / "yfcc7m", "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
+
+
+def test_a_folder_without_shards_says_how_to_name_them(tmp_path):
+    with pytest.raises(UserError, match="--train_data"):
+        find(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda content: content[: len(content) // 2], "its end is missing"),
+        (lambda content: content[:-1024], "its end is missing"),
+        (lambda content: b"no tar at all" * 1000, "not a tar"),
+        (lambda content: gzip.compress(content), "decompress it"),
+        (lambda content: b"", "not a tar"),
+        (lambda content: bytes(10240), "holds no samples"),
+    ],
+)
+def test_what_is_no_whole_tar_is_refused_before_it_is_read(tars, spoil, words):
+    (path,) = tars("a.tar")
+    check_whole(path)
+    content = path.read_bytes().rstrip(b"\0") + bytes(1024)
+    content += bytes(-len(content) % 512)
+    path.write_bytes(content)
+    check_whole(path)
+    path.write_bytes(spoil(content))
+    with pytest.raises(UserError, match=words) as error:
+        check_whole(path)
+    assert str(path) in str(error.value)
+
+
+def test_sizes_json_says_how_many_samples_there_are(tmp_path, tars):
+    paths = tars("a/0.tar", "a/1.tar", "b/0.tar")
+    (tmp_path / "a/sizes.json").write_text(json.dumps({"0.tar": 7, "2.tar": 9}))
+    (tmp_path / "b/sizes.json").write_text(json.dumps({"0.tar": "12"}))
+    os.truncate(paths[2], 12 * 1024)
+    assert known_sizes(paths) == [7, None, 12]
+
+
+def test_more_samples_than_a_shard_can_hold_are_refused(tmp_path, tars):
+    (path,) = tars("0.tar")
+    for number, size in ((100, 100 * 1024), (100, 100 * 1024 - 1), (2**39, 10240), ("9" * 30, 10240)):
+        os.truncate(path, size)
+        (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": number}))
+        if size == 100 * 1024:
+            assert known_sizes([path]) == [100]
+        else:
+            with pytest.raises(UserError, match=r"sizes\.json: 0\.tar has .* samples"):
+                known_sizes([path])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"0.tar": -1}', '{"0.tar": 1.5}', '{"0.tar": null, "0.tar": "x"}', "{"])
+def test_a_sizes_json_that_is_none_is_named(tmp_path, tars, content):
+    paths = tars("0.tar")
+    (tmp_path / "sizes.json").write_text(content)
+    with pytest.raises(UserError, match=r"sizes\.json"):
+        known_sizes(paths)
+
+
+def test_patterns_are_made_absolute_one_by_one(tmp_path, monkeypatch, tars):
+    monkeypatch.chdir(tmp_path)
+    tars("my data/x.tar")
+    assert absolute_patterns("a/{0..1}.tar b/*.tar") == f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b/*.tar"
+    assert absolute_patterns("my data/*.tar") == f"{tmp_path}/my data/*.tar"
+    assert absolute_patterns("my data/train") == f"{tmp_path}/my data/train"  # Chinese-CLIP's
+    assert absolute_patterns("a{ b/train") == f"{tmp_path}/a{{ b/train"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["s/00000.tar s/00001.tar", "s/0000{0..1}.tar", "s/*0.tar s/*1.tar", "d0 d1", "s/00000.tar::d1"],
+)
+def test_absolute_patterns_name_the_same_files_also_in_a_folder_with_blanks(tmp_path, monkeypatch, tars, pattern):
+    tars("a b/s/00000.tar", "a b/s/00001.tar", "a b/d0/00000.tar", "a b/d1/00001.tar")
+    monkeypatch.chdir(tmp_path / "a b")
+    found = [path.resolve() for path in expand(pattern, "--train_data")]
+    absolute = absolute_patterns(pattern)
+    monkeypatch.chdir(tmp_path)
+    assert [path.resolve() for path in expand(absolute, "--train_data")] == found
+    assert absolute_patterns(absolute) == absolute
+
+
+def test_braces_with_absolute_and_other_alternatives_are_made_absolute_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_patterns("{/abs,rel}/0.tar") == f"/abs/0.tar::{tmp_path}/rel/0.tar"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a.tar",
+        "{0..3}",
+        "{00..12..5}x{3..1}",
+        "{-2..2}{9..-9..-4}",
+        "{a,b}{c,d,}{e}",
+        "{x{0..3},y{4..5}{6,7}}z",
+        "{{a,b},{c,{d,e{1..3}}}}",
+        "a{}b{,}c",
+        r"\{0..9\}{1,2\,3}",
+        "{1..2..0}",
+        "{0..3,x}",
+        "{a}{{0..3}}",
+        "a,b",
+    ],
+)
+def test_braces_are_counted_as_they_are_expanded(pattern):
+    assert _expansions(pattern) == len(list(braceexpand(pattern)))
+
+
+def test_letters_are_counted_from_above():
+    for pattern in ("{a..e}", "{Z..a..3}", "{a..B}"):
+        assert len(list(braceexpand(pattern))) <= _expansions(pattern) <= 52
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..999999999999}.tar",
+        "{0..99999999999999999999999999}.tar",
+        "{-999999999..999999999}",
+        "{a,b}" * 40,
+        "{0..99}" * 6,
+        "{{0..99999},{0..99999}}" * 3,
+        "{" * 3000 + "a,b" + "}" * 3000,
+        "{a," * 300 + "b" + "}" * 300,
+        "{0.." + "9" * 5000 + "}",
+        "{" * 100_000,
+        "{0..9999}" + "x" * 200_000,
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_braces_that_expand_to_too_much_are_refused_at_once(pattern):
+    began = time.process_time()
+    for expand_pattern in (lambda: expand(pattern, "--train_data"), lambda: absolute_patterns(f"{pattern} x.tar")):
+        with pytest.raises(UserError, match="the braces"):
+            expand_pattern()
+    assert time.process_time() - began < 2
+
+
+def test_long_lists_of_shards_are_expanded(tmp_path, tars):
+    tars(*(f"s/{number:06}.tar" for number in range(3)))
+    with pytest.raises(UserError, match=r"no shard .*/s/000003\.tar"):
+        expand(f"{tmp_path}/s/{{000000..231349}}.tar", "--train_data")

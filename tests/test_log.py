@@ -1,0 +1,73 @@
+import json
+import os
+
+import pytest
+
+from clip_retrieval import log as module
+from clip_retrieval.log import MetricsLog, log, log_to_file, progress_bar, start_log
+
+
+def test_what_was_said_before_the_folder_is_known_is_in_the_file_too(tmp_path, capsys):
+    start_log()
+    log.info("early")
+    log_to_file(tmp_path)
+    log.warning("late")
+    captured = capsys.readouterr()
+    assert captured.out == "early\n" and captured.err == "WARNING: late\n"
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO early", "WARNING late"]
+    start_log()
+
+
+def test_a_run_that_goes_on_takes_back_what_was_written_after_its_checkpoint(tmp_path):
+    first = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        first.write("train", step, {"loss": 1.0 / step})
+    first.write("val", 2, {"i2t": {"R@1": 10.0}})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    second = MetricsLog(tmp_path, {"train": 2, "val": -1})
+    second.write("val", 2, {"i2t": {"R@1": 50.0}})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"kind": "train", "step": 1, "loss": 1.0},
+        {"kind": "train", "step": 2, "loss": 0.5},
+        {"kind": "val", "step": 2, "i2t": {"R@1": 50.0}},
+    ]
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = MetricsLog(tmp_path)
+    metrics.write("train", 4, {"loss": 0.25})
+    metrics.write("val", 4, {"i2t": {"R@1": 50.0}, "rsum": 300.0})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
+        "train/loss": [(4, 0.25)],
+        "val/i2t/R@1": [(4, 50.0)],
+        "val/rsum": [(4, 300.0)],
+    }
+
+
+@pytest.mark.parametrize("level", [log.info, log.warning])
+def test_control_characters_reach_neither_terminal_nor_file(tmp_path, capsys, level):
+    """A caption may hold the escapes that rename a window, or delete what was printed."""
+    start_log()
+    level("a.jpg: \x1b]0;owned\x07\x1b[2Jred\x9b31m \x00 \r \u2028 " + os.fsdecode(b"caf\xe9") + " 狗\tcafé")
+    log_to_file(tmp_path)
+    printed = "".join(capsys.readouterr())
+    for text in (printed, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        assert text.endswith("\n") and text.isascii() is False
+        assert all(character.isprintable() or character in "\n\t" for character in text), repr(text)
+        assert "\\x1b]0;owned\\x07" in text and "caf\\udce9 狗" in text and "café" in text
+    start_log()
+
+
+def test_names_in_progress_bars_are_printable(monkeypatch):
+    monkeypatch.setattr(module, "tqdm", lambda *_, **options: options["desc"])
+    name = progress_bar([], desc="a\x1b[2J\nb" + "x" * 1000)
+    assert name.isprintable() and len(name) <= 500
