@@ -35,7 +35,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_retrieval.data.images.image_files import ImageFiles
-from clip_retrieval.data.pixels.cache import cached_pixels
+from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 
@@ -137,7 +137,7 @@ def cached_batches(paths: list[str], preprocess: dict, folder: Path, augment: st
     times = -(-ENTRIES // len(paths))
     images = ImageFiles(paths * times)
     workers = os.cpu_count() or 1
-    pixels = cached_pixels(images, preprocess, folder, "x", augment=augment, decoder=decoder, num_workers=workers)
+    pixels = open_cached_pixels(images, preprocess, folder, "x", augment=augment, decoder=decoder, num_workers=workers)
     draw = np.random.default_rng(0)
 
     def read(indices: list[int]) -> Tensor:

@@ -124,13 +124,13 @@ def search_seconds(images: int, texts: int, dim: int) -> float:
     import torch
 
     from clip_retrieval.evaluation.neighbours import nearest
-    from clip_retrieval.evaluation.scores import Side
+    from clip_retrieval.evaluation.scores import Features
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image_features, text_features, _ = features(images, texts, dim)
 
     def search(number: int) -> None:
-        sides = (Side(side[:number], device, "item", str) for side in (image_features, text_features))
+        sides = (Features(side[:number], device, "item", str) for side in (image_features, text_features))
         nearest(*sides, K)
 
     search(1000)

@@ -53,7 +53,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.device import autocast, choose_device, choose_precision, device_name, make_scaler
-from clip_retrieval.distributed import ALONE
+from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.models.build import BuiltModel, build_model
 from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
@@ -246,7 +246,7 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
     options.train.compile = name == "compile"
     options.train.grad_cache = max(1, len(batches[0].images) // 4) if name == "grad_cache" else None
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
-    trainer = make_trainer(options, model, precision, device, ALONE)
+    trainer = make_trainer(options, model, precision, device, SINGLE_PROCESS)
     if name == "all_tokens":
         model._pooled_image_token = pool_after_all_tokens
         batches = [replace(batch, lengths=None) for batch in batches]

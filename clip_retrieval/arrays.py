@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.memory import memory_limit
 
@@ -44,9 +44,9 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
             array = np.fromfile(file, dtype, count).reshape(shape, order=order)
             return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except (ValueError, MemoryError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({reason(error)}); write it with numpy.save") from None
+        raise UserError(f"{path}: not a readable .npy array ({describe(error)}); write it with numpy.save") from None
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:

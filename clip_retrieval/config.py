@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
 # What options.json holds beside options, and the file that its run read, whose options are all in it.
@@ -55,7 +55,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({reason(error)}); give a YAML file") from None
+        raise UserError(f"--config {path} cannot be read ({describe(error)}); give a YAML file") from None
     except RecursionError:
         raise UserError(f"--config {path}: no YAML (nested too deeply)") from None
     except ValueError as error:

@@ -84,7 +84,7 @@ def deterministic_algorithms(device: torch.device, on_gpu: bool = False) -> Iter
 
 
 @contextmanager
-def true_float32() -> Iterator[None]:
+def disable_tf32() -> Iterator[None]:
     """Float32 products and convolutions are float32: no TF32 (cuDNN's default) and no bfloat16 passes.
 
     (Autocast leaves products alone that write to `out`.)

@@ -57,30 +57,30 @@ class Processes:
         """Whether the flag is up in any process."""
         return flag if self.world_size == 1 else bool(self.max(torch.tensor(int(flag))))
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """(world_size * n, ...) of every process's (n, ...), in the order of the ranks.
 
         The gradient of a process's part is the sum of what all processes have for it.
         """
-        return tensor if self.world_size == 1 else _Gather.apply(tensor, self)
+        return tensor if self.world_size == 1 else _AllGather.apply(tensor, self)
 
-    def gather_rows(self, tensor: Tensor) -> Tensor:
-        """As `gather`, for parts of different length; without a gradient."""
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
+        """Like `all_gather`, for parts of different length; without a gradient."""
         if self.world_size == 1:
             return tensor
-        lengths = self.gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+        lengths = self.all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        parts = self.gather(padded).unflatten(0, (self.world_size, max(lengths)))
+        parts = self.all_gather(padded).unflatten(0, (self.world_size, max(lengths)))
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
-    def take_over(self, state: dict[str, Tensor]) -> None:
+    def broadcast(self, state: dict[str, Tensor]) -> None:
         """Overwrite the tensors of `state` with process 0's."""
         if self.world_size > 1:
             for tensor in state.values():
                 dist.broadcast(tensor, 0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.world_size > 1:
             self.any(False)
@@ -89,13 +89,13 @@ class Processes:
     def main_first(self) -> Iterator[None]:
         """A block that process 0 goes through before the others (a download, a cache that is built)."""
         if not self.is_main:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main:
-            self.wait()
+            self.barrier()
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, processes: Processes) -> Tensor:
         ctx.processes = processes
@@ -110,17 +110,17 @@ class _Gather(torch.autograd.Function):
         return part, None
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextlib.contextmanager
-def joined(device: str | None) -> Iterator[Processes]:
+def process_group(device: str | None) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did; `device` is the one asked for.
 
     Raises UserError where there are more processes on a machine than GPUs.
     """
     if (world_size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     on_gpus = torch.cuda.is_available() and device in (None, "cuda")
     if device not in (None, "cuda", "cpu"):

@@ -13,7 +13,7 @@ from clip_retrieval.data.batches.loader import image_batches
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.pixels.pixels import Pixels, choose_num_workers
 from clip_retrieval.device import DTYPES
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.log import progress_bar
 from clip_retrieval.models.towers import RetrievalModel
 
@@ -39,7 +39,7 @@ def encode_images(
     batch_size: int | None,
     num_workers: int | None,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """float32 (images, dim) on `device`: what `encode` gives for uint8 (n, 3, height, width), of all images.
 
@@ -66,7 +66,7 @@ def encode_captions(
     trim: bool,
     batch_size: int | None,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length) and lengths (n,), of all captions.
 
@@ -92,7 +92,7 @@ def _whole(encoded: Iterable[Tensor], batches: Sequence[Tensor], device: torch.d
     """The features of all batches, in the order of the rows, from those of this process's batches."""
     parts = list(encoded)
     width = int(processes.max(torch.tensor(parts[0].shape[1] if parts else 0)))
-    gathered = processes.gather_rows(torch.cat([*parts, torch.empty(0, width, device=device)]))
+    gathered = processes.all_gather_rows(torch.cat([*parts, torch.empty(0, width, device=device)]))
     world_size = processes.world_size
     rows = torch.cat([rows for rank in range(world_size) for rows in batches[rank::world_size]])
     features = torch.empty_like(gathered)

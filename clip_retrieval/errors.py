@@ -83,11 +83,11 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     except OSError as error:
         # (numpy's errors of a full disk have no number.)
         if error.errno in DISK_FAULTS or (error.errno is None and error.filename is not None):
-            fault = DISK_FAULTS.get(error.errno) or reason(error)
+            fault = DISK_FAULTS.get(error.errno) or describe(error)
             place = error.filename or "a file"
             return _say(f"{place}: {fault}; mend that and repeat the command, a finetune with --resume auto", 3)
         if error.filename is not None:
-            return _say(f"{error.filename}: {reason(error)}; check the name, and that it can be read or written", 2)
+            return _say(f"{error.filename}: {describe(error)}; check the name, and that it can be read or written", 2)
         raise
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
@@ -114,7 +114,7 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def reason(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Why a library refused its input, for a message: the first line of what it says, or the name of the error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

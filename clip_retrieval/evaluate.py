@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from clip_retrieval.device import choose_device, device_name
-from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import encode_split, score
 from clip_retrieval.files import write_json
@@ -30,7 +30,7 @@ def evaluate(typed: dict[str, Any]) -> None:
     options, checkpoint = settle_options(typed)
     if "zero_shot_eval" in typed:
         raise UserError("--zero_shot_eval is for training; scripts/zero_shot.py classifies with a model as it is")
-    with joined(options.run.device) as processes:
+    with process_group(options.run.device) as processes:
         evaluate_with(options, checkpoint, typed, processes)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import count_broken, read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.device import choose_device, true_float32
-from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.device import choose_device, disable_tf32
+from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.errors import UserError
 from clip_retrieval.jsonl import Id
@@ -35,7 +35,7 @@ from clip_retrieval.run.splits import load_pixels
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExtractionRequest:
     """What is to be extracted, and where to.
 
     Attributes:
@@ -85,16 +85,20 @@ class Wanted:
         return not (self.extract_image_feats or self.extract_text_feats)
 
 
-def extract(typed: dict[str, Any], wanted: Wanted) -> None:
+def extract(typed: dict[str, Any], wanted: ExtractionRequest) -> None:
     """Encode what is wanted with the model of the options, and write it."""
     start_log()
     options, checkpoint = settle_options({**typed, "eval": True})
-    with joined(options.run.device) as processes:
+    with process_group(options.run.device) as processes:
         extract_with(options, checkpoint, typed, wanted, processes)
 
 
 def extract_with(
-    options: Options, checkpoint: dict[str, Any] | None, typed: dict[str, Any], wanted: Wanted, processes: Processes
+    options: Options,
+    checkpoint: dict[str, Any] | None,
+    typed: dict[str, Any],
+    wanted: ExtractionRequest,
+    processes: Processes,
 ) -> None:
     """The extraction of one or of several processes, which share the work."""
     device = choose_device(options.run.device)
@@ -113,7 +117,7 @@ def extract_with(
             make_folder(place, "--output")
     encoder = encoding_model(model.to(device), options.evaluation.eval_precision)
     shared = {"device": device, "processes": processes}
-    with true_float32():
+    with disable_tf32():
         if "image" in paths:
             with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
                 pixels = load_pixels(options, dataset, built.preprocess, device, "none")
@@ -158,13 +162,13 @@ def read_split(options: Options) -> RetrievalDataset:
     return dataset
 
 
-def read_files(wanted: Wanted) -> RetrievalDataset:
+def read_files(wanted: ExtractionRequest) -> RetrievalDataset:
     """The images and the texts of the files that are wanted, each text once. Nothing is said of what belongs together.
 
     Raises UserError, naming file and line, where a file is not as it should be.
     """
     from clip_retrieval.data.captions import clean_caption
-    from clip_retrieval.data.images.base64_images import typed_ids
+    from clip_retrieval.data.images.base64_images import infer_id_types
     from clip_retrieval.data.readers.chinese import open_images, read_texts
 
     records = read_texts(wanted.text_data).records if wanted.text_data is not None else []
@@ -172,14 +176,14 @@ def read_files(wanted: Wanted) -> RetrievalDataset:
     images, image_ids = [], []
     if wanted.images:
         images = open_images(wanted.image_data)
-        image_ids = typed_ids(images.keys, (image_id for text in records for image_id in text.image_ids))
+        image_ids = infer_id_types(images.keys, (image_id for text in records for image_id in text.image_ids))
     pairs = np.empty((0, 2), np.int64)
     dataset = RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
     count_broken(dataset)
     return dataset
 
 
-def output_paths(wanted: Wanted, folder: Path) -> dict[str, Path]:
+def output_paths(wanted: ExtractionRequest, folder: Path) -> dict[str, Path]:
     """The files to write, of "image", "text" and "pairs": those that were asked for, or the usual ones.
 
     Of DATA/lmdb/test/imgs, and of DATA/test_imgs.tsv: DATA/test_imgs.img_feat.jsonl; of DATA/test_texts.jsonl:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.memory import memory_limit
 
 
@@ -150,7 +150,7 @@ def read_text(path: Path) -> str:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
@@ -222,7 +222,7 @@ def to_json(content: Any, indent: int | None = None) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
 
 
-def is_there(path: str) -> bool:
+def path_exists(path: str) -> bool:
     """Whether there is such a file or folder. What is typed may also be no path at all, and longer than any."""
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises OSError for a name that is too long
 

@@ -15,9 +15,9 @@ from typing import Any
 from clip_retrieval.classification.report import summary
 from clip_retrieval.classification.task import ZeroShotTask, score_task
 from clip_retrieval.device import choose_device, deterministic_algorithms
-from clip_retrieval.distributed import joined
+from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, NotFiniteError, RunError, UserError
-from clip_retrieval.evaluation.evaluator import Encoded, encode_split, score
+from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
 from clip_retrieval.files import write_json
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.weights import read_checkpoint
@@ -41,15 +41,15 @@ def finetune(typed: dict[str, Any]) -> None:
     folder = run_folder(options)
     with (
         StopSignal().listening() as stop,
-        joined(options.run.device) as processes,
+        process_group(options.run.device) as processes,
         deterministic_algorithms(choose_device(options.run.device), options.train.deterministic),
         lock_folder(folder) if processes.is_main else nullcontext() as lock,
     ):
-        processes.wait()  # for the lock
+        processes.barrier()  # for the lock
         if checkpoint is not None and resumes_in(folder, options):
             checkpoint = read_checkpoint(options.run.resume)  # until the lock was held, another run may have written it
         refuse_another_run(folder, options, checkpoint)
-        processes.wait()  # none looks at the folder after another has begun to write there
+        processes.barrier()  # none looks at the folder after another has begun to write there
         with stop.interruptible():
             run = prepare(options, checkpoint, folder, lock, stop, processes)
         if processes.world_size > 1:
@@ -60,7 +60,7 @@ def finetune(typed: dict[str, Any]) -> None:
                 train(run)
             except KeyboardInterrupt:
                 save_last(run)
-                raise interrupted(run) from None
+                raise make_interrupted(run) from None
             except UserError as error:  # of broken data; of several processes, the others do not know of it
                 if processes.world_size > 1 or not run.progress.step:
                     raise
@@ -70,10 +70,10 @@ def finetune(typed: dict[str, Any]) -> None:
             try:
                 finish(run)
             except KeyboardInterrupt:
-                raise interrupted(run) from None
+                raise make_interrupted(run) from None
 
 
-def interrupted(run: Run) -> Interrupted:
+def make_interrupted(run: Run) -> Interrupted:
     """What is said when a run was stopped and saved."""
     without = ", without --overwrite," if run.options.run.overwrite else ""
     return Interrupted(
@@ -163,9 +163,9 @@ def milestone(run: Run) -> None:
     progress.evaluated_step = step
     # The numbered ones first: once last.pt says that this milestone is done, a resumed run does not come here again.
     if options.run.keep_every and not rest and epoch % options.run.keep_every == 0:
-        save(run, f"epoch_{epoch}.pt", whole_content)
+        save(run, f"epoch_{epoch}.pt", make_checkpoint)
     if options.run.keep_steps and step % options.run.keep_steps == 0:
-        save(run, f"step_{step}.pt", whole_content)
+        save(run, f"step_{step}.pt", make_checkpoint)
     save_last(run)
 
 
@@ -183,7 +183,7 @@ def evaluate_val(run: Run, val: Split) -> None:
     )
     if better:
         progress.best = {"step": progress.step, "epoch": epoch, "block": block}
-        save(run, "best.pt", lambda run: model_content(run) | {"val": block})
+        save(run, "best.pt", lambda run: make_model_checkpoint(run) | {"val": block})
 
 
 def finish(run: Run) -> None:
@@ -192,7 +192,7 @@ def finish(run: Run) -> None:
     if progress.best is not None:
         if run.processes.is_main:
             run.model.load_weights(read_checkpoint(best)["model"])
-        run.processes.take_over(run.model.weights())
+        run.processes.broadcast(run.model.weights())
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
     val = progress.best["block"] if progress.best else None
     test = None
@@ -225,7 +225,7 @@ def finish(run: Run) -> None:
 
 
 @contextmanager
-def evaluating(run: Run) -> Iterator[None]:
+def convert_divergence(run: Run) -> Iterator[None]:
     """A block that can be interrupted, in which features that are not finite are the run's fault."""
     try:
         with run.stop.interruptible():
@@ -234,10 +234,10 @@ def evaluating(run: Run) -> Iterator[None]:
         raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
 
 
-def score_split(run: Run, split: Split) -> tuple[Encoded, dict[str, Any]]:
+def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
     """The features and the results block of a split."""
     options, device = run.options, run.trainer.device
-    with evaluating(run):
+    with convert_divergence(run):
         encoded = encode_split(
             run.model,
             split.dataset,
@@ -255,7 +255,7 @@ def score_split(run: Run, split: Split) -> tuple[Encoded, dict[str, Any]]:
 def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:
     """The results block of the zero-shot classification, without what belongs to single classes."""
     options = run.options
-    with evaluating(run):
+    with convert_divergence(run):
         block = score_task(
             run.model,
             task,
@@ -315,7 +315,7 @@ def save_last(run: Run) -> None:
     """Write last.pt, unless the loss or a weight is not finite: then the one from before stays."""
     run.trainer.check_finite()
     run.trainer.check_weights_finite()
-    save(run, "last.pt", whole_content)
+    save(run, "last.pt", make_checkpoint)
 
 
 def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
@@ -331,12 +331,12 @@ def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
             raise
 
 
-def whole_content(run: Run) -> dict[str, Any]:
+def make_checkpoint(run: Run) -> dict[str, Any]:
     """A checkpoint that a run goes on from."""
-    return model_content(run) | training_state(run.trainer, run.sampler, run.progress)
+    return make_model_checkpoint(run) | training_state(run.trainer, run.sampler, run.progress)
 
 
-def model_content(run: Run) -> dict[str, Any]:
+def make_model_checkpoint(run: Run) -> dict[str, Any]:
     """The part of a checkpoint that an evaluation needs."""
     return {
         "model": run.model.weights(),

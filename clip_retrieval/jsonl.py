@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular, parse_json, write_atomic
 
 try:
@@ -40,7 +40,7 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -61,12 +61,12 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open_input(path) as file:
         for number, line in read_lines(file, path):
             try:
-                yield number, record(line)
+                yield number, parse_record(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
 
 
-def record(line: bytes) -> dict[str, Any]:
+def parse_record(line: bytes) -> dict[str, Any]:
     """The JSON object on a line. Raises ValueError, with a reason, if it is something else."""
     try:
         content = parse_json(line)
@@ -83,8 +83,8 @@ def record(line: bytes) -> dict[str, Any]:
     return content
 
 
-def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
-    """The same as `record`, several times faster where a list of many numbers goes with the id under `key`.
+def parse_record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
+    """The same as `parse_record`, several times faster where a list of many numbers goes with the id under `key`.
 
     With orjson, where it is installed. What that does not take (whole numbers beyond 64 bit become inexact, NaN is none
     of its numbers) the standard library reads.
@@ -93,10 +93,10 @@ def record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
         try:
             content = orjson.loads(line)
         except orjson.JSONDecodeError:
-            return record(line)
+            return parse_record(line)
         if isinstance(content, dict) and is_id(content.get(key)):
             return content
-    return record(line)
+    return parse_record(line)
 
 
 def is_id(value: Any) -> bool:
@@ -104,7 +104,7 @@ def is_id(value: Any) -> bool:
     return type(value) is str or (type(value) is int and value.bit_length() <= LONGEST_ID)
 
 
-def id_of(content: dict[str, Any], key: str) -> Id:
+def get_id(content: dict[str, Any], key: str) -> Id:
     """The id under `key`. Raises ValueError if there is none."""
     value = content.get(key)
     if not is_id(value):

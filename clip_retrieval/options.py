@@ -220,7 +220,7 @@ class DataOptions:
         return as_tuple(self.dataset) in [(name,) for name in SHARDED]
 
     @property
-    def packed(self) -> bool:
+    def skips_unreadable(self) -> bool:
         """Whether images are packed together, at least some, so that nobody mends a broken one by hand.
 
         In training batches such a one is passed over; what encodes or caches all images first stops at it.
@@ -469,7 +469,7 @@ class Options:
         merged: dict[str, Any] = {}
         for layer in layers:
             held = merged.get("dataset")
-            implied = implied_dataset(layer)
+            implied = infer_dataset(layer)
             known = ["webdataset" if name in SHARDED else name for name in as_tuple(held)]
             # ("chinese" is a guess: shards that are missing look like its files that are.)
             if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
@@ -517,7 +517,7 @@ class Options:
             raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
 
 
-def implied_dataset(given: dict[str, Any]) -> str | None:
+def infer_dataset(given: dict[str, Any]) -> str | None:
     """The data set that options belong to which only it has, so that it need not be typed."""
     files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
     if not files:
@@ -576,7 +576,7 @@ def _check_text(name: str, value: str) -> None:
         raise UserError(f"--{name} {value}: holds a character that no name of a file can have; correct it")
 
 
-def taken_from_checkpoint(flat: dict[str, Any]) -> dict[str, Any]:
+def select_for_resume(flat: dict[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint's options that a new run takes over: unknown and run-bound ones are left out."""
     fields = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
     return {name: v for name, v in flat.items() if name in fields and fields[name].metadata["from_checkpoint"]}

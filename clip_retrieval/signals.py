@@ -55,7 +55,7 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-def outlive_first_signal(worker: int) -> None:
+def ignore_first_signal(worker: int) -> None:
     """For loader processes: a signal to the whole process group reaches them too, but their parent decides.
 
     A second SIGTERM, which is what the parent sends to one that does not end by itself, ends them.

@@ -17,7 +17,7 @@ from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import score_task, task_of
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.device import choose_device, device_name
-from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import printable
 from clip_retrieval.files import write_json, write_text
 from clip_retrieval.log import log, log_to_file, start_log
@@ -40,7 +40,7 @@ def classify(typed: dict[str, Any], wanted: ZeroShotData, output: Path | None = 
     """
     start_log()
     options, checkpoint = settle_options({**typed, "eval": True})
-    with joined(options.run.device) as processes:
+    with process_group(options.run.device) as processes:
         classify_with(options, checkpoint, wanted, output, processes)
 
 

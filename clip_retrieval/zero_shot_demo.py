@@ -18,17 +18,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clip_retrieval.classification.class_names import OFFICIAL_NAMES, imagenet_names, read_names, spaced
-from clip_retrieval.classification.embeddings import prompted
-from clip_retrieval.classification.folder import image_paths, say_skipped
+from clip_retrieval.classification.class_names import OFFICIAL_NAMES, clean_name, imagenet_names, read_names
+from clip_retrieval.classification.embeddings import prompt_classes
+from clip_retrieval.classification.folder import image_paths, log_skipped
 from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images.decode import as_rgb, decode_rgb
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import choose_device
 from clip_retrieval.errors import NotFiniteError, UserError
-from clip_retrieval.files import is_there
+from clip_retrieval.files import path_exists
 from clip_retrieval.log import log, start_log
-from clip_retrieval.reporting.figures import Panel, draw_predictions, drawn_before
+from clip_retrieval.reporting.figures import Panel, draw_predictions, find_drawn_pages
 from clip_retrieval.run.folder import make_folder
 from clip_retrieval.run.model import load_model, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
@@ -87,7 +87,7 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
     images = Photographs([str(path) for path in paths])
-    ready = prompted("demo", images, names, templates, tokenizer, built.preprocess)
+    ready = prompt_classes("demo", images, names, templates, tokenizer, built.preprocess)
     features = ready.encode(
         model.to(device),
         device=device,
@@ -129,15 +129,15 @@ def _draw(
 def read_labels(asked: str) -> list[str]:
     """The labels of a set, of a file, or those that are typed, separated by commas. Raises UserError otherwise."""
     if asked in OFFICIAL_NAMES:
-        return [spaced(name) for name in OFFICIAL_NAMES[asked]]
+        return [clean_name(name) for name in OFFICIAL_NAMES[asked]]
     if asked == "imagenet":
         return list(imagenet_names().values())
-    if is_there(asked):
+    if path_exists(asked):
         names = read_names(Path(asked))
         if len(names) < 2:
             raise UserError(f"--labels {asked}: holds one label; give several")
         return names
-    labels = [label for part in re.split("[,，、]", asked) if (label := spaced(part))]
+    labels = [label for part in re.split("[,，、]", asked) if (label := clean_name(part))]
     if len(labels) < 2:
         raise UserError(f'--labels {asked}: no such file, none of {", ".join(SETS)}, and not several, as "cat,dog"')
     return labels
@@ -147,10 +147,10 @@ class Photographs(ImageFiles):
     """Images as a person sees them: upright, and white where they are transparent."""
 
     def __getitem__(self, index: int) -> Image.Image:
-        return decode_rgb(self.paths[index], self.paths[index], upright_on_white)
+        return decode_rgb(self.paths[index], self.paths[index], prepare_photo)
 
 
-def upright_on_white(image: Image.Image) -> Image.Image:
+def prepare_photo(image: Image.Image) -> Image.Image:
     """The image as RGB, turned as its EXIF says, and on white where it is transparent."""
     with suppress(Exception):  # of a broken EXIF, it may be any
         image = ImageOps.exif_transpose(image)
@@ -178,8 +178,8 @@ def readable_images(folder: Path, figure: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--img_dir {folder}: no such folder; a single image is given as --img_path")
     paths, others = image_paths(folder, below=False)
-    say_skipped(folder, others)
-    drawn = {path.resolve() for path in drawn_before(figure)}
+    log_skipped(folder, others)
+    drawn = {path.resolve() for path in find_drawn_pages(figure)}
     readable = []
     for path in (path for path in paths if path.resolve() not in drawn):
         try:

@@ -40,9 +40,9 @@ def main() -> None:
     typed = vars(parser.parse_args())
     own = {action.dest: typed.pop(action.dest) for action in wanted._group_actions if action.dest in typed}
 
-    from clip_retrieval.extract import Wanted, extract
+    from clip_retrieval.extract import ExtractionRequest, extract
 
-    extract(typed, Wanted(**own))
+    extract(typed, ExtractionRequest(**own))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_retrieval.data.batches.loader import TrainBatch, TrainLoader
 from clip_retrieval.data.batches.sampler import BatchSampler, process_slice
-from clip_retrieval.data.batches.skipped import PassedOver
+from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
@@ -36,11 +36,11 @@ from clip_retrieval.data.pixels.pixels import ImageTransform, make_pixels
 from clip_retrieval.data.shards.lanes import LaneReader
 from clip_retrieval.data.shards.order import ShardOrder, Shards
 from clip_retrieval.data.shards.stream import StreamLoader
-from clip_retrieval.distributed import Processes, joined
+from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.losses import make_loss, pairs
-from clip_retrieval.models.batch_norm import shared_statistics
+from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, Options
 from clip_retrieval.run.prepare import make_trainer
@@ -155,16 +155,16 @@ def normalised_bfloat16(processes: Processes) -> dict[str, Tensor]:
     layer = nn.Sequential(nn.BatchNorm1d(4))
     if processes.world_size > 1:
         values = values.chunk(processes.world_size)[processes.rank]
-        layer = shared_statistics(layer, CPU)
+        layer = share_statistics(layer, CPU)
     return {"values": layer(values).detach(), "mean": layer[0].running_mean, "var": layer[0].running_var}
 
 
 def said_of_what_another_met(processes: Processes) -> list[str]:
     """What this process says of an epoch in which the last process met something that cannot be used."""
-    passed_over = PassedOver("samples", processes)
+    passed_over = SkipCounter("samples", processes)
     passed_over.count(["0.tar, sample é"] if processes.rank == processes.world_size - 1 else [])
     with mock.patch("clip_retrieval.data.batches.skipped.log.warning") as warning:
-        passed_over.say_all()
+        passed_over.log_all()
     return [call.args[0] for call in warning.call_args_list]
 
 
@@ -173,7 +173,7 @@ def rows_of_uneven_length(processes: Processes) -> dict[str, Tensor]:
     gathered = {}
     for name, lengths in {"uneven": (3, 1), "empty": (0, 2), "last is empty": (4, 0), "none": (0, 0)}.items():
         own = torch.arange(2.0 * lengths[processes.rank]).view(-1, 2) + 100 * processes.rank
-        gathered[name] = processes.gather_rows(own)
+        gathered[name] = processes.all_gather_rows(own)
     return gathered
 
 
@@ -199,7 +199,7 @@ def largest_tensor(processes: Processes, share: int = 1000, tile: int = 300) -> 
         positives = torch.arange(share)[:, None] + torch.tensor([0, share * processes.rank])
         loss = make_loss(LossOptions(loss=name), processes)
         with mock.patch.object(pairs, "TILE", tile), Largest() as largest:
-            everybodys = processes.gather(text)
+            everybodys = processes.all_gather(text)
             loss(image, everybodys, positives, torch.tensor(10.0), torch.tensor(-10.0)).backward()
         found[name] = largest.numel
     return found
@@ -237,7 +237,7 @@ def with_stand_ins(processes: Processes) -> list[TrainBatch]:
         num_workers=0,
         device=CPU,
         processes=processes,
-        pass_over=True,
+        skip_unreadable=True,
     )
     return [batch for epoch in range(2) for batch in loader.epoch(epoch)]
 
@@ -301,7 +301,7 @@ def run_main_in_a_group(number: int, command: dict[str, Any]) -> tuple[int | Non
 
 def main() -> None:
     folder, commands = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    with joined("cpu") as processes:
+    with process_group("cpu") as processes:
         found = {
             "steps": {name: train_small(processes, **case) for name, case in cases().items()},
             "normalised": normalised_bfloat16(processes),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clip_retrieval.device import choose_device, choose_precision, make_scaler, true_float32
+from clip_retrieval.device import choose_device, choose_precision, disable_tf32, make_scaler
 from clip_retrieval.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,6 +40,6 @@ def test_float32_is_float32_whatever_was_set_before():
         return [backend.fp32_precision for backend in backends]
 
     before = settings()
-    with true_float32():
+    with disable_tf32():
         assert settings() == ["ieee"] * 3
     assert settings() == before

@@ -12,7 +12,7 @@ import torch
 from clip_retrieval.command_line import parse
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.catalog import read_dataset
-from clip_retrieval.distributed import ALONE
+from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.options import Options
 from tests import distributed_worker as worker
 from tests.conftest import read_json, read_lines
@@ -155,7 +155,7 @@ def last(folder):
 
 @pytest.mark.parametrize("case", worker.cases())
 def test_steps_of_two_processes_are_those_of_one(two, case):
-    expected = worker.train_small(ALONE, **worker.cases()[case])
+    expected = worker.train_small(SINGLE_PROCESS, **worker.cases()[case])
     for found, other, step in zip(two[0]["steps"][case], two[1]["steps"][case], expected, strict=True):
         assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=1e-12)
         assert found["accuracy"] == other["accuracy"] == step["accuracy"]
@@ -168,7 +168,7 @@ def test_steps_of_two_processes_are_those_of_one(two, case):
 
 
 def test_bfloat16_values_are_normalised_as_in_one_process(two):
-    expected = worker.normalised_bfloat16(ALONE)
+    expected = worker.normalised_bfloat16(SINGLE_PROCESS)
     found = torch.cat([found["normalised"]["values"] for found in two])
     torch.testing.assert_close(found, expected["values"], rtol=2**-7, atol=0)
     for name in ("mean", "var"):
@@ -203,7 +203,7 @@ def assert_shares_make_the_batches_of_one(found, expected):
 
 
 def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
-    expected = worker.with_stand_ins(ALONE)
+    expected = worker.with_stand_ins(SINGLE_PROCESS)
     assert_shares_make_the_batches_of_one([found["stand-ins"] for found in two], expected)
     assert any(len(batch.positives) > 8 for batch in expected)
 
@@ -214,7 +214,7 @@ def test_what_one_process_met_all_can_say(two):
 
 
 def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too(two, folder):
-    expected = worker.of_shards_with_a_sample_for_each_caption(ALONE, folder)
+    expected = worker.of_shards_with_a_sample_for_each_caption(SINGLE_PROCESS, folder)
     assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)
     for batch in expected:
         of = [image.numpy().tobytes() for image in batch.images]
@@ -222,7 +222,7 @@ def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too
 
 
 def test_ranks_are_counted_together_to_the_last_hit(two):
-    expected = worker.ranks_of_many_tiles(ALONE)
+    expected = worker.ranks_of_many_tiles(SINGLE_PROCESS)
     assert two[0]["ranks"] == two[1]["ranks"] == expected
 
 

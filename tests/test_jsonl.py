@@ -8,7 +8,7 @@ import pytest
 from clip_retrieval import jsonl
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import parse_json, to_json
-from clip_retrieval.jsonl import is_id, read_records, record
+from clip_retrieval.jsonl import is_id, parse_record, read_records
 
 DIGITS = "1" * 5000
 
@@ -34,7 +34,7 @@ def test_records_with_byte_order_mark_and_empty_lines(tmp_path):
 )
 def test_every_bad_line_is_named(tmp_path, line, words):
     with pytest.raises(ValueError, match=words):
-        record(line)
+        parse_record(line)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n\n" + line)
     with pytest.raises(UserError) as error:
         list(read_records(tmp_path / "a.jsonl"))

@@ -7,7 +7,7 @@ import pytest
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import Options, taken_from_checkpoint
+from clip_retrieval.options import Options, select_for_resume
 
 
 def options(*argv):
@@ -207,7 +207,7 @@ def test_bad_values_are_refused_by_name(command, words):
 
 
 def test_what_was_typed_beats_the_checkpoint_and_the_checkpoint_the_defaults():
-    stored = taken_from_checkpoint(
+    stored = select_for_resume(
         options("--lr", "5e-4", "--epochs", "3", "--device", "cuda", "--experiments", "old", "--num_workers", "7")
         | {"an_option_of_tomorrow": 1}
     )

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from clip_retrieval.signals import StopSignal, outlive_first_signal
+from clip_retrieval.signals import StopSignal, ignore_first_signal
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_what_can_be_broken_off_is_interrupted_at_once():
 def test_a_loader_process_outlives_the_first_signal_only():
     child = os.fork()
     if child == 0:
-        outlive_first_signal(0)
+        ignore_first_signal(0)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

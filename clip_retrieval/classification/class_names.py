@@ -30,7 +30,7 @@ WORD_ENDS = re.compile(r"[\s,;:=]+")
 CODE = ("{", "[", '"', "'")
 
 
-def spaced(name: str) -> str:
+def clean_name(name: str) -> str:
     """A name as it is written in a sentence, in characters that can be tokenised."""
     return " ".join(mend_characters(name).replace("_", " ").split())
 
@@ -56,7 +56,7 @@ def read_class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
     """
     content = _content(path)
     names = content if isinstance(content, dict) else _mapping(path, content, folders) or _list(path, content, folders)
-    named = {folder: spaced(name) for folder, name in names.items()}
+    named = {folder: clean_name(name) for folder, name in names.items()}
     shown = ", ".join(f'{folder} is "{named[folder]}"' for folder in folders[:2] if folder in named)
     log.info(f"{path}: {shown}" + ", ..." * (len(folders) > 2))
     return named
@@ -66,7 +66,7 @@ def read_names(path: Path) -> list[str]:
     """The class names of a text file with one per line, or of a .json. Raises UserError where there are none."""
     content = _content(path)
     names = content.values() if isinstance(content, dict) else _texts(content)
-    return [spaced(name) for name in names]
+    return [clean_name(name) for name in names]
 
 
 def _content(path: Path) -> dict[str, str] | list[tuple[int, str]]:
@@ -108,14 +108,14 @@ def _list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[str]) 
             f"{path}: names {len(names):,} classes, but there are {len(folders):,} ({_few(folders)}); give one for "
             "each, in this order, or lines of folder, comma, name"
         )
-    own = {spaced(folder): folder for folder in folders}
-    if len(own) == len(folders) and {spaced(name) for name in names} == own.keys():
-        return {own[spaced(name)]: name for name in names}
+    own = {clean_name(folder): folder for folder in folders}
+    if len(own) == len(folders) and {clean_name(name) for name in names} == own.keys():
+        return {own[clean_name(name)]: name for name in names}
     ids = {folder for folder in folders if DIGIT.search(folder) and not folder.isdigit()}
     if 2 * sum(not ids.isdisjoint(WORD_ENDS.split(name)) for name in names) > len(names):
         raise UserError(f'{path}: "{names[0]}" seems to hold folder and name; write lines of folder, comma, name')
     for folder, name in zip(folders, names):
-        if spaced(name) in own and own[spaced(name)] != folder:
+        if clean_name(name) in own and own[clean_name(name)] != folder:
             raise UserError(
                 f'{path}: "{name}" is another folder than "{folder}", whose name it would be by its place; write lines '
                 "of folder, comma, name"

@@ -14,7 +14,7 @@ from clip_retrieval.classification.templates import Templates
 from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels, make_pixels
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.evaluation.evaluator import encode_split
 from clip_retrieval.log import log
 from clip_retrieval.models.towers import RetrievalModel
@@ -31,7 +31,7 @@ class ImagesAndClasses:
 
 
 @dataclass(frozen=True)
-class Prompted:
+class PromptedImages:
     """Images as a model sees them, and the prompts of the classes, tokenised; nothing is said of what is what."""
 
     dataset: RetrievalDataset
@@ -47,7 +47,7 @@ class Prompted:
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         precision: str = "fp32",
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> ImagesAndClasses:
         """The features. The model, on `device`, keeps the mode it is in."""
         encoded = encode_split(
@@ -64,16 +64,16 @@ class Prompted:
         return ImagesAndClasses(encoded.images, class_embeddings(encoded.captions, self.classes), seconds)
 
 
-def prompted(
+def prompt_classes(
     name: str, images: Images, class_names: list[str], templates: Templates, tokenizer: Any, preprocess: dict[str, Any]
-) -> Prompted:
+) -> PromptedImages:
     """Images and classes, ready to be encoded. tokenizer and preprocess are the model's."""
     prompts = templates.prompts(class_names)
     tokens = tokenize(prompts, tokenizer)
     if tokens.cut:
         log.info(f"{tokens.cut:,} of {len(prompts):,} prompts are cut to {tokens.ids.shape[1]} tokens")
     dataset = RetrievalDataset(name, UNSPLIT, images, prompts, np.empty((0, 2), np.int64))
-    return Prompted(dataset, tokens, make_pixels(images, preprocess), len(class_names))
+    return PromptedImages(dataset, tokens, make_pixels(images, preprocess), len(class_names))
 
 
 def class_embeddings(prompts: Tensor, classes: int) -> Tensor:

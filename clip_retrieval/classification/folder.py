@@ -36,7 +36,7 @@ def read_image_folder(
     names = names_of(folders)
     for missing in (each for each in folders if each not in names):
         raise UserError(f'{folder / missing}: the class file has no name for the folder "{missing}"; add it')
-    classes = in_order(names) if all_classes else folders
+    classes = sort_naturally(names) if all_classes else folders
     if all_classes:
         log.info(f"{folder}: {len(classes) - len(folders):,} classes without a folder are candidates as well")
     paths: list[str] = []
@@ -51,7 +51,7 @@ def read_image_folder(
         paths += map(str, images)
         labels += [label] * len(images)
         skipped += others
-    say_skipped(folder, skipped)
+    log_skipped(folder, skipped)
     return LabelledImages(name, ImageFiles(paths), np.array(labels), [names[of_class] for of_class in classes], folder)
 
 
@@ -65,10 +65,10 @@ def class_folders(folder: Path) -> list[str]:
         raise UserError(f"{folder}: a file; give the folder that has a folder for each class") from None
     if not found:
         raise UserError(f"{folder}: holds no folders; it must have a folder of images for each class")
-    return in_order(found)
+    return sort_naturally(found)
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def sort_naturally(names: Iterable[str]) -> list[str]:
     """Sorted; by their value where all are whole numbers, as ImageNetV2's folders are."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else names
@@ -90,7 +90,7 @@ def image_paths(folder: Path, *, below: bool = True) -> tuple[list[Path], list[P
     return images, others
 
 
-def say_skipped(folder: Path, others: Sequence[Path]) -> None:
+def log_skipped(folder: Path, others: Sequence[Path]) -> None:
     """Say which files are no images."""
     if others:
         shown = ", ".join(str(path) for path in others[:SHOWN])

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from clip_retrieval.classification.class_names import (
     OFFICIAL_NAMES,
+    clean_name,
     imagenet_folder_names,
     imagenet_names,
     read_class_names,
-    spaced,
 )
 from clip_retrieval.classification.folder import read_image_folder
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.templates import OF_DATA, Templates, choose_templates
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import is_there
+from clip_retrieval.files import path_exists
 from clip_retrieval.log import log
 
 IMAGENET = "imagenet"
@@ -75,7 +75,7 @@ def read_labelled(wanted: ZeroShotData) -> tuple[LabelledImages, Templates]:
         raise UserError("--all_classes takes the classes from --class_names; give the file, or drop the option")
     if wanted.data in OFFICIAL_NAMES:
         labelled = _archive(wanted)
-    elif wanted.data == IMAGENET or is_there(wanted.data):
+    elif wanted.data == IMAGENET or path_exists(wanted.data):
         labelled = _folder(wanted)
     else:
         without = "" if wanted.options.download else "; --zero_shot_eval none goes on without it"
@@ -96,7 +96,7 @@ def _archive(wanted: ZeroShotData) -> LabelledImages:
     mend = f"fetch it with {options.download}" if options.download else f"give its folder as {options.data_root}"
     root = archive_root(wanted.data, wanted.data_root)
     images, labels, classes = read_archive(wanted.data, root, download=wanted.download, mend=mend)
-    names = read_class_names(wanted.class_names, classes) if wanted.class_names else {c: spaced(c) for c in classes}
+    names = read_class_names(wanted.class_names, classes) if wanted.class_names else {c: clean_name(c) for c in classes}
     if missing := [each for each in classes if each not in names]:
         raise UserError(f'{wanted.class_names}: has no name for the class "{missing[0]}" of {wanted.data}; add it')
     return LabelledImages(wanted.data, images, labels, [names[each] for each in classes], root)
@@ -129,4 +129,4 @@ def _folder_names(place: Path, folders: list[str]) -> dict[str, str]:
         return names
     if all(folder.isdigit() for folder in folders):
         log.warning(f"{place}: the classes are called {', '.join(folders[:3])}, ...; name them with a file")
-    return {folder: spaced(folder) for folder in folders}
+    return {folder: clean_name(folder) for folder in folders}

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.classification.accuracy import accuracy_report
-from clip_retrieval.classification.embeddings import Prompted, prompted
+from clip_retrieval.classification.embeddings import PromptedImages, prompt_classes
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.classification.templates import Templates
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.evaluation.neighbours import nearest
 from clip_retrieval.evaluation.ranks import retrieval_ranks
-from clip_retrieval.evaluation.scores import Side, scoring_device
+from clip_retrieval.evaluation.scores import Features, scoring_device
 from clip_retrieval.log import log
 from clip_retrieval.models.towers import RetrievalModel
 
@@ -33,7 +33,7 @@ class ZeroShotTask:
 
     labelled: LabelledImages
     templates: Templates
-    prompted: Prompted
+    prompt_classes: PromptedImages
 
 
 def prepare_task(wanted: ZeroShotData, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask:
@@ -52,7 +52,7 @@ def task_of(labelled: LabelledImages, templates: Templates, tokenizer: Any, prep
     )
     names = list(labelled.class_names)
     return ZeroShotTask(
-        labelled, templates, prompted(labelled.name, labelled.images, names, templates, tokenizer, preprocess)
+        labelled, templates, prompt_classes(labelled.name, labelled.images, names, templates, tokenizer, preprocess)
     )
 
 
@@ -64,7 +64,7 @@ def score_task(
     eval_batch_size: int | None = None,
     num_workers: int | None = None,
     precision: str = "fp32",
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """The block of results.json: sizes, accuracy in percent (see `accuracy_report`), and seconds.
 
@@ -110,5 +110,5 @@ def score_task(
 def _best_classes(images: Tensor, classes: Tensor, processes: Processes) -> np.ndarray:
     """int64 (images,): the class of each image that scores best, the first of those that score the same."""
     device = scoring_device(images, None)
-    sides = (Side(images, device, "image", str), Side(classes, device, "caption", str))
+    sides = (Features(images, device, "image", str), Features(classes, device, "caption", str))
     return nearest(*sides, 1, directions=("i2t",), processes=processes)["i2t"].items[:, 0]

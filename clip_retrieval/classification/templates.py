@@ -11,7 +11,7 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGE
 
 from clip_retrieval.data.captions import mend_characters
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import is_there, read_text
+from clip_retrieval.files import path_exists, read_text
 
 PLACE = "{}"
 PLACES = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # CLIP_benchmark's files write {c}, others a name
@@ -96,7 +96,7 @@ def choose_templates(
 
 
 def _from_file(asked: str, option: str) -> Templates:
-    if not is_there(asked):
+    if not path_exists(asked):
         raise UserError(f"{option} {asked}: no such file, and no set of templates ({', '.join(SETS)})")
     path = Path(asked)
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]

@@ -62,7 +62,7 @@ class MixedImages:
         return self.parts[part], int(index) - self._first[part]
 
 
-def mixed(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
+def mix(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
     """Train splits as one. Its split is UNSPLIT where none of them holds anything out.
 
     Raises UserError, naming it, where no image of one has a caption.
@@ -98,14 +98,14 @@ def read_mixture(name: str, parts: Sequence[DataOptions], split: str, read: Read
         UserError: a data set has no train split, or `read` fails.
     """
     if split != "train":
-        return _held_out(parts, split, read)
-    found = [_train_split(part, read) for part in parts]
+        return _read_held_out(parts, split, read)
+    found = [_read_train_split(part, read) for part in parts]
     for dataset in found:
         log.info(f"  {dataset.name}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
-    return mixed(found, name)
+    return mix(found, name)
 
 
-def _train_split(part: DataOptions, read: Read) -> RetrievalDataset:
+def _read_train_split(part: DataOptions, read: Read) -> RetrievalDataset:
     dataset = read(part, "train")
     if dataset is None:
         raise UserError(
@@ -114,7 +114,7 @@ def _train_split(part: DataOptions, read: Read) -> RetrievalDataset:
     return dataset
 
 
-def _held_out(parts: Sequence[DataOptions], split: str, read: Read) -> RetrievalDataset | None:
+def _read_held_out(parts: Sequence[DataOptions], split: str, read: Read) -> RetrievalDataset | None:
     found = []
     for part in parts:
         dataset = read(part, split)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 from clip_retrieval.data.images.decode import image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.shared_memory import make_loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
-from clip_retrieval.signals import STOP_SIGNALS, outlive_first_signal
+from clip_retrieval.signals import STOP_SIGNALS, ignore_first_signal
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as they were asked for
 
@@ -176,7 +176,7 @@ def _abandon_iterator(error: OSError) -> None:
 
 
 def _begin_worker(worker: int, pixels: int) -> None:
-    outlive_first_signal(worker)
+    ignore_first_signal(worker)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     limit_image_pixels(pixels)  # a process that was not forked has the default
 
@@ -184,7 +184,7 @@ def _begin_worker(worker: int, pixels: int) -> None:
 def _end_children() -> None:
     """Ends the loading processes that are left when this one ends.
 
-    Python itself would ask each to end, which `outlive_first_signal` is deaf to, and then wait for it for ever.
+    Python itself would ask each to end, which `ignore_first_signal` is deaf to, and then wait for it for ever.
     """
     for child in multiprocessing.active_children():
         child.kill()

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.evaluation.metrics import STANDARD_K
 from clip_retrieval.evaluation.neighbours import Neighbours, nearest
 from clip_retrieval.evaluation.ranks import TIE
-from clip_retrieval.evaluation.scores import Side, exact_scores, scoring_device
+from clip_retrieval.evaluation.scores import Features, exact_scores, scoring_device
 
 
 def retrieval_map(
@@ -32,7 +32,7 @@ def retrieval_map(
     ks: Iterable[int] = STANDARD_K,
     *,
     device: torch.device | str | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, dict[str, float]]:
     """{"i2t": {"mAP@1": percent, ...}, "t2i": {...}} over all queries with a relevant item.
 
@@ -41,7 +41,7 @@ def retrieval_map(
     """
     ks = sorted(set(ks))
     device = scoring_device(image_features, device)
-    images, texts = Side(image_features, device, "image", str), Side(text_features, device, "caption", str)
+    images, texts = Features(image_features, device, "image", str), Features(text_features, device, "caption", str)
     found = nearest(images, texts, ks[-1], processes=processes)
     image, text = np.unique(torch.as_tensor(pairs).cpu().numpy(), axis=0).T
     return {
@@ -51,7 +51,7 @@ def retrieval_map(
 
 
 def _percent(
-    found: Neighbours, queries: Side, items: Side, query: np.ndarray, item: np.ndarray, ks: list[int]
+    found: Neighbours, queries: Features, items: Features, query: np.ndarray, item: np.ndarray, ks: list[int]
 ) -> dict[str, float]:
     """{"mAP@K": percent}; query, item (P,) are the relevant pairs, each once."""
     relevant = np.bincount(query, minlength=len(queries))
@@ -101,7 +101,7 @@ def _hits_by_group(found: Neighbours, hits: np.ndarray) -> np.ndarray:
 
 
 def _cut_off_ties(
-    found: Neighbours, queries: Side, items: Side, query: np.ndarray, item: np.ndarray
+    found: Neighbours, queries: Features, items: Features, query: np.ndarray, item: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(query, 1) for each relevant item that belongs to the last group of its query and is cut off by the k."""
     cut = found.begin[:, -1] + found.size > found.items.shape[1]

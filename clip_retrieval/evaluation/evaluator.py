@@ -12,8 +12,8 @@ from torch import Tensor
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
-from clip_retrieval.device import true_float32
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.device import disable_tf32
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.evaluation.average_precision import retrieval_map
 from clip_retrieval.evaluation.metrics import report
@@ -23,7 +23,7 @@ from clip_retrieval.options import EvalOptions
 
 
 @dataclass
-class Encoded:
+class SplitFeatures:
     """A split's features, float32 (images, dim) and (captions, dim), L2-normalised, and the seconds they took."""
 
     images: Tensor
@@ -40,21 +40,21 @@ def encode_split(
     *,
     num_workers: int | None,
     device: torch.device,
-    processes: Processes = ALONE,
-) -> Encoded:
+    processes: Processes = SINGLE_PROCESS,
+) -> SplitFeatures:
     """The features of a split, each image and each distinct caption encoded once."""
     training = model.training
     shared = {"batch_size": options.eval_batch_size, "device": device, "processes": processes}
     started = time.perf_counter()
     encoder = encoding_model(model, options.eval_precision)
     # As they are: what training compiled knows its own batches only.
-    with true_float32(), torch.compiler.set_stance("force_eager"):
+    with disable_tf32(), torch.compiler.set_stance("force_eager"):
         images = encode_images(encoder.encode_image, pixels, num_workers=num_workers, **shared)
         images_done = _now(device)
         captions = encode_captions(encoder.encode_text, dataset.captions, tokens, trim=encoder.trims_text, **shared)
         captions_done = _now(device)
     model.train(training)
-    return Encoded(images, captions, {"images": images_done - started, "captions": captions_done - images_done})
+    return SplitFeatures(images, captions, {"images": images_done - started, "captions": captions_done - images_done})
 
 
 def _now(device: torch.device) -> float:
@@ -65,7 +65,7 @@ def _now(device: torch.device) -> float:
 
 
 def score(
-    encoded: Encoded, dataset: RetrievalDataset, options: EvalOptions, processes: Processes = ALONE
+    encoded: SplitFeatures, dataset: RetrievalDataset, options: EvalOptions, processes: Processes = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """The block of results.json for one split: sizes, both directions' metrics in percent, and seconds."""
     started = time.perf_counter()

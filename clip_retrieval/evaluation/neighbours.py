@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import TIE
-from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, tile_size
+from clip_retrieval.evaluation.scores import Features, exact_scores, fast_tiles, rounding_bound, tile_size
 
 DIRECTIONS = ("i2t", "t2i")
 COLLECTED = 2**20  # candidates, in one direction, after which those are dropped that have become hopeless
@@ -55,13 +55,13 @@ class Neighbours:
 
 @torch.no_grad()
 def nearest(
-    images: Side,
-    texts: Side,
+    images: Features,
+    texts: Features,
     k: int,
     *,
     directions: Collection[str] = DIRECTIONS,
     tile: tuple[int, int] | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Neighbours]:
     """The k best captions of each image ("i2t") and the k best images of each caption ("t2i").
 
@@ -95,7 +95,7 @@ class _Direction:
     of interest, so infinity for a query that is `crowded`: it is settled by its whole row.
     """
 
-    def __init__(self, queries: Side, items: Side, k: int):
+    def __init__(self, queries: Features, items: Features, k: int):
         self.queries, self.items, self.k = queries, items, min(k, len(items))
         relative, absolute = rounding_bound(queries.dim)
         # Twice the tie tolerance: once for the tie rule, once for the last bits of the float64 scores themselves.
@@ -147,8 +147,8 @@ class _Direction:
         """What all tiles gave, of all processes."""
         self._drop_hopeless()
         crowded = processes.max(self.crowded) > 0
-        candidates = [processes.gather_rows(part) for part in self.candidates[0]]
-        settled = _Settled(self.queries, self.items, self.k)
+        candidates = [processes.all_gather_rows(part) for part in self.candidates[0]]
+        settled = _ExactNeighbours(self.queries, self.items, self.k)
         settled.settle_candidates(*(part[~crowded[candidates[0]]] for part in candidates), self.slack)
         settled.settle_rows(crowded.nonzero()[:, 0])
         return settled.neighbours()
@@ -173,10 +173,10 @@ def _together(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(tensors) for tensors in zip(*parts))
 
 
-class _Settled:
+class _ExactNeighbours:
     """The order of the first k items of each query, as it is being found."""
 
-    def __init__(self, queries: Side, items: Side, k: int):
+    def __init__(self, queries: Features, items: Features, k: int):
         self.queries, self.items, self.k = queries, items, k
         self.first = torch.full((len(queries), k), -1, device=queries.norms.device)
         self.begin = torch.arange(k, device=self.first.device).repeat(len(queries), 1)

@@ -21,9 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.scores import Side, exact_scores, fast_tiles, rounding_bound, scoring_device, tile_size
+from clip_retrieval.evaluation.scores import (
+    Features,
+    exact_scores,
+    fast_tiles,
+    rounding_bound,
+    scoring_device,
+    tile_size,
+)
 
 TIE = 1e-10
 CROWDED = 1 / 64  # a tile with a larger share of undecided scores costs less as a float64 matrix product
@@ -54,7 +61,7 @@ def retrieval_ranks(
     tile: tuple[int, int] | None = None,
     image_name: Callable[[int], str] = str,
     text_name: Callable[[int], str] = str,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> tuple[Ranks, Ranks]:
     """Ranks of all queries, (image to text, text to image).
 
@@ -67,8 +74,8 @@ def retrieval_ranks(
     Raises UserError for shapes that do not fit, pairs out of range, and features that are not finite.
     """
     device = scoring_device(image_features, device)
-    images = Side(image_features, device, "image", image_name)
-    texts = Side(text_features, device, "caption", text_name)
+    images = Features(image_features, device, "image", image_name)
+    texts = Features(text_features, device, "caption", text_name)
     if images.dim != texts.dim:
         raise UserError(
             f"image features have {images.dim} dimensions and text features {texts.dim}: they must be equal"
@@ -97,7 +104,7 @@ class _Direction:
     best (queries,) is the score of the best positive, and low to high the float32 scores too close to it to call.
     """
 
-    def __init__(self, queries: Side, items: Side, query: Tensor, item: Tensor, scores: Tensor):
+    def __init__(self, queries: Features, items: Features, query: Tensor, item: Tensor, scores: Tensor):
         """query, item (P,) are the relevant pairs and scores (P,) their float64 scores."""
         self.queries, self.items = queries, items
         zeros = torch.zeros_like(queries.norms)
@@ -158,7 +165,7 @@ class _Direction:
         return Ranks(*(counts[asked].cpu().numpy() for counts in (self.above, self.tied, self.positives)))
 
 
-def _unique_pairs(pairs: Tensor | np.ndarray, images: Side, texts: Side) -> tuple[Tensor, Tensor]:
+def _unique_pairs(pairs: Tensor | np.ndarray, images: Features, texts: Features) -> tuple[Tensor, Tensor]:
     """The distinct relevant (image, caption) indices, as two int64 tensors (P,)."""
     if not isinstance(pairs, Tensor):
         pairs = np.array(pairs)

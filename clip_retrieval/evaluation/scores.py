@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.device import true_float32
+from clip_retrieval.device import disable_tf32
 from clip_retrieval.errors import NotFiniteError, UserError
 
 
-class Side:
+class Features:
     """The features of one side: as given, their float32 form for the fast product, and their norms.
 
     All are understood times `scale`, a power of two (so exact) that keeps every product within the range of
@@ -58,7 +58,7 @@ class Side:
         raise NotFiniteError(f"{self.kind} {row}{called}: feature is not finite; nothing can be scored against it")
 
 
-def exact_scores(left: Side, i: Tensor, right: Side, j: Tensor) -> Tensor:
+def exact_scores(left: Features, i: Tensor, right: Features, j: Tensor) -> Tensor:
     """Float64 scores of left[i] with right[j], (len(i),)."""
     chunks = zip(i.split(left.chunk()), j.split(left.chunk()))
     return torch.cat([(left.exact(a) * right.exact(b)).sum(1) for a, b in chunks])
@@ -78,7 +78,7 @@ class Tile:
 
 
 def fast_tiles(
-    images: Side, texts: Side, image: Tensor, text: Tensor, size: tuple[int, int], deal: slice = slice(None)
+    images: Features, texts: Features, image: Tensor, text: Tensor, size: tuple[int, int], deal: slice = slice(None)
 ) -> Iterator[Tile]:
     """All scores, in blocks of `size` images x captions; image, text (P,) are the relevant pairs.
 
@@ -96,7 +96,7 @@ def fast_tiles(
         rows, columns = slice(top, min(top + height, len(images))), slice(left, min(left + width, len(texts)))
         shape = rows.stop - top, columns.stop - left
         scores, space = memory[:, : math.prod(shape)].view(2, *shape)
-        with true_float32():
+        with disable_tf32():
             torch.mm(images.float32[rows], texts.float32[columns].T, out=scores)
         positives = image[start:end] - top, text[start:end] - left
         scores[positives] = -torch.inf

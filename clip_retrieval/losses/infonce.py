@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
-from clip_retrieval.losses.pairs import count, positive_cosines, sum_over_pairs, tiles
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
+from clip_retrieval.losses.pairs import count_positives, positive_cosines, sum_over_pairs, tiles
 
 
 def infonce(
@@ -14,7 +14,7 @@ def infonce(
     text_features: Tensor,
     positives: Tensor,
     logit_scale: Tensor,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """The mean of the image-to-text and the text-to-image cross-entropy.
 
@@ -32,8 +32,8 @@ def infonce(
         The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
     """
     row, column = positives.T
-    positives_of_row = count(row, len(image_features))
-    positives_of_column = processes.sum(count(column, len(text_features)))
+    positives_of_row = count_positives(row, len(image_features))
+    positives_of_column = processes.sum(count_positives(column, len(text_features)))
     # Each direction is a mean over the rows, or columns, that have a positive, and counts for one half.
     rows = processes.sum((positives_of_row > 0).sum()).clamp(min=1)
     columns = (positives_of_column > 0).sum().clamp(min=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.losses.pairs import positive_cosines, sum_over_pairs
 
 
@@ -13,7 +13,7 @@ def margin_pairwise(
     text_features: Tensor,
     positives: Tensor,
     margin: float = 0.1,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """0.5 (1 - cosine) for pairs that match, 0.5 max(0, cosine - margin) for the rest; the mean over all pairs.
 

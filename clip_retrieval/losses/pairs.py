@@ -68,6 +68,6 @@ def positive_cosines(image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
     return (image.index_select(0, positives[:, 0]) * text.index_select(0, positives[:, 1])).sum(dim=1)
 
 
-def count(index: Tensor, size: int) -> Tensor:
+def count_positives(index: Tensor, size: int) -> Tensor:
     """How often each of 0 to size - 1 stands in `index`, int64 (size,). (torch.bincount waits for the GPU.)"""
     return torch.zeros(size, dtype=torch.int64, device=index.device).index_add_(0, index, torch.ones_like(index))

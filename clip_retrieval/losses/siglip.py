@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.losses.pairs import positive_cosines, sum_over_pairs
 
 
@@ -15,7 +15,7 @@ def siglip(
     positives: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """-log sigmoid(z (scale * cosine + bias)), summed over all pairs, over the number of images.
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clip_retrieval.errors import UserError
 
 
-def shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     """`model`, its batch normalisation over the parts of all processes.
 
     (torch's own is for GPUs only.) Raises UserError for a kind of layer that cannot be shared on a CPU.
@@ -74,7 +74,7 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
+def freeze_statistics(model: nn.Module) -> Iterator[None]:
     """A block in which batches are normalised as in training but leave no trace in the running statistics."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [module.momentum for module in modules]

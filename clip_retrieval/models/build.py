@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from open_clip.timm_model import TimmModel
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.models import chinese_clip, hub, names
 from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.model_config import preprocess_config
+from clip_retrieval.models.model_config import find_preprocess
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
 from clip_retrieval.options import ModelOptions
 
@@ -122,7 +122,7 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         torch.nn.init.constant_(clip.logit_scale, config.get("init_logit_scale", SIGLIP_SCALE))
         torch.nn.init.constant_(clip.logit_bias, config["init_logit_bias"])
 
-    preprocess = preprocess_config(source.preprocess)
+    preprocess = find_preprocess(source.preprocess)
     preprocess["size"] = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
     # The scale, too, is in no file of a tower's, but starts at a value of its own.
     random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
@@ -167,4 +167,4 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
         with hub.quiet():
             clip.visual.set_input_size(size)
     except Exception as error:  # of every kind, timm has many towers
-        raise UserError(f"--image_size {size}: {name} does not take it ({reason(error)})") from None
+        raise UserError(f"--image_size {size}: {name} does not take it ({describe(error)})") from None

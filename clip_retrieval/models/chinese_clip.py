@@ -129,7 +129,7 @@ def model_name(config: dict[str, Any]) -> str:
     return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
 
 
-def named_apart(options: ModelOptions) -> ModelOptions:
+def split_model_name(options: ModelOptions) -> ModelOptions:
     """`options` with the towers of a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` under their two options."""
     vision, _, text = options.vision_model.rpartition("@")
     if text not in TEXT_MODELS:

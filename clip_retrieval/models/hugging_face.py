@@ -18,7 +18,7 @@ import huggingface_hub
 from open_clip.hf_configs import arch_dict
 from open_clip.tokenizer import HFTokenizer
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.models import hub
 
@@ -43,7 +43,7 @@ def read_model_json(path: Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a {what}: {reason(error)}") from None
+        raise UserError(f"{path} is not a {what}: {describe(error)}") from None
 
 
 def fetch_config(name: str) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def _tokenizer_errors(source: str) -> Iterator[None]:
             ) from error
         if Path(source).exists():
             raise UserError(
-                f"the tokenizer {source} cannot be read ({reason(error)}); give another --tokenizer"
+                f"the tokenizer {source} cannot be read ({describe(error)}); give another --tokenizer"
             ) from error
-        raise OSError(reason(error)) from error
+        raise OSError(describe(error)) from error
 
 
 def _refuse_special_files(path: Path) -> None:

@@ -15,7 +15,7 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.models import hub, simple_clip_weights
 from clip_retrieval.models.hugging_face import fetch_config, known_config
 from clip_retrieval.models.memory import build_within_memory
@@ -90,7 +90,7 @@ def _config_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of every kind: the values of a config go everywhere
-        raise UserError(f"{name}: its model config cannot be built: {reason(error)}") from error
+        raise UserError(f"{name}: its model config cannot be built: {describe(error)}") from error
 
 
 def try_model(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:

@@ -10,7 +10,7 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.towers import make_adaptor
-from clip_retrieval.models.weights import shapes_checked, some
+from clip_retrieval.models.weights import join_first, named_shape_errors
 
 
 def load_into(
@@ -22,7 +22,7 @@ def load_into(
     `name` and the weights, where they do not fit.
     """
     own = clip.state_dict()
-    with shapes_checked(source):
+    with named_shape_errors(source):
         state = _fit(clip, state, own)
     missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
@@ -32,7 +32,7 @@ def load_into(
         if key in state and state[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(keys)} {what} ({some(keys)})"
+        f"{len(keys)} {what} ({join_first(keys)})"
         for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (differing, "of another shape"))
         if keys
     ]

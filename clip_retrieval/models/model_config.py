@@ -19,8 +19,8 @@ from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
 
 
-def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model config and preprocessing (as `preprocess_config` gives it) of a name.
+def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model config and preprocessing (as `find_preprocess` gives it) of a name.
 
     Raises UserError where it names no model config, or one that cannot be had.
     """
@@ -38,12 +38,12 @@ def read_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
         config = config.get("model_cfg", config)
     try:
         checkpoint_schema.model_config(config, "")
-        return config, preprocess_config(overrides)
+        return config, find_preprocess(overrides)
     except SchemaError as error:
         raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
 
 
-def preprocess_config(overrides: dict[str, Any]) -> dict[str, Any]:
+def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
     """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out).
 
     One number for mean or std counts for each channel, as in open_clip. Raises SchemaError for values that are none.
@@ -59,8 +59,8 @@ def preprocess_config(overrides: dict[str, Any]) -> dict[str, Any]:
 def _common_preprocess(config_name: str) -> dict[str, Any]:
     """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
     tags = list_pretrained_tags_by_model(config_name)
-    of_tags = [preprocess_config(get_pretrained_cfg(config_name, tag)) for tag in tags]
-    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else preprocess_config({})
+    of_tags = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
+    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else find_preprocess({})
 
 
 def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:

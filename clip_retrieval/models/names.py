@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clip_retrieval.errors import UserError
 
-OPENAI = {
+OPENAI_NAMES = {
     "RN50": "RN50",
     "RN101": "RN101",
     "RN50x4": "RN50x4",
@@ -54,14 +54,14 @@ class ModelName:
         """What the model starts from where nothing is said: "openai", "own" (a hub id's or folder's) or "none"."""
         if self.kind in ("hub", "folder"):
             return OWN_WEIGHTS
-        return "openai" if self.name in OPENAI else NO_WEIGHTS
+        return "openai" if self.name in OPENAI_NAMES else NO_WEIGHTS
 
 
 def resolve(name: str) -> ModelName:
     """The model that `name` means. Raises UserError, with the nearest known names, where there is none."""
     name = ALIASES.get(name, name)
-    if name in OPENAI:
-        return ModelName(name, OPENAI[name], "open_clip", openai_spelling=True)
+    if name in OPENAI_NAMES:
+        return ModelName(name, OPENAI_NAMES[name], "open_clip", openai_spelling=True)
     for prefix, kind in ((HUB, "hub"), (FOLDER, "folder")):
         if name.startswith(prefix):
             if name == prefix:
@@ -74,9 +74,9 @@ def resolve(name: str) -> ModelName:
     # The slash is OpenAI's way: it is accepted for any model (ViT-H/14).
     config = name.replace("/", "-")
     if config in open_clip_names():
-        canonical = next((openai for openai, same in OPENAI.items() if same == config), config)
+        canonical = next((openai for openai, same in OPENAI_NAMES.items() if same == config), config)
         return ModelName(canonical, config, "open_clip")
-    near = nearest(name, [*OPENAI, *our_configs(), *open_clip_names()])
+    near = nearest(name, [*OPENAI_NAMES, *our_configs(), *open_clip_names()])
     raise UserError(
         f"--vision_model {name}: no such model{near}. It may be an OpenAI or open_clip name, hf-hub:ORG/NAME, "
         "local-dir:PATH, or a model config .json"

@@ -19,7 +19,7 @@ from torchvision import models
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from clip_retrieval.models.batch_norm import statistics_kept
+from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.hub import quiet
 
 CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classifier"}
@@ -101,7 +101,7 @@ class TorchvisionTower(nn.Module):
         self.trunk = getattr(models, name)(weights=None)
         *_, classifier = (m for m in getattr(self.trunk, CLASSIFIERS[name]).modules() if isinstance(m, nn.Linear))
         setattr(self.trunk, CLASSIFIERS[name], nn.Identity())
-        self.head = projection_head(classifier.in_features, output_dim)
+        self.head = make_projection_head(classifier.in_features, output_dim)
         self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class DistilBertTower(nn.Module):
         self.transformer = DistilBertModel(config)
         if not has_head and config.dim != output_dim:
             raise ValueError(f"without a head its features have {config.dim} dimensions, not {output_dim}")
-        self.proj = projection_head(config.dim, output_dim) if has_head else nn.Identity()
+        self.proj = make_projection_head(config.dim, output_dim) if has_head else nn.Identity()
         self.output_dim = output_dim
         self.vocab_size = config.vocab_size
 
@@ -158,7 +158,7 @@ class DistilBertTower(nn.Module):
                 self.transformer.gradient_checkpointing_disable()
 
 
-def projection_head(width: int, output_dim: int) -> nn.Sequential:
+def make_projection_head(width: int, output_dim: int) -> nn.Sequential:
     """Two bias-free layers, (n, width) to (n, output_dim)."""
     return nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, output_dim, bias=False))
 
@@ -174,4 +174,4 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """`block(x)`, its activations computed again in the backward pass, without a second trace in its statistics."""
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(block)))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), freeze_statistics(block)))

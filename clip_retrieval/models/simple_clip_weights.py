@@ -14,7 +14,7 @@ import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import names
-from clip_retrieval.models.model_config import count_layers, read_config
+from clip_retrieval.models.model_config import count_layers, find_model_config
 
 IMAGE_MODELS = ("resnet18", "resnet50", "efficientnet_v2_s")
 TEXT_MODEL = "distilbert-base-uncased"
@@ -85,7 +85,7 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
 
     Raises UserError, naming `source`, where tensors that tell the sizes are missing.
     """
-    config, _ = read_config(names.resolve(infer_name(state, source)))
+    config, _ = find_model_config(names.resolve(infer_name(state, source)))
     text = config["text_cfg"]
     try:
         vocabulary, width = state[f"{TEXT}embeddings.word_embeddings.weight"].shape

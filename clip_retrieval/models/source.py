@@ -12,7 +12,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, names, simple_clip_weights, weights
-from clip_retrieval.models.model_config import count_layers, preprocess_config, read_config, same_tower
+from clip_retrieval.models.model_config import count_layers, find_model_config, find_preprocess, same_tower
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
 from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
@@ -23,7 +23,7 @@ WHOLE = (weights.OURS, weights.CHINESE_CLIP, weights.SIMPLE_CLIP)
 KNOWN = ("open_clip", "ours")
 """Kinds of names whose configs are not the user's."""
 
-CLIP_TRAINING = "RN50-text6"
+CLIP_TRAINING_MODEL = "RN50-text6"
 """clip-training's model, by our name."""
 
 
@@ -95,10 +95,10 @@ def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> Model
     state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state if tag else None
     if two_towers:
         return _two_towers(options, name, pretrained, state or {})
-    config, preprocess = read_config(name)
+    config, preprocess = find_model_config(name)
     if tag:
         config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
-        preprocess = preprocess_config(tag)
+        preprocess = find_preprocess(tag)
     elif pretrained == OWN_WEIGHTS:
         location = name.config.partition(":")[2]
         path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
@@ -109,18 +109,18 @@ def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> Model
 def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
     """A model by name, its weights from a file that does not tell the model, or not all of it."""
     if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
-        name = names.resolve(CLIP_TRAINING)
+        name = names.resolve(CLIP_TRAINING_MODEL)
     if _has_two_towers(options, name):
         if not any(key.startswith(simple_clip_weights.TRUNK) for key in found.state):
             return _two_towers(options, name, found.source, found.state)
         _refuse_text_pretrained(options, found.source)
-    config, preprocess = read_config(name)
+    config, preprocess = find_model_config(name)
     if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE, weights.CLIP_TRAINING) or name.openai_spelling:
         config["quick_gelu"] = True
     if found.kind == weights.CLIP_TRAINING:
         # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
         config["text_cfg"]["layers"] = count_layers(found.state, "transformer.resblocks.")
-        preprocess = read_config(names.resolve(CLIP_TRAINING))[1]
+        preprocess = find_model_config(names.resolve(CLIP_TRAINING_MODEL))[1]
     return ModelSource(name.name, config, preprocess, found.source, found.state, is_known=name.kind in KNOWN)
 
 
@@ -139,7 +139,7 @@ def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSou
 
 def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Config, preprocessing and name of a model, from the shapes of its tensors."""
-    with weights.shapes_checked(found.source):
+    with weights.named_shape_errors(found.source):
         if found.kind == weights.SIMPLE_CLIP:
             held = simple_clip_weights.infer_name(found.state, found.source)
             config, preprocess = (
@@ -150,7 +150,7 @@ def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
             config, preprocess = chinese_clip.infer_config(found.state, found.source), chinese_clip.PREPROCESS
             held = chinese_clip.UNNAMED
         checkpoint_schema.model_config(config, "")
-    return config, preprocess_config(preprocess), held
+    return config, find_preprocess(preprocess), held
 
 
 def _refuse_text_pretrained(options: ModelOptions, source: str) -> None:
@@ -172,7 +172,7 @@ def _has_two_towers(options: ModelOptions, name: ModelName) -> bool:
 
 
 def _is_simple_clip(name: ModelName) -> bool:
-    return name.kind in ("ours", "file") and simple_clip_weights.is_simple_clip(read_config(name)[0])
+    return name.kind in ("ours", "file") and simple_clip_weights.is_simple_clip(find_model_config(name)[0])
 
 
 def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
@@ -181,14 +181,14 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
     The image tower's are those of any CLIP, or of torchvision; the text tower's a BERT's, or a DistilBERT's.
     """
     if _is_simple_clip(name) and options.text_model in (None, simple_clip_weights.TEXT_MODEL):
-        config, preprocess = read_config(name)
+        config, preprocess = find_model_config(name)
         model, image = name.name, simple_clip_weights.trunk_weights(state)
         wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip_weights.distilbert_weights
         random = ("visual.head." if image else "visual.", "logit_scale")
     else:
         _check_text_model(options.text_model, name)
         config = chinese_clip.reference_config(name.config, options.text_model)
-        model, preprocess = chinese_clip.model_name(config), preprocess_config(chinese_clip.PREPROCESS)
+        model, preprocess = chinese_clip.model_name(config), find_preprocess(chinese_clip.PREPROCESS)
         image = {key: v for key, v in state.items() if key.startswith("visual.") or key == "logit_scale"}
         wanted, kind, rename = "the weights of a CLIP (visual.*)", "BERT", chinese_clip.bert_to_open_clip
         random = () if image else ("visual.", "logit_scale")
@@ -237,7 +237,7 @@ def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any]
     if chinese_clip.is_chinese_clip(config):
         _check_chinese_names(config, options, name, source)
         return
-    if name and not _same_model(read_config(name)[0], config):
+    if name and not _same_model(find_model_config(name)[0], config):
         raise UserError(
             f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
             "another checkpoint"
@@ -264,7 +264,7 @@ def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: M
             f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
             f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
         )
-    if typed and not same_tower(read_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
+    if typed and not same_tower(find_model_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
         raise UserError(
             f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
             "leave it out"

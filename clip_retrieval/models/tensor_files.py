@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.models.pickled import DamagedError, Module, PythonObjectError, Storage, Unusable
 from clip_retrieval.models.unpickle import MODULE_CLASSES, Unpickler
@@ -88,7 +88,7 @@ def _open(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise UserError(f"{path}: no such weight file") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read as weights: {reason(error)}") from None
+        raise UserError(f"{path} cannot be read as weights: {describe(error)}") from None
 
 
 @contextmanager
@@ -106,9 +106,9 @@ def _errors_named(path: Path) -> Iterator[None]:
     except DamagedError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
     except (OSError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
     except Exception as error:  # zipfile, safetensors and torch raise nearly anything on broken input
-        damage = DamagedError(f"damaged or cut short ({reason(error)})")
+        damage = DamagedError(f"damaged or cut short ({describe(error)})")
         raise UserError(f"{path} cannot be read as weights: {damage}") from error
 
 

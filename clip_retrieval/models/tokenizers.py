@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.models import chinese_clip, hub, names, simple_clip_weights
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.hub import FETCH_ERRORS, quiet
@@ -81,7 +81,7 @@ class WordPieceTokenizer:
         ).input_ids
 
 
-def folder_of_words(place: str | None) -> str | None:
+def find_word_folder(place: str | None) -> str | None:
     """`place`, where it is a folder that holds a vocabulary."""
     return place if place and any((Path(place) / name).is_file() for name in WORD_FILES) else None
 
@@ -105,7 +105,7 @@ def _of_words(words: list[str], place: str) -> Any:
         with quiet():
             return BertTokenizer({word: number for number, word in enumerate(words)})
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{place} cannot be used ({reason(error)})") from error
+        raise UserError(f"{place} cannot be used ({describe(error)})") from error
 
 
 def _of_file(path: Path) -> Any:
@@ -117,7 +117,7 @@ def _of_file(path: Path) -> Any:
             # By position: given as vocab_file=, transformers 5 ignores it.
             return BertTokenizer(str(path))
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"--tokenizer {path} is not a vocab.txt ({reason(error)}); give BERT's") from error
+        raise UserError(f"--tokenizer {path} is not a vocab.txt ({describe(error)}); give BERT's") from error
 
 
 def _refuse_cased(settings: Path) -> None:
@@ -169,7 +169,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
     arguments = {name: value for name, value in (text.get("tokenizer_kwargs") or {}).items() if value is not None}
     is_chinese = chinese_clip.is_chinese_clip(model.config)
     if is_chinese or simple_clip_weights.is_simple_clip(model.config):
-        words = options.tokenizer or text.get("vocab") or folder_of_words(options.text_pretrained)
+        words = options.tokenizer or text.get("vocab") or find_word_folder(options.text_pretrained)
         words = words or text.get("hf_tokenizer_name") or simple_clip_weights.TEXT_MODEL
         of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
         return of_its_kind(words, length, known, model.config_from)
@@ -201,7 +201,7 @@ def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: i
         ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
         is_known = bool((ids >= 0).all() and (ids < known).all())
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{name}: its tokenizer cannot read captions ({reason(error)}); give --tokenizer") from error
+        raise UserError(f"{name}: its tokenizer cannot read captions ({describe(error)}); give --tokenizer") from error
     if not is_known:
         raise UserError(f"{name}: its tokenizer has ids that the text tower does not know; give --tokenizer")
 

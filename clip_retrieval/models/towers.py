@@ -13,7 +13,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.models.pooled import (
     pooled_end_token,
     pooled_image_token,
@@ -163,7 +163,7 @@ class RetrievalModel(nn.Module):
             if self.adaptor is not None:
                 self.adaptor.load_state_dict(adaptor)
         except RuntimeError as error:
-            raise UserError(f"{source} holds the weights of another model ({reason(error)})") from error
+            raise UserError(f"{source} holds the weights of another model ({describe(error)})") from error
 
 
 def check_compiles(device: torch.device) -> None:
@@ -172,8 +172,8 @@ def check_compiles(device: torch.device) -> None:
         torch.compile(_tiny, dynamic=False)(torch.ones(2, device=device))
     except Exception as error:  # of torch's, the compiler's or Triton's
         raise UserError(
-            f"--compile: torch.compile does not work here ({reason(error)}); install a C++ compiler (g++) and Python's "
-            "headers, or leave --compile out"
+            f"--compile: torch.compile does not work here ({describe(error)}); install a C++ compiler (g++) and "
+            "Python's headers, or leave --compile out"
         ) from error
 
 

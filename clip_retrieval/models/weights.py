@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip_weights
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.pickled import Unusable
@@ -95,7 +95,7 @@ def read_text_tower(
         path = Path(hub.fetch_bert(place))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
-    with shapes_checked(str(path)):
+    with named_shape_errors(str(path)):
         state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
@@ -150,9 +150,9 @@ def _from_content(path: Path, content: Any) -> Weights:
     state = content if holder is None else content[holder]
     state = _tensors(path, state)
     if not state:
-        raise UserError(f"{path} holds no weights (it has {some([str(key) for key in content])})")
+        raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
-    with shapes_checked(str(path)):
+    with named_shape_errors(str(path)):
         return _of_system(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
 
 
@@ -169,7 +169,7 @@ def _of_system(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: 
 
 
 @contextmanager
-def shapes_checked(source: str) -> Iterator[None]:
+def named_shape_errors(source: str) -> Iterator[None]:
     """A block that renames, counts and unpacks tensors of a file by their names: some may have any other shape."""
     try:
         yield
@@ -177,7 +177,7 @@ def shapes_checked(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{source} does not hold the weights of a model that is known here ({reason(error)}); give another file"
+            f"{source} does not hold the weights of a model that is known here ({describe(error)}); give another file"
         ) from error
 
 
@@ -216,7 +216,7 @@ def _float32(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: converted[id(value)] for name, value in state.items()}
 
 
-def some(names: Iterable[str]) -> str:
+def join_first(names: Iterable[str]) -> str:
     """The first few of `names`, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

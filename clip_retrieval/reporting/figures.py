@@ -70,7 +70,7 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
         except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{name} cannot be written ({error.strerror}); choose another --output") from None
         paths.append(name)
-    for before in drawn_before(path):
+    for before in find_drawn_pages(path):
         if before not in paths:
             before.unlink(missing_ok=True)
     return paths
@@ -81,7 +81,7 @@ def _printable(panel: Panel) -> Panel:
     return Panel(printable(panel.title), panel.image, [(printable(name), percent) for name, percent in panel.bars])
 
 
-def drawn_before(path: Path) -> list[Path]:
+def find_drawn_pages(path: Path) -> list[Path]:
     """The files that `draw_predictions` has written for `path`, its pages included."""
     pages = path.parent.glob(f"{escape(path.stem)}_*_of_*{path.suffix}")
     is_page = re.compile(rf"{re.escape(path.stem)}_\d+_of_\d+")

@@ -14,8 +14,8 @@ import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.neighbours import nearest
-from clip_retrieval.evaluation.scores import Side
-from clip_retrieval.retrieval.features import Features
+from clip_retrieval.evaluation.scores import Features
+from clip_retrieval.retrieval.features import FeatureFile
 
 CHUNK = 2**16  # items that are added at a time
 QUERIES = 256  # queries that are searched at a time
@@ -23,7 +23,7 @@ LISTS_FROM = 50_000  # items from which the index has lists, and a query looks a
 TRAINED_ON = 64  # items for each list
 
 
-def approximate_nearest(queries: Features, items: Features, k: int) -> np.ndarray:
+def approximate_nearest(queries: FeatureFile, items: FeatureFile, k: int) -> np.ndarray:
     """Item rows (queries, k), best first. Raises UserError where faiss is not installed."""
     faiss = _faiss()
     count, k = len(items.vectors), min(k, len(items.vectors))
@@ -36,8 +36,8 @@ def approximate_nearest(queries: Features, items: Features, k: int) -> np.ndarra
         if len(proposed) < k:
             proposed = np.union1d(proposed, np.arange(k))
         found = nearest(
-            Side(vectors, torch.device("cpu"), "query", str),
-            Side(items.vectors[proposed], torch.device("cpu"), "item", str),
+            Features(vectors, torch.device("cpu"), "query", str),
+            Features(items.vectors[proposed], torch.device("cpu"), "item", str),
             k,
             directions=["i2t"],
         )
@@ -53,7 +53,7 @@ def _faiss() -> Any:
     return faiss
 
 
-def _build(faiss: Any, items: Features) -> Any:
+def _build(faiss: Any, items: FeatureFile) -> Any:
     count, dim = items.vectors.shape
     lists = int(4 * count**0.5) if count >= LISTS_FROM else 0
     index = faiss.index_factory(dim, f"IVF{lists},SQ8" if lists else "SQ8", faiss.METRIC_INNER_PRODUCT)
@@ -66,7 +66,7 @@ def _build(faiss: Any, items: Features) -> Any:
     return index
 
 
-def _float32(features: Features, rows: slice | np.ndarray) -> np.ndarray:
+def _float32(features: FeatureFile, rows: slice | np.ndarray) -> np.ndarray:
     vectors = np.ascontiguousarray(features.vectors[rows], np.float32)
     if not np.isfinite(vectors).all():
         raise UserError(f"{features.path}: a feature is not finite; nothing can be scored against it")

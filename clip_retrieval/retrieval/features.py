@@ -30,15 +30,24 @@ import numpy as np
 
 from clip_retrieval.errors import NotFiniteError, UserError
 from clip_retrieval.files import to_json, write_atomic
-from clip_retrieval.jsonl import LONGEST_LINE, Id, id_of, is_id, open_input, read_lines, record_of_numbers, write_lines
+from clip_retrieval.jsonl import (
+    LONGEST_LINE,
+    Id,
+    get_id,
+    is_id,
+    open_input,
+    parse_record_of_numbers,
+    read_lines,
+    write_lines,
+)
 
 ID_KEYS = {"image": "image_id", "text": "text_id"}
 NPY = ".npy"
-PART = 2**26  # bytes of JSON that a process reads at a time
+READ_BYTES = 2**26  # bytes of JSON that a process reads at a time
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureFile:
     """The features of one side.
 
     Attributes:
@@ -95,7 +104,7 @@ def ids_path(path: Path) -> Path:
     return path.with_name(f"{path.stem.removesuffix('_features')}_ids.json")
 
 
-def read_features(path: Path, kind: str, *, memory_map: bool = False) -> Features:
+def read_features(path: Path, kind: str, *, memory_map: bool = False) -> FeatureFile:
     """Read the features of "image"s or "text"s, .npy by its name, else JSON lines (as float32).
 
     memory_map: leave those of a .npy on disk. Raises UserError, naming file and line, where it is something else.
@@ -111,23 +120,23 @@ def read_features(path: Path, kind: str, *, memory_map: bool = False) -> Feature
     return features
 
 
-def _read_npy(path: Path, memory_map: bool) -> Features:
+def _read_npy(path: Path, memory_map: bool) -> FeatureFile:
     from clip_retrieval.files import read_json
     from clip_retrieval.retrieval.evaluate_features import read_vectors
 
     vectors = read_vectors(path, memory_map=memory_map)
     beside = ids_path(path)
     if not beside.exists():
-        return Features(range(len(vectors)), vectors, path)
+        return FeatureFile(range(len(vectors)), vectors, path)
     ids = read_json(beside)
     if not isinstance(ids, list) or not all(map(is_id, ids)):
         raise UserError(f"{beside}: not a JSON list of ids, whole numbers or texts")
     if len(ids) != len(vectors):
         raise UserError(f"{beside} has {len(ids):,} ids, and {path} {len(vectors):,} features; both must be of one run")
-    return Features(ids, vectors, path)
+    return FeatureFile(ids, vectors, path)
 
 
-def _read_jsonl(path: Path, key: str) -> Features:
+def _read_jsonl(path: Path, key: str) -> FeatureFile:
     dim, parts = _first_length(path, key), _parts(path)
     workers = min(len(parts), _cores())
     requests = [(path, key, dim, *part) for part in parts]
@@ -143,7 +152,7 @@ def _read_jsonl(path: Path, key: str) -> Features:
             raise UserError(f"{path}, line {lines + part.lines}: {part.error}")
         lines += part.lines
     vectors = np.concatenate([np.frombuffer(part.numbers, np.float32).reshape(-1, dim) for part in read])
-    return Features([item for part in read for item in part.ids], vectors, path)
+    return FeatureFile([item for part in read for item in part.ids], vectors, path)
 
 
 def _cores() -> int:
@@ -166,8 +175,8 @@ def _parts(path: Path) -> list[tuple[int, int]]:
     with open_input(path) as file:
         size = file.seek(0, os.SEEK_END)
         bounds = [0]
-        while bounds[-1] + PART < size:
-            file.seek(bounds[-1] + PART)
+        while bounds[-1] + READ_BYTES < size:
+            file.seek(bounds[-1] + READ_BYTES)
             file.readline()
             bounds.append(file.tell())
         return list(zip(bounds, [*bounds[1:], size]))
@@ -208,8 +217,8 @@ def _read_part(request: tuple[Path, str, int, int, int]) -> _Part:
 
 
 def _item(line: bytes, key: str) -> tuple[Id, list[float]]:
-    content = record_of_numbers(line, key)
-    item, feature = id_of(content, key), content.get("feature")
+    content = parse_record_of_numbers(line, key)
+    item, feature = get_id(content, key), content.get("feature")
     if not isinstance(feature, list) or not feature:
         raise ValueError('no "feature" that is a list of numbers')
     return item, feature

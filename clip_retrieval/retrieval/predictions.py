@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.jsonl import Id, id_of, is_id, read_records, write_lines
-from clip_retrieval.retrieval.features import Features, read_features
+from clip_retrieval.jsonl import Id, get_id, is_id, read_records, write_lines
+from clip_retrieval.retrieval.features import FeatureFile, read_features
 
 STANDARD_K = (1, 5, 10)  # as in evaluation.metrics, which would load torch
 KEYS = {"t2i": ("text_id", "image_ids"), "i2t": ("image_id", "text_ids")}
@@ -61,7 +61,7 @@ def read_lists(path: Path, *, are_answers: bool = False) -> Lists:
         try:
             direction = direction or _direction(content)
             query_key, items_key = KEYS[direction]
-            query, items = id_of(content, query_key), _items(content, items_key, are_answers)
+            query, items = get_id(content, query_key), _items(content, items_key, are_answers)
             if not are_answers and query in lists:
                 raise ValueError(f"{query_key} {query!r} has predictions already")
             lists.setdefault(query, {}).update(dict.fromkeys(items))
@@ -92,7 +92,7 @@ def _items(content: dict[str, Any], key: str, may_be_missing: bool) -> list[Id]:
     return items
 
 
-def turned_round(answers: Lists) -> Lists:
+def swap_direction(answers: Lists) -> Lists:
     """The same relevance the other way: the queries that each item answers, in the order of the file."""
     other: dict[Id, list[Id]] = {}
     for query, items in answers.of.items():
@@ -113,7 +113,7 @@ def transform_to_tr(path: Path) -> Path:
     if answers.direction != "t2i":
         raise UserError(f'{path}: is by image already; give a file with "text_id" and "image_ids"')
     target = path.with_name(f"{path.name.removesuffix('.jsonl')}.tr.jsonl")
-    write_lists(target, turned_round(answers))
+    write_lists(target, swap_direction(answers))
     return target
 
 
@@ -132,7 +132,7 @@ def score_predictions(gold: Path, predictions: Path, ks: Iterable[int] = STANDAR
     predicted = read_lists(predictions)
     answers = read_lists(gold, are_answers=True)
     if answers.direction != predicted.direction:
-        answers = turned_round(answers)
+        answers = swap_direction(answers)
     asked = {query: items for query, items in answers.of.items() if items}
     if not asked:
         raise UserError(f"{gold}: no {answers.query_key} has an answer; there is nothing to score")
@@ -222,8 +222,8 @@ def predict(
 
 
 def _exact(
-    images: Features,
-    texts: Features,
+    images: FeatureFile,
+    texts: FeatureFile,
     directions: Iterable[str],
     top_k: int,
     gallery_batch_size: int | None,
@@ -231,7 +231,7 @@ def _exact(
 ) -> dict[str, np.ndarray]:
     from clip_retrieval.device import choose_device
     from clip_retrieval.evaluation.neighbours import nearest
-    from clip_retrieval.evaluation.scores import Side, scoring_device, tile_size
+    from clip_retrieval.evaluation.scores import Features, scoring_device, tile_size
 
     place = scoring_device(images.vectors, choose_device(device))
     tile = list(tile_size(place))
@@ -240,8 +240,8 @@ def _exact(
             if direction in directions:
                 tile[side] = min(tile[side], gallery_batch_size)
     found = nearest(
-        Side(images.vectors, place, "image", images.name),
-        Side(texts.vectors, place, "text", texts.name),
+        Features(images.vectors, place, "image", images.name),
+        Features(texts.vectors, place, "text", texts.name),
         top_k,
         directions=list(directions),
         tile=tuple(tile),
@@ -249,7 +249,7 @@ def _exact(
     return {direction: neighbours.items for direction, neighbours in found.items()}
 
 
-def _write_predictions(path: Path, direction: str, queries: Features, items: Features, rows: np.ndarray) -> None:
+def _write_predictions(path: Path, direction: str, queries: FeatureFile, items: FeatureFile, rows: np.ndarray) -> None:
     """As `write_lists` does; an id of an item becomes text once only."""
     query_key, items_key = KEYS[direction]
     texts: Sequence[str] = [json.dumps(item) for item in items.ids]

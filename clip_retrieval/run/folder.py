@@ -196,7 +196,7 @@ def has_best(source: Path, steps: tuple[int, ...]) -> bool:
     return content is not None and content["step"] in steps
 
 
-def bring_best(source: Path, folder: Path) -> None:
+def copy_best(source: Path, folder: Path) -> None:
     """Copy best.pt from `source` to `folder` if these differ."""
     if source.resolve() != folder.resolve():
         save_checkpoint(folder / "best.pt", read_checkpoint(source / "best.pt"))

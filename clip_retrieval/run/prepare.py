@@ -20,18 +20,18 @@ from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import MetricsLog, log, log_to_file
-from clip_retrieval.models.batch_norm import shared_statistics
+from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel, check_compiles
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.results import write_options
-from clip_retrieval.run.folder import FolderLock, bring_best, clear_run, has_best, without_resume
+from clip_retrieval.run.folder import FolderLock, clear_run, copy_best, has_best, without_resume
 from clip_retrieval.run.model import load_model
 from clip_retrieval.run.splits import Split, load_split, log_samples
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
-from clip_retrieval.training.frozen import frozen_images, frozen_texts
+from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 from clip_retrieval.training.state import Progress, Sampler, restore_training
 from clip_retrieval.training.step import Trainer
 
@@ -121,7 +121,7 @@ def prepare(
     if processes.is_main:
         log_to_file(folder)
         if progress.best is not None:
-            bring_best(source, folder)
+            copy_best(source, folder)
         write_options(folder, without_resume(options, folder), f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines())
     data = (sampler, loader, val, test, zero_shot)
@@ -219,10 +219,10 @@ def make_loader(
         }
         if vision_is_frozen(model) and options.data.augment == "none":
             log.info("the image tower is frozen: all images are encoded once, before the first step")
-            images = frozen_images(model, train.pixels, num_workers=num_workers, **encoding)
+            images = encode_frozen_images(model, train.pixels, num_workers=num_workers, **encoding)
         if text_is_frozen(model):
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
-            texts = frozen_texts(model, train.dataset, train.tokens, **encoding)
+            texts = encode_frozen_texts(model, train.dataset, train.tokens, **encoding)
     return TrainLoader(
         sampler,
         images,
@@ -233,7 +233,7 @@ def make_loader(
         num_workers=num_workers,
         device=device,
         processes=processes,
-        pass_over=options.data.packed,
+        skip_unreadable=options.data.skips_unreadable,
     )
 
 
@@ -252,7 +252,7 @@ def make_trainer(
     if options.train.grad_checkpointing:
         model.clip.set_grad_checkpointing()
     if processes.world_size > 1 and not vision_is_frozen(model):
-        model.clip.visual = shared_statistics(model.clip.visual, device)
+        model.clip.visual = share_statistics(model.clip.visual, device)
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)  # the layout that its convolutions are fastest in
     if options.train.compile:

@@ -14,7 +14,7 @@ from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.models.chinese_clip import UNNAMED, named_apart
+from clip_retrieval.models.chinese_clip import UNNAMED, split_model_name
 from clip_retrieval.models.source import check_names
 from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import (
@@ -24,7 +24,7 @@ from clip_retrieval.options import (
     REPEATABLE,
     Options,
     as_tuple,
-    taken_from_checkpoint,
+    select_for_resume,
 )
 from clip_retrieval.run.folder import run_folder
 
@@ -65,9 +65,9 @@ def _settle(typed: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
         options = Options.settle(config, typed, {"pretrained": str(path), "resume": None})
         return _given(options, config, typed), None
     stored = checkpoint["options"]
-    named = named_apart(options.model)
+    named = split_model_name(options.model)
     check_names(named, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
-    taken = taken_from_checkpoint(stored)
+    taken = select_for_resume(stored)
     if checkpoint["model_config"]["text_cfg"].get("vocab"):
         taken["tokenizer"] = None  # the checkpoint carries its words
     if "dataset_root" in typed:
@@ -97,7 +97,7 @@ def _given(options: Options, *layers: dict[str, Any]) -> Options:
     given = frozenset().union(*layers)
     if options.model.vision_model == UNNAMED:  # what options.json calls a model that its file alone tells
         return replace(options, model=replace(options.model, vision_model="ViT-B/32"), given=given - {"vision_model"})
-    return replace(options, model=named_apart(options.model), given=given)
+    return replace(options, model=split_model_name(options.model), given=given)
 
 
 def _resumed_file(options: Options) -> Path | None:

@@ -76,9 +76,9 @@ def load_pixels(
     pixels = make_pixels(dataset.images, preprocess, **settings)
     if not options.data.image_cache or pixels.in_memory:
         return pixels
-    from clip_retrieval.data.pixels.cache import cached_pixels  # locks files in a way that Windows does not know
+    from clip_retrieval.data.pixels.cache import open_cached_pixels  # locks files in a way that Windows does not know
 
-    return cached_pixels(
+    return open_cached_pixels(
         dataset.images,
         preprocess,
         Path(options.data.image_cache),

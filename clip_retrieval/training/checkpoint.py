@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from clip_retrieval.errors import RunError, reason
+from clip_retrieval.errors import RunError, describe
 from clip_retrieval.files import write_atomic
 
 
@@ -42,6 +42,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
                 raise recorder.error from None
     except OSError as error:
         raise RunError(
-            f"could not write {path} ({reason(error)}); the checkpoint from before is kept. Free some space or check "
+            f"could not write {path} ({describe(error)}); the checkpoint from before is kept. Free some space or check "
             "the disk, then resume with --resume auto"
         ) from error

@@ -9,12 +9,12 @@ from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.device import autocast
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.encode import encode_captions, encode_images
 from clip_retrieval.models.towers import RetrievalModel
 
 
-def frozen_images(
+def encode_frozen_images(
     model: RetrievalModel,
     pixels: Pixels,
     *,
@@ -22,7 +22,7 @@ def frozen_images(
     num_workers: int | None,
     precision: str,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """float32 (images, width), on the CPU: what the image tower gives before its projection.
 
@@ -41,7 +41,7 @@ def frozen_images(
     return pooled.cpu().clone()  # (a clone is no inference tensor: a graph can be built on it)
 
 
-def frozen_texts(
+def encode_frozen_texts(
     model: RetrievalModel,
     dataset: RetrievalDataset,
     tokens: Tokens,
@@ -49,7 +49,7 @@ def frozen_texts(
     batch_size: int | None,
     precision: str,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """float32 (captions, width), on the CPU: what the text tower gives before its projection."""
     model.train()

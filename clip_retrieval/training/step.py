@@ -16,10 +16,10 @@ from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.device import autocast, make_scaler
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import make_loss
-from clip_retrieval.models.batch_norm import statistics_kept
+from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
@@ -44,7 +44,7 @@ class StepResult:
     text_features: Tensor
     positives: Tensor
 
-    def accuracy(self, processes: Processes = ALONE) -> tuple[float, float]:
+    def accuracy(self, processes: Processes = SINGLE_PROCESS) -> tuple[float, float]:
         """In-batch accuracy of the global batch, image-to-text and text-to-image, in percent. Waits for the device."""
         captions = torch.arange(len(self.text_features), device=self.text_features.device)
         positives = self.positives[:, 0] * len(captions) + self.positives[:, 1]
@@ -59,8 +59,8 @@ class StepResult:
             hit_t2i = torch.where(highest > best, hit, hit_t2i)
             best = torch.maximum(highest, best)
         # A caption's nearest image is that of the process with the highest cosine.
-        nearest = processes.gather(best[None]).argmax(0, keepdim=True)
-        t2i = processes.gather(hit_t2i[None]).gather(0, nearest).mean()
+        nearest = processes.all_gather(best[None]).argmax(0, keepdim=True)
+        t2i = processes.all_gather(hit_t2i[None]).gather(0, nearest).mean()
         i2t = processes.sum(hits_i2t) / (len(self.image_features) * processes.world_size)
         return 100 * i2t.item(), 100 * t2i.item()
 
@@ -88,7 +88,7 @@ class Trainer:
         *,
         precision: str,
         device: torch.device,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ):
         self.model = model
         self.loss_options = loss
@@ -147,7 +147,7 @@ class Trainer:
 
         # The graphs of the towers end here: the loss gives the gradient of each feature, of the scale and the bias.
         ends = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
-        text_features = self.processes.gather(ends[1])
+        text_features = self.processes.all_gather(ends[1])
         # Outside autocast: the logits are float32, whatever the towers compute in.
         loss = self.loss(ends[0], text_features, batch.positives, *ends[2:])
         # (The gradients are averaged over the processes, and the loss is the sum of their parts.)
@@ -176,7 +176,7 @@ class Trainer:
             batch_size: pairs in a batch, or fewer where the split has fewer.
         """
         batch_size = min(batch_size, len(dataset.pairs))
-        loss = make_loss(self.loss_options, ALONE)
+        loss = make_loss(self.loss_options, SINGLE_PROCESS)
         found = []
         for batch in BatchSampler(dataset, batch_size).epoch(0):
             images, texts = (
@@ -201,7 +201,7 @@ class Trainer:
             return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
 
     def _features_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
-        with torch.no_grad(), statistics_kept(self.model):
+        with torch.no_grad(), freeze_statistics(self.model):
             parts = [self._features(batch, step, number, rows) for number, rows in enumerate(chunks)]
         return [torch.cat(features) for features in zip(*parts, strict=True)]
 

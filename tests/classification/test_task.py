@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_retrieval.classification.embeddings import class_embeddings, prompted
+from clip_retrieval.classification.embeddings import class_embeddings, prompt_classes
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import ZeroShotData
 from clip_retrieval.classification.task import prepare_task, score_task, task_of
@@ -41,7 +41,7 @@ def test_class_embeddings_are_those_of_a_plain_loop(model):
             texts = tokenizer([template.format(name) for template in templates.texts])
             features = F.normalize(model.clip.encode_text(texts).double(), dim=-1)
             rows.append(F.normalize(features.mean(0), dim=-1))
-    ready = prompted("test", noise(2), names, templates, tokenizer, small_preprocess())
+    ready = prompt_classes("test", noise(2), names, templates, tokenizer, small_preprocess())
     found = ready.encode(model, eval_batch_size=5, **HERE).classes
     assert found.dtype == torch.float32 and torch.equal(found[0], found[2])
     torch.testing.assert_close(found.double(), torch.stack(rows), rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clip_retrieval.data.batches.sampler import BatchSampler, number_of_samples, proportional
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
-from clip_retrieval.data.mixture import MixedImages, mixed, read_mixture
+from clip_retrieval.data.mixture import MixedImages, mix, read_mixture
 from clip_retrieval.data.pixels.pixels import MixedPixels, make_pixels
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
@@ -33,7 +33,7 @@ def drawn(sizes, name="drawn", side=8, split="train"):
 
 
 def mixture(*captions_per_image):
-    return mixed([drawn(sizes, name) for name, sizes in zip("abc", captions_per_image)], "mixture")
+    return mix([drawn(sizes, name) for name, sizes in zip("abc", captions_per_image)], "mixture")
 
 
 # One data set of several
@@ -41,7 +41,7 @@ def mixture(*captions_per_image):
 
 def test_images_captions_and_pairs_stand_one_after_the_other():
     parts = [drawn([2, 1], "a"), drawn([0, 3], "b", side=12), drawn([1], "c")]
-    whole = mixed(parts, "a+b+c")
+    whole = mix(parts, "a+b+c")
     assert (whole.name, whole.split, len(whole.images)) == ("a+b+c", "train", 5)
     assert whole.captions == [caption for part in parts for caption in part.captions]
     assert [whole.images.name(i) for i in range(5)] == [f"{n} image {i}" for n, i in ("a0", "a1", "b0", "b1", "c0")]
@@ -72,7 +72,7 @@ def test_nothing_is_opened_before_it_is_asked_for():
 
 def test_a_part_without_pairs_is_named():
     with pytest.raises(UserError, match="b, train split: no image has a caption"):
-        mixed([drawn([1], "a"), drawn([0, 0], "b")], "a+b")
+        mix([drawn([1], "a"), drawn([0, 0], "b")], "a+b")
 
 
 def test_pixels_are_those_of_the_parts_in_any_order():
@@ -253,7 +253,7 @@ def test_the_fingerprint_tells_data_sets_that_changed_places():
     parts = drawn([2, 1], "a"), drawn([2, 1], "b"), drawn([2], "a"), drawn([1, 2, 1], "b")
     prints = {
         BatchSampler(data, 2).fingerprint
-        for data in (parts[0], mixed(parts[:2], "x"), mixed(parts[1::-1], "x"), mixed(parts[2:], "x"))
+        for data in (parts[0], mix(parts[:2], "x"), mix(parts[1::-1], "x"), mix(parts[2:], "x"))
     }
     assert len(prints) == 4
-    assert BatchSampler(mixed(parts[:2], "x"), 2).fingerprint in prints
+    assert BatchSampler(mix(parts[:2], "x"), 2).fingerprint in prints

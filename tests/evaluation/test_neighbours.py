@@ -10,7 +10,7 @@ from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation import neighbours as module
 from clip_retrieval.evaluation.neighbours import nearest
-from clip_retrieval.evaluation.scores import Side, rounding_bound
+from clip_retrieval.evaluation.scores import Features, rounding_bound
 
 TIE = 1e-10
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def brute_force(queries, items, k):
 
 
 def side(features, kind="image"):
-    return Side(features, CPU, kind, str)
+    return Features(features, CPU, kind, str)
 
 
 def find(images, texts, k, **options):
@@ -108,8 +108,8 @@ def test_features_that_look_alike_take_whole_rows_in_float64(monkeypatch, spread
     rng = np.random.default_rng(2)
     images, texts = (rng.normal(size=64) + spread * rng.normal(size=(count, 64)) for count in (90, 400))
     rows = []
-    settle = module._Settled.settle_rows
-    monkeypatch.setattr(module._Settled, "settle_rows", lambda self, q: (rows.append(len(q)), settle(self, q)))
+    settle = module._ExactNeighbours.settle_rows
+    monkeypatch.setattr(module._ExactNeighbours, "settle_rows", lambda self, q: (rows.append(len(q)), settle(self, q)))
     assert_exact(images, texts, 5, tile=(50, 100))
     assert rows[0] > 0 or spread > 1e-4
 
@@ -186,7 +186,7 @@ def test_processes_share_the_tiles(monkeypatch, kind):
             given.append(tensor.clone())
             return tensor
 
-        def gather_rows(self, tensor):
+        def all_gather_rows(self, tensor):
             given.append(tensor.clone())
             return tensor
 
@@ -194,7 +194,7 @@ def test_processes_share_the_tiles(monkeypatch, kind):
         def max(self, tensor):
             return torch.maximum(tensor, given.pop(0))
 
-        def gather_rows(self, tensor):
+        def all_gather_rows(self, tensor):
             return torch.cat([given.pop(0), tensor])
 
     expected = find(images, texts, 5, tile=(16, 16))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_retrieval.distributed import ALONE
+from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.losses.infonce import infonce
 from clip_retrieval.losses.margin import margin_pairwise
@@ -96,7 +96,7 @@ def test_a_row_without_positives_does_not_count():
 def test_gradients(name):
     image, text, positives = batch(pairs=4, dim=3) if name != "margin" else batch(seed=4, pairs=4, dim=3)
     positives = positives[:4, :4].nonzero()
-    loss = make_loss(LossOptions(loss=name), ALONE)
+    loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)
     scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, -1.0))
     inputs = [image.clone().requires_grad_(), text.clone().requires_grad_()]
     assert torch.autograd.gradcheck(
@@ -108,10 +108,10 @@ def test_the_options_choose_the_loss_and_its_margin():
     image, text, positives = batch()
     positives = positives.nonzero()
     arguments = (image, text, positives, torch.tensor(10.0), torch.tensor(-5.0))
-    assert make_loss(LossOptions(), ALONE)(*arguments) == infonce(*arguments[:4])
-    assert make_loss(LossOptions(loss="siglip"), ALONE)(*arguments) == siglip(*arguments)
+    assert make_loss(LossOptions(), SINGLE_PROCESS)(*arguments) == infonce(*arguments[:4])
+    assert make_loss(LossOptions(loss="siglip"), SINGLE_PROCESS)(*arguments) == siglip(*arguments)
     for margin in (0.1, 0.5):
-        chosen = make_loss(LossOptions(loss="margin", margin=margin), ALONE)
+        chosen = make_loss(LossOptions(loss="margin", margin=margin), SINGLE_PROCESS)
         assert chosen(*arguments) == margin_pairwise(image, text, positives, margin)
     assert margin_pairwise(image, text, positives, 0.1) != margin_pairwise(image, text, positives, 0.5)
 
@@ -126,7 +126,7 @@ def test_tiles_change_neither_loss_nor_gradients(name, monkeypatch):
         monkeypatch.setattr(pairs, "TILE", tile)
         inputs = [f.clone().requires_grad_() for f in features]
         inputs += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, -2.0)]
-        loss = make_loss(LossOptions(loss=name), ALONE)(*inputs[:2], positives, *inputs[2:])
+        loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)(*inputs[:2], positives, *inputs[2:])
         results.append([loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)])
     for result in results[1:]:
         for tiled, whole in zip(result, results[0], strict=True):
@@ -146,7 +146,7 @@ def test_no_matrix_of_the_whole_batch_is_kept():
     image, text = (F.normalize(torch.randn(size, 8), dim=-1).requires_grad_() for _ in range(2))
     rows = torch.arange(size)[:, None].repeat(1, 2)
     for name in ("infonce", "siglip", "margin"):
-        loss = make_loss(LossOptions(loss=name), ALONE)
+        loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)
         with pytest.MonkeyPatch.context() as patch, Largest():
             patch.setattr(pairs, "TILE", 500)
             loss(image, text, rows, torch.tensor(10.0), torch.tensor(-10.0)).backward()

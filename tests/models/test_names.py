@@ -4,10 +4,10 @@ import sys
 import pytest
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.names import OPENAI, open_clip_names, resolve
+from clip_retrieval.models.names import OPENAI_NAMES, open_clip_names, resolve
 
 
-@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.parametrize("name", OPENAI_NAMES)
 def test_openais_names_start_from_openais_weights(name):
     found = resolve(name)
     assert found.name == name

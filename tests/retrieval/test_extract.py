@@ -8,7 +8,7 @@ import pytest
 
 from clip_retrieval.data.writers.build_lmdb import build_lmdb
 from clip_retrieval.errors import UserError
-from clip_retrieval.extract import Wanted
+from clip_retrieval.extract import ExtractionRequest
 from clip_retrieval.retrieval.features import read_features
 from tests.conftest import read_json, read_jsonl, write_jsonl
 from tests.data.make_chinese import photo, write_sample, write_split
@@ -156,7 +156,7 @@ def test_bad_usage_is_one_line(script, captioned, chinese, typed, words):
 
 def test_which_sides_are_wanted(tmp_path):
     def sides(**options):
-        wanted = Wanted(**options)
+        wanted = ExtractionRequest(**options)
         return wanted.images, wanted.texts
 
     assert sides() == (True, True)

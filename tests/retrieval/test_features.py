@@ -151,10 +151,10 @@ def test_records_are_the_same_with_and_without_orjson(monkeypatch, quick):
     lines = ['{"image_id": 7, "feature": [1, -0.5, 1e-3, 16777217]}', '{"image_id": "七", "feature": []}']
     lines += ['{"image_id": 1180591620717411303424, "feature": [2.5]}', '{"image_id": 1, "feature": [Infinity]}']
     for line in lines:
-        assert jsonl.record_of_numbers(line.encode(), "image_id") == json.loads(line)
+        assert jsonl.parse_record_of_numbers(line.encode(), "image_id") == json.loads(line)
     for line in (b'{"image_id": 1}{"image_id": 2}', b"[1]", b'{"image_id": "\xff"}', b"{", b"[" * 100_000):
         with pytest.raises(ValueError) as error:
-            jsonl.record_of_numbers(line, "image_id")
+            jsonl.parse_record_of_numbers(line, "image_id")
         with pytest.raises(ValueError) as of_json:
-            jsonl.record(line)
+            jsonl.parse_record(line)
         assert str(error.value) == str(of_json.value)

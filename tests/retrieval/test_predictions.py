@@ -12,7 +12,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.neighbours import nearest
 from clip_retrieval.evaluation.ranks import retrieval_ranks
-from clip_retrieval.evaluation.scores import Side
+from clip_retrieval.evaluation.scores import Features
 from clip_retrieval.retrieval import faiss_index
 from clip_retrieval.retrieval.features import write_features
 from clip_retrieval.retrieval.predictions import read_lists
@@ -213,7 +213,7 @@ def test_faiss_finds_nearly_all_of_them(script, features, tmp_path, monkeypatch,
 def test_a_gpu_gives_the_same(features):
     images, texts, *_ = features
     found = [
-        nearest(*(Side(features, torch.device(device), "item", str) for features in (images, texts)), 10)
+        nearest(*(Features(features, torch.device(device), "item", str) for features in (images, texts)), 10)
         for device in ("cpu", "cuda")
     ]
     for direction in ("i2t", "t2i"):

@@ -8,7 +8,7 @@ from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageFiles
-from clip_retrieval.device import true_float32
+from clip_retrieval.device import disable_tf32
 from clip_retrieval.errors import RunError
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
@@ -99,7 +99,7 @@ def test_a_gpu_finds_the_gradients_of_a_cpu(loss, resnet):
         moved = on_gpu(batch(size=32 if resnet else 16))
         if device == "cpu":
             moved = TrainBatch(*(tensor.cpu() for tensor in vars(moved).values()))
-        with true_float32():
+        with disable_tf32():
             result = trainer.step(moved, 1, 1e-3)
         found.append({n: p.grad.cpu() for n, p in trainer.model.named_parameters() if p.grad is not None})
         found[-1]["loss"] = result.loss.cpu()

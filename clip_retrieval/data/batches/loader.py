@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.data.batches.sampler import Batch, BatchSampler
-from clip_retrieval.data.batches.skipped import PassedOver
+from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.workers import Workers, in_workers
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 
-PART = 64  # images that a worker loads at a time: several work on one batch
+IMAGES_PER_REQUEST = 64  # images that a worker loads at a time: several work on one batch
 
 
 @dataclass
@@ -154,8 +154,8 @@ class TrainLoader:
         num_workers: int,
         device: torch.device,
         bucket: int = 1,
-        processes: Processes = ALONE,
-        pass_over: bool = False,
+        processes: Processes = SINGLE_PROCESS,
+        skip_unreadable: bool = False,
     ):
         self.sampler = sampler
         self.images = images
@@ -165,9 +165,9 @@ class TrainLoader:
         self.share = share
         self._to_device = ToDevice(device)
         self.processes = processes
-        self._passed_over = PassedOver("images", processes) if pass_over else None
+        self._skipped = SkipCounter("images", processes) if skip_unreadable else None
         if not isinstance(images, Tensor):
-            fetch = _PixelsOfReadable(images) if pass_over else _PixelsOfMany(images)
+            fetch = _PixelsOfReadable(images) if skip_unreadable else _PixelsOfMany(images)
             self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._to_device.pin_memory)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
@@ -178,31 +178,31 @@ class TrainLoader:
                 yield self._batch(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
         asked: list[tuple[Batch, int]] = []
-        requests = _part_requests(self.sampler, self.share, epoch, first_batch, asked, whole=bool(self._passed_over))
+        requests = _part_requests(self.sampler, self.share, epoch, first_batch, asked, whole=bool(self._skipped))
         parts = self._workers(requests)
-        if self._passed_over:
-            self._passed_over.begin(epoch, first_batch)
+        if self._skipped:
+            self._skipped.begin(epoch, first_batch)
         for batch_number, part in enumerate(parts, first_batch):
             batch, number = asked.pop(0)
             found = [part, *(next(parts) for _ in range(number - 1))]
-            if not self._passed_over:
+            if not self._skipped:
                 yield self._batch(batch, found)
                 continue
             rows = [row for _, part_rows, _ in found for row in part_rows]
-            self._passed_over.count([problem for *_, problems in found for problem in problems])
+            self._skipped.count([problem for *_, problems in found for problem in problems])
             last = batch_number + 1 == len(self.sampler)
             if last:
-                self._passed_over.say_all()
+                self._skipped.log_all()
             try:
                 yield self._batch(self._as_read(batch, rows), [images for images, *_ in found])
             except GeneratorExit:
                 if not last:
-                    self._passed_over.say_own()
+                    self._skipped.log_own()
                 raise
 
     def _as_read(self, batch: Batch, own_rows: list[int]) -> Batch:
         """The batch in which others stand in for what cannot be read; `own_rows` are those that this process read."""
-        rows = self.processes.gather(torch.tensor(own_rows)).numpy()
+        rows = self.processes.all_gather(torch.tensor(own_rows)).numpy()
         return replace(batch, images=batch.images[rows], captions=batch.captions[rows])
 
     def _batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
@@ -244,7 +244,7 @@ def _part_requests(
         rng = np.random.default_rng((sampler.seed, epoch, number))
         seeds = rng.integers(2**63, size=len(batch.images))
         rows = range(len(batch.images))[share]
-        parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
+        parts = [rows[start : start + IMAGES_PER_REQUEST] for start in range(0, len(rows), IMAGES_PER_REQUEST)]
         asked.append((batch, len(parts)))
         for part in parts:
             chosen = slice(part.start, part.stop)

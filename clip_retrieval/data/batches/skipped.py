@@ -10,7 +10,7 @@ from clip_retrieval.distributed import Processes
 from clip_retrieval.log import log
 
 
-class PassedOver:
+class SkipCounter:
     """Counts what an epoch passes over, and says it at the epoch's end, or where it is broken off.
 
     Args:
@@ -38,16 +38,16 @@ class PassedOver:
         self._cut += cut
         self._first = self._first or "".join(problems[:1])
 
-    def say_all(self) -> None:
+    def log_all(self) -> None:
         """Say what all processes passed over: they must all be here."""
         problems, cut = self.processes.sum(torch.tensor([self._problems, self._cut])).tolist()
         if problems:  # the one that speaks need not be the one that met them
             own = f"{self._first}\n".encode(errors="backslashreplace") if self._first else b""
-            texts = self.processes.gather_rows(torch.tensor(list(own), dtype=torch.uint8))
+            texts = self.processes.all_gather_rows(torch.tensor(list(own), dtype=torch.uint8))
             self._first = bytes(texts.tolist()).decode().partition("\n")[0]
         self._say(problems, cut)
 
-    def say_own(self) -> None:
+    def log_own(self) -> None:
         """Say what this process passed over, if that was not said: the others need not be here."""
         if self._problems > self._said or (self._cut and not self._said_cut):
             self._say(self._problems, self._cut, " of this process's" * (self.processes.world_size > 1))

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_retrieval.data.images.base64_images import decoded
+from clip_retrieval.data.images.base64_images import decode_base64
 from clip_retrieval.data.images.decode import check_encoded_size, decode_rgb
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular, read_json
 
 STATE = "state.json"
@@ -30,12 +30,12 @@ SMALLEST_ROW = 4  # bytes of a row at least: where its image ends
 SAFE_PYARROW = 15  # earlier versions ran pickles that are in the schema
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """Whether a data set, or one split of it, was saved in `folder`."""
     return (folder / STATE).is_file()
 
 
-def open_saved(folder: Path) -> Any:
+def open_columns(folder: Path) -> Any:
     """The table of a saved data set, a `pyarrow.Table` that is read from the disk when it is used.
 
     Raises UserError if pyarrow is not installed, or a file is missing, damaged, compressed or no Arrow stream.
@@ -50,7 +50,7 @@ def open_saved(folder: Path) -> Any:
         table.validate()
         table.column_names  # noqa: B018  they may not be UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({reason(error)}); save it anew") from None
+        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({describe(error)}); save it anew") from None
     if table.num_rows * SMALLEST_ROW > sum(file.stat().st_size for file in files):
         raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it anew")
     return table
@@ -150,7 +150,7 @@ def is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
 
 
-class SavedImages:
+class ArrowImages:
     """Images in a column of a saved data set, read when asked for.
 
     Args:
@@ -185,11 +185,11 @@ class SavedImages:
     def encoded(self, index: int) -> bytes:
         """The bytes of the image file. Raises UserError, naming the row, where they are no base64."""
         if self._contents is None:
-            self._contents = Contents(open_saved(self.folder).column(self.column))
+            self._contents = Contents(open_columns(self.folder).column(self.column))
         content = self._contents[int(self.rows[index])]
         check_encoded_size(len(content), self.name(index))
         content = bytes(content)
-        return decoded(content, self.name(index)) if self.is_base64 else content
+        return decode_base64(content, self.name(index)) if self.is_base64 else content
 
     def name(self, index: int) -> str:
         return f"{self.folder}, row {self.rows[index]}"

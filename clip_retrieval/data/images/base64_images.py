@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.images.decode import decode_rgb
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")
@@ -48,7 +48,7 @@ class Base64Images:
 
     def encoded(self, index: int) -> bytes:
         """The bytes of the image file. Raises UserError, naming the image, where they are no base64."""
-        return decoded(self.base64(index), self.name(index))
+        return decode_base64(self.base64(index), self.name(index))
 
     def base64(self, index: int) -> bytes:
         """What stands in the file."""
@@ -129,7 +129,7 @@ def read_tsv(path: Path, begin: int = 0, line: int = 0) -> Iterator[TsvRecord]:
                     raise UserError(f"{path}, line {line}: {problem}")
                 yield TsvRecord(_key(path, line, key), content.rstrip(), line, first, begin)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
 
 
 def _problem(key: bytes, tab: bytes, content: bytes) -> str | None:
@@ -156,26 +156,26 @@ def _key(path: Path, number: int, key: bytes) -> str:
         raise UserError(f"{path}, line {number}: the image id {key[:40]!r} is not UTF-8 text") from None
 
 
-def decoded(text: bytes, name: str) -> bytes:
+def decode_base64(text: bytes, name: str) -> bytes:
     """What base64 stands for. Raises UserError, with `name`, where it is none."""
     try:
-        return base64.b64decode(padded(text).translate(_STANDARD), validate=True)
+        return base64.b64decode(pad_base64(text).translate(_STANDARD), validate=True)
     except binascii.Error as error:
         raise UserError(f"{name}: not base64 ({error}); write it anew or take it out") from None
 
 
-def padded(text: bytes) -> bytes:
+def pad_base64(text: bytes) -> bytes:
     """Base64 with the padding that Chinese-CLIP's reader needs."""
     return text + b"=" * (-len(text) % 4)
 
 
-def written_as_number(key: str) -> bool:
+def is_number(key: str) -> bool:
     """Whether an id is what a whole number is written as: 7 or -7, not 007."""
     digits = key.removeprefix("-")
     return key == "0" or (len(digits) <= MOST_DIGITS and digits.isascii() and digits.isdecimal() and digits[0] != "0")
 
 
-def typed_ids(keys: Sequence[str], named: Iterable[int | str] = ()) -> list[int | str]:
+def infer_id_types(keys: Sequence[str], named: Iterable[int | str] = ()) -> list[int | str]:
     """Image ids as numbers or texts, which a tsv and an LMDB do not tell apart.
 
     An id is as `named` has it, the ids by which texts name their images. Others are numbers if they are written as
@@ -184,5 +184,5 @@ def typed_ids(keys: Sequence[str], named: Iterable[int | str] = ()) -> list[int 
     written: dict[str, int | str] = {}
     for image_id in named:
         written.setdefault(str(image_id), image_id)
-    quoted = any(isinstance(image_id, str) and written_as_number(image_id) for image_id in written.values())
-    return [written[k] if k in written else int(k) if written_as_number(k) and not quoted else k for k in keys]
+    quoted = any(isinstance(image_id, str) and is_number(image_id) for image_id in written.values())
+    return [written[k] if k in written else int(k) if is_number(k) and not quoted else k for k in keys]

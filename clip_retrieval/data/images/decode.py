@@ -94,7 +94,7 @@ def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image]
             if image.info.get("progressive"):
                 _check_scans(file)
             image.load()
-            return to_rgb(cut_to_middle(image, LONGEST))
+            return to_rgb(shorten_middle(image, LONGEST))
     except FileNotFoundError:
         raise no_such_image(name) from None
     except Image.DecompressionBombError as error:
@@ -117,7 +117,7 @@ def _check_scans(file: BinaryIO) -> None:
         raise ValueError(f"a JPEG of {scans:,} scans")
 
 
-def cut_to_middle(image: Image.Image, longest: int) -> Image.Image:
+def shorten_middle(image: Image.Image, longest: int) -> Image.Image:
     """The middle of an image that is more than `longest` times as long as it is wide; others as they are."""
     width, height = image.size
     kept = longest * min(width, height)

@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_retrieval.log import progress_bar
 
-GLANCE = 1024  # bytes from the middle of two images, of the same size, that are compared before all of them
+PROBE_BYTES = 1024  # bytes from the middle of two images, of the same size, that are compared before all of them
 
 Read = Callable[[int, slice], bytes | memoryview]
 """read(row, part) gives these bytes of the image in a row."""
@@ -23,7 +23,7 @@ def image_key(content: bytes) -> int:
     return int.from_bytes(_digest(content)[:8], "little", signed=True)
 
 
-def merge_alike(
+def merge_duplicates(
     read: Read, rows: np.ndarray, sizes: np.ndarray, captions: Sequence[Sequence[str]], description: str
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
     """One image for rows that hold the same one, numbered in the order of their first rows.
@@ -39,7 +39,7 @@ def merge_alike(
         int64 (images,), where in `rows` each image stands first; the captions, the same one of the same image once;
         int64 (pairs, 2), image and caption.
     """
-    first = first_alike(read, rows, sizes, description)
+    first = find_duplicates(read, rows, sizes, description)
     firsts, image_of_row = np.unique(first, return_inverse=True)
     numbers: dict[tuple[int, str], int] = {}
     for image, texts in zip(image_of_row.tolist(), captions, strict=True):
@@ -49,14 +49,14 @@ def merge_alike(
     return firsts, [text for _, text in numbers], pairs.reshape(-1, 2)
 
 
-def first_alike(read: Read, rows: np.ndarray, sizes: np.ndarray, description: str) -> np.ndarray:
+def find_duplicates(read: Read, rows: np.ndarray, sizes: np.ndarray, description: str) -> np.ndarray:
     """int64 (rows,): for each row the position of the first one that holds the same bytes.
 
     Only rows of equal size are looked at, a glance first; all of the bytes are read only of those that look the same.
-    See `merge_alike` for the arguments.
+    See `merge_duplicates` for the arguments.
     """
     group = np.unique(sizes, return_inverse=True)[1]
-    for look in (_glance, _whole):
+    for look in (_probe, _whole):
         alike = np.flatnonzero(np.bincount(group)[group] > 1)
         keys = np.empty(len(alike), dtype=[("group", np.int64), ("digest", "S16")])
         bar = progress_bar(alike.tolist(), desc=f"{description}, {look.__name__.strip('_')}", leave=False)
@@ -69,8 +69,8 @@ def first_alike(read: Read, rows: np.ndarray, sizes: np.ndarray, description: st
     return first[group]
 
 
-def _glance(size: int) -> slice:
-    return slice(max(0, size // 2 - GLANCE // 2), min(size, size // 2 + GLANCE // 2))
+def _probe(size: int) -> slice:
+    return slice(max(0, size // 2 - PROBE_BYTES // 2), min(size, size // 2 + PROBE_BYTES // 2))
 
 
 def _whole(size: int) -> slice:

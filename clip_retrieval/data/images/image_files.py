@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.images.decode import decode_rgb, no_such_image, read_encoded
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 
 
 class ImageFiles:
@@ -36,7 +36,7 @@ class ImageFiles:
         except FileNotFoundError:
             raise no_such_image(self.paths[index]) from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise UserError(f"{self.paths[index]}: not a readable image ({reason(error)})") from None
+            raise UserError(f"{self.paths[index]}: not a readable image ({describe(error)})") from None
         return found.st_size, found.st_mtime_ns
 
     def encoded(self, index: int) -> bytes:

@@ -19,12 +19,12 @@ from clip_retrieval.errors import UserError
 NUM_IMAGES = b"num_images"
 NUM_SAMPLES = b"num_samples"
 # Keys of ours in `pairs`, which Chinese-CLIP does not look at: the lines of texts that no image answers.
-UNANSWERED = b"text:"
+TEXT_WITHOUT_IMAGE = b"text:"
 LARGEST_PAIR = 2**28  # bytes
 _Found = TypeVar("_Found")
 
 
-def count(reader: LmdbReader, key: bytes) -> int:
+def read_count(reader: LmdbReader, key: bytes) -> int:
     """The number of images or pairs, which is written at the very end. Raises UserError if it is missing."""
     value = reader.get(key)
     if value is None or not value.isdigit() or len(value) > 18:
@@ -37,7 +37,7 @@ class LmdbImages(Base64Images):
 
     def __init__(self, folder: Path):
         self._reader: LmdbReader | None = LmdbReader(folder, LARGEST_FILE)
-        count(self._reader, NUM_IMAGES)
+        read_count(self._reader, NUM_IMAGES)
         keys = [key for key in self._reader.iter_keys() if key != NUM_IMAGES]
         try:
             super().__init__(folder, [key.decode() for key in keys])
@@ -79,7 +79,7 @@ def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, 
     Raises UserError, naming the folder and the key, if one is missing or something else.
     """
     reader = LmdbReader(folder, LARGEST_PAIR)
-    number_of_pairs = count(reader, NUM_SAMPLES)
+    number_of_pairs = read_count(reader, NUM_SAMPLES)
     pickled = dict(reader.items())  # an order of magnitude faster than asking for each
     for number in range(number_of_pairs):
         try:
@@ -92,11 +92,11 @@ def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, 
             ) from None
 
 
-def read_unanswered(folder: Path) -> list[dict]:
+def read_texts_without_image(folder: Path) -> list[dict]:
     """The texts in a `pairs` folder of ours that no image answers, as their lines had them."""
     texts: list[dict] = []
-    for key, line in LmdbReader(folder, LARGEST_PAIR).items(UNANSWERED):
-        if not key.startswith(UNANSWERED):
+    for key, line in LmdbReader(folder, LARGEST_PAIR).items(TEXT_WITHOUT_IMAGE):
+        if not key.startswith(TEXT_WITHOUT_IMAGE):
             break
         try:
             text = json.loads(line)

@@ -30,7 +30,7 @@ from clip_retrieval.data.pixels.transforms import (
     evaluation_transform,
     interpolation_mode,
     model_size,
-    resized,
+    resize,
     size_for_crops,
 )
 from clip_retrieval.data.workers import in_workers
@@ -38,11 +38,11 @@ from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.log import log, progress_bar
 
 FORMAT = 1
-PART = 16  # images that a worker decodes at a time
+IMAGES_PER_REQUEST = 16  # images that a worker decodes at a time
 SAMPLE = 64  # images that the size of a cache for crops is estimated from
 
 
-def cached_pixels(
+def open_cached_pixels(
     images: StoredImages,
     preprocess: dict,
     folder: Path,
@@ -121,8 +121,8 @@ def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, sta
     usable = _unchanged(file.records, stamps[: len(file.records)]) & keep.fits(file.records)
     done = int(np.cumprod(usable).sum())
     _check_space(file, images, keep, done)
-    starts = range(done, len(images), PART)
-    parts = [range(start, min(start + PART, len(images))) for start in starts]
+    starts = range(done, len(images), IMAGES_PER_REQUEST)
+    parts = [range(start, min(start + IMAGES_PER_REQUEST, len(images))) for start in starts]
     try:
         file.go_on_after(done)
         try:
@@ -226,7 +226,7 @@ class _Crops:
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
         height, width = self._size(image)
-        return resized(image, (height, width), self.decoder).permute(1, 2, 0), height, width
+        return resize(image, (height, width), self.decoder).permute(1, 2, 0), height, width
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
         return size_for_crops(image.width, image.height, self.preprocess)
@@ -286,7 +286,7 @@ class _CroppedPixels:
         rows = slice(round(top * down), round(bottom * down))
         columns = slice(round(left * across), round(right * across))
         image = self._file[index].reshape(height, width, 3)[rows, columns]
-        return resized(image, self._size, self._decoder, self._interpolation)
+        return resize(image, self._size, self._decoder, self._interpolation)
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         self._file.will_read(indices)

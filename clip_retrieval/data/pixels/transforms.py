@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as F
 
-from clip_retrieval.data.images.decode import cut_to_middle
+from clip_retrieval.data.images.decode import shorten_middle
 
 CROP_SCALE = (0.9, 1.0)  # share of the image's area, as in open_clip's training
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
@@ -36,7 +36,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def resized(
+def resize(
     image: Image.Image | np.ndarray,
     size: tuple[int, int],
     decoder: str,
@@ -62,15 +62,15 @@ def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[
     reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     steps = [step for step in reference.transforms if not isinstance(step, (MaybeToTensor, Normalize))]
     if preprocess.get("resize_mode") == "longest":  # the short side would become less than a pixel
-        steps.insert(0, partial(cut_to_middle, longest=min(model_size(preprocess))))
+        steps.insert(0, partial(shorten_middle, longest=min(model_size(preprocess))))
     if decoder == "pillow":
         return Compose([*steps, to_tensor])
     # The reference's steps after resizing, cropping and padding, take tensors as well.
     resize = next(i for i, step in enumerate(steps) if isinstance(step, (Resize, ResizeKeepRatio)))
-    return Compose([*steps[:resize], partial(_resized_as, step=steps[resize]), *steps[resize + 1 :]])
+    return Compose([*steps[:resize], partial(_resize_transform, step=steps[resize]), *steps[resize + 1 :]])
 
 
-def _resized_as(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Tensor:
+def _resize_transform(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Tensor:
     """uint8 (3, height, width), resized to the size that this step of the reference gives the image."""
     if isinstance(step, ResizeKeepRatio):
         size = step.get_params(image, step.size, step.longest)
@@ -79,7 +79,7 @@ def _resized_as(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Ten
         size = [int(step.size * side / short) for side in (image.height, image.width)]
     else:
         size = step.size
-    return resized(image, size, "fast", step.interpolation)
+    return resize(image, size, "fast", step.interpolation)
 
 
 class CropTransform:
@@ -96,7 +96,7 @@ class CropTransform:
     def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
         """uint8 (3, height, width). The same seed gives the same crop, in whatever process."""
         left, top, right, bottom = crop_region(image.width, image.height, seed)
-        return resized(image.crop((left, top, right, bottom)), self.size, self.decoder, self.interpolation)
+        return resize(image.crop((left, top, right, bottom)), self.size, self.decoder, self.interpolation)
 
 
 def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]:

@@ -21,8 +21,8 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption, mend_characters
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
-from clip_retrieval.data.images.base64_images import Base64Images, TsvImages, typed_ids
-from clip_retrieval.data.images.lmdb_folder import LmdbImages, read_pairs, read_unanswered
+from clip_retrieval.data.images.base64_images import Base64Images, TsvImages, infer_id_types
+from clip_retrieval.data.images.lmdb_folder import LmdbImages, read_pairs, read_texts_without_image
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.jsonl import is_id, read_records
@@ -108,7 +108,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None where the data set has no such split."""
     named = {"train": options.train_data, "val": options.val_data}.get(split)
     if named:
-        place = named_place(Path(named), split)
+        place = find_named_place(Path(named), split)
         if place is None:
             option = f"--{split}_data"
             raise UserError(
@@ -124,7 +124,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _dataset(options.dataset, split, images, texts)
 
 
-def named_place(path: Path, split: str) -> Place | None:
+def find_named_place(path: Path, split: str) -> Place | None:
     """The place that `path` names: an LMDB folder, a tsv or jsonl, their common prefix, or a folder of splits."""
     if (path / "imgs").is_dir():
         return Place(path, True)
@@ -198,7 +198,7 @@ def read_lmdb_texts(folder: Path) -> Texts:
     pairs = folder / "pairs"
     found = ((key, {"text_id": of, "text": text, "image_ids": [image]}) for key, (image, of, text) in read_pairs(pairs))
     texts = [_text(record, key, f"{pairs}, key {key}") for key, record in found]
-    for number, record in enumerate(read_unanswered(pairs), len(texts)):
+    for number, record in enumerate(read_texts_without_image(pairs), len(texts)):
         texts.append(_text(record, number, f"{pairs}, text {number}"))
     if not texts:
         beside = folder.parent.parent / f"{folder.name}{TEXTS}"
@@ -215,5 +215,5 @@ def _dataset(name: str, split: str, images: Base64Images, texts: Texts) -> Retri
         if caption_of.setdefault(text.text_id, len(captions)) == len(captions):
             captions.append(clean_caption(text.text))
     pairs = [(image, caption_of[text.text_id]) for text, _, image in texts.answers(images.keys, images.path)]
-    image_ids = typed_ids(images.keys, (image_id for text in texts.records for image_id in text.image_ids))
+    image_ids = infer_id_types(images.keys, (image_id for text in texts.records for image_id in text.image_ids))
     return RetrievalDataset(name, split, images, captions, np.array(pairs, np.int64), image_ids, list(caption_of))

@@ -77,7 +77,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
             parts.append((name, captions, rows[found]))
         return _dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
     check_root(root)
-    if not _captions_files(root, "val2014") and karpathy.json_file(root, "coco"):
+    if not _captions_files(root, "val2014") and karpathy.find_json(root, "coco"):
         return karpathy.read(options, split)
     parts = []
     for name in _lists(options, split):

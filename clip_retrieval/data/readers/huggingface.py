@@ -23,11 +23,11 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, Images, RetrievalDataset
-from clip_retrieval.data.images.arrow_columns import Contents, SavedImages, is_saved, is_text, open_saved
-from clip_retrieval.data.images.duplicates import merge_alike
+from clip_retrieval.data.images.arrow_columns import ArrowImages, Contents, is_saved_dataset, is_text, open_columns
+from clip_retrieval.data.images.duplicates import merge_duplicates
 from clip_retrieval.data.images.image_files import image_files
 from clip_retrieval.data.mixture import read_mixture
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import check_root, read_json
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
@@ -56,7 +56,7 @@ def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split of the data set that was saved in dataset_root."""
     root = Path(options.dataset_root)
     check_root(root)
-    if is_saved(root):
+    if is_saved_dataset(root):
         return None if split == "val" else _dataset(options, UNSPLIT, root)
     if not (root / SPLITS_FILE).is_file():
         raise UserError(
@@ -82,7 +82,7 @@ def _split_names(path: Path) -> dict[str, str]:
 
 
 def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset:
-    table = open_saved(folder)
+    table = open_columns(folder)
     image_column = _column(options, "image_column", IMAGE_COLUMNS, table, folder)
     caption_column = _column(options, "caption_column", CAPTION_COLUMNS, table, folder)
     captions = _captions(table.column(caption_column), f"{folder}, column {caption_column}")
@@ -103,7 +103,9 @@ def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset
             f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~described):,} without a caption"
         )
     captions = [captions[row] for row in rows]
-    firsts, texts, pairs = merge_alike(lambda row, part: contents[row][part], rows, sizes[rows], captions, description)
+    firsts, texts, pairs = merge_duplicates(
+        lambda row, part: contents[row][part], rows, sizes[rows], captions, description
+    )
     images = _images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
     return RetrievalDataset(options.dataset, split, images, texts, pairs)
 
@@ -127,7 +129,7 @@ def _captions(column: Any, where: str) -> list[list[str]]:
         column.validate(full=True)
         values = column.to_pylist()
     except (ValueError, OSError, MemoryError) as error:  # pyarrow's errors are these
-        raise UserError(f"{where}: damaged ({reason(error)}); fetch the data set again") from None
+        raise UserError(f"{where}: damaged ({describe(error)}); fetch the data set again") from None
     captions = []
     for value in values:
         texts = value if isinstance(value, list) else [value]
@@ -145,7 +147,7 @@ def _contents(column: Any, where: str) -> Contents:
     except TypeError as error:
         raise UserError(f"{where}: {error}, not images; name another with --image_column") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}: damaged ({reason(error)}); fetch the data set again") from None
+        raise UserError(f"{where}: damaged ({describe(error)}); fetch the data set again") from None
 
 
 def _images(
@@ -154,4 +156,4 @@ def _images(
     if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
         places = options.image_dir or folder
         return image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
-    return SavedImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)
+    return ArrowImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)

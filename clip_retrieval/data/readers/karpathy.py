@@ -98,7 +98,7 @@ def _find(options: DataOptions) -> Path:
     if name == "karpathy":
         return annotations.only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
     check_root(root)
-    found = json_file(root, name)
+    found = find_json(root, name)
     folders = [root, *(root / folder for folder in IMAGE_FOLDERS.get(name, ()))]
     usual = CAPTIONS_FILES.get(name, ())
     found = found or annotations.first_file(folder / file for folder in folders for file in usual)
@@ -108,7 +108,7 @@ def _find(options: DataOptions) -> Path:
     return found
 
 
-def json_file(root: Path, name: str) -> Path | None:
+def find_json(root: Path, name: str) -> Path | None:
     """The Karpathy JSON of a data set."""
     return annotations.first_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
 

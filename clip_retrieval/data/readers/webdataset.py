@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.data.images.duplicates import merge_alike
+from clip_retrieval.data.images.duplicates import merge_duplicates
 from clip_retrieval.data.images.tar_members import ShardImages
 from clip_retrieval.data.shards.find import find_shards
 from clip_retrieval.data.shards.samples import (
@@ -57,7 +57,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         log.warning(f"{len(left_out):,} of {len(keys) + len(left_out):,} samples are left out; {left_out[0]}")
     images = ShardImages(found.paths, np.array(places).reshape(-1, 3), members)
     description = f"{options.dataset} {split}"
-    firsts, texts, pairs = merge_alike(
+    firsts, texts, pairs = merge_duplicates(
         images.encoded, np.arange(len(images)), images.places[:, 2], captions, description
     )
     images = ShardImages(found.paths, images.places[firsts], [members[first] for first in firsts])

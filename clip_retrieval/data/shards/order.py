@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.shards.samples import count_samples
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
 MOST_LANES = 32  # unless a batch is so large that each has more than LANE_SHARE pairs of it
@@ -135,7 +135,7 @@ class ShardOrder:
                 first -= number
                 continue
             rng = np.random.default_rng((self.seed, epoch, segment.shard, segment.begin, segment.round))
-            yield segment, segment.begin + buffer_shuffled(number, size, rng)[first:]
+            yield segment, segment.begin + shuffle_in_buffer(number, size, rng)[first:]
             first = 0
 
     def elsewhere(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
@@ -208,7 +208,7 @@ def _probe(path: Path) -> tuple[int, int]:
                 file.seek(begin)
                 checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({describe(error)})") from None
     return size, checksum
 
 
@@ -226,7 +226,7 @@ def number_of_lanes(batch_size: int, most: int) -> int:
     return max([n for n in shared if n % odd == 0] or shared)
 
 
-def buffer_shuffled(number: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def shuffle_in_buffer(number: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """int64 (number,): the order in which 0, 1, ... leave a shuffle buffer that holds `size` of them."""
     order = np.empty(number, np.int64)
     buffer = np.arange(min(size, number))

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.images.decode import check_encoded_size
 from clip_retrieval.data.shards.tar_headers import Header, read_headers
-from clip_retrieval.errors import UserError, reason
+from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.log import log
 
@@ -73,7 +73,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as a tar ({reason(error)}); fetch it again") from None
+        raise UserError(f"{path}: cannot be read as a tar ({describe(error)}); fetch it again") from None
 
 
 def key_and_ending(name: str) -> tuple[str, str]:

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.data.batches.loader import ToDevice, TrainBatch, text_length
-from clip_retrieval.data.batches.skipped import PassedOver
+from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.shards.lanes import LaneReader, Pair
 from clip_retrieval.data.shards.order import ShardOrder
 from clip_retrieval.data.workers import Workers
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 
 
-class Part(NamedTuple):
+class LaneParts(NamedTuple):
     """Some lanes' part of a batch.
 
     Attributes:
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     left_out: list[str]
 
 
-class _LaneParts:
+class _FetchLanes:
     """Fetches the part of a batch that some lanes hold; goes on in shards that stand open where it can."""
 
     def __init__(self, read: LaneReader, tokenizer: Callable):
@@ -52,14 +52,14 @@ class _LaneParts:
         self.tokenizer = tokenizer
         self._open: dict[int, tuple[tuple[int, int], Iterator[tuple[Pair, str | None]]]] = {}
 
-    def __call__(self, request: tuple[int, int, range]) -> Part:
+    def __call__(self, request: tuple[int, int, range]) -> LaneParts:
         epoch, batch, lanes = request
         found = [pair for lane in lanes for pair in self._pairs(epoch, batch, lane)]
         pairs = [pair for pair, _ in found]
         tokens = tokenize([pair.caption for pair in pairs], self.tokenizer)
         images, keys = torch.stack([pair.pixels for pair in pairs]), torch.tensor([pair.key for pair in pairs])
         left_out = [problem for _, problem in found if problem]
-        return Part(images, tokens.ids, tokens.lengths, keys, tokens.cut, left_out)
+        return LaneParts(images, tokens.ids, tokens.lengths, keys, tokens.cut, left_out)
 
     def _pairs(self, epoch: int, batch: int, lane: int) -> list[tuple[Pair, str | None]]:
         share = self.read.order.lane_share
@@ -94,7 +94,7 @@ class StreamLoader:
         trim: bool,
         num_workers: int,
         device: torch.device,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
         bucket: int = 1,
     ):
         self.order = read.order
@@ -106,10 +106,10 @@ class StreamLoader:
         cuts = [own.start + len(own) * i // number for i in range(number + 1)]
         self._groups = [range(*cut) for cut in pairwise(cuts)]
         self._to_device = ToDevice(device)
-        fetch = _LaneParts(read, tokenizer)
+        fetch = _FetchLanes(read, tokenizer)
         self._workers = Workers(fetch, num_workers=min(num_workers, number), pin_memory=self._to_device.pin_memory)
         self._next: tuple[int, int] | None = None
-        self._passed_over = PassedOver("samples", processes, tokenizer.context_length)
+        self._skipped = SkipCounter("samples", processes, tokenizer.context_length)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, from batch number `first_batch` on; it may be broken off and gone on with.
@@ -118,32 +118,32 @@ class StreamLoader:
         """
         if self._next != (epoch, first_batch):
             self._parts = self._workers(_requests(epoch, range(first_batch, len(self.order)), self._groups))
-            self._passed_over.begin(epoch, first_batch)
+            self._skipped.begin(epoch, first_batch)
         for batch in range(first_batch, len(self.order)):
             parts = [next(self._parts) for _ in self._groups]
             self._next = epoch, batch + 1
             problems = [problem for part in parts for problem in part.left_out]
-            self._passed_over.count(problems, cut=sum(part.cut for part in parts))
+            self._skipped.count(problems, cut=sum(part.cut for part in parts))
             last = batch + 1 == len(self.order)
             if last:
-                self._passed_over.say_all()
+                self._skipped.log_all()
             try:
                 yield self._batch(parts)
             except GeneratorExit:
                 if not last:
-                    self._passed_over.say_own()
+                    self._skipped.log_own()
                 raise
 
-    def _batch(self, parts: list[Part]) -> TrainBatch:
+    def _batch(self, parts: list[LaneParts]) -> TrainBatch:
         images, ids, lengths, keys, *_ = zip(*parts)
         ids, lengths = torch.cat(ids), torch.cat(lengths)
         texts = ids[:, : text_length(lengths, ids.shape[1], trim=self.trim, bucket=self.bucket)].long()
-        everybodys = self.processes.gather(torch.cat(keys))
-        positives = alike_rows(everybodys, self.processes.rank * len(ids), len(ids))
+        everybodys = self.processes.all_gather(torch.cat(keys))
+        positives = find_positives(everybodys, self.processes.rank * len(ids), len(ids))
         return self._to_device(list(images), texts, positives, lengths if self.bucket == 1 else None)
 
 
-def alike_rows(keys: Tensor, first: int, number: int) -> Tensor:
+def find_positives(keys: Tensor, first: int, number: int) -> Tensor:
     """int64 (P, 2): all (i, j) for which keys[first + i] is keys[j], for i < number; sorted.
 
     keys is int64 (n,). No n x n matrix is made.

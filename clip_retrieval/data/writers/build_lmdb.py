@@ -17,8 +17,8 @@ from pathlib import Path
 
 import lmdb
 
-from clip_retrieval.data.images.base64_images import padded, read_tsv
-from clip_retrieval.data.images.lmdb_folder import NUM_IMAGES, NUM_SAMPLES, UNANSWERED, LmdbImages
+from clip_retrieval.data.images.base64_images import pad_base64, read_tsv
+from clip_retrieval.data.images.lmdb_folder import NUM_IMAGES, NUM_SAMPLES, TEXT_WITHOUT_IMAGE, LmdbImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS, Text, Texts, read_texts
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import open_regular, parse_json, to_json, write_text
@@ -160,7 +160,7 @@ def _write_images(tsv: Path, stamp: list[int], folder: Path) -> None:
                 raise UserError(
                     f"{tsv}, line {record.line}: no LMDB can hold the image id {record.key[:40]}; rename it"
                 )
-            if not store.put(key, padded(record.base64)):
+            if not store.put(key, pad_base64(record.base64)):
                 raise UserError(f"{tsv}, line {record.line}: image {record.key} is there already; keep one of them")
             place |= {"end": record.end, "line": record.line, "images": place["images"] + 1}
             if store.pending_bytes >= COMMIT_BYTES:
@@ -189,7 +189,7 @@ def _write_pairs(texts: Texts, answers: Iterator[tuple[Text, int | str, int]], f
         unanswered = [text for text in texts.records if not text.image_ids]
         for row, text in enumerate(unanswered):
             line = to_json({"text_id": text.text_id, "text": text.text})
-            store.put(UNANSWERED + f"{row:012d}".encode(), line)
+            store.put(TEXT_WITHOUT_IMAGE + f"{row:012d}".encode(), line)
         pairs = sum(len(text.image_ids) for text in texts.records)
         store.put(NUM_SAMPLES, str(pairs).encode())
         store.commit()

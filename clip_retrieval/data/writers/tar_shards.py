@@ -13,7 +13,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.shards.find import SIZES, read_sizes
 from clip_retrieval.data.shards.samples import CAPTION
-from clip_retrieval.data.writers.tsv import export_each, file_bytes
+from clip_retrieval.data.writers.tsv import export_each, read_image_bytes
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import to_json, write_atomic, write_json
 from clip_retrieval.log import log, progress_bar
@@ -61,7 +61,7 @@ def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int)
 
 def _as_shards_have_it(dataset: RetrievalDataset, image: int) -> tuple[str, bytes]:
     """The ending and the bytes of an image."""
-    content = file_bytes(dataset.images, image)
+    content = read_image_bytes(dataset.images, image)
     ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
     if ending is not None:
         return ending, content

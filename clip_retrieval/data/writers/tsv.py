@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, EncodedImages, Images, RetrievalDataset
-from clip_retrieval.data.images.base64_images import typed_ids
+from clip_retrieval.data.images.base64_images import infer_id_types
 from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.mixture import MixedImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS
@@ -79,7 +79,7 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     with write_atomic(output / f"{name}{IMAGES}") as tsv:
         for index in progress_bar(range(len(image_ids)), desc=f"{name}{IMAGES}"):
             tsv.write(f"{image_ids[index]}\t".encode())
-            tsv.write(base64.b64encode(file_bytes(dataset.images, index)) + b"\n")
+            tsv.write(base64.b64encode(read_image_bytes(dataset.images, index)) + b"\n")
     text_ids = dataset.text_ids or range(len(dataset.captions))
     with write_atomic(output / f"{name}{TEXTS}") as jsonl:
         for text_id, text, answers in zip(text_ids, dataset.captions, images):
@@ -100,7 +100,7 @@ def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
             raise UserError(
                 f"{images.name(row)} and {images.name(first)} have the same name, {image_id}; rename one{remedy}"
             )
-    return typed_ids(list(rows), () if dataset.image_ids is None else dataset.image_ids)
+    return infer_id_types(list(rows), () if dataset.image_ids is None else dataset.image_ids)
 
 
 def _tsv_id(image_id: int | str) -> str:
@@ -108,10 +108,10 @@ def _tsv_id(image_id: int | str) -> str:
     return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
 
 
-def file_bytes(images: Images, index: int) -> bytes:
+def read_image_bytes(images: Images, index: int) -> bytes:
     """The bytes of an image's file; a picture that is no file becomes PNG."""
     if isinstance(images, MixedImages):
-        return file_bytes(*images.find(index))
+        return read_image_bytes(*images.find(index))
     if isinstance(images, EncodedImages):
         return images.encoded(index)
     file = io.BytesIO()

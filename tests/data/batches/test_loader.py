@@ -150,7 +150,7 @@ def broken(dataset, tmp_path):
 def test_the_next_pair_of_the_batch_stands_in_for_an_image_that_cannot_be_read(broken, tokens, caplog, num_workers):
     transform = evaluation_transform(small_preprocess())
     with caplog.at_level("WARNING", "clip_retrieval"):
-        batches = list(loader(broken, tokens, num_workers=num_workers, pass_over=True, trim=False).epoch(0))
+        batches = list(loader(broken, tokens, num_workers=num_workers, skip_unreadable=True, trim=False).epoch(0))
     for batch, pairs in zip(batches, BatchSampler(broken, 6, seed=3).epoch(0), strict=True):
         rows = list(range(6))
         for row in reversed(range(2 * 6)):
@@ -166,7 +166,7 @@ def test_the_next_pair_of_the_batch_stands_in_for_an_image_that_cannot_be_read(b
 
 
 def test_what_is_passed_over_is_said_where_an_epoch_is_broken_off(broken, tokens, caplog):
-    batches = loader(broken, tokens, pass_over=True).epoch(0)
+    batches = loader(broken, tokens, skip_unreadable=True).epoch(0)
     for _ in range(3):
         next(batches)
     assert not caplog.messages
@@ -178,4 +178,4 @@ def test_a_batch_of_nothing_that_can_be_read_is_an_error(broken, tokens):
     images = ImageFiles([f"{path}.gone" for path in broken.images.paths])
     gone = RetrievalDataset("gone", "train", images, broken.captions, broken.pairs)
     with pytest.raises(UserError, match=r"\.png\.gone: no such image.*; nor can any other image of its batch"):
-        list(loader(gone, tokens, pass_over=True).epoch(0))
+        list(loader(gone, tokens, skip_unreadable=True).epoch(0))

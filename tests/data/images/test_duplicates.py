@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from clip_retrieval.data.images.duplicates import GLANCE, first_alike, image_key, merge_alike
+from clip_retrieval.data.images.duplicates import PROBE_BYTES, find_duplicates, image_key, merge_duplicates
 
 
 def test_images_are_told_apart_by_their_last_byte_and_by_nothing_else():
     """Against the plain way: first_alike of random contents, many of them equal, of equal sizes, or nearly equal."""
     rng = np.random.default_rng(0)
-    base = [bytes(rng.integers(0, 256, size, dtype=np.uint8)) for size in (1, 10, 5 * GLANCE, 5 * GLANCE)]
+    base = [bytes(rng.integers(0, 256, size, dtype=np.uint8)) for size in (1, 10, 5 * PROBE_BYTES, 5 * PROBE_BYTES)]
     changed = [content[:position] + b"?" + content[position + 1 :] for content in base for position in (0, -1)]
     contents = [memoryview([*base, *changed][i]) for i in rng.integers(0, 12, 60)]
     rows = np.flatnonzero(rng.random(60) < 0.8)
     sizes = np.array([len(contents[row]) for row in rows])
-    found = first_alike(lambda row, part: contents[row][part], rows, sizes, "test")
+    found = find_duplicates(lambda row, part: contents[row][part], rows, sizes, "test")
     plain = [next(i for i, r in enumerate(rows) if contents[r] == contents[row]) for row in rows]
     assert found.tolist() == plain
 
@@ -22,7 +22,9 @@ def test_alike_images_are_one_with_the_captions_of_all():
     contents = [b"dog", b"cat", b"dog", b"cow", b"dog"]
     captions = [["a dog", "an animal"], ["an animal"], ["a pet", "a dog"], ["a cow"], ["a dog"]]
     rows = np.array([0, 1, 2, 4])
-    found = merge_alike(lambda row, part: contents[row][part], rows, np.full(4, 3), [captions[r] for r in rows], "test")
+    found = merge_duplicates(
+        lambda row, part: contents[row][part], rows, np.full(4, 3), [captions[r] for r in rows], "test"
+    )
     firsts, texts, pairs = found
     assert rows[firsts].tolist() == [0, 1]
     assert [(image, texts[caption]) for image, caption in pairs.tolist()] == [

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.data.pixels import cache, cache_file
-from clip_retrieval.data.pixels.cache import cached_pixels
+from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.cache_file import read_records
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.errors import RunError, UserError
@@ -78,7 +78,7 @@ class Counted(ImageFiles):
 
 
 def build(images, folder, name="test_train", augment="none", decoder="pillow", num_workers=0, **settings):
-    return cached_pixels(
+    return open_cached_pixels(
         images,
         small_preprocess() | settings,
         folder,

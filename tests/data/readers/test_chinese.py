@@ -12,9 +12,9 @@ import torch
 from clip_retrieval.command_line import parse
 from clip_retrieval.data.batches.loader import image_batches
 from clip_retrieval.data.images import base64_images
-from clip_retrieval.data.images.base64_images import TsvImages, typed_ids
+from clip_retrieval.data.images.base64_images import TsvImages, infer_id_types
 from clip_retrieval.data.images.image_files import ImageFiles
-from clip_retrieval.data.pixels.cache import cached_pixels
+from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.data.writers.build_lmdb import build_lmdb
 from clip_retrieval.errors import UserError
@@ -109,9 +109,9 @@ def test_ids_stay_what_they_are(tmp_path, read, image_ids, kind):
 
 
 def test_ids_that_no_text_names_are_numbers_where_texts_name_numbers():
-    assert typed_ids(["1", "2", "x", "03", "-4", "-", "0"], [1]) == [1, 2, "x", "03", -4, "-", 0]
-    assert typed_ids(["1", "2"], ["1"]) == ["1", "2"]
-    assert typed_ids(["1", "2", "x"], ["x"]) == [1, 2, "x"]
+    assert infer_id_types(["1", "2", "x", "03", "-4", "-", "0"], [1]) == [1, 2, "x", "03", -4, "-", 0]
+    assert infer_id_types(["1", "2"], ["1"]) == ["1", "2"]
+    assert infer_id_types(["1", "2", "x"], ["x"]) == [1, 2, "x"]
 
 
 def test_the_same_text_on_several_lines_is_one_text(tmp_path, read):
@@ -318,7 +318,7 @@ def test_only_places_are_kept_of_a_tsv(tmp_path):
 def test_the_image_cache_keeps_them_and_notices_a_change(sample, tmp_path, read):
     def cached():
         dataset = read("chinese", sample)
-        return cached_pixels(dataset.images, small_preprocess(), tmp_path / "cache", "test", num_workers=0)
+        return open_cached_pixels(dataset.images, small_preprocess(), tmp_path / "cache", "test", num_workers=0)
 
     expected = make_pixels(read("chinese", sample).images, small_preprocess()).batch(range(3), range(3))
     assert torch.equal(cached().batch(range(3), range(3)), expected)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_retrieval.data.shards.order import ShardOrder, Shards, buffer_shuffled, number_of_lanes
+from clip_retrieval.data.shards.order import ShardOrder, Shards, number_of_lanes, shuffle_in_buffer
 from clip_retrieval.errors import UserError
 
 COUNTS = [7, 12, 5, 0, 11, 30]
@@ -83,14 +83,14 @@ def test_a_shuffle_buffer_changes_the_order_within_shards_and_nothing_else():
 @given(number=st.integers(0, 60), size=st.integers(1, 70), seed=st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
 def test_a_sample_leaves_the_buffer_only_after_it_came(number, size, seed):
-    left = buffer_shuffled(number, size, np.random.default_rng(seed))
+    left = shuffle_in_buffer(number, size, np.random.default_rng(seed))
     assert sorted(left.tolist()) == list(range(number))
     assert all(sample < place + size for place, sample in enumerate(left.tolist()))
 
 
 def test_a_buffer_as_large_as_the_shard_makes_every_order_as_likely():
     rng = np.random.default_rng(0)
-    orders = Counter(tuple(buffer_shuffled(3, 3, rng).tolist()) for _ in range(6000))
+    orders = Counter(tuple(shuffle_in_buffer(3, 3, rng).tolist()) for _ in range(6000))
     assert len(orders) == 6 and all(abs(number - 1000) < 150 for number in orders.values())
 
 

@@ -15,8 +15,8 @@ from clip_retrieval.data.shards import lanes
 from clip_retrieval.data.shards.lanes import LaneReader
 from clip_retrieval.data.shards.order import ShardOrder, Shards
 from clip_retrieval.data.shards.samples import read_samples
-from clip_retrieval.data.shards.stream import StreamLoader, alike_rows, lanes_of_process
-from clip_retrieval.distributed import ALONE, Processes
+from clip_retrieval.data.shards.stream import StreamLoader, find_positives, lanes_of_process
+from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 from tests.data.make_shards import jpeg, numbered, write_shard, write_shards
 from tests.models.small import small_preprocess
@@ -30,12 +30,12 @@ class Simulated(Processes):
     def _reduce(self, tensor, operation):
         return tensor
 
-    def gather(self, tensor):
+    def all_gather(self, tensor):
         everybodys = torch.arange(self.world_size * len(tensor))
         everybodys[self.rank * len(tensor) :][: len(tensor)] = tensor
         return everybodys
 
-    def gather_rows(self, tensor):
+    def all_gather_rows(self, tensor):
         return tensor
 
 
@@ -68,7 +68,7 @@ def stream(shards, tokenizer):
             bucket=bucket,
             num_workers=num_workers,
             device=torch.device(device),
-            processes=Simulated(rank, processes) if processes > 1 else ALONE,
+            processes=Simulated(rank, processes) if processes > 1 else SINGLE_PROCESS,
         )
 
     return make
@@ -376,7 +376,7 @@ def test_rows_that_are_alike(kinds):
     keys = torch.randint(-kinds, kinds, (24,), generator=torch.Generator().manual_seed(kinds))
     for first, number in ((0, 24), (8, 8), (12, 12)):
         expected = (keys[first : first + number, None] == keys).nonzero()
-        assert torch.equal(alike_rows(keys, first, number), expected)
+        assert torch.equal(find_positives(keys, first, number), expected)
 
 
 def test_captions_that_are_cut_are_counted(stream, tmp_path, caplog):

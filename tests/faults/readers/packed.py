@@ -105,11 +105,11 @@ def _read_saved(path: Path) -> None:
 
 def _cached(folder: Path, augment: str = "none") -> None:
     from clip_retrieval.data.images.image_files import ImageFiles
-    from clip_retrieval.data.pixels.cache import cached_pixels
+    from clip_retrieval.data.pixels.cache import open_cached_pixels
 
     images = ImageFiles([str(folder / f"{i}.jpg") for i in range(4)])
     preprocess = small_preprocess(8)
-    pixels = cached_pixels(images, preprocess, folder / "cache", "own", augment=augment, num_workers=0)
+    pixels = open_cached_pixels(images, preprocess, folder / "cache", "own", augment=augment, num_workers=0)
     pixels.batch(range(4), [1, 2, 3, 4])
     pixels(3, 7)
 
