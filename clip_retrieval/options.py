@@ -15,6 +15,7 @@ from glob import escape, glob
 from typing import Any
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.losses import LOSSES
 
 AUTO = "auto"
 SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
@@ -267,7 +268,7 @@ class LossOptions:
     loss: str = option(
         "infonce",
         "contrastive loss",
-        choices=("infonce", "siglip", "margin"),
+        choices=tuple(LOSSES),
         also={"cross_entropy": "infonce", "cos_embedd": "margin"},
         flags={"--use_siglip": "siglip"},
     )

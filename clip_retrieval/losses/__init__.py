@@ -1,27 +1,61 @@
-"""The losses: pure functions of features, positives and, where they have one, a temperature."""
+"""The losses by name: pure functions of features, positives and, if they use one, a temperature.
+
+To add a loss, write its function in a file here and add a row to LOSSES. This table imports no torch, as the command
+line takes the choices of --loss from it.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from clip_retrieval.distributed import Processes
-from clip_retrieval.losses.infonce import infonce
-from clip_retrieval.losses.margin import margin_pairwise
-from clip_retrieval.losses.siglip import siglip
-from clip_retrieval.options import LossOptions
-
-Loss = Callable[..., Tensor]
+    from clip_retrieval.distributed import Processes
+    from clip_retrieval.options import LossOptions
 
 
-def make_loss(options: LossOptions, processes: Processes) -> Loss:
-    """The chosen loss, as a function of (image_features, text_features, positives, logit_scale, logit_bias or nothing).
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES.
 
-    Each process gives the features of its own images and of everybody's captions, and gets its part of the loss.
+    Attributes:
+        function: its name in a file of this folder, `file.function`.
+        arguments: its arguments besides features and positives: logit_scale, logit_bias or margin.
+        learns_scale: the logit scale is trained.
+        learns_bias: the logit bias is trained; a model without one gets it.
+        highest_scale: the logit scale is clamped to [1, this] after each step; None: it is not clamped.
     """
-    if options.loss == "siglip":
-        return lambda image, text, positives, scale, bias: siglip(image, text, positives, scale, bias, processes)
-    if options.loss == "margin":
-        return lambda image, text, positives, *_: margin_pairwise(image, text, positives, options.margin, processes)
-    return lambda image, text, positives, scale, *_: infonce(image, text, positives, scale, processes)
+
+    function: str
+    arguments: tuple[str, ...]
+    learns_scale: bool = True
+    learns_bias: bool = False
+    highest_scale: float | None = None
+
+
+LOSSES = {
+    "infonce": Loss("infonce.infonce", ("logit_scale",), highest_scale=100.0),
+    "siglip": Loss("siglip.siglip", ("logit_scale", "logit_bias"), learns_bias=True),
+    "margin": Loss("margin.margin_pairwise", ("margin",), learns_scale=False),
+}
+
+
+def make_loss(options: LossOptions, processes: Processes) -> Callable[..., Tensor]:
+    """Return the chosen loss as a function of (image_features, text_features, positives, logit_scale, logit_bias=None).
+
+    Each process passes the features of its own images and of all captions, and gets its part of the loss.
+    """
+    row = LOSSES[options.loss]
+    file, function_name = row.function.split(".")
+    function = getattr(importlib.import_module(f"clip_retrieval.losses.{file}"), function_name)
+
+    def loss(images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        values = {"logit_scale": scale, "logit_bias": bias, "margin": options.margin}
+        arguments = {argument: values[argument] for argument in row.arguments}
+        return function(images, texts, positives, **arguments, processes=processes)
+
+    return loss

@@ -1,4 +1,11 @@
-"""InfoNCE, CLIP's loss (Radford et al. 2021, arXiv:2103.00020), with several positives per row."""
+"""InfoNCE, CLIP's loss (Radford et al. 2021, arXiv:2103.00020), with several positives per row.
+
+With logits s_ij = logit_scale * cosine(image i, caption j), and P(i) the positives of image i:
+
+    image to text:  mean over i of  log sum_j exp(s_ij) - mean over j in P(i) of s_ij
+    text to image:  the same over the columns
+    loss:           the mean of the two directions
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.losses.pairs import count_positives, positive_cosines, sum_over_pairs, tiles
+from clip_retrieval.losses.pairs import count_positives, map_tiles, positive_cosines
 
 
 def infonce(
@@ -16,7 +23,7 @@ def infonce(
     logit_scale: Tensor,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """The mean of the image-to-text and the text-to-image cross-entropy.
+    """Compute the mean of the image-to-text and the text-to-image cross-entropy.
 
     The target of a row is spread evenly over its positives, so two captions of one image do not compete. A row
     without a positive does not count.
@@ -31,38 +38,32 @@ def infonce(
     Returns:
         The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
     """
+    # The weight of each row and column: each direction is a mean over those with a positive, and counts for one half.
     row, column = positives.T
     positives_of_row = count_positives(row, len(image_features))
     positives_of_column = processes.sum(count_positives(column, len(text_features)))
-    # Each direction is a mean over the rows, or columns, that have a positive, and counts for one half.
     rows = processes.sum((positives_of_row > 0).sum()).clamp(min=1)
     columns = (positives_of_column > 0).sum().clamp(min=1)
     row_weight = (positives_of_row > 0).to(image_features.dtype) / (2 * rows)
     column_weight = (positives_of_column > 0).to(image_features.dtype) / (2 * columns)
 
-    with torch.no_grad():
-        of_rows, of_columns = _log_sums(image_features, text_features, logit_scale, processes)
-        # Every process knows all columns' sums, and counts its part of them.
-        value = row_weight @ of_rows + column_weight @ of_columns / processes.world_size
+    # log sum exp of the logits, over all pairs. Every process has all columns, and counts its share of them.
+    row_sums, column_sums = _log_sums(image_features, text_features, logit_scale, processes)
+    log_sums = row_weight @ row_sums + column_weight @ column_sums / processes.world_size
 
-    def slope(logits: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        of_tile = (logits - of_rows[i, None]).exp_() * row_weight[i, None]
-        of_tile += (logits - of_columns[j]).exp_() * column_weight[j]
-        return torch.zeros_like(value), of_tile
-
-    # `value` is a constant to autograd, and the sum over pairs is 0: together, the value and its gradient.
-    log_sums = value + sum_over_pairs(image_features, text_features, logit_scale, None, slope)
+    # The mean logit of the positives of each row and column.
     weight = row_weight[row] / positives_of_row[row] + column_weight[column] / positives_of_column[column]
-    return log_sums - logit_scale * (weight @ positive_cosines(image_features, text_features, positives))
+    return log_sums - weight @ (logit_scale * positive_cosines(image_features, text_features, positives))
 
 
 def _log_sums(image: Tensor, text: Tensor, scale: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
-    """The logarithms of the sums of exp(logit), over each row (images,), and over each column of all processes."""
-    of_rows = image.new_full((len(image),), -torch.inf)
-    of_columns = image.new_full((len(text),), -torch.inf)
-    for rows, columns in tiles(len(image), len(text)):
-        logits = scale * (image[rows] @ text[columns].T)
-        of_rows[rows] = torch.logaddexp(of_rows[rows], logits.logsumexp(1))
-        of_columns[columns] = torch.logaddexp(of_columns[columns], logits.logsumexp(0))
-    highest = processes.max(of_columns.clone())
-    return of_rows, highest + processes.sum((of_columns - highest).exp()).log()
+    """Compute log sum exp of the logits of each row (images,), and of each column over all processes (captions,)."""
+
+    def log_sums_of_tile(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scale * (images @ texts.T)
+        return logits.logsumexp(1), logits.logsumexp(0)
+
+    tiles = map_tiles(log_sums_of_tile, image, text, scale)
+    of_rows = torch.cat([torch.stack([by_row for by_row, _ in row]).logsumexp(0) for row in tiles])
+    of_columns = [torch.stack([by_column for _, by_column in column]).logsumexp(0) for column in zip(*tiles)]
+    return of_rows, processes.all_gather(torch.cat(of_columns)[None]).logsumexp(0)

@@ -15,7 +15,7 @@ def margin_pairwise(
     margin: float = 0.1,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """0.5 (1 - cosine) for pairs that match, 0.5 max(0, cosine - margin) for the rest; the mean over all pairs.
+    """Compute 0.5 (1 - cosine) for pairs that match, 0.5 max(0, cosine - margin) for the rest; mean over all pairs.
 
     Args:
         image_features: (images, dim), L2-normalised; with several processes, this one's, as many in each.
@@ -28,12 +28,11 @@ def margin_pairwise(
         The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
     """
 
-    def as_negatives(cosine: Tensor, *_: slice) -> tuple[Tensor, Tensor]:
-        above = (cosine - margin).clamp(min=0)
-        return above.sum(), (above > 0).to(cosine.dtype)
+    def cost_of_negatives(cosines: Tensor) -> Tensor:
+        return (cosines - margin).clamp(min=0)
 
+    # Every pair as a negative, then the difference that a positive makes.
+    total = sum_over_pairs(cost_of_negatives, image_features, text_features)
     cosines = positive_cosines(image_features, text_features, positives)
-    correction = ((1 - cosines) - (cosines - margin).clamp(min=0)).sum()
-    one = image_features.new_ones(())
-    total = sum_over_pairs(image_features, text_features, one, None, as_negatives) + correction
+    total = total + ((1 - cosines) - cost_of_negatives(cosines)).sum()
     return 0.5 * total / (len(image_features) * processes.world_size * len(text_features))

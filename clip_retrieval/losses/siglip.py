@@ -17,7 +17,7 @@ def siglip(
     logit_bias: Tensor,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """-log sigmoid(z (scale * cosine + bias)), summed over all pairs, over the number of images.
+    """Compute -log sigmoid(z (scale * cosine + bias)), summed over all pairs, over the number of images.
 
     z is 1 for a positive pair and -1 for the others.
 
@@ -32,12 +32,13 @@ def siglip(
     Returns:
         The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
     """
-
-    def as_negatives(logits: Tensor, *_: slice) -> tuple[Tensor, Tensor]:
-        return F.softplus(logits).sum(), logits.sigmoid()
-
-    # -log sigmoid(l) is -log sigmoid(-l) - l: what a positive pair costs, from what it would cost as a negative.
+    # Every pair as a negative: -log sigmoid(-l) = softplus(l).
+    total = sum_over_pairs(_softplus_of_logits, image_features, text_features, logit_scale, logit_bias)
+    # A positive costs -log sigmoid(l) = softplus(l) - l.
     cosines = positive_cosines(image_features, text_features, positives)
-    logits_of_positives = logit_scale * cosines.sum() + logit_bias * len(positives)
-    total = sum_over_pairs(image_features, text_features, logit_scale, logit_bias, as_negatives) - logits_of_positives
+    total = total - (logit_scale * cosines.sum() + logit_bias * len(positives))
     return total / (len(image_features) * processes.world_size)
+
+
+def _softplus_of_logits(cosines: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return F.softplus(scale * cosines + bias)

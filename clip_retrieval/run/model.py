@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clip_retrieval.log import log
+from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
 from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
@@ -15,7 +16,7 @@ from clip_retrieval.options import (
 
 def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:
     """The model, on the CPU, how it was built, and its tokenizer."""
-    logit_bias = options.loss.loss == "siglip" and not options.run.eval
+    logit_bias = LOSSES[options.loss.loss].learns_bias and not options.run.eval
     if checkpoint is None:
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
     else:

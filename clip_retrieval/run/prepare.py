@@ -20,6 +20,7 @@ from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import MetricsLog, log, log_to_file
+from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel, check_compiles
@@ -241,13 +242,14 @@ def make_trainer(
     options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
 ) -> Trainer:
     """Choose what learns, and give it a loss and an optimizer."""
+    loss = LOSSES[options.loss.loss]
     set_trainable(
         model,
         options.train.trainable,
         freeze_vision=options.train.freeze_vision,
         freeze_text=options.train.freeze_text,
-        learn_scale=options.loss.loss != "margin",
-        learn_bias=options.loss.loss == "siglip",
+        learn_scale=loss.learns_scale,
+        learn_bias=loss.learns_bias,
     )
     if options.train.grad_checkpointing:
         model.clip.set_grad_checkpointing()

@@ -18,13 +18,12 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.device import autocast, make_scaler
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import RunError
-from clip_retrieval.losses import make_loss
+from clip_retrieval.losses import LOSSES, make_loss
 from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
 
-MAX_LOGIT_SCALE = math.log(100)
 ACCURACY_ROWS = 1024  # images that are compared with all captions at a time
 
 
@@ -238,8 +237,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.loss_options.loss == "infonce":
-            self.model.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+        if (highest := LOSSES[self.loss_options.loss].highest_scale) is not None:
+            self.model.clip.logit_scale.data.clamp_(0, math.log(highest))
 
     def _note_bad_step(self, loss: Tensor, step: int) -> None:
         """Remember, on the device, the first step whose loss is not finite: asking at each step would stall it."""
