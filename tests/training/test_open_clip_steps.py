@@ -84,7 +84,13 @@ def test_ten_steps_equal_open_clips(options, logit_scale, monkeypatch):
         assert 0 <= model.clip.logit_scale.item() <= math.log(100)
     reference = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter, reference[name], rtol=0, atol=1e-11, msg=name)
+        difference = (parameter - reference[name]).detach().abs()
+        if name.endswith("in_proj_bias"):
+            # The bias of the keys has no gradient (softmax does not see it), and AdamW divides rounding by eps = 1e-6.
+            _, keys, _ = difference.chunk(3)
+            assert keys.max() < 1e-9, name
+            keys.zero_()
+        assert difference.max() < 1e-11, name
 
 
 def make_model(kind):
