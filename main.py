@@ -14,13 +14,14 @@ from clip_retrieval.errors import run_and_exit
 
 def main() -> None:
     typed = parse()
-    if typed.get("eval", read_config(typed.get("config")).get("eval")):
+    config = read_config(typed.get("config"))
+    if typed.get("eval", config.get("eval")):
         from clip_retrieval.evaluate import evaluate
 
-        return evaluate(typed)
+        return evaluate(typed, config)
     from clip_retrieval.finetune import finetune
 
-    return finetune(typed)
+    return finetune(typed, config)
 
 
 if __name__ == "__main__":

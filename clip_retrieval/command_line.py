@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clip_retrieval import __version__
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.options import GROUPS, as_tuple
 
@@ -73,6 +74,7 @@ def build_parser(
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"clip_retrieval {__version__}", help="show the version")
     for group in groups:
         add_arguments(parser.add_argument_group(f"{group.__doc__} options"), group)
     return parser
@@ -95,7 +97,7 @@ def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequenc
             dest=f.name,
             help=_help(f),
             type=_value_type(_item_type(hints[f.name]), f.metadata),
-            nargs="+" if _is_list(hints[f.name]) else None,
+            nargs="+" if _is_list(hints[f.name]) and not f.metadata["repeatable"] else None,
             action=OneOrMore if f.metadata["repeatable"] else "store",
             metavar={int: "N", float: "X", str: "TEXT"}[_item_type(hints[f.name])],
         )

@@ -98,7 +98,7 @@ def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
     """The option's own name, and what would be typed for `key: value`."""
     name = f"--{key.lstrip('-').replace('-', '_')}"
     action = parser.action(name)
-    if action is None or action.dest in ("help", "config"):
+    if action is None or action.dest in ("help", "version", "config"):
         parser.error(f"unknown option {key}{parser.nearest(name)}")
     values = value if isinstance(value, list) else [value]
     if not values or any(isinstance(v, (dict, list)) for v in values):

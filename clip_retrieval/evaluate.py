@@ -13,21 +13,25 @@ from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import encode_split, score
-from clip_retrieval.files import write_json
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.options import AUTO, Options
-from clip_retrieval.reporting.results import write_options
+from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
-from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import load_split, log_samples
 
 
-def evaluate(typed: dict[str, Any]) -> None:
-    """Score a model on a split and write what was found."""
+def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
+    """Score a model on a split, and write results.json.
+
+    Args:
+        typed: the options of the command line, by name.
+        config: those of --config, if it has been read already.
+    """
     start_log()
-    options, checkpoint = settle_options(typed)
+    options, checkpoint = settle_options(typed, config)
     if "zero_shot_eval" in typed:
         raise UserError("--zero_shot_eval is for training; scripts/zero_shot.py classifies with a model as it is")
     with process_group(options.run.device) as processes:
@@ -41,9 +45,10 @@ def evaluate_with(
     device = choose_device(options.run.device)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
     warn_of_random_weights(built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-        split = load_split(options, options.evaluation.eval_split, tokenizer, built.preprocess, device)
+        split = load_split(options.data, options.evaluation.eval_split, tokenizer, built.preprocess, device)
     if split is None:
         raise UserError(
             f"{options.data.name} in {options.data.place} has no "
@@ -74,6 +79,6 @@ def evaluate_with(
     block = score(encoded, split.dataset, options.evaluation, processes)
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
-        write_json(folder / "results.json", results)
+        write_results(folder, results)
     log.info(results_table({options.evaluation.eval_split: block}))
     log.info(f"wrote {folder / 'results.json'}")

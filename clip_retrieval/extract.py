@@ -29,7 +29,7 @@ from clip_retrieval.log import log, start_log
 from clip_retrieval.options import Options
 from clip_retrieval.retrieval.features import write_array, write_features
 from clip_retrieval.run.folder import evaluation_folder, make_folder
-from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import load_pixels
 
@@ -106,6 +106,7 @@ def extract_with(
     log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
     warn_of_random_weights(built)
     folder = wanted.output
     if folder is None:
@@ -120,7 +121,7 @@ def extract_with(
     with disable_tf32():
         if "image" in paths:
             with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-                pixels = load_pixels(options, dataset, built.preprocess, device, "none")
+                pixels = load_pixels(options.data, dataset, built.preprocess, device, "none")
             features = encode_images(
                 encoder.encode_image,
                 pixels,

@@ -1,8 +1,7 @@
 """Every option of a run.
 
-Each group is a dataclass; the command line is built from them (`command_line`), so an option is declared once. A value
-is settled from four layers: built-in defaults, then a config file, then a checkpoint's options, then what was typed
-(`Options.settle`). Nothing here imports torch: `--help` stays instant.
+Each group is a dataclass; the command line is built from them (`command_line`), so an option is declared once.
+`run.settings` settles their values. Nothing here imports torch: `--help` stays instant.
 """
 
 from __future__ import annotations
@@ -11,15 +10,12 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from glob import escape, glob
 from typing import Any
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.losses import LOSSES
 
 AUTO = "auto"
-SHARDED = ("webdataset", "yfcc7m")  # data sets in tar shards
-PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")  # images that are no files of their own
 MAX_IMAGE_PIXELS = 500_000_000  # scans and maps pass; takes 2 GB in memory
 LARGEST = 2**63  # what a number may be, in size
 
@@ -118,8 +114,8 @@ class ModelOptions:
 class DataOptions:
     """data"""
 
-    dataset: str | tuple[str, ...] = option(
-        "coco",
+    dataset: tuple[str, ...] = option(
+        ("coco",),
         "coco, flickr30k, flickr8k, karpathy, csv, chinese, webdataset, huggingface, shapes (built in, needs no files) "
         "or simple-clip's textcap, sbucaptions, yfcc7m and combined; given several times: a mixture, with "
         "--dataset_root (--annotations, ...: auto for a data set's own) once for each",
@@ -212,21 +208,8 @@ class DataOptions:
 
     @property
     def name(self) -> str:
-        """The data set, for messages and the names of files: a mixture is `coco+sbucaptions`."""
-        return "+".join(as_tuple(self.dataset))
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the train split is read from shards, one after the other: a mixture is not."""
-        return as_tuple(self.dataset) in [(name,) for name in SHARDED]
-
-    @property
-    def skips_unreadable(self) -> bool:
-        """Whether images are packed together, at least some, so that nobody mends a broken one by hand.
-
-        In training batches such a one is passed over; what encodes or caches all images first stops at it.
-        """
-        return any(name in PACKED for name in as_tuple(self.dataset))
+        """Name of the data set, for messages and file names: a mixture is `coco+sbucaptions`."""
+        return "+".join(self.dataset)
 
     @property
     def place(self) -> str:
@@ -239,7 +222,7 @@ class DataOptions:
 
         Raises UserError where an option was given neither once nor once for each of them.
         """
-        names = as_tuple(self.dataset)
+        names = self.dataset
         if self.dataset_weights and len(self.dataset_weights) != len(names):
             raise UserError(
                 f"--dataset_weights has {len(self.dataset_weights)} values, --dataset {len(names)}; give one for each"
@@ -256,7 +239,9 @@ class DataOptions:
                 )
             values[name] = given
         return [
-            dataclasses.replace(self, dataset_weights=None, **{name: given[i] for name, given in values.items()})
+            dataclasses.replace(
+                self, **{name: given[i] for name, given in values.items()}, dataset=(names[i],), dataset_weights=None
+            )
             for i in range(len(names))
         ]
 
@@ -457,88 +442,24 @@ class Options:
     given: frozenset[str] = frozenset()
     """Names of the options that the user gave, typed or in a config file."""
 
-    def flat(self) -> dict[str, Any]:
-        """All options in one dict, as options.json and the checkpoints hold them."""
-        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
-
     @classmethod
-    def settle(cls, *layers: dict[str, Any], complete: bool = True) -> Options:
-        """Options from layers of flat dicts; a later layer decides.
-
-        Raises UserError on a bad value and, where the layers are `complete`, on options that exclude each other.
-        """
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            held = merged.get("dataset")
-            implied = infer_dataset(layer)
-            known = ["webdataset" if name in SHARDED else name for name in as_tuple(held)]
-            # ("chinese" is a guess: shards that are missing look like its files that are.)
-            if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
-                layer = {"dataset": implied} | layer
-            for name, belonging in BELONGING.items():
-                if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
-                    # Other data than those of the layers below: where their files are says nothing about them.
-                    merged = {other: value for other, value in merged.items() if other not in belonging}
-            merged.update(layer)
-        if len(as_tuple(merged.get("dataset"))) == 1:  # of what is typed twice for one data set, the last counts
-            repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]
-            merged |= {name: merged[name][-1] for name in repeated}
-        options = cls(**{name: _fill(group, merged) for name, group in GROUPS.items()})
+    def from_flat(cls, values: dict[str, Any]) -> Options:
+        """Make options from a flat dict. Raises UserError on a value out of its declared range."""
+        options = cls(**{name: _fill(group, values) for name, group in GROUPS.items()})
         for name in GROUPS:
             check_values(getattr(options, name))
-        if complete:
-            options.check_combinations()
         return options
 
-    def check_combinations(self) -> None:
-        """Raise UserError for options that exclude each other."""
-        train = self.train
-        for data in self.data.parts():
-            for name in PREFIXES:
-                if getattr(data, name) and data.dataset not in ("chinese", *SHARDED):
-                    raise UserError(
-                        f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {data.dataset}"
-                    )
-        if self.data.train_num_samples and not self.data.streamed:
-            raise UserError(
-                f"--train_num_samples is for --dataset webdataset alone; drop it, or --dataset {self.data.name}"
-            )
-        if self.data.image_cache and self.data.streamed and not self.run.eval:
-            raise UserError(f"--image_cache is not for --dataset {self.data.name}, whose images are a stream; drop it")
-        if train.grad_cache and train.accum_freq > 1:
-            raise UserError("--grad_cache and --accum_freq say the same in two ways; drop one of them")
-        if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
-            raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
-        if not self.evaluation.zero_shot_eval:
-            for name in BELONGING["zero_shot_eval"]:
-                if getattr(self.evaluation, name):
-                    also = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
-                    raise UserError(f"--{name}{also} needs --zero_shot_eval DATA or --imagenet_eval")
-        if self.run.overwrite and self.run.resume == AUTO:
-            raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
-
-
-def infer_dataset(given: dict[str, Any]) -> str | None:
-    """The data set that options belong to which only it has, so that it need not be typed."""
-    files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
-    if not files:
-        return None
-    names = [name for file in files for name in (file, *file.replace("::", " ").split())]
-    tars = (".tar", ".tar.gz", ".tgz")
-    sharded = any(name.endswith(tars) or _holds_tars(name) for name in names)
-    return "webdataset" if sharded else "chinese"
-
-
-def _holds_tars(folder: str) -> bool:
-    try:
-        # (A Path's own glob fails on a text that is too long for a name.)
-        return bool(glob(f"{escape(folder)}/*.tar"))  # noqa: PTH207
-    except ValueError:  # no folder can have this name; `check_values` refuses it
-        return False
+    def flat(self) -> dict[str, Any]:
+        """Return all options in one dict, as options.json and the checkpoints hold them."""
+        flat = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
+        return flat | ({"dataset": flat["dataset"][0]} if len(flat["dataset"]) == 1 else {})
 
 
 def _fill(group: type, values: dict[str, Any]) -> Any:
     given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}
+    if "dataset" in given:
+        given["dataset"] = as_tuple(given["dataset"])
     return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 

@@ -19,12 +19,12 @@ from clip_retrieval.classification.templates import Templates
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import printable
-from clip_retrieval.files import write_json, write_text
+from clip_retrieval.files import write_text
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.options import Options
-from clip_retrieval.reporting.results import write_options
+from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.run.folder import make_folder
-from clip_retrieval.run.model import load_model, warn_of_random_weights
+from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 
 USUAL_FOLDERS = ("test", "val", "valid", "validation", "train", "images", "data")
@@ -57,6 +57,7 @@ def classify_with(
         labelled, templates = read_labelled(wanted)
     with processes.main_first():
         model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
     warn_of_random_weights(built)
     name = data_name(labelled) + settings_name(wanted, templates)
     folder = output or results_folder(options, built.name, name, of_checkpoint=checkpoint is not None)
@@ -75,7 +76,7 @@ def classify_with(
     table = per_class_table(block)
     if processes.is_main:
         write_options(folder, with_data(options, wanted), f"{device} ({device_name(device)})")
-        write_json(folder / "results.json", {"model": built.name, "weights": built.weights, **block})
+        write_results(folder, {"model": built.name, "weights": built.weights, **block})
         read = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
         read.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
         text = "\n".join([f"{built.name}, weights: {built.weights}", *read, summary(block), "", table, ""])

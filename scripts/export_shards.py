@@ -13,7 +13,8 @@ import _path  # noqa: F401
 
 from clip_retrieval.command_line import build_parser
 from clip_retrieval.errors import UserError, run_and_exit
-from clip_retrieval.options import DataOptions, Options
+from clip_retrieval.options import DataOptions
+from clip_retrieval.run.settings import settle
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     own = {name: typed.pop(name) for name in ("output", "splits", "shard_size")}
     if own["shard_size"] < 1:
         raise UserError(f"--shard_size {own['shard_size']}: must be at least 1")
-    options = Options.settle(typed).data
+    options = settle(typed).data
 
     from clip_retrieval.data.writers.tar_shards import export_shards
     from clip_retrieval.log import start_log

@@ -14,7 +14,8 @@ import _path  # noqa: F401
 
 from clip_retrieval.command_line import build_parser
 from clip_retrieval.errors import run_and_exit
-from clip_retrieval.options import DataOptions, Options
+from clip_retrieval.options import DataOptions
+from clip_retrieval.run.settings import settle
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     )
     typed = vars(parser.parse_args())
     own = {name: typed.pop(name) for name in ("output", "splits", "ids")}
-    options = Options.settle(typed).data
+    options = settle(typed).data
 
     from clip_retrieval.data.writers.tsv import export
     from clip_retrieval.log import start_log

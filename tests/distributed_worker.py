@@ -42,8 +42,9 @@ from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import LossOptions, Options
+from clip_retrieval.options import LossOptions
 from clip_retrieval.run.prepare import make_trainer
+from clip_retrieval.run.settings import settle
 from clip_retrieval.training.step import Trainer
 from tests.data.make_shards import jpeg, write_shard
 from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
@@ -125,7 +126,7 @@ def train_small(
         grad_cache = grad_cache and 2 * grad_cache
     batch = part_of(global_batch(32 if resnet or simple_clip else 16), own, rows, own)
     # A large epsilon makes an AdamW step as large as the gradient: rounding stays as small as it is.
-    settled = Options.settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
+    settled = settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
     bias = -10.0 if settled.loss.loss == "siglip" else None
     if simple_clip:
         clip = small_simple_clip(vocabulary=VOCABULARY, bias=bias)

@@ -12,7 +12,7 @@ from clip_retrieval.command_line import parse
 from clip_retrieval.config import read_config
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import Options
-from clip_retrieval.run.settings import settle_options
+from clip_retrieval.run.settings import settle, settle_options
 from tests.conftest import read_json
 
 
@@ -163,14 +163,14 @@ def test_a_model_that_the_file_names_counts_as_named(arguments, captioned, confi
 
 def test_evaluation_can_be_asked_for_in_the_file(config, tmp_path):
     path = config("eval: true\n")
-    assert Options.settle(read_config(path)).run.eval
+    assert settle(read_config(path)).run.eval
 
 
 def test_every_default_survives_the_way_through_options_json(tmp_path):
     path = tmp_path / "options.json"
     defaults = Options().flat()
     path.write_text(json.dumps(defaults | {"versions": {"torch": "2"}, "device_used": "cpu"}))
-    assert Options.settle(read_config(path)).flat() == defaults
+    assert settle(read_config(path)).flat() == defaults
 
 
 def test_the_options_of_a_chinese_clip_are_a_config_too(arguments, run, real_data, tmp_path):
@@ -308,11 +308,11 @@ def test_aliases_tags_and_keys_are_harmless(config, monkeypatch, tmp_path, text,
 def test_texts_that_no_file_can_be_called(config, name, value):
     path = config(f"{name}: {json.dumps(value)}\n")
     with pytest.raises(UserError, match=f"--{name} .*no name of a file"):
-        Options.settle(read_config(path), complete=False)
+        settle(read_config(path), complete=False)
 
 
 def test_names_that_are_not_utf_8_are_possible(tmp_path):
-    Options.settle({"dataset_root": os.fsdecode(b"caf\xe9"), "train_data": os.fsdecode(b"\xff.tar")}, complete=False)
+    settle({"dataset_root": os.fsdecode(b"caf\xe9"), "train_data": os.fsdecode(b"\xff.tar")}, complete=False)
 
 
 def test_numbers_of_a_checkpoint_are_checked():
@@ -320,7 +320,7 @@ def test_numbers_of_a_checkpoint_are_checked():
         for name in ("lr", "seed", "recall_k"):
             layer = {name: (1, value) if name == "recall_k" else value}
             with pytest.raises(UserError, match=f"--{name} .*less than 64 bits"):
-                Options.settle(layer)
+                settle(layer)
 
 
 def test_config_with_byte_order_mark(tmp_path):

@@ -13,7 +13,7 @@ from clip_retrieval.command_line import parse
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.distributed import SINGLE_PROCESS
-from clip_retrieval.options import Options
+from clip_retrieval.run.settings import settle
 from tests import distributed_worker as worker
 from tests.conftest import read_json, read_lines
 from tests.test_resume import ending, results, wait_for_step
@@ -400,7 +400,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_and_is_named(torchrun, c
     broken = tmp_path / "broken"
     shutil.copytree(captioned, broken)
     command = finetune(broken, tmp_path / "logs", "ex0", *SHORT)["arguments"]
-    dataset = read_dataset(Options.settle(parse(command)).data, "train")
+    dataset = read_dataset(settle(parse(command)).data, "train")
     mine, theirs = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
     image = Path(dataset.images.name(next(i for i in theirs if i not in mine)))
     image.write_bytes(image.read_bytes()[:300])

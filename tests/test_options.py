@@ -7,11 +7,12 @@ import pytest
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import Options, select_for_resume
+from clip_retrieval.options import select_for_resume
+from clip_retrieval.run.settings import settle
 
 
 def options(*argv):
-    return Options.settle(parse(argv)).flat()
+    return settle(parse(argv)).flat()
 
 
 SPELLINGS = {
@@ -211,7 +212,7 @@ def test_what_was_typed_beats_the_checkpoint_and_the_checkpoint_the_defaults():
         options("--lr", "5e-4", "--epochs", "3", "--device", "cuda", "--experiments", "old", "--num_workers", "7")
         | {"an_option_of_tomorrow": 1}
     )
-    settled = Options.settle(stored, parse(["--epochs", "5"])).flat()
+    settled = settle(stored, parse(["--epochs", "5"])).flat()
     assert settled["lr"] == 5e-4 and settled["epochs"] == 5
     # A run's place and its machine are never taken from a checkpoint.
     assert settled["device"] is None and settled["experiments"] == "ex0" and settled["num_workers"] is None
@@ -235,13 +236,13 @@ def test_help_is_quick_and_loads_nothing_heavy():
 
 def test_a_mixture_gives_each_data_set_its_own_options():
     typed = ["--dataset", "coco", "--dataset", "csv", "--annotations", "auto", "--annotations", "photos.csv"]
-    settled = Options.settle(parse([*typed, "--dataset_root", "DATA", "--dataset_weights", "3", "1"])).data
+    settled = settle(parse([*typed, "--dataset_root", "DATA", "--dataset_weights", "3", "1"])).data
     assert settled.name == "coco+csv" and settled.dataset_weights == (3.0, 1.0)
     assert [(part.dataset, part.dataset_root, part.annotations) for part in settled.parts()] == [
         ("coco", "DATA", None),
         ("csv", "DATA", "photos.csv"),
     ]
-    alone = Options.settle(parse(["--dataset", "csv"])).data
+    alone = settle(parse(["--dataset", "csv"])).data
     assert alone.parts() == [alone]
 
 

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from clip_retrieval.command_line import parse
-from clip_retrieval.options import Options
+from clip_retrieval.run.settings import settle
 from tests.conftest import ROOT
 
 COMMANDS = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
@@ -15,7 +15,7 @@ COMMANDS = [line.strip() for line in (ROOT / "README.md").read_text().splitlines
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python main.py")])
 def test_main_py_takes_it(command):
     arguments = shlex.split(command, comments=True)[2:]
-    Options.settle(parse(arguments))
+    settle(parse(arguments))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "scripts/" in c])

@@ -1,15 +1,22 @@
-"""The data sets by name."""
+"""The data sets by name: their readers, their known sizes, and what kind of files they have."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+from glob import escape, glob
+from typing import Any
 
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DataOptions, as_tuple
+
+SHARDED = ("webdataset", "yfcc7m")
+"""Data sets in tar shards."""
+PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")
+"""Data sets whose images are packed together, so that a user cannot repair a single one."""
 
 # The module below `readers` that reads each; imported when asked for.
 READERS = {
@@ -56,7 +63,7 @@ def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
 
 
 def _read_one(options: DataOptions, split: str) -> RetrievalDataset | None:
-    name = options.dataset
+    name = options.name
     if name not in READERS:
         near = difflib.get_close_matches(name.lower(), READERS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(READERS)}"
@@ -86,3 +93,32 @@ def size_warning(dataset: RetrievalDataset) -> str | None:
         f"{dataset.name} {dataset.split} has {found[0]:,} images and {found[1]:,} captions here; usual are "
         f"{usual[0]:,} and {usual[1]:,}. Its numbers do not compare with published ones"
     )
+
+
+def is_streamed(options: DataOptions) -> bool:
+    """Whether the train split is read from shards, one sample after the other. A mixture is not."""
+    return len(options.dataset) == 1 and options.dataset[0] in SHARDED
+
+
+def skips_unreadable(options: DataOptions) -> bool:
+    """Whether training skips unreadable images instead of stopping. Encoding and caching always stop."""
+    return any(name in PACKED for name in options.dataset)
+
+
+def infer_dataset(given: dict[str, Any]) -> str | None:
+    """Return the only data set that has the options given, so that --dataset need not be typed; None if none is."""
+    files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
+    if not files:
+        return None
+    names = [name for file in files for name in (file, *file.replace("::", " ").split())]
+    tars = (".tar", ".tar.gz", ".tgz")
+    sharded = any(name.endswith(tars) or _holds_tars(name) for name in names)
+    return "webdataset" if sharded else "chinese"
+
+
+def _holds_tars(folder: str) -> bool:
+    try:
+        # (A Path's own glob fails on a text that is too long for a name.)
+        return bool(glob(f"{escape(folder)}/*.tar"))  # noqa: PTH207
+    except ValueError:  # no folder can have this name; `check_values` refuses it
+        return False

@@ -124,7 +124,9 @@ _MODEL = {
     "model": entries(tensor),
     "model_config": model_config,
     "preprocess": preprocess,
-    "options": record(required={"vision_model": text}, optional=fields(*GROUPS.values())),
+    "options": record(
+        required={"vision_model": text}, optional=fields(*GROUPS.values()) | {"dataset": either(text, sequence(text))}
+    ),
     "epoch": whole(),
     "step": whole(),
 }

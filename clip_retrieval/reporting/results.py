@@ -1,4 +1,4 @@
-"""results.json and options.json: what a run found, and what it was told."""
+"""The files results.json and options.json of a run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from clip_retrieval import __version__
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_json, write_json
 from clip_retrieval.options import Options
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write results.json, with the version of the package. Raises OSError."""
+    write_json(folder / "results.json", results | {"version": __version__})
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def _is_results(results: dict[str, Any]) -> bool:
 
 def write_options(folder: Path, options: Options, device: str) -> None:
     """options.json: all options, then the versions and the device they ran on."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"clip_retrieval": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     content = options.flat() | {"versions": versions, "device_used": device}
     write_json(folder / "options.json", content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from clip_retrieval.log import log
@@ -9,13 +10,15 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
 from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import (
-    Options,
-)
+from clip_retrieval.options import Options
 
 
 def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:
-    """The model, on the CPU, how it was built, and its tokenizer."""
+    """Load the model of the options, or of a checkpoint of ours.
+
+    Returns:
+        The model, on the CPU; its config and where its weights come from; its tokenizer.
+    """
     logit_bias = LOSSES[options.loss.loss].learns_bias and not options.run.eval
     if checkpoint is None:
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
@@ -30,8 +33,6 @@ def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[Ret
             context_length=options.model.context_length,
             logit_bias=logit_bias,
         )
-    # What a file or a folder turned out to be: the name that the run's checkpoints carry.
-    options.model.vision_model = built.name
     adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
     model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
     if built.adaptor_state is not None:
@@ -43,8 +44,13 @@ def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[Ret
     return model, built, tokenizer
 
 
+def record_model_name(options: Options, built: BuiltModel) -> Options:
+    """Return the options with the name of the model that was built: a file or a folder may hold a known one."""
+    return replace(options, model=replace(options.model, vision_model=built.name))
+
+
 def warn_of_random_weights(built: BuiltModel) -> None:
-    """Say loudly that what follows is chance, where it is."""
+    """Log a warning if weights are random."""
     if built.weights == "none":
         tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
         log.warning(f"THE WEIGHTS ARE RANDOM: what follows is chance. Give --pretrained ({tags}) or --resume")

@@ -1,4 +1,4 @@
-"""A finetune before its first step: what belongs to it, made ready or brought to where a checkpoint stood."""
+"""A finetune before its first step: its data, model and trainer, new or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clip_retrieval.classification.labelled_sets import OptionNames, ZeroShotData
 from clip_retrieval.classification.task import ZeroShotTask, prepare_task
-from clip_retrieval.data.batches.loader import Loader, TrainLoader
-from clip_retrieval.data.batches.sampler import BatchSampler, number_of_samples, process_slice
+from clip_retrieval.data.batches.loader import Loader
+from clip_retrieval.data.batches.sampler import Sampler
+from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
+from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.catalog import is_streamed, skips_unreadable
 from clip_retrieval.data.dataset import UNSPLIT
-from clip_retrieval.data.pixels.pixels import choose_num_workers
-from clip_retrieval.data.shards.train_split import StreamedSplit, make_order, make_stream_loader, open_stream
+from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.data.shards.train_split import open_stream
+from clip_retrieval.data.split import Split
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
@@ -25,23 +30,43 @@ from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.towers import RetrievalModel, check_compiles
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
-from clip_retrieval.options import Options
+from clip_retrieval.options import EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.run.folder import FolderLock, clear_run, copy_best, has_best, without_resume
-from clip_retrieval.run.model import load_model
-from clip_retrieval.run.splits import Split, load_split, log_samples
+from clip_retrieval.run.model import load_model, record_model_name
+from clip_retrieval.run.splits import load_split, log_samples
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
-from clip_retrieval.training.state import Progress, Sampler, restore_training
+from clip_retrieval.training.schedule import Schedule
+from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.step import Trainer
 
-COMPILED_LENGTHS = 16  # a compiled text tower sees lengths that are multiples of this
+COMPILED_LENGTHS = 16  # a compiled text tower receives lengths that are multiples of this
 
 
 @dataclass
 class Run:
-    """What belongs to a run, so that its chapters can be read one by one."""
+    """Everything that belongs to a finetune.
+
+    Attributes:
+        options: of the run.
+        folder: its output folder.
+        lock: on the folder; None in processes other than the main one.
+        stop: tells whether the run was asked to stop.
+        built: config, name and source of the model.
+        model: on its device.
+        trainer: the model's optimizer step.
+        sampler: the order of the global batches.
+        loader: this process's part of the batches.
+        val, test: the splits that are scored, if there are any.
+        zero_shot: the labelled images that are classified, if there are any.
+        schedule: the steps at which something is due.
+        progress: how far the run is.
+        metrics: metrics.jsonl and TensorBoard; None in processes other than the main one.
+        processes: those of the run.
+        collapse: watches the loss; None for losses whose chance value is unknown.
+    """
 
     options: Options
     folder: Path
@@ -55,18 +80,14 @@ class Run:
     val: Split | None
     test: Split | None
     zero_shot: ZeroShotTask | None
-    metrics: MetricsLog | None
+    schedule: Schedule
     progress: Progress
+    metrics: MetricsLog | None
     processes: Processes
     collapse: CollapseWatch | None
 
-    @property
-    def total_steps(self) -> int:
-        return self.options.train.max_steps or self.options.train.epochs * len(self.sampler)
-
-    @property
-    def batch_in_words(self) -> str:
-        """The global batch as processes x pairs each: `1024 = 8 x 128`."""
+    def describe_batch(self) -> str:
+        """Describe the global batch as processes x pairs each: `1024 = 8 x 128`."""
         batch_size, processes = self.sampler.batch_size, self.processes.world_size
         return f"{batch_size} = {processes} x {batch_size // processes}"
 
@@ -79,7 +100,7 @@ def prepare(
     stop: StopSignal,
     processes: Processes,
 ) -> Run:
-    """Read the data, build the model, and bring both to the state of the checkpoint.
+    """Read the data, build the model, and restore both to the state of the checkpoint.
 
     `lock` is the main process's, on `folder`; None in the others.
     """
@@ -91,12 +112,16 @@ def prepare(
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
-    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+    options = record_model_name(options, built)
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
         train, val, test = load_data(options, tokenizer, built.preprocess, device, processes)
-    with processes.main_first():  # an archive may have to be extracted
-        zero_shot = load_zero_shot(options, tokenizer, built.preprocess)
-    # the trainer, fresh or as the checkpoint has it
-    sampler = make_sampler(options, train, processes)
+    with processes.main_first():  # it may extract an archive
+        zero_shot = load_zero_shot(
+            options.evaluation, options.data.parts()[0].dataset_root, tokenizer, built.preprocess
+        )
+
+    # trainer, new or restored
+    sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
     trainer = make_trainer(options, model.to(device), precision, device, processes)
     progress = Progress(weights=built.weights)
     if checkpoint is not None:
@@ -109,9 +134,16 @@ def prepare(
             reset_data_offset=options.run.reset_data_offset,
         )
         progress.weights = progress.weights or built.weights
-    loader = make_loader(options, model, train, sampler, precision, device, processes)
+    loader = train.make_loader(
+        sampler,
+        trim=model.trims_text,
+        bucket=COMPILED_LENGTHS if options.train.compile else 1,
+        device=device,
+        processes=processes,
+        encode_frozen=make_frozen_encoder(options, model, precision, device, processes),
+    )
 
-    # the folder: nothing can be refused any more, so only now is a run that was here before replaced
+    # folder: nothing can be refused after this, so a run that --overwrite replaces is deleted only now
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
     source = Path(options.run.resume or folder).parent
@@ -125,34 +157,66 @@ def prepare(
             copy_best(source, folder)
         write_options(folder, without_resume(options, folder), f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines())
-    data = (sampler, loader, val, test, zero_shot)
-    collapse = CollapseWatch(sampler.batch_size) if options.loss.loss == "infonce" else None
-    run = Run(options, folder, lock, stop, built, model, trainer, *data, metrics, progress, processes, collapse)
-    if options.train.warmup > run.total_steps:
-        log.warning(f"--warmup {options.train.warmup:g} is longer than the run: it becomes {run.total_steps} steps")
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+
+    # run
+    schedule = Schedule.from_options(options, len(sampler))
+    run = Run(
+        options=options,
+        folder=folder,
+        lock=lock,
+        stop=stop,
+        built=built,
+        model=model,
+        trainer=trainer,
+        sampler=sampler,
+        loader=loader,
+        val=val,
+        test=test,
+        zero_shot=zero_shot,
+        schedule=schedule,
+        progress=progress,
+        metrics=metrics,
+        processes=processes,
+        collapse=CollapseWatch(sampler.batch_size) if options.loss.loss == "infonce" else None,
+    )
+    if options.train.warmup > schedule.total_steps:
+        log.warning(
+            f"--warmup {options.train.warmup:g} is longer than the run: it becomes {schedule.total_steps} steps"
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
-        f"{learning:,.2f} M parameters learn; {run.total_steps:,} steps, {len(sampler):,} an epoch, of "
-        f"{run.batch_in_words} pairs, {precision} on {device}"
+        f"{trainable:,.2f} M parameters learn; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "
+        f"{run.describe_batch()} pairs, {precision} on {device}"
     )
     return run
 
 
 def load_data(
     options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device, processes: Processes
-) -> tuple[Split | StreamedSplit, Split | None, Split | None]:
-    """The train, val and test splits; a data set without splits is all to train on, with nothing held out."""
-    if options.data.streamed:
-        train = open_stream(options, tokenizer, preprocess, device, processes)
-    elif train := load_split(options, "train", tokenizer, preprocess, device, options.data.augment):
-        log_samples(train.dataset)
+) -> tuple[TrainSplit, Split | None, Split | None]:
+    """Load the train, val and test splits. A data set without splits is all to train on, with no val and test split."""
+    # train
+    data, train = options.data, None
+    if is_streamed(data):
+        train = open_stream(data, options.train.seed, tokenizer, preprocess, device, processes)
+    elif split := load_split(data, "train", tokenizer, preprocess, device, data.augment):
+        log_samples(split.dataset)
+        train = IndexedTrainSplit(
+            split,
+            data.caption_sampling,
+            options.train.seed,
+            weights=data.dataset_weights if len(data.parts()) > 1 else None,
+            num_workers=data.num_workers,
+            skip_unreadable=skips_unreadable(data),
+        )
     if train is None:
-        place = options.data.place
-        raise UserError(f"{options.data.name} in {place} has no train split; give the data to train on")
+        raise UserError(f"{data.name} in {data.place} has no train split; give the data to train on")
+
+    # val and test
     val = test = None
     if train.split != UNSPLIT:
-        val = load_split(options, "val", tokenizer, preprocess, device)
-        test = load_split(options, "test", tokenizer, preprocess, device, answered=False)
+        val = load_split(data, "val", tokenizer, preprocess, device)
+        test = load_split(data, "test", tokenizer, preprocess, device, require_pairs=False)
     if val is None:
         log.warning("there is no val split: no checkpoint is chosen as the best, the last one is reported")
     if test is None:
@@ -160,58 +224,43 @@ def load_data(
     return train, val, test
 
 
-def load_zero_shot(options: Options, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask | None:
-    """The labelled images that the model classifies now and then, if there are any."""
-    wanted = options.evaluation
-    if not wanted.zero_shot_eval:
+def load_zero_shot(
+    options: EvalOptions, dataset_root: str, tokenizer: Any, preprocess: dict[str, Any]
+) -> ZeroShotTask | None:
+    """Prepare the zero-shot classification of --zero_shot_eval, if it is given."""
+    if not options.zero_shot_eval:
         return None
     data = ZeroShotData(
-        wanted.zero_shot_eval,
-        Path(wanted.zero_shot_root or options.data.parts()[0].dataset_root),
-        class_names=Path(wanted.zero_shot_class_names) if wanted.zero_shot_class_names else None,
-        templates=wanted.zero_shot_templates,
+        options.zero_shot_eval,
+        Path(options.zero_shot_root or dataset_root),
+        class_names=Path(options.zero_shot_class_names) if options.zero_shot_class_names else None,
+        templates=options.zero_shot_templates,
         options=OptionNames("--zero_shot_root", "--zero_shot_class_names", "--zero_shot_templates", download=None),
     )
     return prepare_task(data, tokenizer, preprocess)
 
 
-def make_sampler(options: Options, train: Split | StreamedSplit, processes: Processes) -> Sampler:
-    """The batches of the run; a split smaller than the batch shrinks the batch."""
-    batch_size, sampling = options.train.batch_size, options.data.caption_sampling
-    streamed = isinstance(train, StreamedSplit)
-    samples = train.samples if streamed else number_of_samples(train.dataset, sampling)
-    if samples < batch_size:
-        shrunk = samples - samples % processes.world_size
-        if shrunk < 2:
-            raise UserError(f"the train split has {samples} pairs: too few to train on")
-        log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
-        batch_size = shrunk
-    if streamed:
-        return make_order(options, train, batch_size)
-    weights = options.data.dataset_weights if len(options.data.parts()) > 1 else None
-    sampler = BatchSampler(train.dataset, batch_size, sampling, options.train.seed, weights)
-    if weights:
-        shares = (f"{share:,} of {part.name}" for share, part in zip(sampler.shares, train.dataset.parts))
-        log.info(f"an epoch's {samples:,} pairs: {', '.join(shares)}")
-    return sampler
+def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) -> int:
+    """Return the batch size, or that of the whole split if it is smaller. Raises UserError for fewer than two pairs."""
+    samples = train.samples
+    if samples >= batch_size:
+        return batch_size
+    shrunk = samples - samples % processes.world_size
+    if shrunk < 2:
+        raise UserError(f"the train split has {samples} pairs: too few to train on")
+    log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
+    return shrunk
 
 
-def make_loader(
-    options: Options,
-    model: RetrievalModel,
-    train: Split | StreamedSplit,
-    sampler: Sampler,
-    precision: str,
-    device: torch.device,
-    processes: Processes,
-) -> Loader:
-    """This process's part of the batches; what a frozen tower gives for them is computed here, once."""
-    bucket = COMPILED_LENGTHS if options.train.compile else 1
-    if isinstance(train, StreamedSplit):
-        return make_stream_loader(options, model, train, sampler, device, processes, bucket=bucket)
-    images, texts = train.pixels, train.tokens
-    num_workers = choose_num_workers(options.data.num_workers, train.pixels, device)
-    if not options.train.no_feature_cache:
+def make_frozen_encoder(
+    options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
+) -> EncodeFrozen:
+    """Make the function that encodes a split with the frozen towers, once, before the first step."""
+
+    def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
+        images, texts = split.pixels, split.tokens
+        if options.train.no_feature_cache:
+            return images, texts
         encoding = {
             "batch_size": options.evaluation.eval_batch_size,
             "precision": precision,
@@ -220,28 +269,19 @@ def make_loader(
         }
         if vision_is_frozen(model) and options.data.augment == "none":
             log.info("the image tower is frozen: all images are encoded once, before the first step")
-            images = encode_frozen_images(model, train.pixels, num_workers=num_workers, **encoding)
+            images = encode_frozen_images(model, split.pixels, num_workers=num_workers, **encoding)
         if text_is_frozen(model):
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
-            texts = encode_frozen_texts(model, train.dataset, train.tokens, **encoding)
-    return TrainLoader(
-        sampler,
-        images,
-        texts,
-        trim=model.trims_text,
-        bucket=bucket,
-        share=process_slice(sampler.batch_size, processes.rank, processes.world_size),
-        num_workers=num_workers,
-        device=device,
-        processes=processes,
-        skip_unreadable=options.data.skips_unreadable,
-    )
+            texts = encode_frozen_texts(model, split.dataset, split.tokens, **encoding)
+        return images, texts
+
+    return encode_frozen
 
 
 def make_trainer(
     options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
 ) -> Trainer:
-    """Choose what learns, and give it a loss and an optimizer."""
+    """Choose the trainable parameters, and make their loss and optimizer."""
     loss = LOSSES[options.loss.loss]
     set_trainable(
         model,
@@ -256,7 +296,7 @@ def make_trainer(
     if processes.world_size > 1 and not vision_is_frozen(model):
         model.clip.visual = share_statistics(model.clip.visual, device)
     if device.type == "cuda":
-        model.clip.visual.to(memory_format=torch.channels_last)  # the layout that its convolutions are fastest in
+        model.clip.visual.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     if options.train.compile:
         model.compile_towers()
     return Trainer(

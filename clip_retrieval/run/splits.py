@@ -2,56 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.data.captions import Tokens, tokenize
+from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels.pixels import AutoAugmented, MixedPixels, Pixels, choose_num_workers, make_pixels
+from clip_retrieval.data.split import Split
 from clip_retrieval.errors import one_line
 from clip_retrieval.log import log
-from clip_retrieval.options import (
-    Options,
-)
-
-
-@dataclass
-class Split:
-    """One split of a data set, its captions tokenised, its images as the model sees them."""
-
-    dataset: RetrievalDataset
-    tokens: Tokens
-    pixels: Pixels
-
-    @property
-    def split(self) -> str:
-        """Which one it is."""
-        return self.dataset.split
+from clip_retrieval.options import DataOptions
 
 
 def load_split(
-    options: Options,
+    options: DataOptions,
     split: str,
     tokenizer: Any,
     preprocess: dict[str, Any],
     device: torch.device,
     augment: str = "none",
     *,
-    answered: bool = True,
+    require_pairs: bool = True,
 ) -> Split | None:
-    """Read a split and say what is in it; None where the data set has no such split.
+    """Read a split and log its size; None if the data set has no such split.
 
-    Raises UserError where no caption describes an image; where it need not be `answered`, that is no split.
+    Args:
+        options: of the data set.
+        split: "train", "val" or "test".
+        tokenizer, preprocess: the model's.
+        device: the device of the model; it decides the number of loader processes.
+        augment: "none", "crop" or "auto".
+        require_pairs: raise UserError if no image has a caption; otherwise return None.
     """
-    dataset = read_dataset(options.data, split)
+    dataset = read_dataset(options, split)
     if dataset is None:
         return None
-    if not answered and len(dataset.pairs) == 0:
+    if not require_pairs and len(dataset.pairs) == 0:
         log.warning(f"{dataset.name}, {split} split: no image has a caption, so that it cannot be scored")
         return None
     dataset.require_pairs()
@@ -65,31 +55,31 @@ def load_split(
 
 
 def load_pixels(
-    options: Options, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
+    options: DataOptions, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
 ) -> Pixels:
-    """The images as the model sees them, from the cache if there is one."""
+    """Return the images as the model receives them, from --image_cache if it is given."""
     if augment == "auto":
         return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
     if isinstance(dataset, Mixture):
         return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
-    settings = {"augment": augment, "decoder": options.data.decoder}
+    settings = {"augment": augment, "decoder": options.decoder}
     pixels = make_pixels(dataset.images, preprocess, **settings)
-    if not options.data.image_cache or pixels.in_memory:
+    if not options.image_cache or pixels.in_memory:
         return pixels
-    from clip_retrieval.data.pixels.cache import open_cached_pixels  # locks files in a way that Windows does not know
+    from clip_retrieval.data.pixels.cache import open_cached_pixels  # its file locks do not exist on Windows
 
     return open_cached_pixels(
         dataset.images,
         preprocess,
-        Path(options.data.image_cache),
+        Path(options.image_cache),
         f"{dataset.name}_{dataset.split}",
-        num_workers=choose_num_workers(options.data.num_workers, pixels, device),
+        num_workers=choose_num_workers(options.num_workers, pixels, device),
         **settings,
     )
 
 
 def log_samples(dataset: RetrievalDataset, number: int = 3) -> None:
-    """Say a few captions, spread over the split."""
+    """Log a few captions, spread over the split."""
     for row in torch.linspace(0, len(dataset.pairs) - 1, number).long().unique().tolist():
         image, caption = dataset.pairs[row]
         log.info("  " + one_line(f"{Path(dataset.images.name(image)).name}: {dataset.captions[caption]}"))

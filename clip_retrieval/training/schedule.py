@@ -1,19 +1,104 @@
-"""The learning rate over a run."""
+"""The schedule of a run: its learning rate, and the steps at which it logs, saves and evaluates."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from clip_retrieval.options import Options
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Steps of warmup: `warmup` itself, or that fraction of the run if it is below 1; no longer than the run."""
+    """Return the steps of warmup: `warmup` itself, or that fraction of the run if below 1; at most the whole run."""
     steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
     return min(steps, total_steps)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of step 0, 1, ...: a linear warmup to `peak`, then a cosine that reaches 0 at `total_steps`."""
+    """Return the rate of step 0, 1, ...: a linear warmup to `peak`, then a cosine that reaches 0 at `total_steps`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run at which something is due. A step here is the number of steps done, from 1.
+
+    Attributes:
+        total_steps: length of the run.
+        steps_per_epoch: length of an epoch.
+        log_every: steps between log lines.
+        save_every: steps between saves of last.pt; None: only at milestones.
+        eval_every: epochs between evaluations on the val split; 0: none before the end.
+        eval_steps: steps between further evaluations; 0: none.
+        zero_shot_steps: steps between zero-shot evaluations; 0: together with those on the val split.
+        keep_every: epochs between numbered checkpoints; 0: none.
+        keep_steps: steps between numbered checkpoints; 0: none.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    log_every: int = 20
+    save_every: int | None = None
+    eval_every: int = 1
+    eval_steps: int = 0
+    zero_shot_steps: int = 0
+    keep_every: int = 0
+    keep_steps: int = 0
+
+    @classmethod
+    def from_options(cls, options: Options, steps_per_epoch: int) -> Schedule:
+        """Make the schedule of a run's options."""
+        return cls(
+            total_steps=options.train.max_steps or options.train.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            log_every=options.run.display,
+            save_every=options.run.save_every,
+            eval_every=options.evaluation.eval_every,
+            eval_steps=options.evaluation.eval_steps,
+            zero_shot_steps=options.evaluation.zero_shot_steps,
+            keep_every=options.run.keep_every,
+            keep_steps=options.run.keep_steps,
+        )
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run ends with this step."""
+        return step == self.total_steps
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the run saves, and perhaps evaluates, after this step: at the end of an epoch or an interval."""
+        intervals = (self.steps_per_epoch, self.eval_steps, self.zero_shot_steps, self.keep_steps)
+        return self.is_last(step) or any(_is_multiple(step, interval) for interval in intervals)
+
+    def logs(self, step: int) -> bool:
+        """Whether a log line is due."""
+        return self.is_last(step) or _is_multiple(step, self.log_every)
+
+    def saves(self, step: int) -> bool:
+        """Whether last.pt is saved between two milestones."""
+        return _is_multiple(step, self.save_every)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation on the val split is due."""
+        return self.is_last(step) or self._ends_epochs(step, self.eval_every) or _is_multiple(step, self.eval_steps)
+
+    def evaluates_zero_shot(self, step: int) -> bool:
+        """Whether a zero-shot evaluation is due."""
+        return _is_multiple(step, self.zero_shot_steps) if self.zero_shot_steps else self.evaluates(step)
+
+    def keeps_epoch(self, step: int) -> bool:
+        """Whether a checkpoint numbered by its epoch is due."""
+        return self._ends_epochs(step, self.keep_every)
+
+    def keeps_step(self, step: int) -> bool:
+        """Whether a checkpoint numbered by its step is due."""
+        return _is_multiple(step, self.keep_steps)
+
+    def _ends_epochs(self, step: int, epochs: int) -> bool:
+        return _is_multiple(step, epochs * self.steps_per_epoch)
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.training.step import Trainer
-
-
-class Sampler(Protocol):
-    """What decides which pairs the batches of a run hold."""
-
-    batch_size: int
-
-    @property
-    def settings(self) -> dict[str, int | str | None]:
-        """What decides the order, under the names of the options: a run goes on only with the same."""
-        ...
-
-    @property
-    def fingerprint(self) -> int:
-        """A checksum of the data: a run goes on only with those that it began with."""
-        ...
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        ...
 
 
 @dataclass

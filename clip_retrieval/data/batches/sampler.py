@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,26 @@ class Batch:
 
     images: np.ndarray
     captions: np.ndarray
+
+
+class Sampler(Protocol):
+    """The order of the pairs of a run, in global batches."""
+
+    batch_size: int
+
+    @property
+    def settings(self) -> dict[str, int | str | None]:
+        """The options that decide the order, by name: a run is resumed only with the same ones."""
+        ...
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of the data: a run is resumed only with the same ones."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
 
 
 class BatchSampler:

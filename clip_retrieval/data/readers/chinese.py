@@ -121,7 +121,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         return None
     images = open_images(place.images)
     texts = read_lmdb_texts(place.path) if place.is_lmdb else read_texts(place.texts)
-    return _dataset(options.dataset, split, images, texts)
+    return _dataset(options.name, split, images, texts)
 
 
 def find_named_place(path: Path, split: str) -> Place | None:

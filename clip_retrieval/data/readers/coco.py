@@ -217,7 +217,7 @@ def _dataset(options: DataOptions, split: str, parts: list[tuple[str, Captions, 
     pairs = np.stack([[images[image_id] for image_id in image_ids], np.arange(len(texts))], axis=1)
     source = " and ".join(dict.fromkeys(captions.source for _, captions, _ in parts))
     found = image_files(_places(options, names, names_2014, names_2017), source)
-    return RetrievalDataset(options.dataset, split, found, texts, pairs)
+    return RetrievalDataset(options.name, split, found, texts, pairs)
 
 
 def _folders(options: DataOptions) -> list[Path]:
@@ -248,4 +248,4 @@ def _without_splits(options: DataOptions, split: str, captions: Captions) -> Ret
     pairs = np.array([(indices[image_id], i) for i, image_id in enumerate(captions.image_ids.tolist())])
     names = list(captions.names.values())
     images = image_files([(folder, names) for folder in _folders(options)], captions.source)
-    return RetrievalDataset(options.dataset, UNSPLIT, images, captions.texts, pairs)
+    return RetrievalDataset(options.name, UNSPLIT, images, captions.texts, pairs)

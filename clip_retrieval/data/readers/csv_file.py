@@ -57,7 +57,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     folder = Path(options.image_dir) if options.image_dir else path.parent
     found = image_files([(folder, list(images))], path)
     return RetrievalDataset(
-        options.dataset, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
+        options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )
 
 

@@ -43,10 +43,10 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None where the data set has no such split."""
     root = Path(options.dataset_root)
     check_root(root)
-    if options.dataset == "combined":
+    if options.name == "combined":
         parts = [replace(options, dataset=name, dataset_root=str(root / folder)) for name, folder in FOLDERS.items()]
         return read_mixture("combined", parts, split, _read_saved)
-    folder = FOLDERS.get(options.dataset)
+    folder = FOLDERS.get(options.name)
     if folder and (root / folder).is_dir():
         options = replace(options, dataset_root=str(root / folder))
     return _read_saved(options, split)
@@ -87,7 +87,7 @@ def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset
     caption_column = _column(options, "caption_column", CAPTION_COLUMNS, table, folder)
     captions = _captions(table.column(caption_column), f"{folder}, column {caption_column}")
     contents = _contents(table.column(image_column), f"{folder}, column {image_column}")
-    description = f"{options.dataset} {split}"
+    description = f"{options.name} {split}"
     sizes = np.fromiter(
         (len(content) for content in progress_bar(contents, total=len(contents), desc=description, leave=False)),
         np.int64,
@@ -107,13 +107,13 @@ def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset
         lambda row, part: contents[row][part], rows, sizes[rows], captions, description
     )
     images = _images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
-    return RetrievalDataset(options.dataset, split, images, texts, pairs)
+    return RetrievalDataset(options.name, split, images, texts, pairs)
 
 
 def _column(options: DataOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
     """The column that was asked for; of a data set that has a name here, else the first of the known ones."""
     asked = getattr(options, option)
-    known = (asked,) if options.dataset == "huggingface" else tuple(dict.fromkeys((asked, *known)))
+    known = (asked,) if options.name == "huggingface" else tuple(dict.fromkeys((asked, *known)))
     for name in known:
         if name in table.column_names:
             return name

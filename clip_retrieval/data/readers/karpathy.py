@@ -70,10 +70,10 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     path = _find(options)
     if path.name.endswith((".json", ".json.gz")):
         parts = read_karpathy_json(path)
-    elif options.dataset in FLICKR:
-        parts = read_captions(path, options.dataset)
+    elif options.name in FLICKR:
+        parts = read_captions(path, options.name)
     else:
-        raise UserError(f"{path}: not a .json or .json.gz file, as --dataset {options.dataset} needs")
+        raise UserError(f"{path}: not a .json or .json.gz file, as --dataset {options.name} needs")
     names = ("train", "restval") if split == "train" and not options.no_restval else (split,)
     chosen = Part()
     for part in (parts[name] for name in names if name in parts):
@@ -87,14 +87,14 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
     images = image_files(_places(options, path, chosen), path)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
-    return RetrievalDataset(options.dataset, split, images, chosen.texts, pairs)
+    return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
 
 
 def _find(options: DataOptions) -> Path:
     """The file that lists the images."""
     if options.annotations:
         return Path(options.annotations)
-    root, name = Path(options.dataset_root), options.dataset
+    root, name = Path(options.dataset_root), options.name
     if name == "karpathy":
         return annotations.only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
     check_root(root)
@@ -119,7 +119,7 @@ def _places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path
     if options.image_dir:
         folders = [Path(options.image_dir)]
     else:
-        usual = (root / folder for folder in IMAGE_FOLDERS.get(options.dataset, ()))
+        usual = (root / folder for folder in IMAGE_FOLDERS.get(options.name, ()))
         folders = [root / "images", *usual, root, path.parent / "images", path.parent]
     in_folders = [f"{folder}/{name}" if folder else name for folder, name in zip(part.folders, part.names)]
     for folder in dict.fromkeys(folders):

@@ -42,7 +42,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     members: list[str] = []
     captions: list[list[str]] = []
     left_out: list[str] = []
-    for shard, path in enumerate(progress_bar(found.paths, desc=f"{options.dataset} {split}", leave=False)):
+    for shard, path in enumerate(progress_bar(found.paths, desc=f"{options.name} {split}", leave=False)):
         for sample in _samples(path, options.caption_key):
             if isinstance(sample, str):
                 left_out.append(sample)
@@ -56,15 +56,13 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     if left_out:
         log.warning(f"{len(left_out):,} of {len(keys) + len(left_out):,} samples are left out; {left_out[0]}")
     images = ShardImages(found.paths, np.array(places).reshape(-1, 3), members)
-    description = f"{options.dataset} {split}"
+    description = f"{options.name} {split}"
     firsts, texts, pairs = merge_duplicates(
         images.encoded, np.arange(len(images)), images.places[:, 2], captions, description
     )
     images = ShardImages(found.paths, images.places[firsts], [members[first] for first in firsts])
     ids = [keys[first] for first in firsts]
-    return RetrievalDataset(
-        options.dataset, found.split, images, texts, pairs, ids if len(set(ids)) == len(ids) else None
-    )
+    return RetrievalDataset(options.name, found.split, images, texts, pairs, ids if len(set(ids)) == len(ids) else None)
 
 
 class _Sample(NamedTuple):

@@ -167,8 +167,8 @@ def _matches(pattern: str) -> list[Path]:
 def _in_root(options: DataOptions, split: str) -> SplitShards | None:
     """The shards of a split in the root, without those that an option names for another one."""
     root = Path(options.dataset_root)
-    if (root / options.dataset).is_dir():  # simple-clip's datasets/yfcc7m
-        root = root / options.dataset
+    if (root / options.name).is_dir():  # simple-clip's datasets/yfcc7m
+        root = root / options.name
     named = options.train_data or options.val_data
     if not named:
         check_root(root)

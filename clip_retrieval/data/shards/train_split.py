@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clip_retrieval.data.batches.train_split import EncodeFrozen
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.find import find_shards, known_sizes
 from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
@@ -21,24 +22,25 @@ from clip_retrieval.data.workers import in_workers, usual_num_workers
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.log import log, progress_bar
-from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import DataOptions, Options
+from clip_retrieval.options import DataOptions
 
 SHARDS_A_WORKER = 4  # fewer are counted faster than a process starts
 FIRST = 10  # samples of a shard that is not worth reading whole, only to see what it holds
 
 
 @dataclass
-class StreamedSplit:
+class StreamedTrainSplit:
     """A train split in shards.
 
     Attributes:
         split: "train", or UNSPLIT.
         shards: where the samples are.
         samples: pairs in an epoch, its dropped remainder included.
-        transform: what the model sees of an image.
+        transform: from an image to the model's input.
         tokenizer: the model's.
         num_workers: processes that load.
+        options: of the data.
+        seed: seed of the order.
     """
 
     split: str
@@ -47,16 +49,58 @@ class StreamedSplit:
     transform: ImageTransform
     tokenizer: Callable
     num_workers: int
+    options: DataOptions
+    seed: int
+
+    def make_sampler(self, batch_size: int) -> ShardOrder:
+        """Make the order in which the shards are read."""
+        return ShardOrder(
+            self.shards,
+            batch_size,
+            num_samples=self.options.train_num_samples,
+            shuffle_buffer=self.options.shuffle_buffer,
+            seed=self.seed,
+        )
+
+    def make_loader(
+        self,
+        sampler: ShardOrder,
+        *,
+        trim: bool,
+        bucket: int,
+        device: torch.device,
+        processes: Processes,
+        encode_frozen: EncodeFrozen,
+    ) -> StreamLoader:
+        """Make the loader of this process's part of the batches; a frozen tower encodes each batch anew.
+
+        Raises UserError if the processes cannot share the batches.
+        """
+        log.info(f"the shards are read in {sampler.lanes} places at a time")
+        return StreamLoader(
+            LaneReader(sampler, self.transform, self.options.caption_key),
+            self.tokenizer,
+            trim=trim,
+            bucket=bucket,
+            num_workers=self.num_workers,
+            device=device,
+            processes=processes,
+        )
 
 
 def open_stream(
-    options: Options, tokenizer: Callable, preprocess: dict[str, Any], device: torch.device, processes: Processes
-) -> StreamedSplit | None:
+    options: DataOptions,
+    seed: int,
+    tokenizer: Callable,
+    preprocess: dict[str, Any],
+    device: torch.device,
+    processes: Processes,
+) -> StreamedTrainSplit | None:
     """Find the shards of the train split, and count their samples unless an epoch's length is given.
 
     Raises UserError where a shard is missing or no whole tar, or no sample can be used of those that are looked at.
     """
-    data = options.data.parts()[0]
+    data = options.parts()[0]
     found = find_shards(data, "train")
     if found is None:
         return None
@@ -65,9 +109,10 @@ def open_stream(
     if (samples := data.train_num_samples) is None:
         sizes = _counted(found.paths, sizes, workers, processes)
         samples = sum(sizes)
-    log.info(f"{data.dataset} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
+    log.info(f"{data.name} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
     transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
-    stream = StreamedSplit(found.split, Shards(found.paths, sizes), samples, transform, tokenizer, workers)
+    shards = Shards(found.paths, sizes)
+    stream = StreamedTrainSplit(found.split, shards, samples, transform, tokenizer, workers, data, seed)
     _log_samples(stream, data)
     return stream
 
@@ -84,7 +129,7 @@ def _counted(paths: list[Path], sizes: list[int | None], workers: int, processes
     return processes.sum(counts).tolist()
 
 
-def _log_samples(stream: StreamedSplit, data: DataOptions, number: int = 3) -> None:
+def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3) -> None:
     """Say a few captions, and whether there are several of an image.
 
     Raises UserError where none can be used of the first shard's samples and of those that the others begin with.
@@ -114,37 +159,3 @@ def _first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, byte
     for number, path in enumerate(paths):
         for sample in islice(read_samples(path), FIRST if number else None):
             yield path, sample
-
-
-def make_order(options: Options, stream: StreamedSplit, batch_size: int) -> ShardOrder:
-    """The order in which a run reads the shards."""
-    return ShardOrder(
-        stream.shards,
-        batch_size,
-        num_samples=options.data.train_num_samples,
-        shuffle_buffer=options.data.shuffle_buffer,
-        seed=options.train.seed,
-    )
-
-
-def make_stream_loader(
-    options: Options,
-    model: RetrievalModel,
-    stream: StreamedSplit,
-    order: ShardOrder,
-    device: torch.device,
-    processes: Processes,
-    *,
-    bucket: int,
-) -> StreamLoader:
-    """This process's part of the batches. Raises UserError where the processes cannot share them."""
-    log.info(f"the shards are read in {order.lanes} places at a time")
-    return StreamLoader(
-        LaneReader(order, stream.transform, options.data.caption_key),
-        stream.tokenizer,
-        trim=model.trims_text,
-        bucket=bucket,
-        num_workers=stream.num_workers,
-        device=device,
-        processes=processes,
-    )

@@ -18,7 +18,7 @@ from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.data.writers.build_lmdb import build_lmdb
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import Options
+from clip_retrieval.run.settings import settle
 from tests.conftest import read_json
 from tests.data.make_chinese import ALPHABETS, content, photo, write_sample, write_split
 from tests.models.small import small_preprocess
@@ -169,7 +169,7 @@ def test_places_by_option(tmp_path, read):
 
 def test_naming_the_data_names_the_data_set():
     def settled(*layers):
-        return Options.settle(*layers).data.dataset
+        return settle(*layers).data.dataset
 
     typed = parse(["--train-data=DATA/lmdb/train", "--val-data=DATA/lmdb/valid"])
     assert typed == {"train_data": "DATA/lmdb/train", "val_data": "DATA/lmdb/valid"}

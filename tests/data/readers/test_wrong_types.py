@@ -24,6 +24,7 @@ from clip_retrieval.reporting.results import read_results
 from clip_retrieval.reporting.table import markdown_table
 from clip_retrieval.retrieval.features import read_features, write_ids
 from clip_retrieval.retrieval.predictions import score_predictions, transform_to_tr
+from clip_retrieval.run.settings import settle
 from tests.data.make_chinese import photo, write_split
 
 
@@ -219,5 +220,5 @@ def test_options_as_config(tmp_path):
     flat = Options().flat()
     document = {name: flat[name] for name in ("dataset", "lr", "recall_k", "eval")}
     document |= {"train_data": "a.tar", "versions": {"torch": "2"}}
-    read = written(tmp_path / "options.json", lambda path: Options.settle(read_config(path), complete=False))
+    read = written(tmp_path / "options.json", lambda path: settle(read_config(path), complete=False))
     is_read_or_refused(read, variants(document))

@@ -125,18 +125,18 @@ def _make_config(folder: Path) -> list[Path]:
 
 
 def _make_options(folder: Path) -> list[Path]:
-    from clip_retrieval.options import Options
     from clip_retrieval.reporting.results import write_options
+    from clip_retrieval.run.settings import settle
 
-    write_options(folder, Options.settle({"dataset": "csv", "vision_model": "tiny"}), "cpu (test)")
+    write_options(folder, settle({"dataset": "csv", "vision_model": "tiny"}), "cpu (test)")
     return [folder / "options.json"]
 
 
 def _read_config(path: Path) -> None:
     from clip_retrieval.config import read_config
-    from clip_retrieval.options import Options
+    from clip_retrieval.run.settings import settle
 
-    Options.settle(read_config(path), {})
+    settle(read_config(path), {})
 
 
 RESULTS = (

@@ -1,0 +1,70 @@
+"""The scores of a run's model: recall on a split, accuracy of zero-shot classification, and their log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from clip_retrieval.classification.report import summary
+from clip_retrieval.classification.task import ZeroShotTask, score_task
+from clip_retrieval.data.split import Split
+from clip_retrieval.errors import NotFiniteError, RunError
+from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
+from clip_retrieval.log import log
+from clip_retrieval.run.prepare import Run
+
+
+def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
+    """Encode and score a split; return its features and its block of results.json."""
+    options, device = run.options, run.trainer.device
+    with _evaluation(run):
+        encoded = encode_split(
+            run.model,
+            split.dataset,
+            split.tokens,
+            split.pixels,
+            options.evaluation,
+            num_workers=options.data.num_workers,
+            device=device,
+            processes=run.processes,
+        )
+        block = score(encoded, split.dataset, options.evaluation, run.processes)
+    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}
+
+
+def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:
+    """Classify the labelled images; return the block of results.json, without the lists of classes and templates."""
+    options = run.options
+    with _evaluation(run):
+        block = score_task(
+            run.model,
+            task,
+            device=run.trainer.device,
+            eval_batch_size=options.evaluation.eval_batch_size,
+            num_workers=options.data.num_workers,
+            precision=options.evaluation.eval_precision,
+            processes=run.processes,
+        )
+    write_scores(run, kind, block)
+    log.info(f"zero-shot {summary(block)}")
+    return {name: value for name, value in block.items() if name not in ("per_class", "templates")}
+
+
+def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
+    """Write one line of metrics.jsonl for an evaluation."""
+    if run.metrics:
+        names = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
+        names += ("top1", "top5", "top10", "mean_per_class")
+        scores = {name: block[name] for name in names if name in block}
+        run.metrics.write(kind, run.progress.step, scores)
+
+
+@contextmanager
+def _evaluation(run: Run) -> Iterator[None]:
+    """A block that a signal may interrupt; a feature in it that is not finite is a RunError: the run has diverged."""
+    try:
+        with run.stop.interruptible():
+            yield
+    except NotFiniteError as error:
+        raise RunError(f"the model has diverged: {error}; start again with a lower --lr or --grad_clip 1") from None
