@@ -227,8 +227,10 @@ class DataOptions:
             raise UserError(
                 f"--dataset_weights has {len(self.dataset_weights)} values, --dataset {len(names)}; give one for each"
             )
-        values = {}
+        values = {"dataset": [(name,) for name in names]}
         for name in REPEATABLE:
+            if name == "dataset":
+                continue
             given = as_tuple(getattr(self, name))
             if len(given) == 1 and (given[0] is None or name == "dataset_root" or len(names) == 1):
                 given *= len(names)  # a folder that holds them all
@@ -239,9 +241,7 @@ class DataOptions:
                 )
             values[name] = given
         return [
-            dataclasses.replace(
-                self, **{name: given[i] for name, given in values.items()}, dataset=(names[i],), dataset_weights=None
-            )
+            dataclasses.replace(self, **{name: given[i] for name, given in values.items()}, dataset_weights=None)
             for i in range(len(names))
         ]
 
