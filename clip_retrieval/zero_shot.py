@@ -14,7 +14,7 @@ from typing import Any
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import IMAGENET, ZeroShotData, read_labelled
 from clip_retrieval.classification.report import per_class_table, summary
-from clip_retrieval.classification.task import score_task, task_of
+from clip_retrieval.classification.task import make_task, score_task
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
@@ -65,7 +65,7 @@ def classify_with(
         log_to_file(folder)
     block = score_task(
         model.to(device),
-        task_of(labelled, templates, tokenizer, built.preprocess),
+        make_task(labelled, templates, tokenizer, built.preprocess),
         device=device,
         eval_batch_size=options.evaluation.eval_batch_size,
         num_workers=options.data.num_workers,

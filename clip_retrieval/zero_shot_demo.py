@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_retrieval.classification.class_names import OFFICIAL_NAMES, clean_name, imagenet_names, read_names
 from clip_retrieval.classification.embeddings import prompt_classes
-from clip_retrieval.classification.folder import image_paths, log_skipped
+from clip_retrieval.classification.folder import list_images, log_skipped
 from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images.decode import as_rgb, decode_rgb
 from clip_retrieval.data.images.image_files import ImageFiles
@@ -80,7 +80,7 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     options, checkpoint = settle_options({**typed, "eval": True})
     device = choose_device(options.run.device)
     names = read_labels(demo.labels)
-    templates = choose_templates(demo.templates, demo.template, names, usual="single")
+    templates = choose_templates(demo.templates, demo.template, names, default="single")
     paths = [readable_image(demo.img_path)] if demo.img_path else readable_images(demo.img_dir, demo.figure)
     if demo.show_prediction:
         make_folder(demo.output, "--output")
@@ -177,7 +177,7 @@ def readable_images(folder: Path, figure: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--img_dir {folder}: no such folder; a single image is given as --img_path")
-    paths, others = image_paths(folder, below=False)
+    paths, others = list_images(folder, recursive=False)
     log_skipped(folder, others)
     drawn = {path.resolve() for path in find_drawn_pages(figure)}
     readable = []
