@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100 and STL-10 from their official archives.
 
-CIFAR's batches are pickles. Only files with the official MD5 sum are read. The unpickler creates no objects: it keeps the
-arrays of a batch as raw bytes.
+CIFAR's batches are pickles. Only files with the official MD5 sum are read. The unpickler creates no objects: it keeps
+arrays as raw bytes.
 """
 
 from __future__ import annotations

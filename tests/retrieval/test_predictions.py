@@ -168,7 +168,7 @@ def test_bad_files_are_one_line_and_success_false(script, tmp_path, gold, predic
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--top-k", 0], ["k starts at 1"]),
+        (["--top-k", 0], ["k must be at least 1"]),
         (["--text-feats", "image_features.jsonl"], ["image_features.jsonl, line 1", "text_id"]),
         (["--text-feats", "short.npy"], ["short.npy", "16", "3"]),
         (["--text-feats", "nan.npy"], ["7", "nan.npy", "not finite"]),
