@@ -1,4 +1,4 @@
-"""Where the time of training goes."""
+"""Training speed and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Speed, and the share of time spent waiting for data, between two log lines."""
+    """Measures the speed, and the share of time spent waiting for data, between two log lines."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -17,19 +17,19 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block that waits for data."""
+        """Time a block that waits for data."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     def count(self, pairs: int) -> None:
-        """`pairs` more are done."""
+        """Add `pairs` trained pairs."""
         self._pairs += pairs
 
     def lap(self) -> tuple[float, float]:
-        """Pairs per second and percent of time waited since the last lap; starts the next."""
+        """Return pairs per second and percent of time waited since the last lap, and start the next lap."""
         now = time.perf_counter()
         seconds = now - self._started
-        figures = self._pairs / seconds, 100 * self._waited / seconds
+        speed, waited = self._pairs / seconds, 100 * self._waited / seconds
         self._started, self._waited, self._pairs = now, 0.0, 0
-        return figures
+        return speed, waited
