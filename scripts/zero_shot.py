@@ -27,6 +27,7 @@ def main() -> None:
     add_arguments(parser, RunOptions, only=("resume", "checkpoint_path", "device"))
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
     add_arguments(parser, DataOptions, only=("num_workers", "max_image_pixels"))
+    # data, class names and templates
     group = parser.add_argument_group("classification options")
     group.add_argument(
         "--data", required=True, help="cifar10, cifar100, stl10, imagenet, or a folder with one folder per class"

@@ -27,6 +27,7 @@ def main() -> None:
     add_arguments(parser, RunOptions, only=("device",))
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
     add_arguments(parser, DataOptions, only=("num_workers", "max_image_pixels"))
+    # images, labels and figures
     demo = parser.add_argument_group("demo options")
     demo.add_argument("--img_path", help="an image")
     demo.add_argument("--img_dir", help="a folder of images")

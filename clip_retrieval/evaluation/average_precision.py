@@ -21,8 +21,7 @@ from torch import Tensor
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.evaluation.metrics import STANDARD_K
 from clip_retrieval.evaluation.neighbours import Neighbours, nearest
-from clip_retrieval.evaluation.ranks import TIE
-from clip_retrieval.evaluation.scores import Features, exact_scores, scoring_device
+from clip_retrieval.evaluation.scores import TIE, Features, exact_scores, scoring_device
 
 
 def retrieval_map(

@@ -78,7 +78,7 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
-    if options.map:
+    if options.map:  # from the exact top items, which ranks do not list
         precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
         for direction, values in precisions.items():
             metrics[direction] |= values

@@ -27,8 +27,15 @@ from torch import Tensor
 
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.ranks import TIE
-from clip_retrieval.evaluation.scores import Features, exact_scores, fast_tiles, rounding_bound, tile_size
+from clip_retrieval.evaluation.scores import (
+    TIE,
+    Features,
+    check_dimensions,
+    exact_scores,
+    fast_tiles,
+    score_margin,
+    tile_size,
+)
 
 DIRECTIONS = ("i2t", "t2i")
 COLLECTED = 2**20  # candidates of one direction that trigger pruning
@@ -73,10 +80,7 @@ def nearest(
     """
     if k < 1:
         raise UserError(f"the top {k} items: k must be at least 1")
-    if images.dim != texts.dim:
-        raise UserError(
-            f"image features have {images.dim} dimensions and text features {texts.dim}: both must be equal"
-        )
+    check_dimensions(images, texts)
     sides = {"i2t": (images, texts), "t2i": (texts, images)}
     searches = {name: _Direction(*sides[name], k) for name in directions}
     none = torch.empty(0, dtype=torch.int64, device=images.norms.device)
@@ -98,11 +102,8 @@ class _Direction:
 
     def __init__(self, queries: Features, items: Features, k: int):
         self.queries, self.items, self.k = queries, items, min(k, len(items))
-        relative, absolute = rounding_bound(queries.dim)
-        # Twice the tie tolerance: once for ties, once for the last bits of the float64 scores.
-        margin = queries.norms * items.norms.max() * (relative + 2 * TIE) + absolute
-        self.slack = 2 * margin
-        self.best = torch.full((len(queries), self.k), -torch.inf, device=margin.device)
+        self.slack = 2 * score_margin(queries, items)
+        self.best = torch.full((len(queries), self.k), -torch.inf, device=self.slack.device)
         self.low = self.best[:, 0].clone()
         self.crowded = torch.zeros_like(self.low, dtype=torch.int64)
         self.candidates = [(self.crowded[:0], self.crowded[:0], self.low[:0])]  # (query, item, float32 score)

@@ -24,15 +24,16 @@ from torch import Tensor
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.scores import (
+    TIE,
     Features,
+    check_dimensions,
     exact_scores,
     fast_tiles,
-    rounding_bound,
+    score_margin,
     scoring_device,
     tile_size,
 )
 
-TIE = 1e-10
 CROWDED = 1 / 64  # above this share of undecided scores, a float64 matrix product of the tile is faster
 
 
@@ -79,14 +80,12 @@ def retrieval_ranks(
     device = scoring_device(image_features, device)
     images = Features(image_features, device, "image", image_name)
     texts = Features(text_features, device, "caption", text_name)
-    if images.dim != texts.dim:
-        raise UserError(
-            f"image features have {images.dim} dimensions and text features {texts.dim}: both must be equal"
-        )
+    check_dimensions(images, texts)
     image, text = _unique_pairs(pairs, images, texts)
     scores = exact_scores(images, image, texts, text)
     i2t = _Direction(images, texts, image, text, scores)
     t2i = _Direction(texts, images, text, image, scores)
+    # count the negatives of each tile, in float64 if too many are undecided
     deal = slice(processes.rank, None, processes.world_size)
     for block in fast_tiles(images, texts, image, text, tile or tile_size(device), deal):
         i2t_done = i2t.count(block.rows, block.columns, block.scores, block.space)
@@ -116,9 +115,7 @@ class _Direction:
         self.above, self.tied, self.positives = zeros.long(), zeros.long(), zeros.long()
         equal = scores >= self.best[query] - TIE * queries.norms[query] * self.reach[query]
         self.positives.index_add_(0, query, equal.long())
-        # Twice the tie tolerance: once for ties, once for the last bits of the float64 scores.
-        relative, absolute = rounding_bound(queries.dim)
-        margin = queries.norms * items.norms.max() * (relative + 2 * TIE) + absolute
+        margin = score_margin(queries, items)
         # Round outwards. (A query without positives counts everything; `ranks` drops it.)
         infinity = torch.tensor(torch.inf, device=zeros.device)
         self.low = torch.nextafter((self.best - margin).float(), -infinity)

@@ -12,6 +12,8 @@ from torch import Tensor
 from clip_retrieval.device import disable_tf32
 from clip_retrieval.errors import NotFiniteError, UserError
 
+TIE = 1e-10  # scores of a query closer than this times |query| |item| are equal
+
 
 class Features:
     """The features of images or captions: as given, in float32 for the fast product, and their float64 norms.
@@ -109,6 +111,14 @@ def fast_tiles(
         yield Tile(rows, columns, positives, scores, space)
 
 
+def check_dimensions(images: Features, texts: Features) -> None:
+    """Raise UserError unless both have the same number of dimensions."""
+    if images.dim != texts.dim:
+        raise UserError(
+            f"image features have {images.dim} dimensions and text features {texts.dim}: both must be equal"
+        )
+
+
 def rounding_bound(dim: int) -> tuple[float, float]:
     """Return (relative, absolute): a float32 score is within relative * |image| |text| + absolute of the exact one.
 
@@ -122,6 +132,13 @@ def rounding_bound(dim: int) -> tuple[float, float]:
     """
     steps = (dim + 4) * 2.0**-24
     return steps / (1 - steps), dim * 2.0**-96
+
+
+def score_margin(queries: Features, items: Features) -> Tensor:
+    """float64 (queries,): float32 scores of a query that are closer than this to a threshold are undecided."""
+    # Twice the tie tolerance: once for ties, once for the last bits of the float64 scores.
+    relative, absolute = rounding_bound(queries.dim)
+    return queries.norms * items.norms.max() * (relative + 2 * TIE) + absolute
 
 
 def scoring_device(features: Tensor | np.ndarray, device: torch.device | str | None) -> torch.device:

@@ -37,6 +37,7 @@ def evaluate_feature_files(
     Returns {"images", "captions", "i2t", "t2i", "mean_recall", "rsum"}.
     Raises UserError if a file cannot be read or does not match the others.
     """
+    # read and check the arrays
     images, texts = read_vectors(image_features), read_vectors(text_features)
     if images.shape[1] != texts.shape[1]:
         raise UserError(
@@ -46,6 +47,7 @@ def evaluate_feature_files(
     relevant = _read_pairs(text_to_image, pairs, len(images), len(texts))
     if normalize:
         images, texts = _normalize(images, image_features), _normalize(texts, text_features)
+    # rank and score
     ranks = retrieval_ranks(
         images,
         texts,

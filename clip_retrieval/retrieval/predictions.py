@@ -209,6 +209,7 @@ def predict(
     """
     if gallery_batch_size is not None and gallery_batch_size < 1:
         raise UserError(f"--eval_batch_size {gallery_batch_size}: must be at least 1")
+    # read both files
     images = read_features(image_feats, "image", memory_map=index == "faiss")
     texts = read_features(text_feats, "text", memory_map=index == "faiss")
     if images.vectors.shape[1] != texts.vectors.shape[1]:
@@ -216,6 +217,7 @@ def predict(
             f"{image_feats}: has {images.vectors.shape[1]} dimensions, but {text_feats} has {texts.vectors.shape[1]}; "
             "give features of one model"
         )
+    # search and write each direction
     sides = {"t2i": (texts, images), "i2t": (images, texts)}
     if index == "faiss":
         from clip_retrieval.retrieval.faiss_index import approximate_nearest
@@ -241,6 +243,7 @@ def _exact_nearest(
     from clip_retrieval.evaluation.scores import Features, scoring_device, tile_size
 
     target = scoring_device(images.vectors, choose_device(device))
+    # a tile is images x captions: limit the side that is the gallery of a direction
     tile = list(tile_size(target))
     if gallery_batch_size is not None:
         for side, direction in enumerate(("t2i", "i2t")):
