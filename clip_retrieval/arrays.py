@@ -1,6 +1,6 @@
-""".npy files, read without trusting them: a header is checked against the size of its file before memory is asked for.
+"""Safe reading of .npy files: the header is checked against the file size before memory is allocated.
 
-No pickle is ever loaded: an array of objects, an .npz and a pickle are refused.
+Pickles are never loaded: object arrays, .npz files and pickles are refused.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.memory import memory_limit
 
-KINDS = "biuf"  # booleans, whole numbers, floats
+KINDS = "biuf"  # dtype kinds: bool, integers, floats
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
-    """The array of numbers in a .npy file, in the byte order of this machine; with memory_map it stays on disk.
+    """Read an array of numbers from a .npy file, in native byte order; with memory_map it stays on disk.
 
-    Raises UserError, naming the file, if it cannot be read, is damaged, cut short or something else, or is larger than
-    the memory.
+    Raises UserError, naming the file, if it cannot be read, is damaged, truncated or something else, or exceeds memory.
     """
     try:
         with open_regular(path) as file:
             shape, fortran, dtype = _read_header(file)
             count, begin = math.prod(shape), file.tell()
-            size, held = count * dtype.itemsize, os.fstat(file.fileno()).st_size - begin
-            if size > held:
-                raise ValueError(f"its header promises {size:,} bytes, but {max(held, 0):,} follow")
+            size, available = count * dtype.itemsize, os.fstat(file.fileno()).st_size - begin
+            if size > available:
+                raise ValueError(f"its header promises {size:,} bytes, but {max(available, 0):,} follow")
             if count == 0:
                 return np.empty(shape, dtype)
             order = "F" if fortran else "C"
@@ -50,18 +49,18 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """The shape, whether it is in Fortran's order, and the dtype. Raises ValueError if it is no array of numbers."""
+    """Return shape, whether it is in Fortran order, and dtype. Raises ValueError unless it is an array of numbers."""
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
-        raise ValueError("it does not begin as one") from None
+        raise ValueError("no .npy header") from None
     if version not in HEADERS:
-        raise ValueError(f"of version {'.'.join(map(str, version))}")
+        raise ValueError(f"unknown version {'.'.join(map(str, version))}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of numpy for files of Python 2, of Python for damaged ones
+            warnings.simplefilter("ignore")  # numpy warns of Python 2 files, Python of damaged literals
             shape, fortran, dtype = HEADERS[version](file)
-    # numpy evaluates the header as a Python literal: damage raises nearly anything (SyntaxError, TokenError, ...).
+    # numpy parses the header as a Python literal: damage can raise nearly anything (SyntaxError, TokenError, ...).
     except Exception:
         raise ValueError("its header is damaged") from None
     if dtype.kind not in KINDS or dtype.itemsize > 8:

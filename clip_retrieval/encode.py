@@ -1,4 +1,4 @@
-"""Features of a whole data set: each image once, each distinct caption once."""
+"""Encode a whole data set: each image once, each distinct caption once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Encode = Callable[..., Tensor]
 
 
 def encoding_model(model: RetrievalModel, precision: str) -> RetrievalModel:
-    """`model` ready to encode: in evaluation mode, with its weights in `precision` (a copy, unless it is fp32)."""
+    """Return the model in evaluation mode, with its weights in `precision` (a copy unless fp32)."""
     if precision != "fp32":
         mean, std = model.mean, model.std
         model = copy.deepcopy(model).to(DTYPES[precision])
-        model.mean, model.std = mean, std  # the pixels are normalised in float32
+        model.mean, model.std = mean, std  # pixels are normalised in float32
     return model.eval()
 
 
@@ -41,9 +41,10 @@ def encode_images(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """float32 (images, dim) on `device`: what `encode` gives for uint8 (n, 3, height, width), of all images.
+    """Encode all images. Returns float32 (images, dim) on `device`.
 
-    Processes that share the work take a batch each in turn, and all get the whole.
+    encode: maps uint8 (n, 3, height, width) to features (n, dim).
+    processes: each encodes every world_size-th batch; all get all features.
     """
     batches = torch.arange(len(pixels)).split(batch_size or BATCH_SIZE[device.type])
     own = batches[processes.rank :: processes.world_size]
@@ -54,7 +55,7 @@ def encode_images(
         pin_memory=device.type == "cuda",
     )
     bar = progress_bar(loaded, total=len(own), desc="images", leave=False)
-    return _whole((encode(images.to(device, non_blocking=True)) for images in bar), batches, device, processes)
+    return _all_gather((encode(images.to(device, non_blocking=True)) for images in bar), batches, device, processes)
 
 
 @torch.inference_mode()
@@ -68,11 +69,15 @@ def encode_captions(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """float32 (captions, dim) on `device`: what `encode` gives for int64 (n, length) and lengths (n,), of all captions.
+    """Encode all captions. Returns float32 (captions, dim) on `device`.
 
-    Equal captions are encoded once; captions of like length go together, so that little padding is computed; `trim`
-    cuts what a batch shares of it. Processes that share the work take a batch each in turn, and all get the whole.
+    Equal captions are encoded once. Batches are sorted by length to reduce padding.
+
+    encode: maps ids int64 (n, length) and lengths (n,) to features (n, dim).
+    trim: cut the padding that all captions of a batch share.
+    processes: each encodes every world_size-th batch; all get all features.
     """
+    # first: the row of each distinct caption; distinct: the index into `first` of each caption
     index_of: dict[str, int] = {}
     distinct = torch.tensor([index_of.setdefault(caption, len(index_of)) for caption in captions])
     first = torch.from_numpy(np.unique(distinct.numpy(), return_index=True)[1])
@@ -85,12 +90,14 @@ def encode_captions(
         return encode(ids.to(device, non_blocking=True), lengths)
 
     bar = progress_bar(own, desc="captions", leave=False)
-    return _whole((encode_rows(rows) for rows in bar), batches, device, processes)[distinct.to(device)]
+    return _all_gather((encode_rows(rows) for rows in bar), batches, device, processes)[distinct.to(device)]
 
 
-def _whole(encoded: Iterable[Tensor], batches: Sequence[Tensor], device: torch.device, processes: Processes) -> Tensor:
-    """The features of all batches, in the order of the rows, from those of this process's batches."""
-    parts = list(encoded)
+def _all_gather(
+    own_features: Iterable[Tensor], batches: Sequence[Tensor], device: torch.device, processes: Processes
+) -> Tensor:
+    """The features of all batches of all processes, in row order."""
+    parts = list(own_features)
     width = int(processes.max(torch.tensor(parts[0].shape[1] if parts else 0)))
     gathered = processes.all_gather_rows(torch.cat([*parts, torch.empty(0, width, device=device)]))
     world_size = processes.world_size

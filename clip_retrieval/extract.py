@@ -1,4 +1,4 @@
-"""The features of a data set, or of images and texts in Chinese-CLIP's files, written to disk.
+"""Write the features of a data set, or of images and texts in Chinese-CLIP's files, to disk.
 
 python scripts/extract_features.py --resume logs/ex0/best.pt --dataset coco --dataset_root DATA
 python scripts/extract_features.py --resume clip_cn_vit-b-16.pt --vision-model ViT-B-16 \
@@ -36,15 +36,15 @@ from clip_retrieval.run.splits import load_pixels
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What is to be extracted, and where to.
+    """The features to extract, and the files to write.
 
     Attributes:
-        extract_image_feats, extract_text_feats: which sides (default: both, of files those that are named).
-        image_data: LMDB folder or tsv of images, instead of the data set's.
-        text_data: jsonl of texts, instead of the data set's.
-        output: folder of a data set's features (default: beside the checkpoint, as an evaluation's).
-        image_feat_output_path, text_feat_output_path: files to write, .npy by their name, else JSON lines.
-        img_batch_size, text_batch_size: what is encoded at a time, in each process (default: by the device).
+        extract_image_feats, extract_text_feats: extract these (default: both, or those that have a file).
+        image_data: LMDB folder or tsv that replaces the data set's images.
+        text_data: jsonl that replaces the data set's texts.
+        output: folder of a data set's features (default: beside the checkpoint, like an evaluation's).
+        image_feat_output_path, text_feat_output_path: files to write: .npy if the path ends in it, else JSON lines.
+        img_batch_size, text_batch_size: items to encode at a time in each process (default: by device).
     """
 
     extract_image_feats: bool = False
@@ -61,71 +61,70 @@ class ExtractionRequest:
         for name in ("img_batch_size", "text_batch_size"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"--{name} {size}: must be at least 1")
-        if self.of_files and self.images and self.image_data is None:
+        if self.uses_files and self.includes_images and self.image_data is None:
             raise UserError(
-                "--extract_image_feats beside --text_data: give --image_data, a folder lmdb/.../imgs or tsv"
+                "--extract_image_feats with --text_data: give --image_data too, a folder lmdb/.../imgs or a tsv"
             )
-        if self.of_files and self.texts and self.text_data is None:
-            raise UserError("--extract_text_feats beside --image_data: give --text_data, a ..._texts.jsonl")
+        if self.uses_files and self.includes_texts and self.text_data is None:
+            raise UserError("--extract_text_feats with --image_data: give --text_data too, a ..._texts.jsonl")
 
     @property
-    def of_files(self) -> bool:
+    def uses_files(self) -> bool:
         return self.image_data is not None or self.text_data is not None
 
     @property
-    def images(self) -> bool:
-        return self.extract_image_feats or (self._all and (self.image_data is not None or not self.of_files))
+    def includes_images(self) -> bool:
+        return self.extract_image_feats or (
+            not self.extract_text_feats and (self.image_data is not None or not self.uses_files)
+        )
 
     @property
-    def texts(self) -> bool:
-        return self.extract_text_feats or (self._all and (self.text_data is not None or not self.of_files))
-
-    @property
-    def _all(self) -> bool:
-        return not (self.extract_image_feats or self.extract_text_feats)
+    def includes_texts(self) -> bool:
+        return self.extract_text_feats or (
+            not self.extract_image_feats and (self.text_data is not None or not self.uses_files)
+        )
 
 
-def extract(typed: dict[str, Any], wanted: ExtractionRequest) -> None:
-    """Encode what is wanted with the model of the options, and write it."""
+def extract(typed: dict[str, Any], request: ExtractionRequest) -> None:
+    """Encode images and texts with the model of the options `typed`, and write the features."""
     start_log()
     options, checkpoint = settle_options({**typed, "eval": True})
     with process_group(options.run.device) as processes:
-        extract_with(options, checkpoint, typed, wanted, processes)
+        extract_with(options, checkpoint, request, processes)
 
 
 def extract_with(
-    options: Options,
-    checkpoint: dict[str, Any] | None,
-    typed: dict[str, Any],
-    wanted: ExtractionRequest,
-    processes: Processes,
+    options: Options, checkpoint: dict[str, Any] | None, request: ExtractionRequest, processes: Processes
 ) -> None:
-    """The extraction of one or of several processes, which share the work."""
+    """Extract the features; several processes share the work."""
+    # read the data and load the model
     device = choose_device(options.run.device)
-    dataset = read_files(wanted) if wanted.of_files else read_split(options)
+    dataset = read_files(request) if request.uses_files else read_split(options)
     log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
-    with processes.main_first():  # it may download
+    with processes.main_first():  # may download
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
     warn_of_random_weights(built)
-    folder = wanted.output
+    # make the output folders
+    folder = request.output
     if folder is None:
         folder = evaluation_folder(options, built.name, of_checkpoint=checkpoint is not None, named=False)
         folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
-    paths = output_paths(wanted, folder)
+    paths = output_paths(request, folder)
     if processes.is_main:
-        for place in {path.parent for path in paths.values()}:
-            make_folder(place, "--output")
+        for parent in {path.parent for path in paths.values()}:
+            make_folder(parent, "--output")
+    # encode and write
     encoder = encoding_model(model.to(device), options.evaluation.eval_precision)
     shared = {"device": device, "processes": processes}
     with disable_tf32():
         if "image" in paths:
-            with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+            with processes.main_first() if options.data.image_cache else nullcontext():  # may build the cache
                 pixels = load_pixels(options.data, dataset, built.preprocess, device, "none")
             features = encode_images(
                 encoder.encode_image,
                 pixels,
-                batch_size=wanted.img_batch_size,
+                batch_size=request.img_batch_size,
                 num_workers=options.data.num_workers,
                 **shared,
             )
@@ -137,7 +136,7 @@ def extract_with(
                 dataset.captions,
                 tokenize(dataset.captions, tokenizer),
                 trim=encoder.trims_text,
-                batch_size=wanted.text_batch_size,
+                batch_size=request.text_batch_size,
                 **shared,
             )
             _write(paths["text"], "text", dataset.text_ids or range(len(dataset.captions)), features, processes)
@@ -153,30 +152,30 @@ def _write(path: Path, kind: str, ids: Sequence[Id], features: Tensor, processes
 
 
 def read_split(options: Options) -> RetrievalDataset:
-    """The split of the data set. Raises UserError where there is none."""
+    """Read the split to extract. Raises UserError if the data set does not have it."""
     dataset = read_dataset(options.data, options.evaluation.eval_split)
     if dataset is None:
         raise UserError(
             f"{options.data.name} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
-            "another --eval_split, or other data"
+            "another --eval_split or other data"
         )
     return dataset
 
 
-def read_files(wanted: ExtractionRequest) -> RetrievalDataset:
-    """The images and the texts of the files that are wanted, each text once. Nothing is said of what belongs together.
+def read_files(request: ExtractionRequest) -> RetrievalDataset:
+    """Read the images and the distinct texts of the request's files, without pairs.
 
-    Raises UserError, naming file and line, where a file is not as it should be.
+    Raises UserError, naming file and line, if a file is invalid.
     """
     from clip_retrieval.data.captions import clean_caption
     from clip_retrieval.data.images.base64_images import infer_id_types
     from clip_retrieval.data.readers.chinese import open_images, read_texts
 
-    records = read_texts(wanted.text_data).records if wanted.text_data is not None else []
-    texts = {text.text_id: clean_caption(text.text) for text in records} if wanted.texts else {}
+    records = read_texts(request.text_data).records if request.text_data is not None else []
+    texts = {text.text_id: clean_caption(text.text) for text in records} if request.includes_texts else {}
     images, image_ids = [], []
-    if wanted.images:
-        images = open_images(wanted.image_data)
+    if request.includes_images:
+        images = open_images(request.image_data)
         image_ids = infer_id_types(images.keys, (image_id for text in records for image_id in text.image_ids))
     pairs = np.empty((0, 2), np.int64)
     dataset = RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
@@ -184,30 +183,28 @@ def read_files(wanted: ExtractionRequest) -> RetrievalDataset:
     return dataset
 
 
-def output_paths(wanted: ExtractionRequest, folder: Path) -> dict[str, Path]:
-    """The files to write, of "image", "text" and "pairs": those that were asked for, or the usual ones.
+def output_paths(request: ExtractionRequest, folder: Path) -> dict[str, Path]:
+    """The files to write for "image", "text" and "pairs": those of the request, or by default
 
-    Of DATA/lmdb/test/imgs, and of DATA/test_imgs.tsv: DATA/test_imgs.img_feat.jsonl; of DATA/test_texts.jsonl:
-    DATA/test_texts.txt_feat.jsonl; of a data set: image_features.npy, text_features.npy and pairs.npy in `folder`.
+    - DATA/test_imgs.img_feat.jsonl for DATA/lmdb/test/imgs and DATA/test_imgs.tsv,
+    - DATA/test_texts.txt_feat.jsonl for DATA/test_texts.jsonl,
+    - image_features.npy, text_features.npy and pairs.npy in `folder` for a data set.
     """
     paths = {}
-    if wanted.images:
-        usual = _beside_images(wanted.image_data) if wanted.image_data else folder / "image_features.npy"
-        paths["image"] = wanted.image_feat_output_path or usual
-    if wanted.texts:
-        usual = _beside_texts(wanted.text_data) if wanted.text_data else folder / "text_features.npy"
-        paths["text"] = wanted.text_feat_output_path or usual
-    if wanted.images and wanted.texts and not wanted.of_files:
+    if request.includes_images:
+        default = _image_feat_path(request.image_data) if request.image_data else folder / "image_features.npy"
+        paths["image"] = request.image_feat_output_path or default
+    if request.includes_texts:
+        texts = request.text_data
+        default = texts.with_name(f"{texts.name.removesuffix('.jsonl')}.txt_feat.jsonl") if texts else None
+        paths["text"] = request.text_feat_output_path or default or folder / "text_features.npy"
+    if request.includes_images and request.includes_texts and not request.uses_files:
         paths["pairs"] = folder / "pairs.npy"
     return paths
 
 
-def _beside_images(path: Path) -> Path:
-    parts = path.absolute().parts
+def _image_feat_path(images: Path) -> Path:
+    parts = images.absolute().parts
     if len(parts) > 3 and parts[-3] == "lmdb":  # DATA/lmdb/test/imgs
         return Path(*parts[:-3]) / f"{parts[-2]}_imgs.img_feat.jsonl"
-    return path.with_name(f"{path.name.removesuffix('.tsv')}.img_feat.jsonl")
-
-
-def _beside_texts(path: Path) -> Path:
-    return path.with_name(f"{path.name.removesuffix('.jsonl')}.txt_feat.jsonl")
+    return images.with_name(f"{images.name.removesuffix('.tsv')}.img_feat.jsonl")

@@ -1,7 +1,4 @@
-"""Files of one JSON record a line: read with errors that name the line, written whole or not at all.
-
-Nothing here imports torch: the processes that read a large file start quickly.
-"""
+"""Files with one JSON record per line: read with errors that name the line, written atomically."""
 
 from __future__ import annotations
 
@@ -24,18 +21,18 @@ except ImportError:
 Id = int | str
 
 LONGEST_LINE = 2**27  # bytes
-LONGEST_ID = 2**13  # bits of a whole number, some 2,400 digits: str() refuses more than 4,300
+LONGEST_ID = 2**13  # bits of an integer, about 2,400 digits: str() refuses more than 4,300
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write text lines atomically, each without its line break. Raises OSError if the place cannot be written."""
+    """Write lines, given without line breaks, atomically. Raises OSError if the path cannot be written."""
     with write_atomic(path) as file:
         file.writelines(f"{line}\n".encode() for line in lines)
 
 
 @contextmanager
 def open_input(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, to read from. Raises UserError if it cannot be opened, or read while it is open."""
+    """Open a regular file to read bytes. Raises UserError if it cannot be opened, or read while it is open."""
     try:
         with open_regular(path) as file:
             yield file
@@ -44,12 +41,12 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of each line that is not empty. Raises UserError for a line that no record can need."""
+    """Yield (line number, line) of each non-empty line. Raises UserError for a line over LONGEST_LINE."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; write one record a line")
+            raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; write one record per line")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.isspace():
@@ -57,7 +54,7 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) of each line that is not empty. Raises UserError, naming the line."""
+    """Yield (line number, record) of each non-empty line. Raises UserError, naming the line, for invalid JSON."""
     with open_input(path) as file:
         for number, line in read_lines(file, path):
             try:
@@ -67,14 +64,14 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line. Raises ValueError, with a reason, if it is something else."""
+    """Parse the JSON object on a line. Raises ValueError, with a reason, for anything else."""
     try:
         content = parse_json(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            raise ValueError("several records are glued together; each stands on a line of its own") from None
+            raise ValueError("several records are glued together; write one record per line") from None
         raise ValueError(f"broken JSON ({error.msg}, column {error.colno})") from None
     except ValueError as error:
         raise ValueError(f"broken JSON ({error})") from None
@@ -84,10 +81,10 @@ def parse_record(line: bytes) -> dict[str, Any]:
 
 
 def parse_record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
-    """The same as `parse_record`, several times faster where a list of many numbers goes with the id under `key`.
+    """Like `parse_record`, but several times faster for long lists of numbers, if orjson is installed.
 
-    With orjson, where it is installed. What that does not take (whole numbers beyond 64 bit become inexact, NaN is none
-    of its numbers) the standard library reads.
+    The standard library parses what orjson cannot: NaN, and an id under `key` that is not valid, because orjson turns
+    integers beyond 64 bits into floats.
     """
     if orjson is not None:
         try:
@@ -100,12 +97,12 @@ def parse_record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can be an id: a text, or a whole number that can be printed."""
+    """Whether a value can be an id: text, or an integer that can be printed."""
     return type(value) is str or (type(value) is int and value.bit_length() <= LONGEST_ID)
 
 
 def get_id(content: dict[str, Any], key: str) -> Id:
-    """The id under `key`. Raises ValueError if there is none."""
+    """The id under `key`. Raises ValueError if it is missing or invalid."""
     value = content.get(key)
     if not is_id(value):
         found = f"{reprlib.repr(value)} as " if key in content else "no "

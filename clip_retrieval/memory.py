@@ -1,4 +1,4 @@
-"""How much memory there is, to refuse a file or a model that asks for more before it is taken."""
+"""Memory limits, to refuse a file or model that is too large before allocating memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 # The limits of a container (cgroup v2 and v1): a number of bytes, or "max".
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-FALLBACK = 16 * 2**30  # bytes, on systems that do not tell
+FALLBACK = 16 * 2**30  # bytes, on systems without a known limit
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process may use at most: the machine's, the container's or the shell's limit."""
+    """Maximum memory of this process in bytes: the lowest limit of machine, container and shell."""
     limits = [FALLBACK]
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -27,7 +27,7 @@ def memory_limit() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take; as `memory_limit` on systems that do not tell."""
+    """Memory available to this process in bytes; `memory_limit` on systems without /proc/meminfo."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = sum(1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree"))

@@ -1,4 +1,4 @@
-"""The accuracy of a model as a zero-shot classifier: class names become prompts, the nearest class is the answer.
+"""Score a model as a zero-shot classifier: encode class names as prompts, predict the nearest class.
 
 python scripts/zero_shot.py --resume logs/ex0/best.pt --data cifar100 --data_root DIR
 python scripts/zero_shot.py --vision_model ViT-B/32 --data imagenet --data_root DIR/val
@@ -14,7 +14,7 @@ from typing import Any
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import IMAGENET, ZeroShotData, read_labelled
 from clip_retrieval.classification.report import per_class_table, summary
-from clip_retrieval.classification.task import score_task, task_of
+from clip_retrieval.classification.task import make_task, score_task
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
@@ -27,46 +27,49 @@ from clip_retrieval.run.folder import make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 
-USUAL_FOLDERS = ("test", "val", "valid", "validation", "train", "images", "data")
+GENERIC_NAMES = ("test", "val", "valid", "validation", "train", "images", "data")
 
 
-def classify(typed: dict[str, Any], wanted: ZeroShotData, output: Path | None = None) -> None:
+def classify(typed: dict[str, Any], request: ZeroShotData, output: Path | None = None) -> None:
     """Score the model of the options, and write results.json and results.txt.
 
     Args:
         typed: options of the model and of the evaluation.
-        wanted: what is to be classified.
-        output: folder of the results (default: one beside the checkpoint, or in --checkpoint_path).
+        request: data set, class names and templates.
+        output: folder of the results (default: a new folder beside the checkpoint, or in --checkpoint_path).
     """
     start_log()
     options, checkpoint = settle_options({**typed, "eval": True})
     with process_group(options.run.device) as processes:
-        classify_with(options, checkpoint, wanted, output, processes)
+        classify_with(options, checkpoint, request, output, processes)
 
 
 def classify_with(
     options: Options,
     checkpoint: dict[str, Any] | None,
-    wanted: ZeroShotData,
+    request: ZeroShotData,
     output: Path | None,
     processes: Processes,
 ) -> None:
-    """The classification of one or of several processes, which share the work."""
+    """Score the model; several processes share the work."""
+    # read the data and load the model
     device = choose_device(options.run.device)
-    with processes.main_first():  # it may download or extract
-        labelled, templates = read_labelled(wanted)
+    with processes.main_first():  # may download or extract
+        labelled, templates = read_labelled(request)
     with processes.main_first():
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
     warn_of_random_weights(built)
-    name = data_name(labelled) + settings_name(wanted, templates)
+    # make the output folder
+    name = data_name(labelled) + settings_suffix(request, templates)
     folder = output or results_folder(options, built.name, name, of_checkpoint=checkpoint is not None)
     if processes.is_main:
         make_folder(folder, "--output")
         log_to_file(folder)
+    # score the model and write the results
     block = score_task(
         model.to(device),
-        task_of(labelled, templates, tokenizer, built.preprocess),
+        make_task(labelled, templates, tokenizer, built.preprocess),
         device=device,
         eval_batch_size=options.evaluation.eval_batch_size,
         num_workers=options.data.num_workers,
@@ -75,53 +78,52 @@ def classify_with(
     )
     table = per_class_table(block)
     if processes.is_main:
-        write_options(folder, with_data(options, wanted), f"{device} ({device_name(device)})")
+        write_options(folder, record_data(options, request), f"{device} ({device_name(device)})")
         write_results(folder, {"model": built.name, "weights": built.weights, **block})
-        read = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
-        read.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
-        text = "\n".join([f"{built.name}, weights: {built.weights}", *read, summary(block), "", table, ""])
+        sources = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
+        sources.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
+        text = "\n".join([f"{built.name}, weights: {built.weights}", *sources, summary(block), "", table, ""])
         write_text(folder / "results.txt", printable(text))
     log.info(f"\n{table}\n\n{summary(block)}")
     log.info(f"wrote {folder / 'results.json'} and results.txt")
 
 
 def results_folder(options: Options, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
-    """A folder of its own: beside a checkpoint of ours, else in --checkpoint_path with the model in its name."""
+    """The folder of the results: beside a checkpoint of ours, else in --checkpoint_path under the model's name."""
     if of_checkpoint:
         return Path(options.run.resume).parent / f"zero_shot_{_file_name(data_name)}"
     return Path(options.run.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
 
 
 def data_name(labelled: LabelledImages) -> str:
-    """What the results are called after, so that each data set has its own.
+    """A name for the results that differs between data sets.
 
-    Of a variant of ImageNet it is the folder; a folder that is called as many are, such as test, brings its parent's
-    name along.
+    Variants of ImageNet are named after their folder. The parent's name precedes a generic folder name such as test.
     """
     place = labelled.place.resolve() if labelled.place else Path()
     if labelled.name != IMAGENET:
-        usual = place.name == labelled.name and place.name.lower() in USUAL_FOLDERS
-        return f"{place.parent.name}_{place.name}" if usual and place.parent.name else labelled.name
+        is_generic = place.name == labelled.name and place.name.lower() in GENERIC_NAMES
+        return f"{place.parent.name}_{place.name}" if is_generic and place.parent.name else labelled.name
     if place.name.lower() in (IMAGENET, "val", ""):
         return labelled.name
     return place.name if place.name.lower().startswith(IMAGENET) else f"{IMAGENET}_{place.name}"
 
 
-def settings_name(wanted: ZeroShotData, templates: Templates) -> str:
-    """What tells results apart that are of the same data in other words: `_simple_names`."""
-    templates_name = Path(templates.name).stem if wanted.templates or wanted.template else ""
-    names = wanted.class_names.stem if wanted.class_names else ""
-    return "".join(f"_{part}" for part in (templates_name, names, "all" * wanted.all_classes) if part)
+def settings_suffix(request: ZeroShotData, templates: Templates) -> str:
+    """A suffix for results with other templates or class names than the default, e.g. `_simple_names`."""
+    templates_name = Path(templates.name).stem if request.templates or request.template else ""
+    names = request.class_names.stem if request.class_names else ""
+    return "".join(f"_{part}" for part in (templates_name, names, "all" * request.all_classes) if part)
 
 
-def with_data(options: Options, wanted: ZeroShotData) -> Options:
-    """The options, with what is classified under the names that main.py has for it."""
+def record_data(options: Options, request: ZeroShotData) -> Options:
+    """Copy the request into the options, under main.py's option names."""
     evaluation = replace(
         options.evaluation,
-        zero_shot_eval=wanted.data,
-        zero_shot_root=str(wanted.data_root),
-        zero_shot_class_names=wanted.class_names and str(wanted.class_names),
-        zero_shot_templates=wanted.templates,
+        zero_shot_eval=request.data,
+        zero_shot_root=str(request.data_root),
+        zero_shot_class_names=request.class_names and str(request.class_names),
+        zero_shot_templates=request.templates,
     )
     return replace(options, evaluation=evaluation)
 

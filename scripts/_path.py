@@ -1,4 +1,4 @@
-"""`import _path` in a script: it finds clip_retrieval from a bare clone, whatever the working directory."""
+"""`import _path` lets a script import clip_retrieval from a bare clone, in any working directory."""
 
 import sys
 from pathlib import Path

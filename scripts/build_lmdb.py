@@ -2,8 +2,8 @@
 
 python scripts/build_lmdb.py --data_dir DATA --splits train,valid,test
 
-DATA has {split}_imgs.tsv and {split}_texts.jsonl; written are DATA/lmdb/{split}/imgs and pairs. The same command goes
-on with a build that was interrupted.
+Reads DATA/{split}_imgs.tsv and DATA/{split}_texts.jsonl, and writes DATA/lmdb/{split}/imgs and pairs. After an
+interruption, the same command resumes the build.
 """
 
 import sys
@@ -18,7 +18,7 @@ from clip_retrieval.errors import UserError, run_and_exit
 def main() -> None:
     parser = build_parser(__doc__.partition("\n")[0], groups=())
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of the tsv and jsonl files")
-    parser.add_argument("--splits", required=True, help="names of splits, with commas between them: train,valid,test")
+    parser.add_argument("--splits", required=True, help="comma-separated names of splits: train,valid,test")
     parser.add_argument("--lmdb_dir", type=Path, help="folder to write to (default: lmdb in data_dir)")
     typed = vars(parser.parse_args())
 
@@ -27,7 +27,7 @@ def main() -> None:
 
     typed["splits"] = list(dict.fromkeys(filter(None, map(str.strip, typed["splits"].split(",")))))
     if not typed["splits"]:
-        raise UserError("--splits is empty; name what comes before _imgs.tsv, such as train,valid,test")
+        raise UserError("--splits is empty; give the names before _imgs.tsv, such as train,valid,test")
     start_log()
     build_lmdb(**typed)
 

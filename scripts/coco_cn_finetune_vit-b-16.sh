@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Finetune Chinese-CLIP ViT-B/16 on COCO-CN, in the folders that Chinese-CLIP's README makes:
+# Finetune Chinese-CLIP ViT-B/16 on COCO-CN, in the folders of Chinese-CLIP's README:
 # DATAPATH/datasets/COCO-CN, DATAPATH/pretrained_weights, DATAPATH/experiments.
 #
 #     bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH [further options of main.py]
-#     GPUS=8 bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH      # 8 GPUs of this machine, 128 pairs on each
+#     GPUS=8 bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH      # 8 GPUs of this machine, 128 pairs per GPU
 set -euo pipefail
 data="${1:?give the folder DATAPATH}" gpus="${GPUS:-1}"
 start=("${PYTHON:-python}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Finetune ViT-B/32 on COCO with the GPUs of several machines. On each of them, all at about the same time:
+# Finetune ViT-B/32 on COCO with the GPUs of several machines. Run on each machine, at about the same time:
 #
 #     NODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/coco_finetune_multi_node.sh DATA [further options of main.py]
 #     NODES=2 NODE_RANK=1 MASTER_ADDR=node0 bash scripts/coco_finetune_multi_node.sh DATA [further options of main.py]
 #
-# MASTER_ADDR is the first machine, as the others reach it; MASTER_PORT (29500) must be free there. Each machine needs the
-# code, the data and the weights; the first one writes the run's files, and --resume must find them on every machine (a
-# shared folder as --checkpoint_path). GPUS=4 takes four GPUs of this machine instead of all. Under Slurm: srun, one task a
+# MASTER_ADDR is the address of the first machine; MASTER_PORT (29500) must be free there. Each machine needs the code,
+# the data and the weights. The first machine writes the run's files; --resume reads them on every machine, so use a
+# shared folder as --checkpoint_path. GPUS=4 uses four GPUs of a machine instead of all. Under Slurm: srun, one task per
 # node, with NODE_RANK=$SLURM_NODEID.
 set -euo pipefail
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:?number of machines}" --node_rank "${NODE_RANK:?number of this machine, from 0}" \

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Finetune ViT-B/32 on COCO with all GPUs of a machine (GPUS=4: with four of them).
+# Finetune ViT-B/32 on COCO with all GPUs of a machine (GPUS=4 uses four).
 #
 #     bash scripts/coco_finetune_one_node.sh DATA [further options of main.py]
 #
-# --batch_size is the global one, over all GPUs: the numbers do not depend on how many there are.
+# --batch_size is the global batch over all GPUs: results do not depend on their number.
 set -euo pipefail
 exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-gpu}" "$(dirname "$0")/../main.py" \
     --dataset_root "${1:?give the folder of the data}" --vision_model ViT-B/32 \

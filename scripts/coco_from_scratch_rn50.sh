@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train clip-training's model from scratch on COCO, as that system does.
+# Train clip-training's model from scratch on COCO, with that system's settings.
 #     bash scripts/coco_from_scratch_rn50.sh DATA [further options of main.py]
 set -euo pipefail
 here="$(dirname "$0")"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO, with that system's settings: CLIP from scratch, of towers that ImageNet and masked
-# words have pretrained. But the temperature starts where CLIP's does, and images are cropped and normalised. Without a
-# network give the weights' files (--pretrained FILE --text_pretrained FOLDER), or none for random ones.
+# Train simple-clip's model on COCO with that system's settings: CLIP from scratch, on towers pretrained on ImageNet and
+# by masked language modelling. Unlike there, the temperature starts at CLIP's value, and images are cropped and
+# normalised. Without a network, give files of the weights (--pretrained FILE --text_pretrained FOLDER), or none for
+# random weights.
 #     bash scripts/coco_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail
 exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train only an adaptor behind the image tower of ViT-L/14 on COCO with the margin-pairwise loss.
+# Train only an adaptor after the image tower of ViT-L/14 on COCO with the margin-pairwise loss.
 #     bash scripts/coco_margin_adaptor.sh DATA [further options of main.py]
 set -euo pipefail
 exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset_root "${1:?give the folder of the data}" --vision_model ViT-L/14 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate OpenAI's nine models on the COCO 5K test images without finetuning, and write a Markdown table.
 #     bash scripts/coco_zero_shot_table.sh DATA [further options of main.py]
-# MODELS="RN50 ViT-B/32" chooses the models, OUTPUT=DIR the folder (default: logs/coco_zero_shot).
+# MODELS="RN50 ViT-B/32" sets the models, OUTPUT=DIR the folder (default: logs/coco_zero_shot).
 set -euo pipefail
 scripts=$(dirname "$0")
 python=${PYTHON:-python}

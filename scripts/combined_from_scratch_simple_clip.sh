@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train simple-clip's model on COCO, TextCaps and SBU captions together, with that system's settings; val is COCO's. The
-# data are those of get_simple_clip_data.sh; COCO from its own files: `--dataset coco --dataset textcap --dataset
+# Train simple-clip's model on COCO, TextCaps and SBU captions together, with that system's settings; val is COCO's. Fetch
+# the data with get_simple_clip_data.sh. For COCO in its own format: `--dataset coco --dataset textcap --dataset
 # sbucaptions`.
 #     bash scripts/combined_from_scratch_simple_clip.sh DATA [further options of main.py]
 set -euo pipefail

@@ -1,9 +1,9 @@
-"""Score anybody's embeddings: exact recall and ranks of the inner products of two .npy files.
+"""Score the embeddings of any system: exact recall and ranks of the inner products of two .npy files.
 
 python scripts/evaluate_features.py --image_features A.npy --text_features B.npy --text_to_image M.npy \
     --normalize --results out.json
 
-M holds the image row of each text. Where a text has several images, --pairs P.npy with rows (text row, image row).
+M holds the image row of each text. If a text has several images, give --pairs P.npy with rows (text row, image row).
 """
 
 import sys
@@ -20,10 +20,10 @@ def main() -> None:
     parser.add_argument("--image_features", type=Path, required=True, help=".npy of floats (images, dimensions)")
     parser.add_argument("--text_features", type=Path, required=True, help=".npy of floats (texts, dimensions)")
     parser.add_argument("--text_to_image", type=Path, help=".npy of integers (texts,): each text's image row")
-    parser.add_argument("--pairs", type=Path, help=".npy of integers (pairs, 2): text row, image row; it decides")
+    parser.add_argument("--pairs", type=Path, help=".npy of integers (pairs, 2): text row, image row; takes precedence")
     parser.add_argument("--normalize", action="store_true", help="divide each feature by its length, in float64")
     parser.add_argument("--recall_k", type=int, nargs="+", help="further K for R@K, besides 1, 5 and 10")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best available)")
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write")
     typed = vars(parser.parse_args())
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     path = typed.pop("results")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; --results takes the name of a file")
+        raise UserError(f"--results {path}: a folder; give the name of a file")
     results = evaluate_feature_files(**typed)
     write_json(path, results)
     print(results_table({"": results}), f"written to {path}", sep="\n")

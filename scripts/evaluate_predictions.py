@@ -3,8 +3,8 @@
 python scripts/evaluate_predictions.py DATA/test_texts.jsonl DATA/test_predictions.jsonl output.json
 python scripts/evaluate_predictions.py DATA/test_texts.jsonl DATA/test_tr_predictions.jsonl output.json
 
-Predictions of either direction, answers by text or by image (.tr.jsonl). Where a file is not as it should be, the
-output says {"success": false, "errorMsg": ...}, and the exit code is 2.
+Predictions may be of either direction, answers by text or by image (.tr.jsonl). If a file is invalid, the output is
+{"success": false, "errorMsg": ...} and the exit code is 2.
 """
 
 import sys
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("gold", type=Path, help="the answers: ..._texts.jsonl or ..._texts.tr.jsonl")
     parser.add_argument("predictions", type=Path, help="the predictions of make_topk_predictions.py")
     parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--recall_k", type=int, nargs="+", default=[1, 5, 10], help="the K (default: 1 5 10)")
+    parser.add_argument("--recall_k", type=int, nargs="+", default=[1, 5, 10], help="K of R@K (default: 1 5 10)")
     args = parser.parse_args()
 
     from clip_retrieval.retrieval.predictions import score_predictions, write_scores

@@ -1,4 +1,4 @@
-"""Save a checkpoint of a Chinese-CLIP model in the layout of Chinese-CLIP's own: its code reads it.
+"""Save a checkpoint of a Chinese-CLIP model in Chinese-CLIP's own layout, which its code reads.
 
 python scripts/export_chinese_clip.py logs/ex0/best.pt clip_cn_finetuned.pt
 """
@@ -15,7 +15,7 @@ from clip_retrieval.errors import run_and_exit
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours")
-    parser.add_argument("output", type=Path, help="where to write")
+    parser.add_argument("output", type=Path, help="file to write")
     args = parser.parse_args()
     from clip_retrieval.models.export import export_chinese_clip
 

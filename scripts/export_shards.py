@@ -1,9 +1,9 @@
-"""Write any data set as the tar shards that `--dataset webdataset` reads.
+"""Write any data set as tar shards for `--dataset webdataset`.
 
 python scripts/export_shards.py --dataset coco --dataset_root DATA --output DATA/coco-shards
 python main.py --dataset webdataset --dataset_root DATA/coco-shards
 
-A sample is an image, the bytes of its file, and its caption (.txt) or captions (.json, as a list under `caption`).
+A sample holds the bytes of an image file, and its caption (.txt) or captions (.json, a list under `caption`).
 """
 
 import sys
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument(
         "--splits",
         default="",
-        help="splits, with commas between them, under the names to write (default: all there are)",
+        help="comma-separated splits, under the names to write (default: all)",
     )
-    parser.add_argument("--shard_size", type=int, default=1000, help="images in a shard (default: 1000)")
+    parser.add_argument("--shard_size", type=int, default=1000, help="images per shard (default: 1000)")
     typed = vars(parser.parse_args())
     own = {name: typed.pop(name) for name in ("output", "splits", "shard_size")}
     if own["shard_size"] < 1:

@@ -1,10 +1,10 @@
-"""Write any data set as the tsv and jsonl files of Chinese-CLIP, which `build_lmdb.py` goes on from.
+"""Write any data set as Chinese-CLIP's tsv and jsonl files, the input of `build_lmdb.py`.
 
 python scripts/export_tsv.py --dataset flickr30k --dataset_root DATA --output DATA/flickr30k-tsv
 python scripts/export_tsv.py --dataset csv --annotations photos.csv --image_dir photos --output DATA/photos-tsv
 
-Images are the bytes of their files. Their ids are the data set's own; else numbers from 0 on in each split, which
-Chinese-CLIP needs for its features, or with `--ids name` the names of the files.
+Images are stored as the bytes of their files. Their ids are the data set's own. If it has none, they are numbers from 0
+in each split, which Chinese-CLIP needs for its features, or with `--ids name` the file names.
 """
 
 import sys
@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument(
         "--splits",
         default="",
-        help="splits, with commas between them, under the names to write (default: all there are)",
+        help="comma-separated splits, under the names to write (default: all)",
     )
     parser.add_argument(
-        "--ids", choices=("number", "name"), default="number", help="image ids where the data set has none of its own"
+        "--ids", choices=("number", "name"), default="number", help="image ids if the data set has none"
     )
     typed = vars(parser.parse_args())
     own = {name: typed.pop(name) for name in ("output", "splits", "ids")}

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Fetch the data sets that simple-clip trains on, to where `--dataset combined`, `textcap` and `sbucaptions` find them.
+# Fetch simple-clip's training data into the folders that `--dataset combined`, `textcap` and `sbucaptions` read.
 #
 #     bash scripts/get_simple_clip_data.sh DATA                    # coco, textcap and sbucaptions
 #     bash scripts/get_simple_clip_data.sh DATA textcap            # one of them
 #
-# All of it needs a network: PyPI, huggingface.co, and for sbucaptions flickr.com, image by image. M3IT's coco and textcap
-# and the list of SBU's images are on the hub as loading scripts, which the library datasets runs up to version 3 only:
-# that one goes into an environment of its own, DATA/fetch, and runs what their authors put there. What it writes, later
-# versions read. Take a disk with some 300 GB free, half of it for the hub's cache (HF_HOME says where).
+# Needs a network: PyPI, huggingface.co, and for sbucaptions flickr.com, image by image. On the hub, M3IT's coco and
+# textcap and the list of SBU's images are loading scripts, which the datasets library supports only up to version 3. This
+# script installs version 3 in its own environment, DATA/fetch, and runs the authors' code there. Later versions read its
+# output. The disk needs about 300 GB, half of it for the hub's cache (in HF_HOME).
 #
-# Of SBU's million photographs many are gone; their rows stay without an image, and are left out when they are read.
-# For yfcc7m bring YFCC100M's images as shards in DATA/yfcc7m, 00000.tar and so on with a .jpg and a .txt for each image,
-# as img2dataset writes them (github.com/rom1504/img2dataset).
+# Many of SBU's million photographs no longer exist; their rows have no image and are skipped when the data are read.
+# For yfcc7m, put YFCC100M's images as shards into DATA/yfcc7m: 00000.tar and so on, with a .jpg and a .txt per image, as
+# written by img2dataset (github.com/rom1504/img2dataset).
 set -euo pipefail
 data="${1:?give the folder for the data}"
 shift
@@ -19,7 +19,7 @@ shift
 for name in "$@"; do
     case "$name" in
         coco | textcap | sbucaptions) ;;
-        yfcc7m) echo "yfcc7m: its images are not on the hub; bring them as shards in $data/yfcc7m, as the top of this script says" >&2; exit 2 ;;
+        yfcc7m) echo "yfcc7m: its images are not on the hub; put shards into $data/yfcc7m, as described at the top of this script" >&2; exit 2 ;;
         *) echo "$name: not one of coco, textcap, sbucaptions" >&2; exit 2 ;;
     esac
 done
@@ -51,8 +51,8 @@ from datasets import Features, Image, Value, load_dataset
 from PIL import Image as Pillow
 
 
-def fetched(url):
-    """The bytes of an image, its short side at most 256 pixels; None where there is none any more."""
+def fetch(url):
+    """Fetch an image and shrink its short side to at most 256 pixels; None if it no longer exists."""
     try:
         with urlopen(url, timeout=20) as answer:
             image = Pillow.open(io.BytesIO(answer.read())).convert("RGB")
@@ -64,16 +64,16 @@ def fetched(url):
         return None
 
 
-def with_images(rows):
+def add_images(rows):
     with ThreadPoolExecutor(32) as threads:
-        return {"image": list(threads.map(fetched, rows["image_url"])), "caption": rows["caption"]}
+        return {"image": list(threads.map(fetch, rows["image_url"])), "caption": rows["caption"]}
 
 
 links = load_dataset("vicenteor/sbu_captions", split="train", trust_remote_code=True)
 columns = Features({"image": Image(), "caption": Value("string")})
-if not any(map(fetched, links[:100]["image_url"])):
-    sys.exit("none of the first 100 photographs can be fetched; is there a network?")
-rows = links.map(with_images, batched=True, batch_size=256, remove_columns=links.column_names, features=columns)
+if not any(map(fetch, links[:100]["image_url"])):
+    sys.exit("none of the first 100 photographs can be fetched; check the network connection")
+rows = links.map(add_images, batched=True, batch_size=256, remove_columns=links.column_names, features=columns)
 rows.save_to_disk(sys.argv[1])
 PYTHON
 }

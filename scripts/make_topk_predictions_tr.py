@@ -1,4 +1,4 @@
-"""Write the texts that each image retrieves, best first, exactly: {"image_id": ..., "text_ids": [...]} a line.
+"""Write the exact top texts of each image, best first, one line each: {"image_id": ..., "text_ids": [...]}.
 
 python scripts/make_topk_predictions_tr.py --image-feats DATA/test_imgs.img_feat.jsonl \
     --text-feats DATA/test_texts.txt_feat.jsonl --top-k 10 --output DATA/test_tr_predictions.jsonl

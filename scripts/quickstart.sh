@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small CLIP from scratch on drawn shapes, and evaluate it: everything works, in minutes, without a GPU or data.
+# Train a small CLIP from scratch on drawn shapes and evaluate it, in minutes, without a GPU or data.
 #
 #     bash scripts/quickstart.sh [further options of main.py]
 source "$(dirname "$0")/setup.sh" requirements.txt

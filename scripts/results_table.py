@@ -1,4 +1,4 @@
-"""A Markdown table of several results.json.
+"""Print a Markdown table of several results.json.
 
 python scripts/results_table.py logs/*/results.json --output table.md
 """
@@ -15,7 +15,7 @@ from clip_retrieval.errors import run_and_exit
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="results.json files")
-    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
 
     from clip_retrieval.files import write_text

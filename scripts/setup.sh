@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: make .venv in the project root and install the requirements named as arguments.
-# PYTHON=python3.12 chooses the interpreter. A file is installed again only when it has changed.
+# PYTHON=python3.12 sets the interpreter. A file is installed again only if it has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -x .venv/bin/python ]; then

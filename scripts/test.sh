@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then lint and test; with --full also run the fault campaigns (an hour or two), and print their tables.
+# Set up, lint and test. --full also runs the fault campaigns (one or two hours) and prints their tables.
 #
 #     bash scripts/test.sh [--full] [arguments of pytest]
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt

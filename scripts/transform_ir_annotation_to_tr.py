@@ -1,8 +1,8 @@
-"""Turn answers by text into answers by image: X_texts.jsonl into X_texts.tr.jsonl.
+"""Convert answers by text to answers by image: X_texts.jsonl to X_texts.tr.jsonl.
 
 python scripts/transform_ir_annotation_to_tr.py --input DATA/test_texts.jsonl
 
-(evaluate_predictions.py takes either.)
+(evaluate_predictions.py reads both.)
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Write datasets/annotations: the split id lists of COCO, Flickr8K and Flickr30K. Ids and file names, no captions.
+"""Write datasets/annotations: the split id lists of COCO, Flickr8K and Flickr30K (ids and file names, no captions).
 
     python scripts/write_annotations.py DATA
 
-DATA has coco_ids/coco_{train,dev,test,restval}_ids.npy (as CLIP_ITM gives them out), flickr8k/dataset_flickr8k.json
-and flickr30k_text/dataset_flickr30k.json.gz (Karpathy's); by default it is $CLIP_RETRIEVAL_DATA.
+DATA holds coco_ids/coco_{train,dev,test,restval}_ids.npy (from CLIP_ITM), and Karpathy's flickr8k/dataset_flickr8k.json
+and flickr30k_text/dataset_flickr30k.json.gz. The default is $CLIP_RETRIEVAL_DATA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ANNOTATIONS, help="folder (default: %(default)s)")
     args = parser.parse_args()
     if not args.data or not Path(args.data).is_dir():
-        raise UserError(f"{args.data}: no such folder; name it, or set CLIP_RETRIEVAL_DATA")
+        raise UserError(f"{args.data}: no such folder; give the folder, or set CLIP_RETRIEVAL_DATA")
     args.output.mkdir(parents=True, exist_ok=True)
     write_coco(Path(args.data) / "coco_ids", args.output)
     write_flickr("flickr8k", Path(args.data) / "flickr8k" / "dataset_flickr8k.json", args.output)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write_coco(folder: Path, output: Path) -> None:
-    """Caption ids, in their order, as int32."""
+    """Write caption ids, in their order, as int32."""
     for split in ("train", "dev", "test", "restval"):
         ids = read_ids(folder / f"coco_{split}_ids.npy")
         np.save(output / f"coco_{split}_ids.npy", ids.astype(np.int32))
@@ -46,10 +46,10 @@ def write_coco(folder: Path, output: Path) -> None:
 
 
 def write_flickr(name: str, source: Path, output: Path) -> None:
-    """Image file names, one a line, in the order of Karpathy's file."""
-    parts = read_karpathy_json(source)
+    """Write image file names, one per line, in the order of Karpathy's file."""
+    splits = read_karpathy_json(source)
     for split in ("train", "val", "test"):
-        names = parts[split].names if split in parts else []
+        names = splits[split].names if split in splits else []
         write_text(output / f"{name}_{split}.txt", "".join(f"{n}\n" for n in names))
         print(f"{name} {split}: {len(names):,} images")
 

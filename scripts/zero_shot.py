@@ -1,16 +1,16 @@
-"""Score a model as a zero-shot classifier: top-1, top-5 and top-10 accuracy, and each class's.
+"""Score a model as a zero-shot classifier: top-1, top-5 and top-10 accuracy, overall and per class.
 
 python scripts/zero_shot.py --resume logs/ex0/best.pt --data cifar100 --data_root DIR
     CIFAR-100 from its official archive in DIR (--download fetches it); also cifar10 and stl10
 python scripts/zero_shot.py --vision_model ViT-B/32 --data imagenet --data_root DIR
     ImageNet's validation images in folders n01440764, ..., or a variant (-A, -R, -Sketch, V2) in DIR
 python scripts/zero_shot.py --resume logs/ex0/best.pt --data FOLDER --class_names names.txt
-    a folder with a folder of images for each class, and what the classes are called
+    a folder with one folder of images per class, and a file of class names
 torchrun --nproc_per_node 8 scripts/zero_shot.py ...
     the same on 8 GPUs
 
-Results are printed, and written to logs/ex0/zero_shot_{data}/, results.json and results.txt; templates and class names
-that were asked for are in the folder's name as well.
+Results are printed, and written to results.json and results.txt in logs/ex0/zero_shot_{data}/. The folder's name also
+contains the names of given templates and class names.
 """
 
 import sys
@@ -27,35 +27,32 @@ def main() -> None:
     add_arguments(parser, RunOptions, only=("resume", "checkpoint_path", "device"))
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
     add_arguments(parser, DataOptions, only=("num_workers", "max_image_pixels"))
-    wanted = parser.add_argument_group("classification options")
-    wanted.add_argument(
-        "--data", required=True, help="cifar10, cifar100, stl10, imagenet, or a folder with a folder for each class"
+    # data, class names and templates
+    group = parser.add_argument_group("classification options")
+    group.add_argument(
+        "--data", required=True, help="cifar10, cifar100, stl10, imagenet, or a folder with one folder per class"
     )
-    wanted.add_argument(
-        "--data_root", help="folder of a data set that goes by name, or the one above it (default: datasets)"
-    )
-    wanted.add_argument("--download", action="store_true", help="fetch the archive of cifar10, cifar100 or stl10")
-    wanted.add_argument(
+    group.add_argument("--data_root", help="folder of a named data set, or its parent folder (default: datasets)")
+    group.add_argument("--download", action="store_true", help="fetch the archive of cifar10, cifar100 or stl10")
+    group.add_argument(
         "--class_names",
         help="file of class names: one per line in the order of the folders, lines `folder, name`, or JSON (default: "
-        "the data set's, or those of the folders)",
+        "the data set's names, or those of the folders)",
     )
-    wanted.add_argument(
+    group.add_argument(
         "--all_classes",
         action="store_true",
-        help="classes that --class_names or ImageNet knows are candidates although there is no folder of them",
+        help="also count classes of --class_names or ImageNet without a folder as candidates",
     )
-    wanted.add_argument(
+    group.add_argument(
         "--templates",
         help="prompts: imagenet (80), cifar (18), simple (7), single (1), stl10, chinese, or a file with one per line "
         "(default: the data set's, imagenet's for a folder, chinese for Chinese names)",
     )
-    wanted.add_argument(
-        "--template", action="append", help='a template itself, "a photo of a {}."; may be given several times'
-    )
-    wanted.add_argument("--output", help="folder of the results")
+    group.add_argument("--template", action="append", help='a template, "a photo of a {}."; may be repeated')
+    group.add_argument("--output", help="folder of the results")
     typed = vars(parser.parse_args())
-    own = take_values(wanted, typed, paths=("data_root", "class_names", "output"))
+    own = take_values(group, typed, paths=("data_root", "class_names", "output"))
     output = own.pop("output", None)
 
     from clip_retrieval.classification.labelled_sets import ZeroShotData

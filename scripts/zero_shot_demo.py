@@ -1,13 +1,13 @@
-"""Show what a model takes images for: the five best labels of each, printed, and drawn beside the image.
+"""Show a model's predictions: the top five labels of each image, printed, and drawn beside the image.
 
 python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_path photo.jpg --show_prediction
     demo_output/zero_shot_photo.png
 python scripts/zero_shot_demo.py --resume logs/ex0/best.pt --img_dir photos --show_prediction --labels "cat,dog,horse"
-    all images of a folder, many on several pages, with labels of one's own
+    all images of a folder, on several pages if there are many, with your own labels
 python scripts/zero_shot_demo.py --vision_model ViT-B/32 --img_dir photos --labels imagenet
-    any model; only printed
+    any model, without a figure
 
-Also clip-training's spelling: --checkpoint_path is the checkpoint here.
+As in clip-training, --checkpoint_path is the checkpoint here.
 """
 
 import sys
@@ -27,25 +27,27 @@ def main() -> None:
     add_arguments(parser, RunOptions, only=("device",))
     add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
     add_arguments(parser, DataOptions, only=("num_workers", "max_image_pixels"))
+    # images, labels and figures
     demo = parser.add_argument_group("demo options")
     demo.add_argument("--img_path", help="an image")
     demo.add_argument("--img_dir", help="a folder of images")
     demo.add_argument(
-        *("--show_prediction", "--show_predictions"), action="store_true", help="draw a figure, into --output"
+        *("--show_prediction", "--show_predictions"), action="store_true", help="draw a figure in --output"
     )
     demo.add_argument(
         "--labels",
-        help='cifar100, cifar10, stl10, imagenet, a file with one per line, or "cat,dog,horse" (default: cifar100)',
+        help='cifar100, cifar10, stl10, imagenet, a file with a label per line, or "cat,dog,horse" (default: cifar100)',
     )
     demo.add_argument("--templates", help="prompts: a set or a file, as in zero_shot.py")
     demo.add_argument(
-        "--template", action="append", help='a template itself (default: "a photo of a {}.", Chinese ones for Chinese '
-        "labels); may be given several times",
-    )  # fmt: skip
+        "--template",
+        action="append",
+        help='a template (default: "a photo of a {}.", or Chinese ones for Chinese labels); may be repeated',
+    )
     demo.add_argument(
         "--temperature",
         type=float,
-        help="T in softmax(cosine / T), over the labels: 0.01 is a scale of 100 (default: the model's own, "
+        help="T in softmax(cosine / T) over the labels: 0.01 is a scale of 100 (default: the model's own, "
         "1 / exp(logit_scale))",
     )
     demo.add_argument("--output", help="folder of the figures (default: demo_output)")

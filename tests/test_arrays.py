@@ -1,4 +1,4 @@
-"""`read_npy`: arrays come back as they were written, and nothing else is read."""
+"""`read_npy` reads numeric arrays exactly, and refuses everything else."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from clip_retrieval.errors import UserError
 
 
 def with_header(header, body=b"\0" * 64, version=(1, 0)):
-    """The bytes of a .npy file with this text as its header."""
+    """The bytes of a .npy file with this header text."""
     header = header.encode("latin-1") + b"\n"
     length = len(header).to_bytes(2 if version == (1, 0) else 4, "little")
     return b"\x93NUMPY" + bytes(version) + length + header + body
@@ -23,7 +23,7 @@ def with_header(header, body=b"\0" * 64, version=(1, 0)):
 @pytest.mark.parametrize("memory_map", [False, True])
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", "<i8", ">u2", "u1", "?"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_back_in_native_byte_order(tmp_path, dtype, order, memory_map):
+def test_arrays_are_read_in_native_byte_order(tmp_path, dtype, order, memory_map):
     array = np.arange(24).reshape(4, 6).astype(dtype, order=order)
     np.save(tmp_path / "a.npy", array)
     found = read_npy(tmp_path / "a.npy", memory_map=memory_map)
@@ -33,7 +33,7 @@ def test_arrays_come_back_in_native_byte_order(tmp_path, dtype, order, memory_ma
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1,)])
-def test_empty_and_tiny_arrays(tmp_path, shape):
+def test_empty_and_small_arrays(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.ones(shape, np.float32))
     for memory_map in (False, True):
         assert read_npy(tmp_path / "a.npy", memory_map=memory_map).shape == shape
@@ -110,7 +110,7 @@ HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s}"
     ids=lambda content: repr(content[:60]),
 )
 @pytest.mark.parametrize("memory_map", [False, True])
-def test_everything_else_is_refused_in_one_line(tmp_path, monkeypatch, content, memory_map):
+def test_other_content_is_refused_in_one_line(tmp_path, monkeypatch, content, memory_map):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"not a readable \.npy array") as error:
@@ -119,8 +119,8 @@ def test_everything_else_is_refused_in_one_line(tmp_path, monkeypatch, content, 
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_no_more_than_the_memory_is_asked_for(tmp_path, monkeypatch):
-    """A sparse file may have all the bytes that its header promises."""
+def test_array_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    """A sparse file can have all the bytes that its header promises."""
     (tmp_path / "a.npy").write_bytes(with_header(HEADER % ("|u1", f"({2**40},)"), body=b""))
     os.truncate(tmp_path / "a.npy", 2**40 + 4096)
     with pytest.raises(UserError, match=r"a.npy.* are more than the memory"):
@@ -132,7 +132,7 @@ def test_no_more_than_the_memory_is_asked_for(tmp_path, monkeypatch):
         read_npy(tmp_path / "b.npy")
 
 
-def test_damage_never_raises_anything_else(tmp_path):
+def test_damaged_files_raise_only_user_errors(tmp_path):
     file = io.BytesIO()
     np.save(file, np.arange(6, dtype=np.float32).reshape(2, 3))
     content, path = file.getvalue(), tmp_path / "a.npy"

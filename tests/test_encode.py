@@ -34,7 +34,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_captions_are_open_clips_features_in_their_own_order(model, tokens, batch_size):
+def test_caption_features_equal_open_clips_in_order(model, tokens, batch_size):
     with torch.no_grad():
         reference = model.clip.encode_text(tokens.ids.long(), normalize=True)
     features = encode_captions(model.encode_text, CAPTIONS, tokens, trim=True, batch_size=batch_size, device=CPU)
@@ -42,7 +42,7 @@ def test_captions_are_open_clips_features_in_their_own_order(model, tokens, batc
     assert torch.equal(features[0], features[2]) and torch.equal(features[1], features[6])
 
 
-def test_each_distinct_caption_is_encoded_once_and_batches_are_no_longer_than_they_must(model, tokens, monkeypatch):
+def test_distinct_captions_are_encoded_once_in_batches_of_equal_length(model, tokens, monkeypatch):
     shapes = []
     normal = model.encode_text
     monkeypatch.setattr(model, "encode_text", lambda ids, lengths: shapes.append(tuple(ids.shape)) or normal(ids))
@@ -53,7 +53,7 @@ def test_each_distinct_caption_is_encoded_once_and_batches_are_no_longer_than_th
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_images_are_open_clips_features(model, batch_size):
+def test_image_features_equal_open_clips(model, batch_size):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     images = make_pixels(ImageArray(pixels, "test"), small_preprocess())
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -63,7 +63,7 @@ def test_images_are_open_clips_features(model, batch_size):
     torch.testing.assert_close(features, reference, rtol=0, atol=1e-6)
 
 
-def test_lower_precision_is_a_copy_close_to_float32(model, tokens):
+def test_lower_precision_encodes_with_a_copy_close_to_float32(model, tokens):
     reference = encode_captions(model.encode_text, CAPTIONS, tokens, trim=True, batch_size=4, device=CPU)
     lower = encoding_model(model, "bf16")
     features = encode_captions(lower.encode_text, CAPTIONS, tokens, trim=True, batch_size=4, device=CPU)

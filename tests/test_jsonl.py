@@ -1,4 +1,4 @@
-"""Files of one JSON record a line."""
+"""Files with one JSON record per line."""
 
 import json
 import time
@@ -32,7 +32,7 @@ def test_records_with_byte_order_mark_and_empty_lines(tmp_path):
     ],
     ids=lambda value: repr(value[:10]),
 )
-def test_every_bad_line_is_named(tmp_path, line, words):
+def test_bad_line_is_named(tmp_path, line, words):
     with pytest.raises(ValueError, match=words):
         parse_record(line)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n\n" + line)
@@ -41,14 +41,14 @@ def test_every_bad_line_is_named(tmp_path, line, words):
     assert words in str(error.value) and f"{tmp_path}/a.jsonl, line 3: " in str(error.value)
 
 
-def test_a_line_that_no_record_needs_is_not_read_whole(tmp_path, monkeypatch):
+def test_overlong_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 100)
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 100 + '"}\n')
     with pytest.raises(UserError, match="line 2: longer than 100 bytes"):
         list(read_records(tmp_path / "a.jsonl"))
 
 
-def test_million_empty_lines_and_a_long_one_take_linear_time(tmp_path):
+def test_empty_lines_and_a_long_line_take_linear_time(tmp_path):
     text = "x" * 10**8
     (tmp_path / "a.jsonl").write_text("\n" * 10**6 + json.dumps({"a": text}))
     began = time.process_time()
@@ -57,7 +57,7 @@ def test_million_empty_lines_and_a_long_one_take_linear_time(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["狗 🐶", "\ud83d", "a\udcffb", '"\\u0041"', "\0\n", "\ud800\ud801x"])
-def test_json_is_utf_8_and_comes_back(text):
+def test_json_round_trip_in_utf_8(text):
     for content in (text, {text: [text]}):
         written = to_json(content)
         assert parse_json(written) == json.loads(written.decode("utf-8")) == content
@@ -69,7 +69,7 @@ def test_json_is_utf_8_and_comes_back(text):
     [(7, True), (-7, True), (10**2000, True), (10**3000, False), ("", True), ("a", True), (True, False), (1.0, False)],
     ids=lambda value: None,
 )
-def test_ids_are_texts_and_whole_numbers_that_can_be_printed(value, good):
+def test_ids_are_texts_and_printable_integers(value, good):
     assert is_id(value) == good
     if good:
         assert json.loads(to_json(value)) == value

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy while a model learns: --zero_shot_eval."""
+"""Zero-shot accuracy during training: --zero_shot_eval."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
 
 @pytest.fixture
 def coloured(tmp_path):
-    """A folder with a folder of images for each of three colours."""
+    """A folder with one folder of images for each of three colours."""
     rng = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (tmp_path / "classes" / name).mkdir(parents=True)
@@ -29,7 +29,7 @@ def zero_shot_lines(folder, kind="zero_shot"):
     return [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
-def test_accuracy_before_after_each_epoch_and_of_the_best(run, arguments, coloured, tmp_path):
+def test_accuracy_before_training_after_epochs_and_of_best(run, arguments, coloured, tmp_path):
     code, out, error = run(*arguments, "--zero_shot_eval", coloured)
     assert code == 0, error
     folder = tmp_path / "logs/ex0"
@@ -38,12 +38,12 @@ def test_accuracy_before_after_each_epoch_and_of_the_best(run, arguments, colour
     results = read_json(folder / "results.json")
     assert results["zero_shot"]["images"] == 12 and results["zero_shot"]["classes"] == 3
     assert results["zero_shot_before"]["top1"] == lines[0]["top1"]
-    of_best = {line["step"]: line["top1"] for line in lines}[results["step"]]
-    assert results["zero_shot"]["top1"] == of_best == zero_shot_lines(folder, "zero_shot_end")[0]["top1"]
+    best = {line["step"]: line["top1"] for line in lines}[results["step"]]
+    assert results["zero_shot"]["top1"] == best == zero_shot_lines(folder, "zero_shot_end")[0]["top1"]
     assert out.count("zero-shot classes: 12 images") == 4
 
 
-def test_the_same_accuracy_as_the_tool_gives(run, arguments, coloured, script, tmp_path):
+def test_accuracy_equals_that_of_the_script(run, arguments, coloured, script, tmp_path):
     assert run(*arguments, "--zero_shot_eval", coloured, "--zero_shot_templates", "simple")[0] == 0
     best = tmp_path / "logs/ex0/best.pt"
     code, _, error = script("zero_shot", "--resume", best, "--data", coloured, "--templates", "simple")
@@ -54,12 +54,12 @@ def test_the_same_accuracy_as_the_tool_gives(run, arguments, coloured, script, t
     assert [found[name] for name in names] == [during[name] for name in names]
 
 
-def test_steps_between_evaluations(run, arguments, coloured, tmp_path):
+def test_zero_shot_steps_option(run, arguments, coloured, tmp_path):
     assert run(*arguments, "--zero_shot_eval", coloured, "--imagenet_eval_steps", "2", "--no_eval_first")[0] == 0
     assert [line["step"] for line in zero_shot_lines(tmp_path / "logs/ex0")] == [2, 4, 6]
 
 
-def test_evaluating_in_between_changes_nothing_of_the_training(run, arguments, coloured, tmp_path):
+def test_evaluation_does_not_change_training(run, arguments, coloured, tmp_path):
     assert run(*arguments)[0] == 0
     assert run(*arguments, "--name", "watched", "--zero_shot_eval", coloured, "--zero_shot_steps", "1")[0] == 0
     plain, watched = (
@@ -69,7 +69,7 @@ def test_evaluating_in_between_changes_nothing_of_the_training(run, arguments, c
     assert plain == watched
 
 
-def test_a_run_that_goes_on_repeats_no_line(run, arguments, coloured, tmp_path):
+def test_resumed_run_repeats_no_line(run, arguments, coloured, tmp_path):
     whole = ("--zero_shot_eval", coloured, "--zero_shot_steps", "2")
     assert run(*arguments, *whole)[0] == 0
     assert run(*arguments, *whole, "--name", "cut", "--max_steps", "4")[0] == 0
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_repeats_no_line(run, arguments, coloured, tmp_path):
     assert [line["step"] for line in zero_shot_lines(cut)] == [0, 2, 4, 6]
 
 
-def test_names_and_place_of_the_classes(run, arguments, coloured, tmp_path):
+def test_class_names_and_root_options(run, arguments, coloured, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("azure\nforest\nruby\n")
     named = ("--imagenet_eval", "--zero_shot_root", coloured, "--zero_shot_class_names", names)
@@ -100,30 +100,30 @@ def test_names_and_place_of_the_classes(run, arguments, coloured, tmp_path):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_what_is_wrong_is_one_line(run, arguments, extra, words):
+def test_bad_usage_is_one_line(run, arguments, extra, words):
     code, _, error = run(*arguments, *extra)
     assert code == 2 and error.count("\n") == 1
     assert all(word in error for word in words), error
 
 
-def test_the_classes_are_found_from_another_folder_and_can_be_left_out(run, arguments, coloured, monkeypatch, tmp_path):
+def test_resume_finds_the_classes_from_another_folder_or_drops_them(run, arguments, coloured, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "simple").mkdir()  # of the name of a set of templates
+    (tmp_path / "simple").mkdir()  # named like a set of templates
     named = ("--zero_shot_eval", "classes", "--zero_shot_templates", "simple")
     assert run(*arguments, *named, "--max_steps", "2")[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    go_on = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--max_steps", "4")
-    code, _, error = run(*go_on)
+    resume = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--max_steps", "4")
+    code, _, error = run(*resume)
     assert code == 0, error
     assert [line["step"] for line in zero_shot_lines(tmp_path / "logs/ex0")] == [0, 2, 3, 4]
 
-    code, _, error = run(*go_on[:-1], "6", "--zero_shot_eval", "none")
+    code, _, error = run(*resume[:-1], "6", "--zero_shot_eval", "none")
     assert code == 0, error
     assert "zero_shot" not in read_json(tmp_path / "logs/ex0/results.json")
 
 
-def test_messages_name_the_options_that_there_are(run, arguments, coloured, tmp_path):
+def test_messages_name_the_options_of_main(run, arguments, coloured, tmp_path):
     messages = {
         ("imagenet",): ["as --zero_shot_root,", "with --zero_shot_class_names"],
         ("cifar10",): ["cifar-10-python.tar.gz", "or give its folder as --zero_shot_root"],
@@ -135,7 +135,7 @@ def test_messages_name_the_options_that_there_are(run, arguments, coloured, tmp_
         assert all(word in error for word in words) and " --data_root" not in error and "--download" not in error
 
 
-def test_imagenet_is_found_below_the_root(run, arguments, coloured, tmp_path):
+def test_imagenet_in_a_subfolder_of_the_root(run, arguments, coloured, tmp_path):
     for name, wordnet_id in zip(COLOURS, ("n01440764", "n01443537", "n01484850")):
         (tmp_path / "data" / "imagenet").mkdir(parents=True, exist_ok=True)
         (coloured / name).rename(tmp_path / "data" / "imagenet" / wordnet_id)
@@ -145,21 +145,21 @@ def test_imagenet_is_found_below_the_root(run, arguments, coloured, tmp_path):
     assert (block["classes"], block["data_root"]) == (3, str(tmp_path / "data/imagenet"))
 
 
-def test_one_process_reads_the_classes_first_and_may_extract_them(run, arguments, coloured, monkeypatch):
-    """Of several processes the others wait until the first is out of the block."""
+def test_main_process_reads_the_classes_first(run, arguments, coloured, monkeypatch):
+    """The classes are read inside main_first, so the main process extracts an archive before the others read it."""
     inside, seen = [], []
-    waiting, reading = Processes.main_first, prepare.load_zero_shot
+    main_first_, load_zero_shot_ = Processes.main_first, prepare.load_zero_shot
 
     @contextmanager
     def main_first(processes):
-        with waiting(processes):
+        with main_first_(processes):
             inside.append(True)
             yield
             inside.pop()
 
     def load_zero_shot(*arguments):
         seen.append(bool(inside))
-        return reading(*arguments)
+        return load_zero_shot_(*arguments)
 
     monkeypatch.setattr(Processes, "main_first", main_first)
     monkeypatch.setattr(prepare, "load_zero_shot", load_zero_shot)

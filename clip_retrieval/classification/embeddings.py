@@ -1,4 +1,4 @@
-"""Images and classes in one space: the features of images, and an embedding of each class from its prompts."""
+"""Image features, and an embedding of each class from its prompts, in one space."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from clip_retrieval.options import EvalOptions
 
 
 @dataclass(frozen=True)
-class ImagesAndClasses:
-    """Features float32 (images, dim) and (classes, dim), L2-normalised, and the seconds they took."""
+class ClassificationFeatures:
+    """L2-normalised features, float32 (images, dim) and (classes, dim), and the seconds it took to compute them."""
 
     images: Tensor
     classes: Tensor
@@ -32,7 +32,7 @@ class ImagesAndClasses:
 
 @dataclass(frozen=True)
 class PromptedImages:
-    """Images as a model sees them, and the prompts of the classes, tokenised; nothing is said of what is what."""
+    """Preprocessed images and tokenised class prompts, without labels."""
 
     dataset: RetrievalDataset
     tokens: Tokens
@@ -48,8 +48,8 @@ class PromptedImages:
         num_workers: int | None = None,
         precision: str = "fp32",
         processes: Processes = SINGLE_PROCESS,
-    ) -> ImagesAndClasses:
-        """The features. The model, on `device`, keeps the mode it is in."""
+    ) -> ClassificationFeatures:
+        """Encode images and prompts. The model must be on `device`; its training mode stays."""
         encoded = encode_split(
             model,
             self.dataset,
@@ -61,25 +61,24 @@ class PromptedImages:
             processes=processes,
         )
         seconds = {"images": encoded.seconds["images"], "classes": encoded.seconds["captions"]}
-        return ImagesAndClasses(encoded.images, class_embeddings(encoded.captions, self.classes), seconds)
+        return ClassificationFeatures(encoded.images, class_embeddings(encoded.captions, self.classes), seconds)
 
 
 def prompt_classes(
     name: str, images: Images, class_names: list[str], templates: Templates, tokenizer: Any, preprocess: dict[str, Any]
 ) -> PromptedImages:
-    """Images and classes, ready to be encoded. tokenizer and preprocess are the model's."""
+    """Tokenise the class prompts and set up the preprocessing. tokenizer and preprocess are the model's."""
     prompts = templates.prompts(class_names)
     tokens = tokenize(prompts, tokenizer)
     if tokens.cut:
-        log.info(f"{tokens.cut:,} of {len(prompts):,} prompts are cut to {tokens.ids.shape[1]} tokens")
+        log.info(f"{tokens.cut:,} of {len(prompts):,} prompts were cut to {tokens.ids.shape[1]} tokens")
     dataset = RetrievalDataset(name, UNSPLIT, images, prompts, np.empty((0, 2), np.int64))
     return PromptedImages(dataset, tokens, make_pixels(images, preprocess), len(class_names))
 
 
 def class_embeddings(prompts: Tensor, classes: int) -> Tensor:
-    """(classes, dim): the L2-normalised mean of the normalised embeddings of each class's prompts.
+    """The L2-normalised mean of each class's normalised prompt embeddings, (classes, dim).
 
-    prompts is (classes * templates, dim), those of a class one after the other. The recipe of CLIP (arXiv:2103.00020,
-    section 3.1.4).
+    prompts is (classes * templates, dim), class by class. CLIP's recipe (arXiv:2103.00020, section 3.1.4).
     """
     return F.normalize(prompts.unflatten(0, (classes, -1)).mean(1), dim=-1)

@@ -1,4 +1,4 @@
-"""Images that each belong to a class: what a zero-shot classification is scored on."""
+"""Labelled images, for zero-shot classification."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LabelledImages:
     """Images and their classes.
 
     Attributes:
-        name: the data set, e.g. "cifar100", or the name of the folder.
-        images: the images, opened when asked for.
+        name: name of the data set or of the folder, e.g. "cifar100".
+        images: the images, opened on access.
         labels: int64 (images,), the class of each image.
-        class_names: what the classes are called, (classes,). Two classes may have the same name, and stay two.
-        place: the folder that the images were read from, if any.
-        names_file: the file that named the classes, if any.
+        class_names: (classes,). Classes with the same name stay separate.
+        place: folder of the images, if any.
+        names_file: file of the class names, if any.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LabelledImages:
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels, dtype=np.int64)
         if labels.shape != (len(self.images),):
-            raise ValueError("there is not one label for each image")
+            raise ValueError(f"labels: expected one label for each of {len(self.images)} images")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
-            raise ValueError("labels point outside the classes")
+            raise ValueError(f"labels: outside the range of {len(self.class_names)} classes")
         object.__setattr__(self, "labels", labels)

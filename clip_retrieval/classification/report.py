@@ -1,4 +1,4 @@
-"""The accuracy of a zero-shot classification as text; results.json keeps the unrounded numbers."""
+"""Zero-shot accuracy as text; results.json keeps the unrounded numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def summary(block: dict[str, Any]) -> str:
-    """What was classified and how well, in a line."""
+    """One line: data set, sizes and accuracy in percent."""
     tops = "  ".join(f"{name} {block[name]:.2f}" for name in block if name.startswith("top"))
     return (
         f"{block['dataset']}: {block['images']:,} images, {block['classes']:,} classes  {tops}  "
@@ -16,23 +16,23 @@ def summary(block: dict[str, Any]) -> str:
 
 
 def per_class_table(block: dict[str, Any]) -> str:
-    """A table with a line for each class: name, images, top-1 in percent, and what it is most taken for."""
+    """A table with one line per class: name, images, top-1 in percent, most frequent wrong prediction."""
     rows = [("class", "images", "top1", "most confused with")]
     for each in block["per_class"]:
         confused = f"{each['confused_with']} ({each['confused']:.1f})" if each["confused_with"] else ""
         rows.append((each["class"], f"{each['images']:,}", f"{each['top1']:.2f}", confused))
     widths = [max(_width(row[column]) for row in rows) for column in range(3)]
     lines = [
-        f"{_filled(name, widths[0])}  {images:>{widths[1]}}  {top:>{widths[2]}}  {confused}".rstrip()
+        f"{_pad(name, widths[0])}  {images:>{widths[1]}}  {top:>{widths[2]}}  {confused}".rstrip()
         for name, images, top, confused in rows
     ]
     return "\n".join([lines[0], "-" * max(map(_width, lines)), *lines[1:]])
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that the text takes: Chinese characters take two."""
+    """Width in terminal columns: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def _filled(text: str, width: int) -> str:
+def _pad(text: str, width: int) -> str:
     return text + " " * (width - _width(text))

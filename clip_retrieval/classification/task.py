@@ -1,4 +1,4 @@
-"""Zero-shot classification of labelled images, prepared once and scored as often as one likes.
+"""Zero-shot classification of labelled images: prepared once, scored any number of times.
 
 task = prepare_task(ZeroShotData("cifar100", root), tokenizer, preprocess)
 block = score_task(model, task, device=device)
@@ -29,23 +29,25 @@ from clip_retrieval.models.towers import RetrievalModel
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    """Labelled images and the prompts of their classes, for a model's tokenizer and preprocessing."""
+    """Labelled images and their class prompts, for a model's tokenizer and preprocessing."""
 
     labelled: LabelledImages
     templates: Templates
-    prompt_classes: PromptedImages
+    inputs: PromptedImages
 
 
-def prepare_task(wanted: ZeroShotData, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask:
-    """Read what is to be classified, for the model with this tokenizer and this preprocessing, and say what it is.
+def prepare_task(request: ZeroShotData, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask:
+    """Read the data of a classification and log it. tokenizer and preprocess are the model's.
 
-    Raises UserError, naming the file or the folder, where one is missing or not as it should be.
+    Raises UserError, naming the file or folder, if it is missing or invalid.
     """
-    return task_of(*read_labelled(wanted), tokenizer, preprocess)
+    return make_task(*read_labelled(request), tokenizer, preprocess)
 
 
-def task_of(labelled: LabelledImages, templates: Templates, tokenizer: Any, preprocess: dict[str, Any]) -> ZeroShotTask:
-    """The task of classifying labelled images that are read already."""
+def make_task(
+    labelled: LabelledImages, templates: Templates, tokenizer: Any, preprocess: dict[str, Any]
+) -> ZeroShotTask:
+    """Prepare the classification of labelled images."""
     log.info(
         f"{labelled.name}: {len(labelled.images):,} images of {len(labelled.class_names):,} classes, templates: "
         f"{templates.name} ({len(templates.texts)})"
@@ -66,11 +68,12 @@ def score_task(
     precision: str = "fp32",
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """The block of results.json: sizes, accuracy in percent (see `accuracy_report`), and seconds.
+    """Compute the block of results.json: sizes, accuracy in percent (see `accuracy_report`), and seconds.
 
-    The model, on `device`, keeps the mode it is in. Processes that share the work all get the block.
+    The model must be on `device`; its training mode stays. Processes that share the work all get the block.
     """
-    features = task.prompted.encode(
+    # encode images and prompts
+    features = task.inputs.encode(
         model,
         device=device,
         eval_batch_size=eval_batch_size,
@@ -78,6 +81,7 @@ def score_task(
         precision=precision,
         processes=processes,
     )
+    # rank each image's own class among all classes
     labelled = task.labelled
     started = time.perf_counter()
     ranks, _ = retrieval_ranks(
@@ -108,7 +112,7 @@ def score_task(
 
 
 def _best_classes(images: Tensor, classes: Tensor, processes: Processes) -> np.ndarray:
-    """int64 (images,): the class of each image that scores best, the first of those that score the same."""
+    """int64 (images,): the best-scoring class of each image, the first one if several are equal."""
     device = scoring_device(images, None)
     sides = (Features(images, device, "image", str), Features(classes, device, "caption", str))
     return nearest(*sides, 1, directions=("i2t",), processes=processes)["i2t"].items[:, 0]

@@ -1,4 +1,4 @@
-"""Prompt templates: sentences with a place for the name of a class."""
+"""Prompt templates: sentences with a placeholder for the class name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from clip_retrieval.data.captions import mend_characters
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import path_exists, read_text
 
-PLACE = "{}"
-PLACES = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # CLIP_benchmark's files write {c}, others a name
+PLACEHOLDER = "{}"
+PLACEHOLDERS = re.compile(r"\{(?:c|label|label_name|class_name)?\}")  # {c} in CLIP_benchmark's files
 CODE = re.compile(r"lambda\b|\[|([\"']).*\1,?$")
 CHINESE = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
-LOOKS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+QUALITIES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 
-# All but the Chinese are OpenAI's, by which published values are made (its notebook and data/prompts.md).
+# All but the Chinese set are OpenAI's templates (notebook and data/prompts.md), which published values use.
 SETS: dict[str, tuple[str, ...]] = {
-    "imagenet": tuple(template(PLACE) for template in OPENAI_IMAGENET_TEMPLATES),
-    "simple": tuple(template(PLACE) for template in SIMPLE_IMAGENET_TEMPLATES),
+    "imagenet": tuple(template(PLACEHOLDER) for template in OPENAI_IMAGENET_TEMPLATES),
+    "simple": tuple(template(PLACEHOLDER) for template in SIMPLE_IMAGENET_TEMPLATES),
     "cifar": tuple(
         template
         for article in ("a", "the")
         for template in (
-            *(f"a {look}photo of {article} {{}}." for look in LOOKS),
+            *(f"a {quality}photo of {article} {{}}." for quality in QUALITIES),
             *(f"a photo of {article} {size} {{}}." for size in ("small", "big")),
         )
     ),
@@ -44,15 +44,15 @@ SETS: dict[str, tuple[str, ...]] = {
         "一张巨大的{}的照片。",
     ),
 }
-OF_DATA = {"cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
+DEFAULT_SETS = {"cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
 
 
 @dataclass(frozen=True)
 class Templates:
-    """Templates, each with "{}" where the name of a class goes.
+    """Templates, each with "{}" as the placeholder of the class name.
 
     Attributes:
-        name: the set, the file, or "own" for templates that were typed.
+        name: name of the set, path of the file, or "own" for templates from the command line.
         texts: the templates.
     """
 
@@ -60,59 +60,56 @@ class Templates:
     texts: tuple[str, ...]
 
     def prompts(self, class_names: Sequence[str]) -> list[str]:
-        """(classes * templates) sentences, those of a class one after the other."""
-        return [text.replace(PLACE, name) for name in class_names for text in self.texts]
+        """(classes * templates) sentences, class by class."""
+        return [text.replace(PLACEHOLDER, name) for name in class_names for text in self.texts]
 
 
 def choose_templates(
-    asked: str | None,
-    typed: Sequence[str],
+    templates: str | None,
+    template: Sequence[str],
     class_names: Sequence[str],
-    usual: str = "imagenet",
+    default: str = "imagenet",
     *,
     option: str = "--templates",
 ) -> Templates:
-    """The templates that were asked for: a set or a file, or some that were typed; else the usual ones.
+    """Choose templates: a set or a file, templates from the command line, or the default set.
 
     Args:
-        asked: name of a set, or path of a text file with a template per line.
-        typed: templates themselves.
-        class_names: where most names are in Chinese characters, the Chinese set is the usual one.
-        usual: the usual set otherwise.
-        option: what messages call the option for `asked`.
+        templates: name of a set, or path of a text file with one template per line.
+        template: the templates themselves.
+        class_names: if at least half of them contain Chinese characters, the default is the Chinese set.
+        default: default set otherwise.
+        option: name of the option for `templates` in messages.
 
-    Raises:
-        UserError: both are given, no such set or file, or a template has not exactly one place for the name.
+    Raises UserError if both are given, there is no such set or file, or a template has not exactly one placeholder.
     """
-    if asked and typed:
-        raise UserError(f"{option} and --template both say what is asked; drop one of them")
-    if typed:
-        return Templates("own", tuple(_checked(text, f'--template "{text}"') for text in typed))
-    if asked and asked not in SETS:
-        return _from_file(asked, option)
+    if templates and template:
+        raise UserError(f"{option} and --template set the same thing; drop one of them")
+    if template:
+        return Templates("own", tuple(_parse_template(text, f'--template "{text}"') for text in template))
+    if templates and templates not in SETS:
+        return _read_templates(templates, option)
     chinese = sum(1 for name in class_names if CHINESE.search(name))
-    name = asked or ("chinese" if 2 * chinese >= max(1, len(class_names)) else usual)
+    name = templates or ("chinese" if 2 * chinese >= max(1, len(class_names)) else default)
     return Templates(name, SETS[name])
 
 
-def _from_file(asked: str, option: str) -> Templates:
-    if not path_exists(asked):
-        raise UserError(f"{option} {asked}: no such file, and no set of templates ({', '.join(SETS)})")
-    path = Path(asked)
+def _read_templates(file: str, option: str) -> Templates:
+    if not path_exists(file):
+        raise UserError(f"{option} {file}: no such file, and no set of templates ({', '.join(SETS)})")
+    path = Path(file)
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
-    texts = tuple(_checked(line, f"{path}, line {number}") for number, line in lines if line)
+    texts = tuple(_parse_template(line, f"{path}, line {number}") for number, line in lines if line)
     if not texts:
-        raise UserError(f"{path}: holds no templates; write one per line, with {{}} for the name of the class")
+        raise UserError(f"{path}: holds no templates; write one per line, with {{}} for the class name")
     return Templates(str(path), texts)
 
 
-def _checked(text: str, where: str) -> str:
-    """The template with "{}" as its place."""
+def _parse_template(text: str, source: str) -> str:
+    """The template with "{}" as its placeholder. `source` names it in messages."""
     if CODE.match(text):
-        raise UserError(f"{where}: write the sentence alone, without quotes or code")
-    places = len(PLACES.findall(text))
-    if places != 1:
-        raise UserError(
-            f"{where}: a template has exactly one {{}}, where the name of the class goes; this has {places}"
-        )
-    return PLACES.sub(PLACE, mend_characters(text))
+        raise UserError(f"{source}: write the sentence alone, without quotes or code")
+    count = len(PLACEHOLDERS.findall(text))
+    if count != 1:
+        raise UserError(f"{source}: has {count} placeholders; write exactly one {{}}, for the class name")
+    return PLACEHOLDERS.sub(PLACEHOLDER, mend_characters(text))

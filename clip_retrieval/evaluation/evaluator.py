@@ -1,4 +1,4 @@
-"""Scoring a model on a split: encode, rank, count."""
+"""Score a model on a split: encode, rank, compute the metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clip_retrieval.options import EvalOptions
 
 @dataclass
 class SplitFeatures:
-    """A split's features, float32 (images, dim) and (captions, dim), L2-normalised, and the seconds they took."""
+    """L2-normalised features of a split, float32 (images, dim) and (captions, dim), and the seconds of encoding."""
 
     images: Tensor
     captions: Tensor
@@ -42,12 +42,12 @@ def encode_split(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> SplitFeatures:
-    """The features of a split, each image and each distinct caption encoded once."""
+    """Encode each image and each distinct caption of a split once. The model keeps its training mode."""
     training = model.training
     shared = {"batch_size": options.eval_batch_size, "device": device, "processes": processes}
     started = time.perf_counter()
     encoder = encoding_model(model, options.eval_precision)
-    # As they are: what training compiled knows its own batches only.
+    # Eager: the compiled graphs of training are specialised to its batch shapes.
     with disable_tf32(), torch.compiler.set_stance("force_eager"):
         images = encode_images(encoder.encode_image, pixels, num_workers=num_workers, **shared)
         images_done = _now(device)
@@ -58,7 +58,7 @@ def encode_split(
 
 
 def _now(device: torch.device) -> float:
-    """The time when the device has done what it was asked to do."""
+    """The time after the device has finished all queued work, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -67,7 +67,7 @@ def _now(device: torch.device) -> float:
 def score(
     encoded: SplitFeatures, dataset: RetrievalDataset, options: EvalOptions, processes: Processes = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """The block of results.json for one split: sizes, both directions' metrics in percent, and seconds."""
+    """Compute the block of results.json for a split: sizes, metrics of both directions in percent, and seconds."""
     started = time.perf_counter()
     i2t, t2i = retrieval_ranks(
         encoded.images,
@@ -78,7 +78,7 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
-    if options.map:
+    if options.map:  # from the exact top items, which ranks do not list
         precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
         for direction, values in precisions.items():
             metrics[direction] |= values

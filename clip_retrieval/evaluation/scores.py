@@ -1,4 +1,4 @@
-"""Scores (inner products) of images and captions: exact ones in float64, fast ones in float32 with a proven bound."""
+"""Scores (inner products) of images and captions: exact in float64, fast in float32 with a proven error bound."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,12 +12,18 @@ from torch import Tensor
 from clip_retrieval.device import disable_tf32
 from clip_retrieval.errors import NotFiniteError, UserError
 
+TIE = 1e-10  # scores of a query closer than this times |query| |item| are equal
+
 
 class Features:
-    """The features of one side: as given, their float32 form for the fast product, and their norms.
+    """The features of images or captions: as given, in float32 for the fast product, and their float64 norms.
 
-    All are understood times `scale`, a power of two (so exact) that keeps every product within the range of
-    float32, whatever the unit of the features. For the usual lengths it is 1, and float32 features need no copy.
+    `float32`, `norms` and `exact` are multiplied by `scale`, a power of two (so without rounding) that keeps every
+    product within the range of float32 for features of any magnitude. For usual lengths it is 1, and float32 features
+    are not copied.
+
+    kind ("image", "caption") and name(row) are the words for an item in messages. Raises UserError for features that
+    are not a floating-point matrix, NotFiniteError for a feature that is not finite.
     """
 
     def __init__(self, features: Tensor | np.ndarray, device: torch.device, kind: str, name: Callable[[int], str]):
@@ -27,7 +33,7 @@ class Features:
         low, high = (float(bound) for bound in torch.aminmax(self.features))
         largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
-            self._refuse(name)
+            self._raise_not_finite(name)
         exponent = math.frexp(largest)[1] + math.ceil(math.log2(self.dim) / 2) if largest else 0
         self.scale = 1.0 if abs(exponent) <= 20 else 2.0 ** -min(max(exponent, -1020), 1020)
         copied = self.scale != 1 or self.features.dtype != torch.float32
@@ -49,47 +55,49 @@ class Features:
         return exact if self.scale == 1 else exact * self.scale
 
     def chunk(self) -> int:
-        """How many features to convert to float64 at a time: on a CPU, what stays in the cache."""
+        """Number of features to convert to float64 at a time; on a CPU they fit the cache."""
         return max(1, (2**20 if self.norms.device.type == "cpu" else 2**26) // self.dim)
 
-    def _refuse(self, name: Callable[[int], str]) -> None:
+    def _raise_not_finite(self, name: Callable[[int], str]) -> None:
         row = next(i for i, feature in enumerate(self.features) if not feature.isfinite().all())
-        called = "" if name(row) == str(row) else f' ("{name(row)}")'
-        raise NotFiniteError(f"{self.kind} {row}{called}: feature is not finite; nothing can be scored against it")
+        item = "" if name(row) == str(row) else f' ("{name(row)}")'
+        raise NotFiniteError(f"{self.kind} {row}{item}: feature is not finite and cannot be scored")
 
 
 def exact_scores(left: Features, i: Tensor, right: Features, j: Tensor) -> Tensor:
-    """Float64 scores of left[i] with right[j], (len(i),)."""
+    """Compute the float64 scores of left[i] with right[j], (len(i),)."""
     chunks = zip(i.split(left.chunk()), j.split(left.chunk()))
     return torch.cat([(left.exact(a) * right.exact(b)).sum(1) for a, b in chunks])
 
 
 @dataclass
 class Tile:
-    """A block of images x captions: float32 scores (rows, columns), -inf at the relevant pairs."""
+    """A block of images x captions: float32 scores (rows, columns), with -inf at the relevant pairs."""
 
     rows: slice
     columns: slice
     positives: tuple[Tensor, Tensor]
-    """(row, column) of the relevant pairs, within the tile."""
+    """(row, column) of the relevant pairs, relative to the tile."""
     scores: Tensor
     space: Tensor
-    """Working space of the scores' shape. The next tile overwrites both."""
+    """Scratch memory of the same shape. The next tile overwrites both."""
 
 
 def fast_tiles(
     images: Features, texts: Features, image: Tensor, text: Tensor, size: tuple[int, int], deal: slice = slice(None)
 ) -> Iterator[Tile]:
-    """All scores, in blocks of `size` images x captions; image, text (P,) are the relevant pairs.
+    """Yield all scores in tiles of `size` (images, captions); image, text (P,) are the relevant pairs.
 
-    `deal` takes some of the blocks, for processes that share them.
+    `deal` selects some of the tiles, for processes that share them.
     """
+    # sort the relevant pairs by tile
     height, width = min(size[0], len(images)), min(size[1], len(texts))
     across = math.ceil(len(texts) / width)
     number, order = (image // height * across + text // width).sort()
     image, text = image[order], text[order]
     numbers = torch.arange(math.ceil(len(images) / height) * across + 1, device=number.device)
     starts = torch.searchsorted(number, numbers).tolist()
+    # score one tile at a time in the same memory
     memory = images.float32.new_empty(2, height * width)
     for index, (start, end) in list(enumerate(pairwise(starts)))[deal]:
         top, left = index // across * height, index % across * width
@@ -103,23 +111,38 @@ def fast_tiles(
         yield Tile(rows, columns, positives, scores, space)
 
 
-def rounding_bound(dim: int) -> tuple[float, float]:
-    """How far a float32 score may be from the exact one: relative * |image| |text| + absolute.
+def check_dimensions(images: Features, texts: Features) -> None:
+    """Raise UserError unless both have the same number of dimensions."""
+    if images.dim != texts.dim:
+        raise UserError(
+            f"image features have {images.dim} dimensions and text features {texts.dim}: both must be equal"
+        )
 
-    With u = 2**-24, summing dim products in any order, fused or not, multiplies each of them by at most dim factors
+
+def rounding_bound(dim: int) -> tuple[float, float]:
+    """Return (relative, absolute): a float32 score is within relative * |image| |text| + absolute of the exact one.
+
+    With u = 2**-24, summing dim products in any order, fused or not, multiplies each product by at most dim factors
     (1 + e), |e| <= u; rounding the two inputs to float32 adds two more. So the error is at most
     gamma(dim + 2) * sum |x_k y_k| <= gamma(dim + 2) |x| |y|, with gamma(n) = n u / (1 - n u) (Higham, Accuracy and
     Stability of Numerical Algorithms, section 3.1, and Cauchy-Schwarz). Two more factors cover the rounding of the
-    norms and of the margin itself. What underflows, in an input, a product or a sum, is off by at most 2**-126 even
-    where the hardware flushes subnormal numbers to zero: at most 4 dim times, and times a number that is about 1
-    (at most 2**26: see Side.scale).
+    norms and of the margin itself. Each underflow, in an input, a product or a sum, adds an error of at most 2**-126,
+    even if the hardware flushes subnormal numbers to zero. There are at most 4 dim of them, each multiplied by a number
+    of about 1 (at most 2**26, see Features.scale).
     """
     steps = (dim + 4) * 2.0**-24
     return steps / (1 - steps), dim * 2.0**-96
 
 
+def score_margin(queries: Features, items: Features) -> Tensor:
+    """float64 (queries,): float32 scores of a query that are closer than this to a threshold are undecided."""
+    # Twice the tie tolerance: once for ties, once for the last bits of the float64 scores.
+    relative, absolute = rounding_bound(queries.dim)
+    return queries.norms * items.norms.max() * (relative + 2 * TIE) + absolute
+
+
 def scoring_device(features: Tensor | np.ndarray, device: torch.device | str | None) -> torch.device:
-    """The device asked for, or that of the features; the CPU where a device has no float64 (MPS)."""
+    """The given device, or by default that of the features; the CPU instead of MPS, which has no float64."""
     if device is None:
         device = features.device if isinstance(features, Tensor) else "cpu"
     device = torch.device(device)
@@ -127,18 +150,18 @@ def scoring_device(features: Tensor | np.ndarray, device: torch.device | str | N
 
 
 def tile_size(device: torch.device) -> tuple[int, int]:
-    """CPU: tiles that stay in the last-level cache between passes. GPU: enough work to hide the launches."""
+    """Images x captions of a tile. CPU: fits the last-level cache. GPU: large enough to hide kernel launches."""
     return (1024, 1024) if device.type == "cpu" else (8192, 8192)
 
 
 def _as_tensor(features: Tensor | np.ndarray, kind: str) -> Tensor:
-    """features as a detached floating tensor (items, dim)."""
+    """The features as a detached floating-point tensor (items, dim). Raises UserError for anything else."""
     if isinstance(features, np.ndarray) and features.dtype.kind == "f":
         known = features.dtype.itemsize in (2, 4, 8)
         native = features.dtype.newbyteorder("=") if known else np.float64
         features = torch.from_numpy(np.require(features, native, ("C", "W")))
     if not isinstance(features, Tensor) or not features.is_floating_point():
-        raise UserError(f"{kind} features are of type {features.dtype}: they must be floating-point numbers")
+        raise UserError(f"{kind} features have dtype {features.dtype}: expected floating-point numbers")
     if features.ndim != 2 or 0 in features.shape:
         shape = tuple(features.shape)
         raise UserError(f"{kind} features have shape {shape}: expected (items, dimensions), none of them 0")

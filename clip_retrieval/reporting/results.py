@@ -1,4 +1,4 @@
-"""The files results.json and options.json of a run."""
+"""results.json (metrics of a run) and options.json (its settings)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json. Raises UserError, naming it, where it is missing or something else."""
+    """Read a results.json. Raises UserError, naming it, if it is missing or something else."""
     results = read_json(path)
     if not isinstance(results, dict) or not _is_results(results):
-        raise UserError(f"{path} is not a results.json of a finetune or an evaluation; give one")
+        raise UserError(f"{path}: not a results.json; give one of a finetune or an evaluation")
     return results
 
 
 def _is_results(results: dict[str, Any]) -> bool:
-    """Whether the recalls, in percent, and the names of a table are there."""
+    """Whether the content has the recalls in percent, and the names, that a table needs."""
     blocks = [results.get(direction) for direction in ("i2t", "t2i")]
     if not all(isinstance(block, dict) for block in blocks):
         return False
@@ -39,7 +39,7 @@ def _is_results(results: dict[str, Any]) -> bool:
 
 
 def write_options(folder: Path, options: Options, device: str) -> None:
-    """options.json: all options, then the versions and the device they ran on."""
+    """Write options.json: all options, package versions, and the device."""
     versions = {"clip_retrieval": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     content = options.flat() | {"versions": versions, "device_used": device}

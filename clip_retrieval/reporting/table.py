@@ -1,4 +1,4 @@
-"""Results as tables for people; results.json keeps the unrounded numbers."""
+"""Results as rounded tables; results.json keeps the unrounded numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from clip_retrieval.errors import one_line
 
 
 def results_table(blocks: dict[str, dict[str, Any]]) -> str:
-    """A table with a line per block (a split, or a moment) of the metrics that all of them have, in percent."""
+    """A table with one line per block (split or stage of a run), and the metrics common to all, in percent."""
     first = next(iter(blocks.values()))["i2t"]
     columns = [name for name in first if all(name in block["i2t"] for block in blocks.values())]
     header = ["", *(f"i2t {c}" for c in columns), *(f"t2i {c}" for c in columns), "mean", "rsum"]
@@ -22,7 +22,7 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown_table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table with a line per results.json: model, data, and the recalls of both directions in percent."""
+    """A Markdown table with one line per results.json: model, data, recalls of both directions in percent."""
     recalls = ("R@1", "R@5", "R@10")
     header = ["model", "data", *(f"{d} {r}" for d in ("i2t", "t2i") for r in recalls), "mean recall"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

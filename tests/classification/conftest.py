@@ -1,4 +1,4 @@
-"""A classifier whose answers can be told by hand, folders of plain colours, and a trained checkpoint."""
+"""A classifier with predictable answers, folders of plain colours, and a trained checkpoint."""
 
 import open_clip
 import pytest
@@ -16,7 +16,7 @@ TOKENIZER = open_clip.SimpleTokenizer(context_length=16)
 
 
 class ColourModel(nn.Module):
-    """Sees the mean colour of an image, and in a text which of the three colours are named, and how often."""
+    """Encodes an image as its mean colour, and a text as the counts of the three colour words."""
 
     trims_text = True
 
@@ -47,7 +47,7 @@ def paint(path, colour, size=(20, 16)):
 
 @pytest.fixture
 def colours(tmp_path):
-    """A folder of three classes: blue (2 images, 1 of them rather red), green (2), red (4, 1 of them rather blue)."""
+    """A folder of three classes: blue (2 images, 1 of them reddish), green (2), red (4, 1 of them bluish)."""
     folder = tmp_path / "colours"
     paint(folder / "blue" / "0.png", (0, 0, 255))
     paint(folder / "blue" / "1.png", (200, 0, 100))
@@ -61,7 +61,7 @@ def colours(tmp_path):
 
 @pytest.fixture(scope="session")
 def checkpoint(captioned, tmp_path_factory):
-    """A checkpoint of ours, trained for a step."""
+    """A checkpoint of ours, trained for one step."""
     logs = tmp_path_factory.mktemp("classifier")
     arguments = ["--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"]
     arguments += ["--max_steps", "1", "--batch_size", "8", "--warmup", "0", "--lr", "1e-3", "--no_eval_first"]

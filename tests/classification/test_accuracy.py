@@ -15,7 +15,7 @@ def ranks(above, tied=None):
 
 @pytest.fixture
 def report():
-    """Four cats (one taken for a dog, two for owls), two dogs (one taken for a cat), an owl; by hand."""
+    """Hand-computed: four cats (one predicted as dog, two as owl), two dogs (one predicted as cat), one owl."""
     labels = np.array([0, 1, 0, 0, 2, 1, 0])
     predicted = np.array([0, 0, 2, 1, 2, 1, 2])
     return accuracy_report(ranks([0, 1, 4, 5, 0, 0, 2]), predicted, labels, NAMES)
@@ -27,13 +27,13 @@ def test_accuracy_over_images_and_over_classes(report):
     assert report["mean_per_class"] == pytest.approx((25 + 50 + 100) / 3)
 
 
-def test_there_is_no_top_10_of_six_classes(report):
+def test_six_classes_have_no_top_10(report):
     assert [name for name in report if name.startswith("top")] == ["top1", "top5"]
     twelve = accuracy_report(ranks([9, 10]), np.array([1, 1]), np.array([0, 0]), [str(i) for i in range(12)])
     assert (twelve["top1"], twelve["top5"], twelve["top10"]) == (0, 0, 50)
 
 
-def test_what_each_class_is_most_taken_for(report):
+def test_most_frequent_confusion_of_each_class(report):
     rows = [(each["label"], each["class"], each["images"], each["top1"]) for each in report["per_class"]]
     assert rows == [(0, "cat", 4, 25), (1, "dog", 2, 50), (2, "猫头鹰", 1, 100)]
     assert [(each["confused_with"], each["confused"]) for each in report["per_class"]] == [
@@ -43,14 +43,14 @@ def test_what_each_class_is_most_taken_for(report):
     ]
 
 
-def test_a_tie_counts_as_in_a_random_order():
+def test_ties_count_as_in_random_order():
     report = accuracy_report(ranks([0, 0, 1], [1, 2, 5]), np.array([0, 0, 0]), np.array([0, 0, 1]), NAMES)
     assert report["top1"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 3)
     assert report["top5"] == pytest.approx(100 * (1 + 1 + 4 / 6) / 3)
     assert report["mean_per_class"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 2 / 2)
 
 
-def test_as_text_with_chinese_names_in_line(report):
+def test_table_aligns_chinese_names(report):
     table = per_class_table({**report, "dataset": "animals", "images": 7, "classes": 6})
     assert table.splitlines() == [
         "class   images    top1  most confused with",

@@ -1,4 +1,4 @@
-"""CIFAR and STL-10 in their official layout, with a few images; their MD5 sums count as right where it says so."""
+"""CIFAR and STL-10 in their official layout, with a few images. `accept_any_md5` disables the check of MD5 sums."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def pixels_of(name):
 
 
 def write_archive(root, name):
-    """The extracted files of an archive; returns their folder."""
+    """Write the extracted files of an archive; return their folder."""
     reader = READERS[name]
     folder = root / reader.base_folder
     folder.mkdir(parents=True)
@@ -44,13 +44,13 @@ def write_archive(root, name):
 
 
 @pytest.fixture
-def sums_are_right(monkeypatch):
+def accept_any_md5(monkeypatch):
     monkeypatch.setattr(archives, "check_integrity", lambda path, md5: True)
-    monkeypatch.setattr(archives, "_has_sum", lambda content, md5: True)
+    monkeypatch.setattr(archives, "_has_md5", lambda content, md5: True)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_test_images_with_their_labels_and_names(sums_are_right, tmp_path, name):
+def test_read_test_images_labels_and_names(accept_any_md5, tmp_path, name):
     write_archive(tmp_path, name)
     labelled, templates = read_labelled(ZeroShotData(name, tmp_path))
     assert labelled.labels.tolist() == LABELS[name]
@@ -61,7 +61,7 @@ def test_the_test_images_with_their_labels_and_names(sums_are_right, tmp_path, n
     assert not any("_" in each for each in labelled.class_names)
 
 
-def test_an_archive_is_extracted(sums_are_right, tmp_path):
+def test_archive_is_extracted(accept_any_md5, tmp_path):
     folder = write_archive(tmp_path / "elsewhere", "cifar10")
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(folder, folder.name)
@@ -69,7 +69,7 @@ def test_an_archive_is_extracted(sums_are_right, tmp_path):
     assert (tmp_path / "cifar-10-batches-py" / "test_batch").is_file()
 
 
-def test_names_from_a_file_go_by_label_or_by_the_official_name(sums_are_right, tmp_path):
+def test_class_names_file_by_label_or_by_official_name(accept_any_md5, tmp_path):
     write_archive(tmp_path, "cifar10")
     (tmp_path / "list.txt").write_text("\n".join(f"第{number}类" for number in range(10)), encoding="utf-8")
     (tmp_path / "by_name.txt").write_text(
@@ -85,7 +85,7 @@ def test_names_from_a_file_go_by_label_or_by_the_official_name(sums_are_right, t
 
 
 class Payload:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -95,18 +95,18 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_what_is_not_the_official_file_is_never_unpickled(tmp_path, name):
+def test_unofficial_files_are_never_unpickled(tmp_path, name):
     folder = write_archive(tmp_path, name)
     for path in folder.iterdir():
         path.write_bytes(pickle.dumps(Payload(tmp_path / "unpickled")))
-    with pytest.raises(UserError, match=r"is not the official one, or not whole; .*--download"):
+    with pytest.raises(UserError, match=r"is incomplete or not the official one; .*--download"):
         read_labelled(ZeroShotData(name, tmp_path))
     assert not (tmp_path / "unpickled").exists()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("place", ["data", "labels", "all"])
-def test_no_object_is_unpickled_even_if_the_sums_were_right(sums_are_right, tmp_path, protocol, place):
+def test_no_object_is_unpickled_even_with_valid_md5(accept_any_md5, tmp_path, protocol, place):
     folder = write_archive(tmp_path, "cifar10")
     payload = Payload(tmp_path / "unpickled")
     batch = {"data": "", "labels": [1]} | {place: payload}
@@ -117,7 +117,7 @@ def test_no_object_is_unpickled_even_if_the_sums_were_right(sums_are_right, tmp_
 
 
 class OldPickler(pickle._Pickler):
-    """Writes texts and bytes as Python 2 did, with which CIFAR was made."""
+    """Writes str and bytes like Python 2, which created CIFAR's files."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -131,7 +131,7 @@ class OldPickler(pickle._Pickler):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("old", [False, True])
-def test_batches_are_read_as_torchvision_reads_them(monkeypatch, tmp_path, name, old):
+def test_batches_equal_torchvisions(monkeypatch, tmp_path, name, old):
     path = write_archive(tmp_path, name) / READERS[name].test_list[0][0]
     if old:
         file = io.BytesIO()
@@ -145,23 +145,23 @@ def test_batches_are_read_as_torchvision_reads_them(monkeypatch, tmp_path, name,
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", READERS)
-def test_a_fifo_is_not_the_official_file(tmp_path, name):
+def test_fifo_is_refused(tmp_path, name):
     folder = write_archive(tmp_path, name)
     path = folder / READERS[name].test_list[0][0]
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="is not the official one"):
+    with pytest.raises(UserError, match="not the official one"):
         read_labelled(ZeroShotData(name, tmp_path))
 
 
-def test_a_download_does_not_write_through_a_link(tmp_path):
+def test_download_does_not_write_through_a_link(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "cifar-10-python.tar.gz").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"a link, which a download would write through"):
         read_labelled(ZeroShotData("cifar10", tmp_path / "root", download=True))
 
 
-def test_a_changed_archive_is_not_extracted(tmp_path):
+def test_modified_archive_is_not_extracted(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"something else")
     with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: not the official archive .*fetch it again"):
         read_labelled(ZeroShotData("cifar10", tmp_path))
@@ -169,7 +169,7 @@ def test_a_changed_archive_is_not_extracted(tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_missing_archive_says_what_to_put_where(tmp_path, name):
+def test_missing_archive_message_names_file_folder_and_option(tmp_path, name):
     with pytest.raises(UserError) as error:
         read_labelled(ZeroShotData(name, tmp_path))
     message = str(error.value)
@@ -177,35 +177,35 @@ def test_a_missing_archive_says_what_to_put_where(tmp_path, name):
     assert "\n" not in message
 
 
-def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
-    asked = []
+def test_download_only_with_the_option(tmp_path, monkeypatch):
+    requested = []
 
     def fetch(url, *arguments, **options):
-        asked.append(url)
+        requested.append(url)
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(archives, "download_and_extract_archive", fetch)
     with pytest.raises(UserError, match="is missing"):
         read_labelled(ZeroShotData("cifar10", tmp_path))
-    assert not asked
+    assert not requested
     with pytest.raises(UserError, match=r"could not be fetched .*no route.*network"):
         read_labelled(ZeroShotData("cifar10", tmp_path, download=True))
-    assert asked == [datasets.CIFAR10.url]
+    assert requested == [datasets.CIFAR10.url]
 
 
-def test_the_names_of_cifar100_are_those_of_its_images(real_data):
+def test_official_names_of_cifar100(real_data):
     assert sorted(OFFICIAL_NAMES["cifar100"]) == sorted(path.name for path in (real_data / "cifar100_test").iterdir())
     assert OFFICIAL_NAMES["cifar100"] == sorted(OFFICIAL_NAMES["cifar100"])
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_an_archive_may_be_below_the_root(sums_are_right, tmp_path, name):
+def test_archive_in_a_subfolder_of_the_root(accept_any_md5, tmp_path, name):
     write_archive(tmp_path / name, name)
     labelled, _ = read_labelled(ZeroShotData(name, tmp_path))
     assert (labelled.labels.tolist(), labelled.place) == (LABELS[name], tmp_path / name)
 
 
-def test_a_folder_of_the_name_that_holds_no_archive_hides_none(sums_are_right, tmp_path):
+def test_unrelated_folder_with_the_archives_name_is_ignored(accept_any_md5, tmp_path):
     write_archive(tmp_path, "cifar10")
     (tmp_path / "cifar10" / "cat").mkdir(parents=True)
     assert read_labelled(ZeroShotData("cifar10", tmp_path))[0].place == tmp_path

@@ -48,7 +48,7 @@ FOLDERS = ["n01", "n02", "n03"]
         ("n03\nn01\nn02\n", ["n01", "n02", "n03"]),
     ],
 )
-def test_text_files_are_lists_or_go_by_folder(tmp_path, content, names):
+def test_text_files_with_lists_or_mappings(tmp_path, content, names):
     (tmp_path / "names.txt").write_text(content, encoding="utf-8")
     found = read_class_names(tmp_path / "names.txt", FOLDERS)
     assert [found[folder] for folder in FOLDERS] == names
@@ -62,7 +62,7 @@ def test_text_files_are_lists_or_go_by_folder(tmp_path, content, names):
         {"0": ["n01", "tench"], "1": ["n02", "white_shark"], "2": ["n03", "hen"]},
     ],
 )
-def test_json_files_are_lists_or_go_by_folder(tmp_path, content):
+def test_json_files_with_lists_or_mappings(tmp_path, content):
     (tmp_path / "names.json").write_text(json.dumps(content))
     found = read_class_names(tmp_path / "names.json", FOLDERS)
     assert [found[folder] for folder in FOLDERS] == ["tench", "white shark", "hen"]
@@ -71,13 +71,13 @@ def test_json_files_are_lists_or_go_by_folder(tmp_path, content):
     assert read_names(tmp_path / "names.json") == expected
 
 
-def test_names_that_begin_as_a_folder_does_are_no_mapping(tmp_path):
+def test_names_that_start_with_a_folder_are_a_list(tmp_path):
     (tmp_path / "names.txt").write_text("great white\ntiger\ntiger shark\n")
     folders = ["great_white", "tiger", "tiger_shark"]
     assert list(read_class_names(tmp_path / "names.txt", folders).values()) == ["great white", "tiger", "tiger shark"]
 
 
-def test_a_file_by_folder_may_name_more(tmp_path):
+def test_mapping_may_name_further_folders(tmp_path):
     (tmp_path / "names.txt").write_text("".join(f"n{number:02} class number_{number}\n" for number in range(50)))
     found = read_class_names(tmp_path / "names.txt", FOLDERS)
     assert len(found) == 50 and found["n02"] == "class number 2"
@@ -91,10 +91,10 @@ def test_a_file_by_folder_may_name_more(tmp_path):
         ("n.txt", "n01,tench\nn02\nn03,hen\n", ["n.txt, line 2", '"n02"']),
         ("n.txt", "n01,tench\nn01,shark\nn02,hen\n", ["n.txt, line 2", "another name"]),
         ("n.txt", "\n", ["n.txt", "no classes"]),
-        ("n.txt", "{0: 'tench',\n 1: 'shark',\n 2: 'hen'}\n", ["n.txt", "is no name"]),
+        ("n.txt", "{0: 'tench',\n 1: 'shark',\n 2: 'hen'}\n", ["n.txt", "is not a class name"]),
         ("n.txt", "1 n01 tench\n2 n02 shark\n3 n03 hen\n", ["n.txt", "seems to hold folder and name"]),
-        ("n.csv", "folder,index,count\nn01,0,5\nn02,1,5\nn03,2,5\n", ["folder, index, count", "Call it name"]),
-        ("n.csv", '"tench",\n"shark",\n"hen"\n', ["is no name"]),
+        ("n.csv", "folder,index,count\nn01,0,5\nn02,1,5\nn03,2,5\n", ["folder, index, count", "is called name"]),
+        ("n.csv", '"tench",\n"shark",\n"hen"\n', ["is not a class name"]),
         ("n.csv", f'a,"{"x" * 200000}\n', ["names 1 classes"]),
         ("n.json", '{"n01": ["tench", "Tinca tinca"]}', ["n.json", "JSON list"]),
         ("n.csv", "index,folder,name\n0,n01,tench\n1\n2,n03,hen\n", ["n.csv, line 3", "no name"]),
@@ -103,14 +103,14 @@ def test_a_file_by_folder_may_name_more(tmp_path):
         ("n.json", "{", ["n.json, line 1", "broken JSON"]),
     ],
 )
-def test_a_file_that_is_wrong_is_one_line(tmp_path, name, content, words):
+def test_bad_file_is_one_line(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
         read_class_names(tmp_path / name, FOLDERS)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_imagenets_names_go_by_wordnet_id_or_by_number():
+def test_imagenet_names_by_wordnet_id_or_number():
     names = imagenet_names()
     assert len(names) == 1000 and list(names) == sorted(names)
     assert (
@@ -118,7 +118,7 @@ def test_imagenets_names_go_by_wordnet_id_or_by_number():
         and names["n02012849"] == "crane bird"
         and names["n03126707"] == "construction crane"
     )
-    assert len(set(names.values())) < 1000  # two of them are called missile, and stay two
+    assert len(set(names.values())) < 1000  # two classes are called missile
     assert imagenet_folder_names(["n15075141"], place=Path("d"))["n15075141"] == "toilet paper"
     assert imagenet_folder_names(["0", "999"], place=Path("d"))["999"] == "toilet paper"
 
@@ -126,36 +126,36 @@ def test_imagenets_names_go_by_wordnet_id_or_by_number():
 @pytest.mark.parametrize(
     "folders, unknown", [(["n01440764", "train"], "train"), (["0", "1000"], "0"), (["cat"], "cat")]
 )
-def test_folders_that_are_none_of_imagenets_ask_for_a_class_file(folders, unknown):
+def test_unknown_imagenet_folder_asks_for_class_names(folders, unknown):
     with pytest.raises(UserError, match=f'^DIR: .*"{unknown}".*--class_names'):
         imagenet_folder_names(folders, place=Path("DIR"))
 
 
-def test_a_blank_separates_only_behind_ids(tmp_path):
-    """Half of these lines begin with a folder; it is the whole line that is the name."""
+def test_blank_separates_only_after_ids(tmp_path):
+    """Half of these lines start with a folder, but the whole line is the name."""
     (tmp_path / "names.txt").write_text("crane bird\nshark fish\nlemon\nteddy bear\n")
     found = read_class_names(tmp_path / "names.txt", ["crane", "shark", "lemon", "teddy"])
     assert list(found.values()) == ["crane bird", "shark fish", "lemon", "teddy bear"]
 
 
-def test_a_header_is_no_class(tmp_path):
+def test_header_is_not_a_class(tmp_path):
     (tmp_path / "names.csv").write_text("class,name\nn03,hen\nn01,tench\nn02,shark\nn04,owl\n")
     assert set(read_class_names(tmp_path / "names.csv", FOLDERS)) == {"n01", "n02", "n03", "n04"}
     found = read_class_names(tmp_path / "names.csv", ["class", "n01"])
-    assert found["class"] == "name"  # a folder of this name makes it none
+    assert found["class"] == "name"  # a folder is called class, so the line is not a header
 
 
-def test_a_list_of_the_folders_in_another_order_changes_no_names(tmp_path):
+def test_list_of_the_folders_in_any_order(tmp_path):
     (tmp_path / "names.txt").write_text("sea\nmaple tree\nbus\n")
     found = read_class_names(tmp_path / "names.txt", ["bus", "maple_tree", "sea"])
     assert found == {"bus": "bus", "maple_tree": "maple tree", "sea": "sea"}
 
 
-def test_names_with_numbers_are_no_folders_and_folders_in_disorder_are_refused(tmp_path):
+def test_numbers_in_names_are_not_folders_and_misplaced_folders_refused(tmp_path):
     (tmp_path / "names.txt").write_text("level 0\nlevel 1\nlevel 2\n")
     assert list(read_class_names(tmp_path / "names.txt", ["0", "1", "2"]).values()) == ["level 0", "level 1", "level 2"]
     (tmp_path / "names.txt").write_text("dog\ncat\nbird\n")
-    with pytest.raises(UserError, match='"dog" is another folder than "cat"'):
+    with pytest.raises(UserError, match='"dog" is a folder, but its position makes it the name of the folder "cat"'):
         read_class_names(tmp_path / "names.txt", ["cat", "dog", "eagle"])
 
 
@@ -170,7 +170,7 @@ def test_many_blanks_take_linear_time(tmp_path, blanks, between):
     assert time.process_time() - began < 5
 
 
-def test_names_in_other_characters_can_be_tokenised(tmp_path):
+def test_undecodable_characters_in_names_are_replaced(tmp_path):
     folder = os.fsdecode(b"caf\xe9")
     (tmp_path / "names.json").write_text(json.dumps({folder: "caf\udce9 \ud83d", "n01": "a\x1bb"}))
     assert read_class_names(tmp_path / "names.json", [folder, "n01"]) == {folder: "caf\ufffd \ufffd", "n01": "a\x1bb"}

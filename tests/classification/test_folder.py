@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_retrieval.classification.folder import class_folders, image_paths
+from clip_retrieval.classification.folder import list_class_folders, list_images
 from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import start_log
@@ -15,22 +15,22 @@ def read(folder, **options):
     return read_labelled(ZeroShotData(str(folder), **options))[0]
 
 
-def test_each_folder_is_a_class_in_their_order(colours):
+def test_each_folder_is_a_class_in_sorted_order(colours):
     labelled = read(colours)
     assert (labelled.name, labelled.class_names) == ("colours", ["blue", "green", "red"])
     assert labelled.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and labelled.labels.dtype == np.int64
     assert [labelled.images.name(row).split("colours")[1] for row in (1, 7)] == ["/blue/1.png", "/red/3.png"]
 
 
-def test_numbered_folders_go_by_their_value(tmp_path):
+def test_numbered_folders_are_sorted_by_value(tmp_path):
     for number in (10, 9, 0):
         paint(tmp_path / str(number) / "a.png", "red")
-    assert class_folders(tmp_path) == ["0", "9", "10"]
+    assert list_class_folders(tmp_path) == ["0", "9", "10"]
     paint(tmp_path / "x" / "a.png", "red")
-    assert class_folders(tmp_path) == ["0", "10", "9", "x"]
+    assert list_class_folders(tmp_path) == ["0", "10", "9", "x"]
 
 
-def test_images_of_all_kinds_are_read_as_rgb(tmp_path):
+def test_all_image_modes_are_read_as_rgb(tmp_path):
     kinds = {"L": "0.png", "P": "1.png", "CMYK": "2.JPG", "I;16": "3.tif", "RGBA": "4.webp", "1": "5.gif"}
     for mode, name in kinds.items():
         path = tmp_path / "data" / "deep_er" / "below" / name
@@ -41,7 +41,7 @@ def test_images_of_all_kinds_are_read_as_rgb(tmp_path):
     assert all(labelled.images[row].mode == "RGB" for row in range(len(kinds)))
 
 
-def test_what_is_no_image_is_skipped_with_a_word(colours, capsys):
+def test_other_files_are_skipped_and_logged(colours, capsys):
     for name in ("Thumbs.db", "notes.txt", ".DS_Store"):
         (colours / "red" / name).write_text("x")
     (colours / ".git").mkdir()
@@ -50,16 +50,16 @@ def test_what_is_no_image_is_skipped_with_a_word(colours, capsys):
     labelled = read(colours)
     assert len(labelled.images) == 8 and len(labelled.class_names) == 3
     names = ", ".join(str(colours / "red" / name) for name in ("Thumbs.db", "notes.txt"))
-    assert f"skipped, as their names are not those of images: {names}\n" in capsys.readouterr().out
+    assert f"skipped files without an image suffix: {names}\n" in capsys.readouterr().out
 
 
-def test_images_below_are_left_out_where_they_are_not_wanted(colours):
+def test_list_images_without_subfolders(colours):
     paint(colours / "a.png", "red")
-    images, others = image_paths(colours, below=False)
+    images, others = list_images(colours, recursive=False)
     assert [path.name for path in images] == ["a.png"] and others == []
 
 
-def test_class_names_from_a_file_and_classes_without_a_folder(colours, tmp_path, capsys):
+def test_class_names_from_a_file_and_classes_without_folder(colours, tmp_path, capsys):
     file = tmp_path / "names.csv"
     file.write_text("red,Rot\nblack,Schwarz\nblue,Blau\ngreen,Grün\n", encoding="utf-8")
     assert read(colours, class_names=file).class_names == ["Blau", "Grün", "Rot"]
@@ -70,11 +70,10 @@ def test_class_names_from_a_file_and_classes_without_a_folder(colours, tmp_path,
     assert labelled.labels.tolist() == [1, 1, 2, 2, 3, 3, 3, 3]
 
 
-def test_imagenet_is_a_folder_whose_folders_need_no_names(tmp_path):
+def test_imagenet_folders_need_no_class_names_file(tmp_path):
     for folder in ("n01443537", "n01440764"):
         paint(tmp_path / folder / "a.JPEG", "red")
-    wanted = ZeroShotData("imagenet", tmp_path)
-    labelled, templates = read_labelled(wanted)
+    labelled, templates = read_labelled(ZeroShotData("imagenet", tmp_path))
     assert (labelled.name, labelled.class_names, templates.name) == ("imagenet", ["tench", "goldfish"], "imagenet")
     everything, _ = read_labelled(ZeroShotData("imagenet", tmp_path, all_classes=True))
     assert len(everything.class_names) == 1000 and everything.labels.tolist() == [0, 1]
@@ -83,7 +82,7 @@ def test_imagenet_is_a_folder_whose_folders_need_no_names(tmp_path):
     assert (labelled.class_names, templates.name) == (["丁鲷", "金鱼"], "chinese")
 
 
-def test_a_folder_of_imagenets_ids_has_its_names_and_a_part_of_it_is_said(tmp_path, capsys):
+def test_folder_of_imagenet_ids_gets_names_and_a_subset_is_logged(tmp_path, capsys):
     for folder in ("n01443537", "n01440764"):
         paint(tmp_path / folder / "a.JPEG", "red")
     start_log()
@@ -95,26 +94,26 @@ def test_a_folder_of_imagenets_ids_has_its_names_and_a_part_of_it_is_said(tmp_pa
     assert read(tmp_path).class_names == ["n00000000", "n01440764", "n01443537"]
 
 
-def test_a_link_to_a_folder_above_counts_no_image_twice(colours):
+def test_link_cycles_list_no_image_twice(colours):
     (colours / "red" / "loop").symlink_to(colours / "red")
     (colours / "blue" / "up").symlink_to(colours)
-    assert len(image_paths(colours / "red")[0]) == 4
-    found = image_paths(colours / "blue")[0]
+    assert len(list_images(colours / "red")[0]) == 4
+    found = list_images(colours / "blue")[0]
     assert len({path.resolve() for path in found}) == len(found) == 8
     (colours / "green" / "a").mkdir()
     (colours / "green" / "b").symlink_to(colours / "green" / "a")
     paint(colours / "green" / "a" / "2.png", "green")
-    assert len(image_paths(colours / "green")[0]) == 3
+    assert len(list_images(colours / "green")[0]) == 3
 
 
-def test_two_classes_of_one_name_stay_two(tmp_path):
+def test_classes_with_the_same_name_stay_separate(tmp_path):
     for folder in ("n04008634", "n03773504"):
         paint(tmp_path / folder / "a.png", "red")
     labelled, _ = read_labelled(ZeroShotData("imagenet", tmp_path))
     assert labelled.class_names == ["missile", "missile"] and labelled.labels.tolist() == [0, 1]
 
 
-def test_an_empty_folder_is_an_error_and_so_is_an_empty_class(colours, tmp_path):
+def test_empty_folder_and_empty_class_are_errors(colours, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: holds no folders"):
         read(tmp_path / "empty")
@@ -145,7 +144,7 @@ def test_bad_input_is_one_line(colours, tmp_path, monkeypatch, options, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_imagenet_may_be_below_the_root(tmp_path):
+def test_imagenet_in_a_subfolder_of_the_root(tmp_path):
     paint(tmp_path / "imagenet" / "n01440764" / "a.png", "red")
     labelled, _ = read_labelled(ZeroShotData("imagenet", tmp_path))
     assert (labelled.class_names, labelled.place) == (["tench"], tmp_path / "imagenet")

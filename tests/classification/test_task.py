@@ -1,4 +1,4 @@
-"""Encoding and scoring: against a plain loop, by hand, and what they must not depend on."""
+"""Encoding and scoring: against a plain loop, by hand, and independent of batches and workers."""
 
 import numpy as np
 import open_clip
@@ -10,7 +10,7 @@ from torch import nn
 from clip_retrieval.classification.embeddings import class_embeddings, prompt_classes
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import ZeroShotData
-from clip_retrieval.classification.task import prepare_task, score_task, task_of
+from clip_retrieval.classification.task import make_task, prepare_task, score_task
 from clip_retrieval.classification.templates import SETS, Templates
 from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
 from clip_retrieval.models.towers import RetrievalModel
@@ -31,7 +31,7 @@ def noise(number):
     return ImageArray(np.random.default_rng(0).integers(0, 256, (number, 16, 16, 3), dtype=np.uint8), "noise")
 
 
-def test_class_embeddings_are_those_of_a_plain_loop(model):
+def test_class_embeddings_equal_a_plain_loop(model):
     names = ["cat", "great white shark", "cat", "crane"]
     templates = Templates("cifar", SETS["cifar"])
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
@@ -47,7 +47,7 @@ def test_class_embeddings_are_those_of_a_plain_loop(model):
     torch.testing.assert_close(found.double(), torch.stack(rows), rtol=0, atol=1e-6)
 
 
-def test_scores_are_those_of_clips_reference_recipe(model, captioned):
+def test_scores_equal_clips_reference_recipe(model, captioned):
     names = ["dog", "teddy bear", "school bus"]
     labelled = LabelledImages("photos", ImageFiles([str(captioned / f"{i}.jpg") for i in range(7)]), [0] * 7, names)
     templates = Templates("imagenet", SETS["imagenet"])
@@ -59,18 +59,18 @@ def test_scores_are_those_of_clips_reference_recipe(model, captioned):
         classifier = open_clip.build_zero_shot_classifier(model.clip, tokenizer, names, templates.texts)
         images = torch.stack([transform(labelled.images[row]) for row in range(7)])
         reference = F.normalize(model.clip.encode_image(images), dim=-1) @ classifier
-    features = task_of(labelled, templates, tokenizer, small_preprocess()).prompted.encode(model, **HERE)
+    features = make_task(labelled, templates, tokenizer, small_preprocess()).inputs.encode(model, **HERE)
     torch.testing.assert_close(features.images @ features.classes.T, reference, rtol=0, atol=1e-5)
 
 
-def test_the_mean_is_over_the_templates_of_a_class():
+def test_class_embedding_is_the_mean_over_templates():
     prompts = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1]])
     expected = torch.tensor([[0.5**0.5, 0.5**0.5], [0, 1]])
     torch.testing.assert_close(class_embeddings(prompts, 2), expected)
 
 
 def test_accuracy_on_a_folder_by_hand(colour_model, colours, preprocess):
-    """Seven images are nearest to their class; blue/1 is redder and red/3 bluer: their own class comes second."""
+    """blue/1 is nearest to red and red/3 to blue, with their own class second; the others are correct."""
     task = prepare_task(ZeroShotData(str(colours), template=("a {} thing", "{}")), TOKENIZER, preprocess)
     block = score_task(colour_model, task, **HERE)
     assert block["top1"] == pytest.approx(75)
@@ -90,20 +90,20 @@ def test_accuracy_on_a_folder_by_hand(colour_model, colours, preprocess):
     assert set(block["seconds"]) == {"images", "classes", "ranks", "total"}
 
 
-def test_two_classes_of_one_name_share_their_images(colour_model, preprocess):
-    """Red images of two classes called red: each is right half of the time, whatever the order."""
+def test_classes_with_the_same_name_tie(colour_model, preprocess):
+    """Two classes called red: each is right half of the time, in any order."""
     pixels = np.zeros((4, 16, 16, 3), np.uint8)
     pixels[:, :, :, 0] = 255
     pixels[3] = (0, 255, 0)
     labelled = LabelledImages("twins", ImageArray(pixels, "twins"), [0, 1, 2, 1], ["red", "green", "red"])
-    block = score_task(colour_model, task_of(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
+    block = score_task(colour_model, make_task(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
     assert block["classes"] == 3 and [each["label"] for each in block["per_class"]] == [0, 1, 2]
     assert [each["top1"] for each in block["per_class"]] == [50, 50, 50]
     assert block["top1"] == 50
 
 
 class Collapsed(nn.Module):
-    """Gives everything the same features."""
+    """Encodes everything as the same feature."""
 
     trims_text = True
 
@@ -114,10 +114,10 @@ class Collapsed(nn.Module):
         return F.normalize(torch.ones(len(ids), 7), dim=1)
 
 
-def test_a_collapsed_model_scores_chance(preprocess):
+def test_collapsed_model_scores_chance(preprocess):
     names = [f"class {number}" for number in range(20)]
     labelled = LabelledImages("same", noise(30), np.arange(30) % 20, names)
-    block = score_task(Collapsed(), task_of(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
+    block = score_task(Collapsed(), make_task(labelled, PLAIN, TOKENIZER, preprocess), **HERE)
     assert [block[name] for name in ("top1", "top5", "top10", "mean_per_class")] == pytest.approx([5, 25, 50, 5])
 
 
@@ -125,35 +125,35 @@ def test_a_collapsed_model_scores_chance(preprocess):
 def task():
     names = ["cat", "dog", "great white shark", "crane", "cat", "bus"]
     labelled = LabelledImages("noise", noise(25), np.arange(25) % 6, names)
-    return task_of(labelled, Templates("simple", SETS["simple"]), TOKENIZER, small_preprocess())
+    return make_task(labelled, Templates("simple", SETS["simple"]), TOKENIZER, small_preprocess())
 
 
 def numbers(block):
     return {name: value for name, value in block.items() if name != "seconds"}
 
 
-def test_batches_and_workers_change_nothing_and_it_can_be_repeated(model, task):
+def test_batches_workers_and_repetition_change_nothing(model, task):
     expected = numbers(score_task(model, task, **HERE))
     for settings in ({"eval_batch_size": 1}, {"eval_batch_size": 7, "num_workers": 2}, {}):
         assert numbers(score_task(model, task, **{**HERE, **settings})) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_keeps_its_mode(model, task, training):
+def test_model_keeps_its_training_mode(model, task, training):
     model.train(training)
     score_task(model, task, **HERE)
     assert model.training == training and model.clip.visual.training == training
     model.eval()
 
 
-def test_lower_precision_is_recorded_and_leaves_the_model_as_it_is(model, task):
+def test_lower_precision_is_recorded_and_keeps_the_model(model, task):
     block = score_task(model, task, precision="bf16", **HERE)
     assert block["precision"] == "bf16"
     assert model.clip.logit_scale.dtype == torch.float32
 
 
 def test_labels_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="label for each"):
+    with pytest.raises(ValueError, match="one label for each of 2 images"):
         LabelledImages("x", noise(2), [0], ["a"])
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match="outside the range of 1 classes"):
         LabelledImages("x", noise(2), [0, 1], ["a"])

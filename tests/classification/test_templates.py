@@ -4,7 +4,7 @@ from clip_retrieval.classification.templates import SETS, Templates, choose_temp
 from clip_retrieval.errors import UserError
 
 
-def test_the_sets_of_published_values_are_whole():
+def test_sets_are_complete():
     sizes = {name: len(set(texts)) for name, texts in SETS.items()}
     assert sizes == {"imagenet": 80, "simple": 7, "cifar": 18, "single": 1, "stl10": 2, "chinese": 8}
     assert {"a low contrast photo of the {}.", "a photo of a big {}.", "a photo of the {}."} <= set(SETS["cifar"])
@@ -12,17 +12,17 @@ def test_the_sets_of_published_values_are_whole():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_template_has_one_place(name):
+def test_every_template_has_one_placeholder(name):
     assert all(text.count("{}") == 1 and "{" not in text.replace("{}", "") for text in SETS[name])
 
 
-def test_the_prompts_of_a_class_stand_together():
+def test_prompts_are_ordered_by_class():
     templates = Templates("own", ("a {}.", "the {}."))
     assert templates.prompts(["cat", "dog"]) == ["a cat.", "the cat.", "a dog.", "the dog."]
 
 
 @pytest.mark.parametrize(
-    "names, usual, chosen",
+    "names, default, expected",
     [
         (["cat"], "imagenet", "imagenet"),
         (["cat"], "cifar", "cifar"),
@@ -30,12 +30,12 @@ def test_the_prompts_of_a_class_stand_together():
         (["cat", "dog", "狗"], "cifar", "cifar"),
     ],
 )
-def test_the_usual_templates_are_the_datas_or_chinese(names, usual, chosen):
-    templates = choose_templates(None, (), names, usual)
-    assert (templates.name, templates.texts) == (chosen, SETS[chosen])
+def test_default_templates_are_the_data_sets_or_chinese(names, default, expected):
+    templates = choose_templates(None, (), names, default)
+    assert (templates.name, templates.texts) == (expected, SETS[expected])
 
 
-def test_a_set_a_file_or_a_template_can_be_asked_for(tmp_path):
+def test_templates_from_a_set_a_file_or_the_command_line(tmp_path):
     file = tmp_path / "t.txt"
     file.write_text("a photo of {c}\n\n  {} there \n", encoding="utf-8")
     assert choose_templates("simple", (), ["狗"]).texts == SETS["simple"]
@@ -51,7 +51,7 @@ def test_a_set_a_file_or_a_template_can_be_asked_for(tmp_path):
         ("\n \n", ["t.txt", "no templates"]),
     ],
 )
-def test_a_file_that_is_wrong_is_named_with_the_line(tmp_path, content, words):
+def test_bad_file_is_named_with_the_line(tmp_path, content, words):
     (tmp_path / "t.txt").write_text(content)
     with pytest.raises(UserError) as error:
         choose_templates(str(tmp_path / "t.txt"), (), ["cat"])
@@ -59,26 +59,26 @@ def test_a_file_that_is_wrong_is_named_with_the_line(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    "asked, typed, words",
+    "templates, template, words",
     [
         ("cifer", (), ["cifer", "no such file", "cifar"]),
         ("cifar", ("a {}",), ["--templates", "--template"]),
         (None, ("a photo",), ['--template "a photo"', "has 0"]),
     ],
 )
-def test_bad_usage_names_the_option(asked, typed, words):
+def test_bad_usage_names_the_option(templates, template, words):
     with pytest.raises(UserError) as error:
-        choose_templates(asked, typed, ["cat"])
+        choose_templates(templates, template, ["cat"])
     assert all(word in str(error.value) for word in words)
 
 
-def test_the_place_may_have_simple_clips_name(tmp_path):
+def test_placeholder_with_simple_clips_name(tmp_path):
     assert choose_templates(None, ("a photo of {label_name}",), ["cat"]).texts == ("a photo of {}",)
     assert choose_templates(None, ('"{}" on a sign.',), ["cat"]).texts == ('"{}" on a sign.',)
 
 
 @pytest.mark.parametrize("line", ['"a photo of a {}.",', "lambda c: f'a bad photo of a {c}.',", "['a {}']"])
-def test_code_is_no_template(tmp_path, line):
+def test_code_in_a_template_is_refused(tmp_path, line):
     (tmp_path / "t.txt").write_text(line + "\n")
     with pytest.raises(UserError, match=r"t.txt, line 1: write the sentence alone"):
         choose_templates(str(tmp_path / "t.txt"), (), ["cat"])

@@ -1,4 +1,4 @@
-"""scripts/zero_shot.py: any model, any labelled images."""
+"""scripts/zero_shot.py with any model and any labelled images."""
 
 import shutil
 
@@ -19,14 +19,14 @@ CPU = ("--device", "cpu", "--num_workers", 0)
 
 @pytest.fixture
 def own(checkpoint, tmp_path):
-    """A checkpoint of ours in a folder of its own."""
+    """A checkpoint of ours in its own folder."""
     (tmp_path / "run").mkdir()
     return shutil.copy(checkpoint, tmp_path / "run" / "best.pt")
 
 
 @pytest.fixture
 def weights(tmp_path):
-    """Weights that are no checkpoint of ours."""
+    """Weights of another system."""
     torch.save({"state_dict": small_clip(seed=3).state_dict()}, tmp_path / "theirs.pt")
     return tmp_path / "theirs.pt"
 
@@ -35,7 +35,7 @@ def numbers(results, *without):
     return {name: value for name, value in results.items() if name not in ("seconds", *without)}
 
 
-def test_a_checkpoint_and_a_folder_need_nothing_else(script, own, colours):
+def test_checkpoint_and_folder_need_no_other_option(script, own, colours):
     code, out, err = script("zero_shot", "--resume", own, "--data", colours, "--device", "cpu")
     assert code == 0, err
     folder = own.parent / "zero_shot_colours"
@@ -53,8 +53,8 @@ def test_a_checkpoint_and_a_folder_need_nothing_else(script, own, colours):
     assert (folder / "options.json").is_file() and (folder / "log.txt").is_file()
 
 
-def test_it_is_clips_reference_recipe(script, weights, captioned, tmp_path):
-    """Every image read from the folder and every class, with open_clip's own code; scores as they come, no ties."""
+def test_results_equal_clips_reference_recipe(script, weights, captioned, tmp_path):
+    """Compared with open_clip's own code over all images and classes; no two scores are equal."""
     names = ["dog", "great white shark", "crane", "bus", "red apple", "teddy bear", "school"]
     for number, name in enumerate(names):
         for image in range(4):
@@ -86,7 +86,7 @@ def test_it_is_clips_reference_recipe(script, weights, captioned, tmp_path):
     assert 0 < results["top5"] < 100
 
 
-def test_other_weights_and_random_ones_get_a_folder_in_checkpoint_path(script, weights, captioned, colours, tmp_path):
+def test_other_and_random_weights_write_to_checkpoint_path(script, weights, captioned, colours, tmp_path):
     data = ("--vision_model", captioned / "small.json", "--data", colours, "--checkpoint_path", "runs", *CPU)
     code, _, err = script("zero_shot", *data, "--resume", weights)
     assert code == 0 and "RANDOM" not in err, err
@@ -96,7 +96,7 @@ def test_other_weights_and_random_ones_get_a_folder_in_checkpoint_path(script, w
     assert code == 0 and "THE WEIGHTS ARE RANDOM" in err
 
 
-def test_options_of_the_evaluation(script, own, colours, tmp_path):
+def test_evaluation_options(script, own, colours, tmp_path):
     command = ("zero_shot", "--resume", own, "--data", colours)
     settings = {
         "plain": CPU,
@@ -113,7 +113,7 @@ def test_options_of_the_evaluation(script, own, colours, tmp_path):
     assert read_json(tmp_path / "plain/options.json")["device_used"].startswith("cpu")
 
 
-def test_options_of_the_classes_and_the_prompts(script, own, tmp_path):
+def test_class_and_prompt_options(script, own, tmp_path):
     for name in ("n01440764", "n01443537"):
         paint(tmp_path / "in" / name / "a.png", "red")
     (tmp_path / "names.txt").write_text("n01440764 丁鲷\nn01443537 金鱼\nn01484850 大白鲨\n", encoding="utf-8")
@@ -146,7 +146,7 @@ def test_options_of_the_classes_and_the_prompts(script, own, tmp_path):
         assert results["templates"] == templates or (templates is None and len(results["templates"]) == 7)
 
 
-def test_a_download_is_tried_only_where_it_is_asked_for(script, own, tmp_path, monkeypatch):
+def test_download_only_with_the_option(script, own, tmp_path, monkeypatch):
     from clip_retrieval.classification import archives
 
     monkeypatch.setattr(archives, "download_and_extract_archive", lambda *_, **__: (tmp_path / "tried").touch())
@@ -183,24 +183,24 @@ def test_bad_usage_is_one_line(script, captioned, colours, tmp_path, typed, word
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_a_broken_image_is_named(script, own, colours):
+def test_broken_image_is_named(script, own, colours):
     (colours / "red" / "2.png").write_bytes(b"no image")
     code, _, err = script("zero_shot", "--resume", own, "--data", colours, "--device", "cpu")
     assert code == 2 and str(colours / "red" / "2.png") in err and err.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_several_processes_find_what_one_does(script, own, colours, tmp_path):
-    alone, together = tmp_path / "alone", tmp_path / "together"
+def test_several_processes_give_the_same_results(script, own, colours, tmp_path):
+    single, several = tmp_path / "single", tmp_path / "several"
     typed = ("--resume", own, "--data", colours, *CPU, "--eval_batch_size", 3)
-    assert script("zero_shot", *typed, "--output", alone)[0] == 0
-    started = Torchrun("scripts/zero_shot.py", *typed, "--output", together, processes=(2,), marker=together)
+    assert script("zero_shot", *typed, "--output", single)[0] == 0
+    started = Torchrun("scripts/zero_shot.py", *typed, "--output", several, processes=(2,), marker=several)
     code, _, err = started.end()
     assert code == 0, err
-    assert numbers(read_json(alone / "results.json")) == numbers(read_json(together / "results.json"))
+    assert numbers(read_json(single / "results.json")) == numbers(read_json(several / "results.json"))
 
 
-def test_a_chinese_clip_and_chinese_names(script, real_data, colours, tmp_path):
+def test_chinese_clip_with_chinese_class_names(script, real_data, colours, tmp_path):
     tiny = real_data / "chinese_clip_tiny"
     (tmp_path / "names.txt").write_text("蓝色\n绿色\n红色\n", encoding="utf-8")
     model = ("--resume", tiny / "clip_cn_tiny.pt", "--tokenizer", tiny / "vocab.txt")
@@ -215,7 +215,7 @@ def test_a_chinese_clip_and_chinese_names(script, real_data, colours, tmp_path):
     assert "蓝色" in out
 
 
-def test_real_photographs_of_a_hundred_classes(script, own, real_data, tmp_path):
+def test_real_photographs_of_cifar100(script, own, real_data, tmp_path):
     code, _, err = script(
         *("zero_shot", "--resume", own, "--data", real_data / "cifar100_test", "--template", "a photo of a {}."),
         *("--output", "out", *CPU),
@@ -227,7 +227,7 @@ def test_real_photographs_of_a_hundred_classes(script, own, real_data, tmp_path)
     assert 0 <= results["top1"] <= results["top5"] <= results["top10"] < 100
 
 
-def test_variants_of_imagenet_keep_results_of_their_own_that_say_what_was_read(script, own, tmp_path):
+def test_imagenet_variants_have_separate_results_that_name_the_data(script, own, tmp_path):
     for name in ("imagenet-r", "sketch", "val"):
         paint(tmp_path / name / "n01440764" / "a.png", "red")
     (tmp_path / "names.txt").write_text("a fish\n")
@@ -251,21 +251,21 @@ def test_variants_of_imagenet_keep_results_of_their_own_that_say_what_was_read(s
     assert f"class_names: {tmp_path / 'names.txt'}\ntemplates: own (1), {{}}\n" in (folder / "results.txt").read_text()
 
 
-def test_folders_that_are_called_the_same_keep_results_of_their_own(script, own, tmp_path):
+def test_folders_with_the_same_name_have_separate_results(script, own, tmp_path):
     for parent in ("a", "b"):
         paint(tmp_path / parent / "test" / "red" / "a.png", "red")
         assert script("zero_shot", "--resume", own, *CPU, "--data", tmp_path / parent / "test")[0] == 0
         assert (own.parent / f"zero_shot_{parent}_test" / "results.json").is_file()
 
 
-def test_a_place_that_cannot_be_written_is_changed_with_output(script, own, colours):
+def test_unwritable_output_is_an_error(script, own, colours):
     output = colours / "red" / "0.png" / "below"
     code, _, err = script("zero_shot", "--resume", own, "--data", colours, "--output", output, "--device", "cpu")
     assert code == 2 and err.count("\n") == 1
     assert f"{output} cannot be written (Not a directory); choose another place with --output\n" in err
 
 
-def test_weights_for_one_tower_only_warn_loudly(script, captioned, colours, tmp_path):
+def test_weights_for_one_tower_warn(script, captioned, colours, tmp_path):
     torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     model = ("--vision_model", captioned / "simple.json", "--pretrained", tmp_path / "resnet18.pth")
     code, _, err = script("zero_shot", *model, "--data", colours, "--output", "out", "--template", "{}", *CPU)

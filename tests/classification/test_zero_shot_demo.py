@@ -1,4 +1,4 @@
-"""scripts/zero_shot_demo.py: the five best labels of each image, printed and drawn."""
+"""scripts/zero_shot_demo.py: the top five labels of each image, printed and drawn."""
 
 import math
 import struct
@@ -23,7 +23,7 @@ ANIMALS = "cat,dog,great white shark,crane,bus,owl,tree"
 
 @pytest.fixture
 def photos(captioned, tmp_path):
-    """Three photographs, a broken one, and what is none."""
+    """Three photographs, a broken one, another file, and a subfolder."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, name in enumerate(("b.jpg", "a.PNG", "c.jpeg")):
@@ -40,16 +40,16 @@ def model(captioned, tmp_path):
     return ("--vision_model", captioned / "small.json", "--pretrained", tmp_path / "theirs.pt", *CPU)
 
 
-def printed(out):
+def parse_output(out):
     """{image: [(percent, label), ...]}"""
-    found, bars = {}, []
+    images, bars = {}, []
     for line in out.splitlines():
         percent, _, label = line.strip().partition("%  ")
         if label:
             bars.append((float(percent), label))
         else:
-            bars = found[line] = []
-    return {name: bars for name, bars in found.items() if bars}
+            bars = images[line] = []
+    return {name: bars for name, bars in images.items() if bars}
 
 
 def test_probabilities_are_a_softmax_of_scaled_cosines():
@@ -60,23 +60,23 @@ def test_probabilities_are_a_softmax_of_scaled_cosines():
     torch.testing.assert_close(probabilities(images, classes, 2.0), expected)
 
 
-def test_no_scale_is_too_large_for_probabilities():
+def test_probabilities_with_a_huge_scale():
     images, classes = torch.tensor([[1.0 + 2**-20, 0]]), torch.tensor([[1.0, 0], [0, 1]])
     assert probabilities(images, classes, 1.7e308).tolist() == [[1, 0]]
 
 
-def test_the_best_five_come_in_order():
+def test_top_five_labels_in_order():
     shares = torch.tensor([[0.1, 0.3, 0.1, 0.2, 0.05, 0.25]])
     assert [name for name, _ in best_labels(shares, list("abcdef"))[0]] == ["b", "f", "d", "a", "c"]
     assert best_labels(torch.tensor([[0.25, 0.75]]), ["a", "b"]) == [[("b", 75.0), ("a", 25.0)]]
 
 
-def test_the_five_best_labels_are_printed_as_the_reference_has_them(script, model, photos):
+def test_printed_labels_equal_the_reference(script, model, photos):
     code, out, err = script("zero_shot_demo", *model, "--img_dir", photos, "--labels", ANIMALS)
     assert code == 0, err
-    found = printed(out)
+    found = parse_output(out)
     assert list(found) == ["a.PNG", "b.jpg", "c.jpeg"]
-    assert f"skipped, as their names are not those of images: {photos / 'Thumbs.db'}" in out
+    assert f"skipped files without an image suffix: {photos / 'Thumbs.db'}" in out
     assert "broken.jpg: not a readable image" in err and err.count("\n") == 1
 
     clip, labels = small_clip(seed=3), ANIMALS.split(",")
@@ -94,17 +94,17 @@ def test_the_five_best_labels_are_printed_as_the_reference_has_them(script, mode
             assert [percent for percent, _ in bars] == pytest.approx([100 * float(shares[i]) for i in best], abs=0.006)
 
 
-def test_a_checkpoint_by_all_its_names(script, checkpoint, photos, tmp_path):
+def test_checkpoint_option_has_three_names(script, checkpoint, photos, tmp_path):
     outputs = []
     for name in ("--resume", "--checkpoint_path", "--checkpoint-path"):
         code, out, err = script("zero_shot_demo", name, checkpoint, "--img_path", photos / "b.jpg", *CPU)
         assert code == 0, err
         outputs.append(out)
-    assert len(set(outputs)) == 1 and len(printed(outputs[0])["b.jpg"]) == 5
+    assert len(set(outputs)) == 1 and len(parse_output(outputs[0])["b.jpg"]) == 5
     assert not (tmp_path / "demo_output").exists()
 
 
-def test_figures_are_drawn_where_they_are_wanted(script, model, photos, tmp_path):
+def test_figures_are_drawn_to_output(script, model, photos, tmp_path):
     code, out, err = script("zero_shot_demo", *model, "--img_dir", photos, "--show_prediction", "--labels", ANIMALS)
     assert code == 0 and "demo_output/zero_shot_photos.png" in out, err
     with Image.open(tmp_path / "demo_output/zero_shot_photos.png") as figure:
@@ -116,45 +116,45 @@ def test_figures_are_drawn_where_they_are_wanted(script, model, photos, tmp_path
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["zero_shot_b.png"]
 
 
-def test_the_figures_are_no_photographs(script, model, photos, tmp_path):
+def test_own_figures_are_not_read_as_photographs(script, model, photos, tmp_path):
     command = ("zero_shot_demo", *model, "--img_dir", photos, "--show_prediction", "--output", photos)
     outputs = [script(*command, "--labels", ANIMALS) for _ in range(2)]
     assert [code for code, *_ in outputs] == [0, 0] and outputs[0] == outputs[1]
 
 
-def test_the_temperature_replaces_the_models_own(script, model, photos):
+def test_temperature_replaces_the_models_own(script, model, photos):
     one = ("zero_shot_demo", *model, "--img_path", photos / "b.jpg", "--labels", ANIMALS)
     own = math.exp(-float(small_clip(seed=3).logit_scale.detach()))
-    outputs = {t: printed(script(*one, "--temperature", t)[1])["b.jpg"] for t in (own, 1000, 1e-7)}
-    assert outputs[own] == printed(script(*one)[1])["b.jpg"]
+    outputs = {t: parse_output(script(*one, "--temperature", t)[1])["b.jpg"] for t in (own, 1000, 1e-7)}
+    assert outputs[own] == parse_output(script(*one)[1])["b.jpg"]
     assert [percent for percent, _ in outputs[1000]] == pytest.approx([100 / 7] * 5, abs=0.05)
     assert outputs[1e-7][0][0] == 100
     assert len({bars[0][1] for bars in outputs.values()}) == 1
 
 
-def test_photographs_are_upright_and_white_where_they_are_transparent(tmp_path, monkeypatch):
-    turned, clear = Image.new("RGB", (6, 4), "red"), Image.new("RGBA", (4, 4), (255, 0, 255, 0))
+def test_photographs_are_upright_with_white_for_transparency(tmp_path, monkeypatch):
+    turned, transparent = Image.new("RGB", (6, 4), "red"), Image.new("RGBA", (4, 4), (255, 0, 255, 0))
     exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    clear.putpixel((0, 0), (0, 0, 255, 255))
-    clear.save(tmp_path / "clear.png")
-    upright, white = Photographs([str(tmp_path / name) for name in ("turned.jpg", "clear.png")])
+    transparent.putpixel((0, 0), (0, 0, 255, 255))
+    transparent.save(tmp_path / "transparent.png")
+    upright, white = Photographs([str(tmp_path / name) for name in ("turned.jpg", "transparent.png")])
     assert upright.size == (4, 6) and upright.mode == white.mode == "RGB"
     assert white.getpixel((0, 0)) == (0, 0, 255) and white.getpixel((3, 3)) == (255, 255, 255)
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: struct.pack("H", "broken"))
     assert Photographs([str(tmp_path / "turned.jpg")])[0].size == (6, 4)
 
 
-def test_templates_of_ones_own(script, model, photos):
+def test_templates_from_the_command_line(script, model, photos):
     one = ("zero_shot_demo", *model, "--img_path", photos / "b.jpg", "--labels", ANIMALS)
-    usual = script(*one)[1]
-    assert script(*one, "--template", "a photo of a {}.")[1] == script(*one, "--templates", "single")[1] == usual
-    assert script(*one, "--templates", "cifar")[1] != usual
-    assert script(*one, "--template", "{}!")[1] != usual
+    default = script(*one)[1]
+    assert script(*one, "--template", "a photo of a {}.")[1] == script(*one, "--templates", "single")[1] == default
+    assert script(*one, "--templates", "cifar")[1] != default
+    assert script(*one, "--template", "{}!")[1] != default
 
 
-def test_labels_of_a_set_a_file_or_typed(tmp_path):
+def test_labels_from_a_set_a_file_or_the_command_line(tmp_path):
     assert read_labels("cifar100")[1] == "aquarium fish" and len(read_labels("cifar100")) == 100
     assert [len(read_labels(name)) for name in ("cifar10", "stl10", "imagenet")] == [10, 10, 1000]
     assert read_labels("cat, great_white shark,dog,") == ["cat", "great white shark", "dog"]
@@ -166,7 +166,7 @@ def test_labels_of_a_set_a_file_or_typed(tmp_path):
         read_labels("cat")
 
 
-def test_batches_precision_and_labels_of_imagenet(script, model, photos):
+def test_batch_size_precision_and_imagenet_labels(script, model, photos):
     base = ("zero_shot_demo", *model, "--img_dir", photos, "--labels", "imagenet")
     plain = script(*base)[1]
     assert script(*base, "--eval_batch_size", 1)[1] == plain
@@ -197,7 +197,7 @@ def test_batches_precision_and_labels_of_imagenet(script, model, photos):
         (["--img_dir", "photos", "--template", "photo"], ['"photo"']),
     ],
 )
-def test_bad_usage_is_an_error_that_names_it(script, model, photos, tmp_path, typed, words):
+def test_bad_usage_is_one_line(script, model, photos, tmp_path, typed, words):
     (tmp_path / "empty").mkdir()
     code, _, err = script("zero_shot_demo", *model, *typed)
     (error,) = [line for line in err.splitlines() if not line.startswith("WARNING")]
@@ -205,7 +205,7 @@ def test_bad_usage_is_an_error_that_names_it(script, model, photos, tmp_path, ty
 
 
 @pytest.mark.parametrize("name", ["zero_shot", "zero_shot_demo"])
-def test_help_needs_none_of_the_large_libraries(name):
+def test_help_imports_no_large_library(name):
     code = (
         f"import runpy, sys; sys.argv = ['{name}.py', '--help']; sys.path.insert(0, '{ROOT / 'scripts'}')\n"
         f"try: runpy.run_path('{ROOT / 'scripts' / name}.py', run_name='__main__')\n"
@@ -224,10 +224,10 @@ def test_help_needs_none_of_the_large_libraries(name):
         ("logit_scale", ["theirs.pt: exp(logit_scale) is not finite", "--temperature"]),
     ],
 )
-def test_numbers_that_are_not_finite_are_named_and_never_shown(script, model, photos, tmp_path, name, words):
+def test_non_finite_features_are_named_and_never_shown(script, model, photos, tmp_path, name, words):
     clip = small_clip(seed=3)
     state = clip.state_dict()
-    state[name] = torch.full_like(state[name], 3e38 if state[name].ndim else 100)  # finite, but nothing after it
+    state[name] = torch.full_like(state[name], 3e38 if state[name].ndim else 100)  # finite, but it overflows
     torch.save({"state_dict": state}, tmp_path / "theirs.pt")
     code, out, err = script("zero_shot_demo", *model, "--img_dir", photos, "--labels", "cat,dog", "--show_prediction")
     (error,) = [line for line in err.splitlines() if not line.startswith("WARNING")]

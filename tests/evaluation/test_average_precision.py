@@ -1,4 +1,4 @@
-"""mAP@K against plain loops over orders."""
+"""mAP@K against plain loops over all orders of tied items."""
 
 from itertools import permutations
 
@@ -14,7 +14,7 @@ from tests.conftest import read_json
 
 
 def average_precision(relevant, k):
-    """Of relevances in the order they are retrieved in."""
+    """relevant: bools in retrieval order."""
     hits, total = 0, 0.0
     for place, hit in enumerate(relevant[:k], 1):
         if hit:
@@ -24,7 +24,7 @@ def average_precision(relevant, k):
 
 
 def plain_map(scores, relevant, k):
-    """Percent; scores and relevant (queries, items). Equal scores are taken in every order."""
+    """mAP@K in percent, averaged over every order of equal scores. scores, relevant: (queries, items)."""
     values = []
     for row, hits in zip(scores, relevant):
         if hits.any():
@@ -43,12 +43,12 @@ def plain_map(scores, relevant, k):
     levels=st.integers(1, 4),
     ks=st.sets(st.integers(1, 7), min_size=1, max_size=3),
 )
-def test_ties_give_the_mean_over_all_their_orders(seed, images, captions, levels, ks):
+def test_ties_give_the_mean_over_all_orders(seed, images, captions, levels, ks):
     rng = np.random.default_rng(seed)
     scores = rng.integers(levels, size=(images, captions)).astype(float)
     relevant = rng.random((images, captions)) < 0.4
     relevant[rng.integers(images), rng.integers(captions)] = True
-    # Features whose inner products are the scores.
+    # with np.eye as text features, the inner products are the scores
     pairs = np.argwhere(relevant)
     found = retrieval_map(scores, np.eye(captions), np.concatenate([pairs, pairs[:1]]), ks)
     for k in ks:
@@ -63,7 +63,7 @@ def test_hand_computed():
     assert found["i2t"] == pytest.approx({f"mAP@{k}": 100 * value for k, value in expected.items()})
 
 
-def test_at_one_it_is_recall():
+def test_map_at_one_equals_recall_at_one():
     rng = np.random.default_rng(0)
     images = rng.integers(-1, 2, size=(30, 4)).astype(np.float32)
     texts = rng.integers(-1, 2, size=(70, 4)).astype(np.float32)
@@ -74,13 +74,13 @@ def test_at_one_it_is_recall():
         assert found[direction]["mAP@1"] == pytest.approx(recall[direction]["R@1"])
 
 
-def test_a_collapsed_model_scores_chance():
+def test_collapsed_model_scores_chance():
     pairs = np.stack([np.arange(200) // 4, np.arange(200)], axis=1)
     found = retrieval_map(np.ones((50, 3)), np.ones((200, 3)), pairs)
     assert found["i2t"]["mAP@1"] == pytest.approx(2) and found["t2i"]["mAP@1"] == pytest.approx(2)
 
 
-def test_it_is_in_the_results_if_asked_for(run, arguments, tmp_path):
+def test_map_is_in_the_results_with_the_option(run, arguments, tmp_path):
     found = {}
     for name, option in (("with", ["--map"]), ("without", [])):
         code, out, err = run(*arguments, "--eval", "--experiments", name, *option)

@@ -1,4 +1,4 @@
-"""Recall and ranks, against every order of the tied items, one by one."""
+"""Recall and expected ranks against a loop over every order of the tied items."""
 
 import json
 from itertools import permutations
@@ -20,7 +20,7 @@ def ranks(*queries):
 
 @given(above=st.integers(0, 4), tied=st.integers(0, 4), positives=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_expectation_over_every_order_of_the_tied_items(above, tied, positives):
+def test_expectation_over_every_order_of_tied_items(above, tied, positives):
     orders = [(False,) * above + order for order in permutations([False] * tied + [True] * positives)]
     query = ranks((above, tied, positives))
     for k in range(1, above + tied + positives + 2):
@@ -33,7 +33,7 @@ def test_expectation_over_every_order_of_the_tied_items(above, tied, positives):
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(1, 5)), min_size=1, max_size=20),
     st.integers(1, 30),
 )
-def test_recall_is_the_formula(queries, k):
+def test_recall_equals_the_formula(queries, k):
     def hit(above, tied, positives):
         places = k - above
         if places <= 0 or places > tied:
@@ -81,6 +81,6 @@ def test_collapsed_model_scores_chance():
         assert result[direction]["MedR"] == result[direction]["MeanR"] == 25.5
 
 
-def test_recall_at_a_k_of_any_size():
+def test_recall_at_huge_k():
     ranks = Ranks(*(np.array(values, np.int64) for values in ([0, 7], [0, 3], [1, 1])))
     assert recall_at(ranks, 10**30) == recall_at(ranks, 2**63) == recall_at(ranks, 100) == 100

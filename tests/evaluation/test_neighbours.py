@@ -1,4 +1,4 @@
-"""The first k items of each query against a plain float64 brute force over the full matrix of scores."""
+"""The top k items of each query against a float64 brute force over the full score matrix."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,9 @@ KINDS = ["continuous", "small integers", "duplicates", "near ties", "lengths", "
 
 
 def brute_force(queries, items, k):
-    """(items, where the group of each begins, size of the last group): one query at a time, in float64.
+    """(items, first place of each item's group, size of the last group), one query at a time, in float64.
 
-    The best item left leads; what is equal to it comes with it, in the order of the items.
+    The best remaining item leads a group; the items equal to it follow in index order.
     """
     queries, items = np.asarray(queries, np.float64), np.asarray(items, np.float64)
     norms = np.linalg.norm(items, axis=1)
@@ -84,10 +84,10 @@ def random_sides(rng, counts, dim, kind, dtype):
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
     collected=st.integers(1, 60),
-    crowd=st.sampled_from([module.CROWD, -1000]),  # never, and always: each query's whole row
+    crowd=st.sampled_from([module.CROWD, -1000]),  # no query is crowded, all queries are
     dense=st.integers(1, 60),
 )
-def test_neighbours_are_those_of_float64(seed, images, captions, dim, k, tile, kind, dtype, collected, crowd, dense):
+def test_neighbours_equal_float64(seed, images, captions, dim, k, tile, kind, dtype, collected, crowd, dense):
     sides = random_sides(np.random.default_rng(seed), (images, captions), dim, kind, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "COLLECTED", collected)
@@ -97,24 +97,24 @@ def test_neighbours_are_those_of_float64(seed, images, captions, dim, k, tile, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_items_in_many_groups(kind):
+def test_more_items_than_groups(kind):
     sides = random_sides(np.random.default_rng(1), (150, 700), 12, kind, np.float32)
     assert_exact(*sides, 10, tile=(70, 300))
 
 
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-3])
-def test_features_that_look_alike_take_whole_rows_in_float64(monkeypatch, spread):
+def test_nearly_equal_features_are_scored_in_float64(monkeypatch, spread):
     monkeypatch.setattr(module, "COLLECTED", 100)
     rng = np.random.default_rng(2)
     images, texts = (rng.normal(size=64) + spread * rng.normal(size=(count, 64)) for count in (90, 400))
     rows = []
-    settle = module._ExactNeighbours.settle_rows
-    monkeypatch.setattr(module._ExactNeighbours, "settle_rows", lambda self, q: (rows.append(len(q)), settle(self, q)))
+    sort = module._ExactNeighbours.sort_all_items
+    monkeypatch.setattr(module._ExactNeighbours, "sort_all_items", lambda self, q: (rows.append(len(q)), sort(self, q)))
     assert_exact(images, texts, 5, tile=(50, 100))
     assert rows[0] > 0 or spread > 1e-4
 
 
-def test_float32_cannot_tell_these_apart():
+def test_order_that_float32_cannot_decide():
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, 64))
     text = np.concatenate([image * (1 + 1e-9 * step) for step in (0, 1, -1, 2, 0)])
@@ -123,8 +123,8 @@ def test_float32_cannot_tell_these_apart():
     assert found["i2t"].items.tolist() == [[3, 1, 0, 4, 2]]
 
 
-def test_worst_case_of_the_bound():
-    """Items whose float32 scores are in the wrong order by nearly twice the bound are all looked at."""
+def test_float32_scores_in_the_wrong_order_are_resolved():
+    """All items are candidates whose float32 scores are in the wrong order by nearly twice the bound."""
     rng = np.random.default_rng(3)
     query = rng.normal(size=(1, 512)).astype(np.float32)
     items = query + 1e-4 * rng.normal(size=(300, 512)).astype(np.float32)
@@ -138,7 +138,7 @@ def test_worst_case_of_the_bound():
     assert_exact(query, items, 10)
 
 
-def test_equal_items_come_in_the_order_of_the_files():
+def test_equal_items_come_in_index_order():
     texts = np.random.default_rng(1).normal(size=(1, 513)).repeat(2000, axis=0)
     found = find(np.random.default_rng(2).normal(size=(3, 513)), texts, 4, tile=(2, 900))
     assert found["i2t"].items.tolist() == [[0, 1, 2, 3]] * 3
@@ -146,7 +146,7 @@ def test_equal_items_come_in_the_order_of_the_files():
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 1000), (1000, 3), (7, 11), (512, 512)])
-def test_tiles_change_nothing(tile):
+def test_tile_size_changes_nothing(tile):
     rng = np.random.default_rng(3)
     images, texts = rng.integers(-1, 2, size=(37, 4)).astype(float), rng.integers(-1, 2, size=(53, 4)).astype(float)
     expected, found = find(images, texts, 6), find(images, texts, 6, tile=tile)
@@ -154,18 +154,18 @@ def test_tiles_change_nothing(tile):
         np.testing.assert_array_equal(found[direction].items, expected[direction].items)
 
 
-def test_one_direction_alone():
+def test_single_direction():
     rng = np.random.default_rng(4)
     images, texts = rng.normal(size=(9, 5)), rng.normal(size=(13, 5))
     both = find(images, texts, 3)
     for direction in both:
-        alone = find(images, texts, 3, directions=[direction])
-        assert list(alone) == [direction]
-        np.testing.assert_array_equal(alone[direction].items, both[direction].items)
+        single = find(images, texts, 3, directions=[direction])
+        assert list(single) == [direction]
+        np.testing.assert_array_equal(single[direction].items, both[direction].items)
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
-def test_unit_of_the_features_changes_nothing(scale):
+def test_scale_of_the_features_changes_nothing(scale):
     rng = np.random.default_rng(5)
     images, texts = rng.normal(size=(30, 24)).astype(np.float32), rng.normal(size=(60, 24)).astype(np.float32)
     power = np.float32(2.0 ** round(np.log2(scale)))
@@ -176,37 +176,37 @@ def test_unit_of_the_features_changes_nothing(scale):
 
 @pytest.mark.parametrize("kind", ["continuous", "duplicates", "collapsed"])
 def test_processes_share_the_tiles(monkeypatch, kind):
-    """Two processes, one after the other: what the first has found is handed to the second."""
+    """Two processes run in turn: the second receives the tensors that the first one sent."""
     monkeypatch.setattr(module, "COLLECTED", 50)
     images, texts = random_sides(np.random.default_rng(6), (40, 120), 8, kind, np.float32)
-    given = []
+    sent = []
 
     class First(Processes):
         def max(self, tensor):
-            given.append(tensor.clone())
+            sent.append(tensor.clone())
             return tensor
 
         def all_gather_rows(self, tensor):
-            given.append(tensor.clone())
+            sent.append(tensor.clone())
             return tensor
 
     class Second(Processes):
         def max(self, tensor):
-            return torch.maximum(tensor, given.pop(0))
+            return torch.maximum(tensor, sent.pop(0))
 
         def all_gather_rows(self, tensor):
-            return torch.cat([given.pop(0), tensor])
+            return torch.cat([sent.pop(0), tensor])
 
     expected = find(images, texts, 5, tile=(16, 16))
     find(images, texts, 5, tile=(16, 16), processes=First(0, 2))
     found = find(images, texts, 5, tile=(16, 16), processes=Second(1, 2))
-    assert given == []
+    assert sent == []
     for direction in expected:
         np.testing.assert_array_equal(found[direction].items, expected[direction].items)
 
 
 def test_bad_usage_is_refused():
-    with pytest.raises(UserError, match="k starts at 1"):
+    with pytest.raises(UserError, match="k must be at least 1"):
         find(np.ones((2, 3)), np.ones((2, 3)), 0)
     with pytest.raises(UserError, match=r"3 dimensions.*4"):
         find(np.ones((2, 3)), np.ones((2, 4)), 1)

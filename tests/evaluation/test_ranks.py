@@ -1,4 +1,4 @@
-"""Ranks against a plain float64 brute force over the full matrix of scores."""
+"""Ranks against a float64 brute force over the full score matrix."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import rounding_bound
 
 TIE = 1e-10
-DECIDE_BY_TILE, DECIDE_BY_SCORE = -1, 2  # shares of undecided scores that every tile exceeds, and none
+DECIDE_BY_TILE, DECIDE_BY_SCORE = -1, 2  # CROWDED: every tile exceeds it, no tile does
 
 
 def brute_force(image_features, text_features, pairs):
-    """((above, tied, positives) of i2t, the same of t2i): one query at a time, in float64."""
+    """((above, tied, positives) of i2t, the same of t2i), one query at a time, in float64."""
     images, texts = np.asarray(image_features, np.float64), np.asarray(text_features, np.float64)
     relevant = np.zeros((len(images), len(texts)), bool)
     for image, text in np.asarray(pairs):
@@ -50,7 +50,7 @@ def assert_exact(image_features, text_features, pairs, **options):
 
 
 def random_pairs(rng, images, captions):
-    """Uneven, many-to-many, some of them twice, some images and captions without a partner."""
+    """Uneven many-to-many pairs with duplicates; some images and captions have none."""
     count = int(rng.integers(1, images + captions))
     pairs = np.stack([rng.integers(images, size=count), rng.integers(captions, size=count)], axis=1)
     return np.concatenate([pairs, pairs[: count // 3]])
@@ -67,7 +67,7 @@ def random_pairs(rng, images, captions):
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
     crowded=st.sampled_from([DECIDE_BY_TILE, DECIDE_BY_SCORE, ranks_module.CROWDED]),
 )
-def test_ranks_are_those_of_float64(seed, images, captions, dim, tile, kind, dtype, crowded):
+def test_ranks_equal_float64(seed, images, captions, dim, tile, kind, dtype, crowded):
     rng = np.random.default_rng(seed)
     sides = []
     for count in (images, captions):
@@ -97,7 +97,7 @@ def test_hand_computed_matrix():
 
 
 @pytest.mark.parametrize("crowded", [DECIDE_BY_TILE, DECIDE_BY_SCORE])
-def test_float32_cannot_tell_these_apart(monkeypatch, crowded):
+def test_rank_that_float32_cannot_decide(monkeypatch, crowded):
     monkeypatch.setattr(ranks_module, "CROWDED", crowded)
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, 64))
@@ -108,7 +108,7 @@ def test_float32_cannot_tell_these_apart(monkeypatch, crowded):
 
 
 @pytest.mark.parametrize("crowded", [DECIDE_BY_TILE, DECIDE_BY_SCORE])
-def test_the_longer_of_two_items_says_what_is_equal(monkeypatch, crowded):
+def test_tie_tolerance_uses_the_longer_item(monkeypatch, crowded):
     monkeypatch.setattr(ranks_module, "CROWDED", crowded)
     long, short = [1, 1e6], [1 + 1e-5, 0]
     for positive, negative in ((long, short), (short, long)):
@@ -128,7 +128,7 @@ def test_collapsed_tile_is_decided_by_one_product(monkeypatch):
     def never(*_):
         raise AssertionError("decided score by score")
 
-    monkeypatch.setattr(ranks_module._Direction, "_decide", never)
+    monkeypatch.setattr(ranks_module._Direction, "_count_pairs", never)
     i2t, t2i = retrieval_ranks(torch.ones(40, 8), torch.ones(90, 8), np.array([[i, 2 * i] for i in range(40)]))
     assert (i2t.tied == 89).all() and (t2i.tied == 39).all()
 
@@ -160,12 +160,12 @@ def test_order_of_the_items_changes_nothing():
     "dtype, scale", [(np.float32, 1e4), (np.float32, 1e30), (np.float32, 1e-30), (np.float64, 1e150)]
 )
 @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
-def test_unit_of_the_features_changes_nothing(monkeypatch, dtype, scale, sides):
+def test_scale_of_the_features_changes_nothing(monkeypatch, dtype, scale, sides):
     monkeypatch.setattr(ranks_module, "CROWDED", DECIDE_BY_SCORE)
     rng = np.random.default_rng(5)
     images, texts = rng.normal(size=(30, 24)).astype(dtype), rng.normal(size=(20, 24)).astype(dtype)
     texts, pairs = texts[rng.integers(20, size=60)], random_pairs(rng, 30, 60)
-    power = dtype(2.0 ** round(np.log2(scale)))  # exact, so that the scores keep their order to the last bit
+    power = dtype(2.0 ** round(np.log2(scale)))  # no rounding, so the scores keep their order
     scaled = [side * power if by else side for side, by in zip((images, texts), sides)]
     for ranks, plain in zip(retrieval_ranks(*scaled, pairs), retrieval_ranks(images, texts, pairs)):
         np.testing.assert_array_equal(arrays(ranks), arrays(plain))
@@ -175,7 +175,7 @@ def test_subnormal_and_zero_features(monkeypatch):
     monkeypatch.setattr(ranks_module, "CROWDED", DECIDE_BY_SCORE)
     assert_exact(np.zeros((3, 4)), np.zeros((5, 4)), np.array([[0, 0], [2, 4]]))
     unit = np.full((1, 64), 1 / 8)
-    images = np.concatenate([unit, unit * 1e-41])  # float32 keeps three digits of the second
+    images = np.concatenate([unit, unit * 1e-41])  # subnormal in float32: three digits
     i2t, _ = assert_exact(images, unit.repeat(5, axis=0), np.array([[0, 0], [1, 1]]))
     assert (i2t.tied == 4).all()
 
@@ -191,7 +191,7 @@ def test_tensors_of_any_precision(dtype):
         assert arrays(ranks).dtype == np.int64
 
 
-def test_layout_of_the_arrays_changes_nothing():
+def test_array_layout_changes_nothing():
     rng = np.random.default_rng(6)
     images, texts, pairs = rng.normal(size=(20, 6)), rng.normal(size=(30, 6)), random_pairs(rng, 20, 30)
     readonly = texts.astype(">f8")
@@ -202,7 +202,7 @@ def test_layout_of_the_arrays_changes_nothing():
         np.testing.assert_array_equal(arrays(found[0]), arrays(plain[0]))
 
 
-def test_reduced_precision_settings_change_nothing_and_stay():
+def test_reduced_precision_settings_are_ignored_and_kept():
     rng = np.random.default_rng(7)
     images, texts, pairs = rng.normal(size=(50, 32)), rng.normal(size=(80, 32)), random_pairs(rng, 50, 80)
     seen = []
@@ -237,15 +237,15 @@ def test_rounding_bound_holds(dim):
     relative, absolute = rounding_bound(dim)
     bound = relative * np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)[None] + absolute
     assert (np.abs(fast.double().numpy() - a @ b.T) <= bound).all()
-    # Sequential float32 summation of products that are all rounded the same way comes nearest to it.
+    # The worst case is sequential float32 summation of products that are all rounded the same way.
     steps = np.float32(1 + 2.0**-12) * np.ones(dim, np.float32)
     total = np.add.accumulate(steps * steps, dtype=np.float32)[-1]
     exact = dim * float(steps[0]) ** 2
     assert abs(float(total) - exact) <= relative * exact + absolute
 
 
-def test_peak_memory_is_tiles_not_the_product():
-    """No tensor has more elements than two tiles and the features, where the product has 48 times a tile's."""
+def test_peak_memory_grows_with_tiles_not_the_product():
+    """The largest tensor holds at most two tiles; the full product would hold 48."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -265,7 +265,7 @@ def test_peak_memory_is_tiles_not_the_product():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_feature_that_is_not_finite_is_named(value):
+def test_non_finite_feature_is_named(value):
     images, texts = np.ones((20, 3), np.float32), np.ones((5, 3), np.float32)
     images[17, 1] = value
     with pytest.raises(UserError, match=r'image 17 \("dog.jpg"\).*not finite'):
@@ -280,7 +280,7 @@ def test_feature_that_is_not_finite_is_named(value):
         (np.ones((2, 3)), np.ones((2, 4)), [[0, 0]], "3 dimensions and text features 4"),
         (np.ones((0, 3)), np.ones((2, 3)), [[0, 0]], r"image features have shape \(0, 3\)"),
         (np.ones((2, 3)), np.ones(3), [[0, 0]], r"caption features have shape \(3,\)"),
-        (np.ones((2, 3), int), np.ones((2, 3)), [[0, 0]], "image features are of type int64"),
+        (np.ones((2, 3), int), np.ones((2, 3)), [[0, 0]], "image features have dtype int64"),
         (np.ones((2, 3)), np.ones((2, 3)), np.zeros((0, 2), int), "at least one"),
         (np.ones((2, 3)), np.ones((2, 3)), [[0, 0, 0]], r"expected integers \(P, 2\)"),
         (np.ones((2, 3)), np.ones((2, 3)), [[0.0, 0.0]], "expected integers"),
@@ -289,7 +289,7 @@ def test_feature_that_is_not_finite_is_named(value):
         (np.ones((2, 3)), np.ones((2, 3)), [[0, -1]], "pair 0 names caption -1"),
     ],
 )
-def test_input_that_does_not_fit(images, texts, pairs, message):
+def test_input_that_does_not_match(images, texts, pairs, message):
     with pytest.raises(UserError, match=message):
         retrieval_ranks(images, texts, pairs)
 

@@ -6,7 +6,7 @@ from PIL import Image
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.reporting import figures
-from clip_retrieval.reporting.figures import Panel, draw_predictions, fonts_for
+from clip_retrieval.reporting.figures import Panel, draw_predictions, find_fonts
 
 BARS = [("lawn mower", 61.0), ("sea", 20.0), ("mushroom", 9.5), ("worm", 0.5), ("cloud", 0.0)]
 
@@ -26,18 +26,18 @@ def is_colour(pixels, hexadecimal):
 
 
 @pytest.mark.parametrize("number, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (7, 2, 4), (12, 2, 6)])
-def test_a_grid_of_one_size_for_each_image(tmp_path, number, columns, rows):
+def test_panels_form_a_grid_of_equal_cells(tmp_path, number, columns, rows):
     (path,) = draw_predictions(panels(number), tmp_path / "figure.png", "a model")
     assert path == tmp_path / "figure.png"
     pixels = drawn(path)
-    cell_width, cell_height = 330 + 495, 330  # a photo of 2.2 inches and a chart of 3.3, at 150 dots each
+    cell_width, cell_height = 330 + 495, 330  # a photo of 2.2 inches and a chart of 3.3, at 150 dpi
     assert abs(pixels.shape[1] - columns * cell_width) < columns * 200
     assert abs(pixels.shape[0] - rows * cell_height) < 130 + rows * 50
     red = (np.abs(pixels - (200, 30, 30)) < 4).all(axis=-1)
-    assert red.sum() == pytest.approx(number * 330 * 220, rel=0.02)  # 60 x 40, as wide as the photo's place
+    assert red.sum() == pytest.approx(number * 330 * 220, rel=0.02)  # 60 x 40 scaled to the width of a photo
 
 
-def test_bars_are_as_long_as_the_probabilities(tmp_path):
+def test_bar_lengths_equal_the_probabilities(tmp_path):
     (path,) = draw_predictions(panels(1), tmp_path / "figure.png", "a model")
     pixels = drawn(path)
     first = is_colour(pixels, figures.FIRST).sum(axis=1).max()
@@ -65,18 +65,18 @@ def test_many_images_take_several_pages(tmp_path):
 @pytest.mark.parametrize(
     "text", ["a name that is far too long for the place that it has in the figure " * 3, r"$\frac{1$"]
 )
-def test_long_names_are_cut_and_none_is_read_as_a_formula(tmp_path, text):
+def test_long_names_are_cut_and_math_is_not_parsed(tmp_path, text):
     (short,) = draw_predictions(panels(2, [("a", 80.0), ("b", 20.0)]), tmp_path / "short.png", "a")
     long_panels = [Panel(text, panel.image, [(text, 80.0), ("b", 20.0)]) for panel in panels(2)]
     (long,) = draw_predictions(long_panels, tmp_path / "long.png", text * 5)
     before, after = drawn(short), drawn(long)
     assert before.shape == after.shape
     margin = figures.MARGIN * figures.DPI
-    dark = (after.min(axis=2) < 120) & (after.max(axis=2) < 140)  # text only: the bars are blue, the photo is red
+    dark = (after.min(axis=2) < 120) & (after.max(axis=2) < 140)  # only the text: bars are blue, the photo is red
     assert not dark[:, -int(margin) :].any() and not dark[:, : int(margin) - 2].any()
 
 
-def test_wide_and_tall_images_keep_their_shape(tmp_path):
+def test_images_keep_their_aspect_ratio(tmp_path):
     for size in ((600, 60), (60, 600), (3000, 2)):
         (path,) = draw_predictions(panels(1, size=size), tmp_path / "figure.png", "a")
         rows, columns = np.nonzero((np.abs(drawn(path) - (200, 30, 30)) < 4).all(axis=-1))
@@ -86,10 +86,10 @@ def test_wide_and_tall_images_keep_their_shape(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    warnings = []
-    monkeypatch.setattr(log, "warning", warnings.append)
-    return warnings
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(log, "warning", messages.append)
+    return messages
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def no_new_fonts(monkeypatch):
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
 
 
-def test_a_font_that_was_installed_after_matplotlib_listed_them_is_found(monkeypatch, said):
+def test_font_missing_in_matplotlibs_cache_is_found(monkeypatch, warnings):
     class Font:
         style, weight, name, fname = "normal", 400, "Chinese", "chinese.ttf"
 
@@ -106,10 +106,10 @@ def test_a_font_that_was_installed_after_matplotlib_listed_them_is_found(monkeyp
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["chinese.ttf"])
     monkeypatch.setattr(font_manager.fontManager, "addfont", lambda path: fonts.append(Font))
-    assert fonts_for(["苹"]) == [figures.FONT, "Chinese"] and not said
+    assert find_fonts(["苹"]) == [figures.FONT, "Chinese"] and not warnings
 
 
-def test_a_font_that_has_the_characters_is_found(monkeypatch, said):
+def test_font_with_the_most_characters_is_chosen(monkeypatch, warnings):
     class Font:
         style, weight, name, fname = "normal", 400, "Chinese", "chinese.ttf"
 
@@ -120,13 +120,13 @@ def test_a_font_that_has_the_characters_is_found(monkeypatch, said):
     has = {"chinese.ttf": set(map(ord, "苹果狗")), "less.ttf": set(map(ord, "苹果"))}
     monkeypatch.setattr(figures, "_characters", lambda path: has.get(path) or real(path))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [Other, Font])
-    assert fonts_for(["an apple", "苹果"]) == [figures.FONT, "A font with less"]
-    assert fonts_for(["苹果", "狗"]) == [figures.FONT, "Chinese"]
-    assert fonts_for(["plain", "Äpfel"]) == [figures.FONT]
-    assert not said
+    assert find_fonts(["an apple", "苹果"]) == [figures.FONT, "A font with less"]
+    assert find_fonts(["苹果", "狗"]) == [figures.FONT, "Chinese"]
+    assert find_fonts(["plain", "Äpfel"]) == [figures.FONT]
+    assert not warnings
 
 
-def test_several_fonts_help_each_other_out(monkeypatch, said):
+def test_several_fonts_are_combined(monkeypatch, warnings):
     class Font:
         style, weight, name, fname = "normal", 400, "Chinese", "chinese.ttf"
 
@@ -137,26 +137,26 @@ def test_several_fonts_help_each_other_out(monkeypatch, said):
     has = {"chinese.ttf": set(map(ord, "苹果狗")), "emoji.ttf": {0x1F34E}}
     monkeypatch.setattr(figures, "_characters", lambda path: has.get(path) or real(path))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [Other, Font])
-    assert fonts_for(["苹果 \U0001f34e"]) == [figures.FONT, "Chinese", "Emoji"]
-    assert not said
-    assert fonts_for(["苹果 猫"]) == [figures.FONT, "Chinese"]
-    assert len(said) == 1 and "猫" in said[0] and "苹" not in said[0]
+    assert find_fonts(["苹果 \U0001f34e"]) == [figures.FONT, "Chinese", "Emoji"]
+    assert not warnings
+    assert find_fonts(["苹果 猫"]) == [figures.FONT, "Chinese"]
+    assert len(warnings) == 1 and "猫" in warnings[0] and "苹" not in warnings[0]
 
 
-def test_no_font_is_said_once(tmp_path, monkeypatch, said):
+def test_missing_font_is_logged_once(tmp_path, monkeypatch, warnings):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     panel = Panel("苹果.jpg", lambda: Image.new("RGB", (4, 4)), [("苹果", 80.0), ("狗", 20.0)])
     draw_predictions([panel] * 13, tmp_path / "figure.png", "苹果")
-    (warning,) = said
+    (warning,) = warnings
     assert "苹" in warning and "Noto Sans CJK" in warning
 
 
-def test_matplotlibs_own_placeholders_are_no_font(said):
-    """A private-use character, which only the font of boxes for all characters has."""
-    assert fonts_for(["\U000f1234"]) == [figures.FONT]
-    assert len(said) == 1
+def test_placeholder_font_is_not_chosen(warnings):
+    """Only the placeholder font has this private-use character."""
+    assert find_fonts(["\U000f1234"]) == [figures.FONT]
+    assert len(warnings) == 1
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"none/figure\.png cannot be written .*--output"):
+def test_unwritable_figure_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"none/figure\.png: cannot be written .*--output"):
         draw_predictions(panels(1), tmp_path / "none" / "figure.png", "a")

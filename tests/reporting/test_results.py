@@ -27,7 +27,7 @@ def test_tables_round_and_results_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[1, 2]", '{"i2t": {}}'])
-def test_something_else_than_results(tmp_path, content):
+def test_other_content_than_results_is_refused(tmp_path, content):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
@@ -35,6 +35,6 @@ def test_something_else_than_results(tmp_path, content):
         read_results(path)
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing/results\.json"):
         write_json(tmp_path / "missing" / "results.json", {})

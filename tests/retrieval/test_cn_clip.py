@@ -1,4 +1,4 @@
-"""The same files as Chinese-CLIP's own scripts write, where cn-clip is there (pip install --no-deps cn-clip)."""
+"""Files equal those of Chinese-CLIP's own scripts. Needs cn-clip (pip install --no-deps cn-clip)."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("cn_clip"), reason=
 
 @pytest.fixture
 def theirs(monkeypatch, tmp_path):
-    """theirs(name, *arguments) runs one of their scripts."""
+    """theirs(name, *arguments) runs one of Chinese-CLIP's scripts."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)
 
@@ -41,8 +41,8 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_features_read_by_them(files):
-    """As their script reads a file: json into a float32 array."""
+def test_features_are_readable_by_chinese_clip(files):
+    """Chinese-CLIP reads JSON into a float32 array."""
     from clip_retrieval.retrieval.features import read_features
 
     array = np.array([record["feature"] for record in read_jsonl(files / "i.jsonl")], dtype=np.float32)
@@ -81,6 +81,6 @@ def test_failures_have_the_same_keys(script, theirs, files):
 
 
 def sorted_texts(line):
-    """A text whose image stands twice among its answers is there twice in theirs."""
+    """Drop duplicate texts: Chinese-CLIP lists a text twice if an image is twice among its answers."""
     content = json.loads(line)
     return content["image_id"], sorted({*content["text_ids"]})

@@ -1,4 +1,4 @@
-"""scripts/evaluate_features.py as a user runs it."""
+"""scripts/evaluate_features.py from the command line."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_features.py"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the script in this process, in a folder of its own: (exit code, standard output, standard error)."""
+    """Run the script in this process, in its own folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("evaluate_features", SCRIPT)
@@ -67,13 +67,13 @@ def test_text_to_image(run, files):
     assert sorted(path.name for path in files.iterdir()) == ["a.npy", "b.npy", "m.npy", "out.json", "p.npy"]
 
 
-def test_pairs_decide_and_hold_the_text_first(run, files):
+def test_pairs_take_precedence_with_the_text_row_first(run, files):
     assert run(*BOTH, "--text_to_image", "m.npy", "--pairs", "p.npy")[0] == 0
     pairs = [[text % 6, text] for text in range(10)] + [[5, 3]]
     assert json.loads((files / "out.json").read_text()) == expected(files, pairs)
 
 
-def test_normalize_is_a_choice(run, files):
+def test_normalize_option(run, files):
     pairs = [[text % 6, text] for text in range(10)]
     normalized = expected(files, pairs, scale=True)
     np.save(files / "a.npy", np.load(files / "a.npy") * 2.0 ** np.array([[0], [9], [664], [-3], [-664], [1]]))

@@ -1,4 +1,4 @@
-"""scripts/extract_features.py: features of any model and any data, in either format."""
+"""scripts/extract_features.py with any model, any data and both formats."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from tests.torchrun import Torchrun
 
 @pytest.fixture
 def trained(run, arguments, tmp_path):
-    """A checkpoint of ours, and what its evaluation found."""
+    """A checkpoint of ours, and the results of its evaluation."""
     assert run(*arguments, "--max_steps", "3")[0] == 0
     best = tmp_path / "logs/ex0/best.pt"
     assert run("--eval", "--resume", best)[0] == 0
     return best, read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")
 
 
-def test_a_checkpoint_needs_nothing_else(script, trained, tmp_path):
+def test_checkpoint_needs_no_other_option(script, trained, tmp_path):
     best, results = trained
     code, _, err = script("extract_features", "--resume", best, "--device", "cpu")
     assert code == 0, err
@@ -47,8 +47,8 @@ def test_a_checkpoint_needs_nothing_else(script, trained, tmp_path):
         assert read_json(tmp_path / "out.json")[direction] == results[direction]
 
 
-def test_files_of_predictions_score_as_main_does(script, trained, tmp_path):
-    """No two scores are equal here; where some are at the border of a K, a file has one order of the many."""
+def test_scores_of_prediction_files_equal_main(script, trained, tmp_path):
+    """No two scores are equal here. With ties at a K, a file would hold only one of the possible orders."""
     best, results = trained
     outputs = ("--image-feat-output-path", "i.jsonl", "--text-feat-output-path", "t.jsonl", "--output", "npy")
     code, _, err = script("extract_features", "--resume", best, *outputs)
@@ -76,7 +76,7 @@ def chinese(tmp_path):
     return folder
 
 
-def test_images_and_texts_of_chinese_clips_files(script, trained, chinese):
+def test_images_and_texts_from_chinese_clips_files(script, trained, chinese):
     best, _ = trained
     flags = ("--extract-image-feats", "--extract-text-feats")
     sources = ("--image-data", chinese / "lmdb/test/imgs", "--text-data", chinese / "test_texts.jsonl")
@@ -105,7 +105,7 @@ def test_images_and_texts_of_chinese_clips_files(script, trained, chinese):
     assert len(np.load(folder / "pairs.npy")) == 4
 
 
-def test_texts_alone_and_images_alone(script, trained, chinese):
+def test_only_texts_and_only_images(script, trained, chinese):
     best, _ = trained
     code, out, err = script("extract_features", "--resume", best, "--text-data", chinese / "test_texts.jsonl")
     assert code == 0 and out.count("wrote") == 1 and "4 text features" in out, err
@@ -116,7 +116,7 @@ def test_texts_alone_and_images_alone(script, trained, chinese):
     ]
 
 
-def test_ids_that_are_texts(script, trained, tmp_path):
+def test_text_ids(script, trained, tmp_path):
     folder = write_split(
         tmp_path / "D", "test", {"a b": photo(1), "7": photo(2)}, [("x", "w", ["a b"]), ("9", "v", [7])]
     )
@@ -127,7 +127,7 @@ def test_ids_that_are_texts(script, trained, tmp_path):
     assert read_features(folder / "test_texts.txt_feat.jsonl", "text").ids == ["x", "9"]
 
 
-def test_the_context_length_cuts_texts_and_random_weights_warn(script, captioned, tmp_path):
+def test_context_length_cuts_texts_and_random_weights_warn(script, captioned, tmp_path):
     texts = enumerate(["red green blue dark", "red green", "blue"])
     text_data = write_jsonl(tmp_path / "x_texts.jsonl", [{"text_id": i, "text": text} for i, text in texts])
     for length, equal in ((4, True), (5, False)):
@@ -154,10 +154,10 @@ def test_bad_usage_is_one_line(script, captioned, chinese, typed, words):
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_which_sides_are_wanted(tmp_path):
+def test_request_includes_images_and_texts(tmp_path):
     def sides(**options):
-        wanted = ExtractionRequest(**options)
-        return wanted.images, wanted.texts
+        request = ExtractionRequest(**options)
+        return request.includes_images, request.includes_texts
 
     assert sides() == (True, True)
     assert sides(extract_text_feats=True) == (False, True)
@@ -169,25 +169,25 @@ def test_which_sides_are_wanted(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_write_what_one_does(script, trained, tmp_path):
+def test_several_processes_write_the_same_files(script, trained, tmp_path):
     best, _ = trained
-    alone, together = tmp_path / "alone", tmp_path / "together"
+    single, several = tmp_path / "single", tmp_path / "several"
     sizes = ("--device", "cpu", "--img_batch_size", 2, "--text_batch_size", 3, "--num_workers", 0)
-    assert script("extract_features", "--resume", best, "--output", alone, *sizes)[0] == 0
+    assert script("extract_features", "--resume", best, "--output", single, *sizes)[0] == 0
     started = Torchrun(
-        *("scripts/extract_features.py", "--resume", best, "--output", together, *sizes),
+        *("scripts/extract_features.py", "--resume", best, "--output", several, *sizes),
         processes=(2,),
-        marker=together,
+        marker=several,
     )
     code, _, err = started.end()
     assert code == 0, err
-    assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in together.iterdir())
-    for path in alone.iterdir():
-        assert path.read_bytes() == (together / path.name).read_bytes(), path.name
+    assert sorted(path.name for path in single.iterdir()) == sorted(path.name for path in several.iterdir())
+    for path in single.iterdir():
+        assert path.read_bytes() == (several / path.name).read_bytes(), path.name
 
 
-def test_the_features_of_chinese_clip(script, real_data, tmp_path):
-    """A checkpoint in Chinese-CLIP's own layout, with what its own program computes of real photographs."""
+def test_features_equal_chinese_clips(script, real_data, tmp_path):
+    """Compared with the features that Chinese-CLIP computes for real photographs, from a checkpoint in its layout."""
     tiny = real_data / "chinese_clip_tiny"
     expected = json.loads((tiny / "expected.json").read_text(encoding="utf-8"))
     images = {i: (real_data / "flickr8k/images" / name).read_bytes() for i, name in enumerate(expected["images"], 100)}

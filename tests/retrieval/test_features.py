@@ -1,4 +1,4 @@
-"""Features on disk come back as they were."""
+"""Features on disk are read back bit for bit."""
 
 import json
 
@@ -31,24 +31,24 @@ def test_round_trip_is_exact(tmp_path, name):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
-def test_nine_digits_bring_every_float32_back(numbers):
-    """Also the neighbours of powers of two and of ten, and the smallest ones."""
+def test_nine_digits_restore_every_float32(numbers):
+    """Includes the neighbours of powers of two, and subnormal numbers."""
     vector = np.array([numbers], np.float32)
     powers = np.exp2(np.round(np.log2(np.abs(vector) + 1)).clip(max=127))
     for moved in (vector, np.nextafter(vector, np.float32(-1)), np.nextafter(powers, np.float32(0)), powers):
-        (line,) = module._json_lines("image_id", [1], moved.astype(np.float32))
+        (line,) = module._format_lines("image_id", [1], moved.astype(np.float32))
         read = np.array([json.loads(line)["feature"]], np.float32)
         np.testing.assert_array_equal(bits(read), bits(moved))
 
 
-def test_every_bit_pattern_of_a_range_comes_back():
+def test_every_bit_pattern_of_a_range_is_restored():
     start = np.float32(0.0625).view(np.uint32)
     vector = np.arange(start - 40_000, start + 40_000, dtype=np.uint32).view(np.float32)[None]
-    (line,) = module._json_lines("image_id", [1], vector)
+    (line,) = module._format_lines("image_id", [1], vector)
     np.testing.assert_array_equal(bits([json.loads(line)["feature"]]), bits(vector))
 
 
-def test_others_files_are_read_as_they_write_them(tmp_path):
+def test_json_lines_of_other_systems(tmp_path):
     vectors = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
     records = [{"text_id": i, "feature": vector.tolist()} for i, vector in enumerate(vectors)]
     path = write_jsonl(tmp_path / "t.txt_feat.jsonl", records)
@@ -59,11 +59,7 @@ def test_others_files_are_read_as_they_write_them(tmp_path):
     assert found.ids == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("part", [1, 900, 10**9])
-def test_parts_and_processes_change_nothing(tmp_path, monkeypatch, part, cores):
-    monkeypatch.setattr(module, "PART", part)
-    monkeypatch.setattr(module, "_cores", lambda: cores)
+def test_bad_line_is_named_after_empty_lines(tmp_path):
     vectors = np.random.default_rng(1).normal(size=(9, 30)).astype(np.float32)
     path = tmp_path / "x.img_feat.jsonl"
     write_features(path, "image", range(9), vectors)
@@ -77,7 +73,7 @@ def test_parts_and_processes_change_nothing(tmp_path, monkeypatch, part, cores):
         read_features(path, "image")
 
 
-def test_npy_without_ids_has_its_rows(tmp_path):
+def test_npy_without_ids_uses_rows_as_ids(tmp_path):
     np.save(tmp_path / "a.npy", np.ones((3, 2), np.float16))
     assert list(read_features(tmp_path / "a.npy", "image").ids) == [0, 1, 2]
 
@@ -129,22 +125,22 @@ def test_bad_ids_are_named(tmp_path, ids, words):
     assert all(word in str(error.value) for word in ["image_ids.json", *words])
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
+def test_unwritable_path_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "no" / "x.jsonl"):
         with pytest.raises(OSError, match=str(path)):  # run_and_exit makes it one line
             write_features(path, "image", [1], np.ones((1, 2), np.float32))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.npy"])
-def test_what_is_not_finite_is_not_written(tmp_path, name):
+def test_non_finite_features_are_not_written(tmp_path, name):
     with pytest.raises(UserError, match="text_id b: feature is not finite"):
         write_features(tmp_path / name, "text", ["a", "b"], np.array([[1, 2], [3, np.inf]], np.float32))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("quick", [True, False], ids=["orjson", "json"])
-def test_records_are_the_same_with_and_without_orjson(monkeypatch, quick):
-    if quick:
+@pytest.mark.parametrize("use_orjson", [True, False], ids=["orjson", "json"])
+def test_records_are_equal_with_and_without_orjson(monkeypatch, use_orjson):
+    if use_orjson:
         pytest.importorskip("orjson")
     else:
         monkeypatch.setattr(jsonl, "orjson", None)

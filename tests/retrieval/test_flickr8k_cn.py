@@ -1,4 +1,4 @@
-"""Real photographs and Chinese captions on all of Chinese-CLIP's way: tsv, LMDB, finetune, features, top k, scores."""
+"""Chinese-CLIP's whole pipeline on real photographs: tsv, LMDB, finetune, features, top k, scores."""
 
 import json
 
@@ -29,7 +29,7 @@ def subset(real_data, tmp_path):
 
 @pytest.mark.slow
 def test_flickr8k_cn_from_import_to_scores(real_data, subset, script, run, tmp_path):
-    """The scores of the files equal those of main.py, to the last hit: no two captions are equal, so no score is."""
+    """The scores of the files equal those of main.py exactly: no captions are equal, so there are no ties."""
     data, tiny = tmp_path / "data", real_data / "chinese_clip_tiny"
     source = ("--dataset", "karpathy", "--annotations", subset, "--image_dir", real_data / "flickr8k/images")
     assert script("export_tsv", *source, "--output", data, "--splits", "train,valid")[0] == 0

@@ -1,4 +1,4 @@
-"""From features to predictions to scores, by the scripts."""
+"""Scripts that turn features into predictions and predictions into scores."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ I2T = [{"image_id": image, "text_ids": [1, 8428, "two"]} for image in (1076345, 
 
 @pytest.fixture
 def features(tmp_path):
-    """Features of 40 images and 90 texts, with ids of their own, in both formats, and who belongs to whom."""
+    """Features of 40 images and 90 texts, in both formats, and their ids."""
     rng = np.random.default_rng(0)
     images, texts = (rng.normal(size=(count, 16)).astype(np.float32) for count in (40, 90))
     texts += 1.5 * images[np.arange(90) % 40]
@@ -74,13 +74,13 @@ def test_both_directions_from_one_pass(script, features, tmp_path):
         assert (tmp_path / f"{one}.jsonl").read_bytes() == (tmp_path / f"{other}.jsonl").read_bytes()
 
 
-def test_a_gallery_smaller_than_k_is_given_whole(script, features, tmp_path):
+def test_gallery_smaller_than_k_is_listed_completely(script, features, tmp_path):
     script("make_topk_predictions", *both(), "--top-k", 1000, "--output", "p.jsonl")
     assert all(len(set(record["image_ids"])) == 40 for record in read_jsonl(tmp_path / "p.jsonl"))
 
 
-def test_scores_of_the_files_are_those_of_the_ranks(script, features, tmp_path):
-    """Where no tie is at the border of a K: there a file has one order, and the ranks the mean over all orders."""
+def test_scores_of_the_files_equal_those_of_the_ranks(script, features, tmp_path):
+    """No ties here: a file holds one order of tied items, while ranks average over all orders."""
     images, texts, image_ids, text_ids = features
     pairs = np.stack([np.arange(90) % 40, np.arange(90)], axis=1)
     expected = report(*retrieval_ranks(images, texts, pairs))
@@ -130,7 +130,7 @@ def test_transformed_answers(script, tmp_path):
         {"image_id": 2**62, "text_ids": ["two"]},
     ]
     code, _, err = script("transform_ir_annotation_to_tr", "--input", "x_texts.tr.jsonl")
-    assert code == 2 and "by image already" in err
+    assert code == 2 and "already by image" in err
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_transformed_answers(script, tmp_path):
         (GOLD, [{"text_id": 8428, "image_ids": ["5"]}], ["another type"]),
     ],
 )
-def test_bad_files_are_one_line_and_success_false(script, tmp_path, gold, predictions, words):
+def test_bad_files_are_one_line_with_success_false(script, tmp_path, gold, predictions, words):
     for name, content in (("gold.jsonl", gold), ("p.jsonl", predictions)):
         if isinstance(content, str):
             (tmp_path / name).write_text(content)
@@ -168,7 +168,7 @@ def test_bad_files_are_one_line_and_success_false(script, tmp_path, gold, predic
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--top-k", 0], ["k starts at 1"]),
+        (["--top-k", 0], ["k must be at least 1"]),
         (["--text-feats", "image_features.jsonl"], ["image_features.jsonl, line 1", "text_id"]),
         (["--text-feats", "short.npy"], ["short.npy", "16", "3"]),
         (["--text-feats", "nan.npy"], ["7", "nan.npy", "not finite"]),
@@ -187,7 +187,7 @@ def test_bad_features_are_one_line(script, features, tmp_path, arguments, words)
     assert not (tmp_path / "p.jsonl").exists()
 
 
-def test_faiss_is_asked_for_in_one_line(script, features, monkeypatch):
+def test_missing_faiss_is_one_line(script, features, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     code, _, err = script("make_topk_predictions", *both(), "--output", "p.jsonl", "--index", "faiss")
     assert code == 2 and err.count("\n") == 1 and "pip install faiss-cpu" in err
@@ -195,7 +195,7 @@ def test_faiss_is_asked_for_in_one_line(script, features, monkeypatch):
 
 @pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss-cpu is not installed")
 @pytest.mark.parametrize("lists_from", [10**9, 10])
-def test_faiss_finds_nearly_all_of_them(script, features, tmp_path, monkeypatch, lists_from):
+def test_faiss_finds_nearly_all_neighbours(script, features, tmp_path, monkeypatch, lists_from):
     monkeypatch.setattr(faiss_index, "LISTS_FROM", lists_from)
     monkeypatch.setattr(faiss_index, "QUERIES", 32)
     for suffix in (".npy", ".jsonl"):
@@ -210,7 +210,7 @@ def test_faiss_finds_nearly_all_of_them(script, features, tmp_path, monkeypatch,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same(features):
+def test_gpu_gives_the_same_neighbours(features):
     images, texts, *_ = features
     found = [
         nearest(*(Features(features, torch.device(device), "item", str) for features in (images, texts)), 10)
@@ -220,14 +220,14 @@ def test_a_gpu_gives_the_same(features):
         np.testing.assert_array_equal(found[0][direction].items, found[1][direction].items)
 
 
-def test_answers_of_one_query_on_many_lines_take_linear_time(tmp_path):
+def test_answers_on_many_lines_take_linear_time(tmp_path):
     lines = [{"text_id": 1, "image_ids": [number % 90_000]} for number in range(100_000)]
     began = time.process_time()
     found = read_lists(write_jsonl(tmp_path / "gold_texts.jsonl", lines), are_answers=True)
     assert found.of == {1: list(range(90_000))} and time.process_time() - began < 10
 
 
-def test_long_list_with_a_repeated_prediction_is_refused_quickly(tmp_path):
+def test_long_list_with_a_duplicate_is_refused_quickly(tmp_path):
     lines = [{"text_id": 1, "image_ids": [*range(100_000), 99_999]}]
     began = time.process_time()
     with pytest.raises(UserError, match="line 1: image_ids of text_id 1 has 99999 twice"):
@@ -236,6 +236,6 @@ def test_long_list_with_a_repeated_prediction_is_refused_quickly(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_no_items_at_a_time_are_refused(script, features, size):
+def test_batch_size_below_one_is_refused(script, features, size):
     code, _, err = script("make_topk_predictions", *both(), "--output", "p.jsonl", "--eval_batch_size", size)
     assert code == 2 and "--eval_batch_size" in err and err.count("\n") == 1
