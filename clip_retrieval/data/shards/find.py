@@ -1,10 +1,10 @@
-"""Which tar shards a split has: patterns expanded, folders searched, each file looked at before anything begins.
+"""Find the tar shards of a split: expand patterns, search folders, and check each file before a run starts.
 
 --train_data 'shards/{00000..01537}.tar' --val_data 'val/*.tar'
 DATA/train-{0000..0099}.tar, DATA/cc3m-val-0.tar, DATA/test.tar    or  DATA/train/*.tar, DATA/valid/*.tar, ...
-DATA/*.tar                                                     without splits: all are to train on
+DATA/*.tar                                                     without splits: all are training data
 
-Blanks divide patterns, or SEPARATOR does, where they hold blanks.
+Patterns are separated by blanks, or by SEPARATOR if they contain blanks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from clip_retrieval.options import DataOptions
 
 SIZES = "sizes.json"
 SEPARATOR = "::"
-_A_SPLIT = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])")
-_GZIP = b"\x1f\x8b"
-# Braces: ranges of numbers and letters, how many names they may expand to, and how deep they may be nested.
+_SPLIT_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])")
+_GZIP_MAGIC = b"\x1f\x8b"
+# Braces: ranges of numbers and of letters, the most names that they may expand to, and the deepest nesting.
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
-MOST_SHARDS, MOST_CHARACTERS = 10**6, 10**9
-DEEPEST_BRACES = 50
-SMALLEST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes: the headers of an image and a caption
+MAX_SHARDS, MAX_CHARACTERS = 10**6, 10**9
+MAX_BRACE_DEPTH = 50
+MIN_SAMPLE_BYTES = 2 * tarfile.BLOCKSIZE  # bytes: the headers of an image and a caption
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class SplitShards:
 
 
 def find_shards(options: DataOptions, split: str) -> SplitShards | None:
-    """The shards of a split; None where there are none.
+    """Find the shards of a split; None if it has none.
 
-    Raises UserError where a pattern names no shard or one that is missing, or a shard is not a whole tar.
+    Raises UserError if a pattern matches no shard, or a shard is missing or is not a complete tar.
     """
     option = f"{split}_data"
     if named := {"train": options.train_data, "val": options.val_data}.get(split):
-        found = SplitShards(split, expand(named, f"--{option}"))
+        found = SplitShards(split, expand_patterns(named, f"--{option}"))
     else:
-        found = _in_root(options, split)
+        found = _find_in_root(options, split)
     if found is None:
         return None
     for path in found.paths:
@@ -67,86 +67,87 @@ def find_shards(options: DataOptions, split: str) -> SplitShards | None:
     return found
 
 
-def _split_patterns(text: str, where: str) -> list[str]:
-    """The patterns of one option: what SEPARATOR divides, else what blanks do, unless files match it whole."""
+def _split_patterns(text: str, source: str) -> list[str]:
+    """Split an option's value at SEPARATOR, else at blanks, unless the whole value matches files."""
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
     patterns = text.split()
-    if patterns != [text] and any(_matches(name) for name in _expand_braces(text, where)):
+    if patterns != [text] and any(_glob(name) for name in _expand_braces(text, source)):
         return [text]
     return patterns
 
 
 def absolute_patterns(text: str) -> str:
-    """The same patterns, to be used from any working directory; what names no tars is one path, blanks and all."""
-    if not _names_tars(text):
+    """Make patterns independent of the working directory; a value that names no tars is one path, with its blanks."""
+    if not _is_tar_pattern(text):
         return str(Path(text).absolute())
-    return SEPARATOR.join(name for pattern in _split_patterns(text, text) for name in _absolute(pattern))
+    return SEPARATOR.join(name for pattern in _split_patterns(text, text) for name in _make_absolute(pattern))
 
 
-def _names_tars(text: str) -> bool:
+def _is_tar_pattern(text: str) -> bool:
     if ".tar" in text or SEPARATOR in text or glob.has_magic(text):
         return True
-    return not Path(text).exists() and all(_tars(Path(folder)) for folder in text.split())
+    return not Path(text).exists() and all(_list_tars(Path(folder)) for folder in text.split())
 
 
-def _absolute(pattern: str) -> list[str]:
-    """The pattern itself, made absolute; what its braces stand for, where only some of that is absolute already."""
+def _make_absolute(pattern: str) -> list[str]:
+    """Make a pattern absolute; expand its braces first if only some alternatives are absolute already."""
     names = _expand_braces(pattern, pattern) if "{" in pattern else [pattern]
     mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() for name in names)
     return [str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
 
-def expand(text: str, option: str) -> list[Path]:
-    """The files that patterns with braces and wildcards name; a folder stands for its tars.
+def expand_patterns(text: str, option: str) -> list[Path]:
+    """Expand patterns with braces and wildcards to files; a folder expands to its tars.
 
-    Raises UserError, naming `option` and what is not there, where anything is not there.
+    Raises UserError, naming `option` and the missing file or folder, if anything is missing.
     """
     paths: list[Path] = []
     for pattern in _split_patterns(text, f"{option} {text}"):
         for name in _expand_braces(pattern, f"{option} {text}"):
-            if found := _files(name):
+            if found := _find_files(name):
                 paths += found
             elif Path(name).is_dir() or glob.has_magic(name):
-                raise UserError(f"{option} {text}: {name} holds no shards; correct the pattern, or bring the files")
+                raise UserError(f"{option} {text}: no shards in {name}; correct the pattern, or add the files")
             else:
-                raise UserError(f"{option} {text}: there is no shard {name}; fetch it, or correct the pattern")
+                raise UserError(f"{option} {text}: shard {name} is missing; fetch it, or correct the pattern")
     if not paths:
-        raise UserError(f"{option} {text!r} names no shards; give a pattern like 'shards/{{00000..00099}}.tar'")
+        raise UserError(f"{option} {text!r}: names no shards; give a pattern like 'shards/{{00000..00099}}.tar'")
     return list(dict.fromkeys(paths))
 
 
-def _files(name: str) -> list[Path]:
-    """The files that a name stands for: itself, the tars of a folder, or what wildcards match."""
+def _find_files(name: str) -> list[Path]:
+    """Find the files of a name: the file itself, the tars of a folder, or the matches of wildcards."""
     path = Path(name)
     if path.is_file():
         return [path]
-    return _tars(path) if path.is_dir() else _matches(name)
+    return _list_tars(path) if path.is_dir() else _glob(name)
 
 
-def _expand_braces(pattern: str, where: str) -> list[str]:
-    """The names that a pattern with braces expands to. Raises UserError if the braces do not match, or for too many."""
+def _expand_braces(pattern: str, source: str) -> list[str]:
+    """Expand a pattern's braces to names. Raises UserError, naming `source`, if they do not match or give too many."""
     try:
-        number = _expansions(pattern)
-        if number > MOST_SHARDS or number * len(pattern) > MOST_CHARACTERS:
-            raise UserError(f"{where}: the braces expand to more than {MOST_SHARDS:,} shards; correct the numbers")
+        number = _count_expansions(pattern)
+        if number > MAX_SHARDS or number * len(pattern) > MAX_CHARACTERS:
+            raise UserError(f"{source}: the braces expand to more than {MAX_SHARDS:,} shards; correct the numbers")
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"{where}: the braces do not fit ({error}); write {{00000..00099}}") from None
+        raise UserError(f"{source}: the braces do not match ({error}); write {{00000..00099}}") from None
 
 
-def _expansions(pattern: str) -> int:
-    """How many names `braceexpand` makes of a pattern, at most MOST_SHARDS + 1: counted without making them.
+def _count_expansions(pattern: str) -> int:
+    """Count the names that `braceexpand` would make, at most MAX_SHARDS + 1, without making them.
 
-    Raises ValueError for deep nesting, which it is recursive in.
+    Raises ValueError for deep nesting, because `braceexpand` is recursive.
     """
-    groups, begins = [[0, 1]], [0]  # of each open brace: names of its alternatives so far, of the current one
+    # For each open brace: the number of names of the finished alternatives and of the current one.
+    groups, begins = [[0, 1]], [0]
     for token in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
         if token[0] == "{":
             groups.append([0, 1])
             begins.append(token.end())
-            if len(groups) > DEEPEST_BRACES:
-                raise ValueError(f"more than {DEEPEST_BRACES} within each other")
+            if len(groups) > MAX_BRACE_DEPTH:
+                raise ValueError(f"nested more than {MAX_BRACE_DEPTH} deep")
         elif len(groups) > 1 and token[0] == ",":
             groups[-1] = [sum(groups[-1]), 1]
         elif len(groups) > 1 and token[0] == "}":
@@ -156,16 +157,16 @@ def _expansions(pattern: str) -> int:
                 number = abs(last - first) // (step or 1) + 1
             elif _LETTERS.fullmatch(pattern, begin, token.start()):
                 number = len(alphabet)
-            groups[-1][1] = min(groups[-1][1] * number, MOST_SHARDS + 1)
+            groups[-1][1] = min(groups[-1][1] * number, MAX_SHARDS + 1)
     return groups[0][1]
 
 
-def _matches(pattern: str) -> list[Path]:
-    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  a Path's own takes no absolute pattern
+def _glob(pattern: str) -> list[Path]:
+    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  Path.glob takes no absolute pattern
 
 
-def _in_root(options: DataOptions, split: str) -> SplitShards | None:
-    """The shards of a split in the root, without those that an option names for another one."""
+def _find_in_root(options: DataOptions, split: str) -> SplitShards | None:
+    """Find the shards of a split in the root, without those that an option gives to another split."""
     root = Path(options.dataset_root)
     if (root / options.name).is_dir():  # simple-clip's datasets/yfcc7m
         root = root / options.name
@@ -174,62 +175,64 @@ def _in_root(options: DataOptions, split: str) -> SplitShards | None:
         check_root(root)
     elif not root.is_dir():
         return None
-    taken = _resolved(options.train_data) if split != "train" else _resolved(options.val_data)
-    of_split = {name: list(_of_split(root, name, strict=not named)) for name in ("train", "val", "test")}
+    taken = _resolve_patterns(options.train_data) if split != "train" else _resolve_patterns(options.val_data)
+    of_split = {name: list(_find_split_tars(root, name, strict=not named)) for name in ("train", "val", "test")}
     if any(of_split.values()):
-        return _without(SplitShards(split, of_split[split]), taken)
-    everything = _tars(root)
-    if named:  # it has the split that is not named, and that is the one to train on
-        return _without(SplitShards(split, everything), taken) if split == "train" else None
+        return _exclude(SplitShards(split, of_split[split]), taken)
+    everything = _list_tars(root)
+    # tars without split names: training data, except those that an option gives to another split
+    if named:
+        return _exclude(SplitShards(split, everything), taken) if split == "train" else None
     if not everything:
         raise UserError(
-            f"{root}: holds no .tar shards; give their folder as --dataset_root, or patterns as --train_data and "
+            f"{root}: contains no .tar shards; give their folder as --dataset_root, or patterns as --train_data and "
             "--val_data"
         )
     return None if split == "val" else SplitShards(UNSPLIT, everything)
 
 
-def _resolved(patterns: str | None) -> set[Path]:
-    """The files that patterns name, as far as they are there."""
+def _resolve_patterns(patterns: str | None) -> set[Path]:
+    """Find the existing files of patterns."""
     if not patterns:
         return set()
     names = (name for pattern in _split_patterns(patterns, patterns) for name in _expand_braces(pattern, patterns))
-    return {path.resolve() for name in names for path in _files(name)}
+    return {path.resolve() for name in names for path in _find_files(name)}
 
 
-def _without(found: SplitShards, taken: set[Path]) -> SplitShards | None:
+def _exclude(found: SplitShards, taken: set[Path]) -> SplitShards | None:
     paths = [path for path in found.paths if path.resolve() not in taken]
     return SplitShards(found.split, paths) if paths else None
 
 
-def _of_split(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
-    """Tars of `root` with a word for the split in their names, and all that are in folders named so.
+def _find_split_tars(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
+    """Find the tars of `root` with the split's word in their names, and all tars in folders of that name.
 
-    A name with words for several is of none; where that is `strict`, UserError is raised for it.
+    A name with the words of several splits belongs to none; with strict=True it raises UserError.
     """
-    for path in _tars(root):
-        words = {SPLITS[word] for word in _A_SPLIT.findall(path.stem)}
-        if (match := _A_SPLIT.match(path.stem)) is not None:  # what the name begins with decides
+    for path in _list_tars(root):
+        words = {SPLITS[word] for word in _SPLIT_WORD.findall(path.stem)}
+        if (match := _SPLIT_WORD.match(path.stem)) is not None:  # a word at the start of the name decides
             words = {SPLITS[match[1]]}
         if strict and len(words) > 1:
             raise UserError(
-                f"{path}: its name has words for {' and '.join(sorted(words))}; begin it with the split, or give "
-                "patterns as --train_data and --val_data"
+                f"{path}: its name has the words of several splits ({' and '.join(sorted(words))}); start it with its "
+                "split, or give patterns as --train_data and --val_data"
             )
         if words == {split}:
             yield path
     for name, of in SPLITS.items():
         if of == split and (root / name).is_dir():
-            yield from _tars(root / name)
+            yield from _list_tars(root / name)
 
 
-def _tars(folder: Path) -> list[Path]:
-    # Archives made on macOS bring a ._file along with every file.
+def _list_tars(folder: Path) -> list[Path]:
+    # Archives made on macOS have a ._file for every file.
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def check_whole(path: Path) -> None:
-    """Raise UserError unless the file begins as a tar does and ends as one does: cheap, and before a run begins."""
+    """Raise UserError unless the file has the first and the last bytes of a tar: a cheap check before a run starts."""
+    # read both ends
     try:
         with open_regular(path) as file:
             header = file.read(tarfile.BLOCKSIZE)
@@ -238,21 +241,24 @@ def check_whole(path: Path) -> None:
             end = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    # the beginning: a header
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         if header and not header.strip(b"\0"):
-            raise UserError(f"{path}: holds no samples; take it out of the pattern") from None
-        mend = "decompress it" if header.startswith(_GZIP) else "fetch it again, or take it out of the pattern"
-        raise UserError(f"{path}: not a tar; {mend}") from None
+            raise UserError(f"{path}: contains no samples; remove it from the pattern") from None
+        is_gzip = header.startswith(_GZIP_MAGIC)
+        remedy = "decompress it" if is_gzip else "fetch it again, or remove it from the pattern"
+        raise UserError(f"{path}: not a tar; {remedy}") from None
+    # the end: two blocks of zeros
     if size % tarfile.BLOCKSIZE or end.strip(b"\0") or len(end) < 2 * tarfile.BLOCKSIZE:
-        raise UserError(f"{path}: only a part of a tar, its end is missing; fetch it again")
+        raise UserError(f"{path}: incomplete tar, its end is missing; fetch it again")
 
 
 def known_sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Samples of each shard as the `sizes.json` beside it has them, {file name: samples}; None if it has none.
+    """Read the number of samples of each shard from the `sizes.json` in its folder; None if it is not listed.
 
-    Raises UserError if a number is none, or more than the shard can hold.
+    The file is a table {file name: samples}. Raises UserError if a value is not a number that the shard can hold.
     """
     tables: dict[Path, dict] = {}
     found: list[int | None] = []
@@ -262,25 +268,25 @@ def known_sizes(paths: Sequence[Path]) -> list[int | None]:
             tables[source] = read_sizes(source)
         size = tables[source].get(path.name)
         if size is not None and not _is_count(size, path):
-            raise UserError(f"{source}: {path.name} has {reprlib.repr(size)} samples; mend it, or take it away")
+            raise UserError(f"{source}: {path.name} has {reprlib.repr(size)} samples; correct or delete the file")
         found.append(None if size is None else int(size))
     return found
 
 
 def read_sizes(source: Path) -> dict[str, Any]:
-    """What a `sizes.json` holds; nothing where there is none. Raises UserError unless it is a table."""
+    """Read a `sizes.json`; an empty table if there is no file. Raises UserError unless it is a table."""
     table = read_json(source) if source.is_file() else {}
     if not isinstance(table, dict):
-        raise UserError(f"{source}: not a table of samples by shard; mend it, or take it away")
+        raise UserError(f"{source}: not a table of samples by shard; correct or delete the file")
     return table
 
 
 def _is_count(size: object, shard: Path) -> bool:
-    """Whether it is a number of samples that the shard can hold: memory is taken for so many."""
+    """Whether `size` is a number of samples that the shard can hold: memory is allocated for that many."""
     if isinstance(size, str) and size.isascii() and size.isdecimal() and len(size) < 20:
         size = int(size)
     try:
-        largest = shard.stat().st_size // SMALLEST_SAMPLE
+        largest = shard.stat().st_size // MIN_SAMPLE_BYTES
     except OSError:
         return False
     return type(size) is int and 0 <= size <= largest

@@ -1,9 +1,9 @@
-"""The pairs of a lane, decoded as a training batch asks for them.
+"""Read and decode the pairs of a lane, on demand.
 
-Samples that cannot be used (no image, an image that cannot be decoded, no caption) are left out: the next one of the
-lane stands in for such a one, and is then there twice. For a lane that has none, one of another lane does, the same all
-epoch. So what stands at a place depends on nothing before it, and a run that goes on there need not know what was left
-out.
+An unusable sample (no image, an image that cannot be decoded, no caption) is skipped and replaced by the next usable
+sample of its lane, which then appears twice. A lane without a usable sample repeats one sample of another lane for the
+whole epoch. So the pair at a position depends on no earlier position, and a resumed run needs no list of skipped
+samples.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.duplicates import image_key
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.order import Segment, ShardOrder
-from clip_retrieval.data.shards.samples import Unusable, captions_of, image_ending, read_samples
+from clip_retrieval.data.shards.samples import Unusable, image_ending, read_sample_captions, read_samples
 from clip_retrieval.errors import UserError
 
 
 class Pair(NamedTuple):
-    """An image as the model sees it, uint8 (3, height, width), its caption, and its `image_key`."""
+    """An image as the model's input, uint8 (3, height, width), its caption, and its `image_key`."""
 
     pixels: Tensor
     caption: str
@@ -36,9 +36,9 @@ class LaneReader:
     """Reads the pairs of a lane.
 
     Args:
-        order: which samples the lanes hold.
-        transform: what the model sees of an image.
-        caption_key: the key of the caption in a .json; by default it is that of the .txt, if there is one.
+        order: assigns samples to lanes.
+        transform: from an image to the model's input.
+        caption_key: the key of the caption in a .json; by default the .txt is read if there is one.
     """
 
     def __init__(self, order: ShardOrder, transform: ImageTransform, caption_key: str | None = None):
@@ -47,24 +47,26 @@ class LaneReader:
         self.caption_key = caption_key
 
     def __call__(self, epoch: int, lane: int, first: int) -> Iterator[tuple[Pair, str | None]]:
-        """The pairs of a lane in an epoch from number `first` on, without end.
+        """Read the pairs of a lane in an epoch from number `first` on, endlessly.
 
         Yields:
-            A pair; and where it stands in for a sample that cannot be used, which one that is, and why.
+            A pair, and None; or, if the pair replaces an unusable sample, that sample's name and problem.
 
         Raises:
-            UserError: a shard cannot be read, or no sample at all can be used.
+            UserError: a shard cannot be read, or no sample of any lane is usable.
         """
-        replaced: list[str] = []
+        replaced: list[str] = []  # the unusable samples since the last pair
         last_round = None
         for segment, numbers in self.order.lane(epoch, lane, first):
             last_round = segment.round if last_round is None else last_round
-            if segment.round > last_round + 1:  # a whole round had none
-                stand_in = self._elsewhere(epoch, lane, replaced[0])
+            # a whole round without a usable sample: take one of another lane
+            if segment.round > last_round + 1:
+                fallback = self._find_fallback(epoch, lane, replaced[0])
                 for problem in replaced:
-                    yield stand_in, problem
+                    yield fallback, problem
                 replaced, last_round = [], segment.round - 1
-            for pair in self._pairs(epoch, segment, numbers):
+            # the lane's own pairs, each also in place of the unusable samples before it
+            for pair in self._read_pairs(epoch, segment, numbers):
                 if isinstance(pair, str):
                     replaced.append(pair)
                     continue
@@ -73,16 +75,16 @@ class LaneReader:
                 yield pair, None
                 replaced, last_round = [], segment.round
 
-    def _elsewhere(self, epoch: int, lane: int, problem: str) -> Pair:
-        """The pair that stands in for a lane's that cannot be used, one and all."""
-        for segment, numbers in self.order.elsewhere(epoch, lane):
-            for pair in self._pairs(epoch, segment, numbers):
+    def _find_fallback(self, epoch: int, lane: int, problem: str) -> Pair:
+        """Find the pair that replaces all samples of a lane without a usable one."""
+        for segment, numbers in self.order.fallback(epoch, lane):
+            for pair in self._read_pairs(epoch, segment, numbers):
                 if isinstance(pair, Pair):
                     return pair
-        raise UserError(f"{problem}; nor can any other sample be used")
+        raise UserError(f"{problem}; no other sample is usable either")
 
-    def _pairs(self, epoch: int, segment: Segment, numbers: np.ndarray) -> Iterator[Pair | str]:
-        """The pairs with these numbers; of one that cannot be used, its name and why."""
+    def _read_pairs(self, epoch: int, segment: Segment, numbers: np.ndarray) -> Iterator[Pair | str]:
+        """Read the pairs with these numbers; for an unusable sample, yield its name and problem."""
         path = self.order.shards.paths[segment.shard]
         for number, sample in read_in_order(self.order, segment, numbers):
             seed = (self.order.seed, epoch, segment.shard, number, segment.round)
@@ -96,13 +98,13 @@ class LaneReader:
 def decode_sample(
     sample: dict[str, bytes], path: Path, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
 ) -> Pair:
-    """A sample's image and one of its captions.
+    """Decode a sample's image, and draw one of its captions.
 
-    Raises Unusable, with the names of the shard and the sample, where it has no image or no caption.
+    Raises Unusable, naming the shard and the sample, if it has no readable image or no caption.
     """
     name = f"{path}, sample {sample['__key__']}"
     try:
-        captions = captions_of(sample, caption_key)
+        captions = read_sample_captions(sample, caption_key)
         content = sample[image_ending(sample)]
         image = decode_rgb(io.BytesIO(content), name)
     except Unusable as problem:
@@ -114,30 +116,30 @@ def decode_sample(
 
 
 def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """The samples of a segment with these numbers, in this order. The shard is read from its first to its last one.
+    """Read the samples of a segment with these numbers, in this order; the shard itself is read in file order.
 
-    Raises UserError where the shard holds other than its count of samples.
+    Raises UserError if the number of samples in the shard differs from its count.
     """
     shard = segment.shard
-    wanted, waiting = set(numbers.tolist()), {}
+    wanted, pending = set(numbers.tolist()), {}
     first = min(wanted)
     samples = enumerate(read_samples(order.shards.paths[shard], first), first)
     for number in numbers.tolist():
-        while number not in waiting:
-            at, sample = next(samples, (None, None))
+        while number not in pending:
+            position, sample = next(samples, (None, None))
             if sample is None:
-                raise _other_count(order, shard, "fewer")
-            if at in wanted:
-                waiting[at] = sample
-        yield number, waiting.pop(number)
+                raise _make_count_error(order, shard, "fewer")
+            if position in wanted:
+                pending[position] = sample
+        yield number, pending.pop(number)
     count = order.shards.count(shard)
-    if segment.end == count and any(at >= count for at, _ in samples):
-        raise _other_count(order, shard, "more")
+    if segment.end == count and any(position >= count for position, _ in samples):
+        raise _make_count_error(order, shard, "more")
 
 
-def _other_count(order: ShardOrder, shard: int, than: str) -> UserError:
+def _make_count_error(order: ShardOrder, shard: int, than: str) -> UserError:
     path, count = order.shards.paths[shard], order.shards.count(shard)
     return UserError(
-        f"{path}: holds {than} samples than the {count:,} that it had before, or has in the sizes.json beside it; "
-        "bring the shard back, or take that file away and begin the run anew (--overwrite)"
+        f"{path}: holds {than} samples than the {count:,} that were counted before or are listed in its sizes.json; "
+        "restore the shard, or delete that sizes.json and restart the run (--overwrite)"
     )

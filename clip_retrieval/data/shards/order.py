@@ -1,11 +1,11 @@
-"""Which samples of which shards a training batch holds.
+"""Assign the samples of tar shards to training batches.
 
-A global batch is made of lanes, and each lane reads its own part of the shards, one after the other. The lanes follow
-from the batch size and the shards; processes and their workers share them out. So the batches are the same for any
-number of either, and a pure function of the seed and the epoch.
+A global batch consists of lanes; each lane reads its own part of the shards sequentially. The batch size and the shards
+determine the lanes; processes and their workers divide the lanes among them. So the batches are the same for any number
+of processes and workers: a pure function of the seed and the epoch.
 
-A run goes on from any batch of an epoch, and loses and repeats nothing: a lane goes to the shard where it stood by the
-shards' counts, and in it by its headers. Of that one shard it reads anew what its shuffle buffer held, undecoded.
+A run can resume at any batch of an epoch without losing or repeating a sample: a lane finds its shard from the counts,
+and its position in the shard from the headers. Of that shard only, it reads the shuffle buffer again, undecoded.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from clip_retrieval.data.shards.samples import count_samples
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
-MOST_LANES = 32  # unless a batch is so large that each has more than LANE_SHARE pairs of it
+MAX_LANES = 32  # more only if a batch has more than LANE_SHARE pairs for each
 LANE_SHARE = 128
-PROBE_BYTES = 2**16  # of a shard, read three times to tell whether it is the same
+PROBE_BYTES = 2**16  # read at three positions of a shard for the fingerprint
 
 
 class Shards:
-    """Tar shards and how many samples each holds, counted when asked for unless it is known.
+    """Tar shards and their numbers of samples. An unknown number is counted at its first use.
 
     Args:
         paths: the files.
-        sizes: samples of each, as far as they are known.
+        sizes: samples of each shard, None if unknown.
     """
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int | None] | None = None):
@@ -45,7 +45,7 @@ class Shards:
         return len(self.paths)
 
     def count(self, shard: int) -> int:
-        """Samples of a shard. Raises UserError where it is broken."""
+        """Samples of a shard. Raises UserError if it must be counted and is damaged."""
         if self._sizes[shard] is None:
             self._sizes[shard] = count_samples(self.paths[shard])
         return self._sizes[shard]
@@ -53,7 +53,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Segment:
-    """Samples `begin` to `end` - 1 of a shard, read in a lane's `round`: 0, unless the lane begins again."""
+    """Samples `begin` to `end` - 1 of a shard, in a lane's `round`: 0, then 1 if the lane starts over, and so on."""
 
     shard: int
     begin: int
@@ -65,12 +65,12 @@ class ShardOrder:
     """The order of the samples in each epoch.
 
     Args:
-        shards: where they are.
+        shards: the shards.
         batch_size: pairs in a global batch.
-        num_samples: pairs in an epoch. By default all samples, each at most once: then the shards are counted, the
-            lanes take equal parts of them, and what is left over, fewer than batch_size, is dropped: other samples
-            each epoch. Otherwise each lane takes whole shards, and begins again with them when it has read them all.
-        shuffle_buffer: samples held by all lanes together, from which the next is drawn, within a shard.
+        num_samples: pairs in an epoch. By default all samples, each at most once: the shards are counted, the lanes
+            take equal parts of them, and the remainder, fewer than batch_size, is dropped (different samples each
+            epoch). If given, each lane takes whole shards, and starts over after the last one.
+        shuffle_buffer: samples in the buffers of all lanes together; a buffer shuffles within a shard.
         seed: seed of every epoch's order.
     """
 
@@ -93,7 +93,7 @@ class ShardOrder:
 
     @property
     def settings(self) -> dict[str, int | None]:
-        """What decides the order, under the names of the options: a run goes on only with the same."""
+        """The options that decide the order, by name: a run resumes only with the same ones."""
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -103,7 +103,7 @@ class ShardOrder:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of the shards' names, sizes and some of their bytes: a run is resumed only with the same data."""
+        """A checksum of the shards' names, sizes and some of their bytes: a run resumes only with the same data."""
         names = [path.name for path in self.shards.paths]
         contents = [_probe(path) for path in self.shards.paths]
         counts = [] if self.num_samples else self._counts.tolist()
@@ -115,7 +115,7 @@ class ShardOrder:
 
     @property
     def samples(self) -> int:
-        """Pairs that an epoch goes through, its dropped remainder included."""
+        """Pairs in an epoch, the dropped remainder included."""
         return self.num_samples or int(self._counts.sum())
 
     def __len__(self) -> int:
@@ -123,10 +123,10 @@ class ShardOrder:
         return self.samples // self.batch_size
 
     def lane(self, epoch: int, lane: int, first: int = 0) -> Iterator[tuple[Segment, np.ndarray]]:
-        """What a lane reads in an epoch, from its sample number `first` on, without end.
+        """The samples of a lane in an epoch, from its sample number `first` on, endlessly.
 
         Yields:
-            A segment, and int64 (n,): the numbers in their shard of its samples, in the order of training.
+            A segment, and int64 (n,): its samples' numbers in the shard, in the order of training.
         """
         size = max(1, self.shuffle_buffer // self.lanes)
         for segment in self._segments(epoch, lane):
@@ -138,27 +138,27 @@ class ShardOrder:
             yield segment, segment.begin + shuffle_in_buffer(number, size, rng)[first:]
             first = 0
 
-    def elsewhere(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
-        """All samples, for a lane none of whose own can be used; what the epoch drops comes first.
+    def fallback(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
+        """All samples, for a lane without usable samples of its own; those that the epoch drops come first.
 
         Yields:
-            As `lane`, once round, in the order in which they stand in their shards.
+            As `lane`, but each sample once, in the order of the shards' files.
         """
         shards, cut = self._circle(epoch)
         if self.num_samples:
             parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())
         else:
             first = cut + len(self) * self.batch_size + lane
-            parts = self._part(shards, first, first + self.samples)
+            parts = self._cut_part(shards, first, first + self.samples)
         for shard, begin, end in parts:
             if begin < end:
                 yield Segment(shard, begin, end), np.arange(begin, end)
 
     def _circle(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The shards in an epoch's order, and where the circle of their samples is cut for the first lane.
+        """The shards in an epoch's order, and the position at which the first lane starts in the circle of samples.
 
-        That decides which samples are dropped, also where there is one shard only. (Uncounted, the shards are no
-        circle.)
+        The position decides which samples are dropped, even for a single shard. With num_samples there is no circle,
+        and the position is 0.
         """
         rng = np.random.default_rng((self.seed, epoch))
         shards = rng.permutation(len(self.shards))
@@ -167,23 +167,23 @@ class ShardOrder:
     def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
         shards, cut = self._circle(epoch)
         if self.num_samples:
-            yield from self._whole_shards(shards[lane :: self.lanes].tolist())
+            yield from self._repeat_shards(shards[lane :: self.lanes].tolist())
         length = len(self) * self.lane_share
         start = cut + lane * length
-        own = self._part(shards, start, start + length)
+        own = self._cut_part(shards, start, start + length)
         for round in itertools.count():
             for shard, begin, end in own:
                 yield Segment(shard, begin, end, round)
 
-    def _whole_shards(self, shards: list[int]) -> Iterator[Segment]:
+    def _repeat_shards(self, shards: list[int]) -> Iterator[Segment]:
         for round in itertools.count():
             for shard in shards:
                 yield Segment(shard, 0, self.shards.count(shard), round)
             if not any(map(self.shards.count, shards)):
-                raise UserError(f"{self.shards.paths[shards[0]]}: holds no images with captions; take it out")
+                raise UserError(f"{self.shards.paths[shards[0]]}: holds no images with captions; remove it")
 
-    def _part(self, shards: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, begin, end) of what the shards hold between two places of the circle that they form."""
+    def _cut_part(self, shards: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, begin, end) of the samples between two positions of the circle that the shards form."""
         ends = np.cumsum(self._counts[shards])
         total, found = int(ends[-1]), []
         for turn in range(stop // total + 1):
@@ -196,7 +196,7 @@ class ShardOrder:
 
 
 def _probe(path: Path) -> tuple[int, int]:
-    """Size of a file, and a checksum of its beginning, middle and end: all of it if it is small.
+    """Return a file's size, and a checksum of its beginning, middle and end (of everything in a small file).
 
     Raises UserError if it cannot be read.
     """
@@ -213,13 +213,13 @@ def _probe(path: Path) -> tuple[int, int]:
 
 
 def number_of_lanes(batch_size: int, most: int) -> int:
-    """How many lanes a batch has: it divides the batch, and is at most `most`.
+    """Choose the number of lanes: a divisor of the batch size, at most `most`.
 
-    As many as may be, and a power of two times whatever else divides the batch: so that it can be shared by as many
-    processes as are usual, 3, 6 or 12 among them where the batch is a multiple of 3.
+    It is as large as possible, and a power of two times other divisors of the batch size, so that any usual number of
+    processes can share the lanes: also 3, 6 or 12 if the batch size is a multiple of 3.
     """
     odd = next((factor for factor in (3, 5, 7) if batch_size % factor == 0), 1)
-    usual = max(MOST_LANES, batch_size // LANE_SHARE)
+    usual = max(MAX_LANES, batch_size // LANE_SHARE)
     power = min(batch_size & -batch_size, 1 << (min(most, usual).bit_length() - 1))
     most = min(most, odd * usual)
     shared = [n for n in range(power, most + 1, power) if batch_size % n == 0]
@@ -227,7 +227,7 @@ def number_of_lanes(batch_size: int, most: int) -> int:
 
 
 def shuffle_in_buffer(number: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 (number,): the order in which 0, 1, ... leave a shuffle buffer that holds `size` of them."""
+    """int64 (number,): the order in which 0, 1, ... leave a shuffle buffer of `size` elements."""
     order = np.empty(number, np.int64)
     buffer = np.arange(min(size, number))
     for i, place in enumerate(rng.integers(size, size=max(0, number - size)).tolist()):

@@ -1,7 +1,7 @@
-"""The headers of a tar file, read so that none of them can ask for more than there is.
+"""Read the headers of an untrusted tar file, limited to the bytes that the file has.
 
-tarfile believes a header: a sparse member of 10 kB may be 64 GB of zeros, an extended header a gigabyte, and a negative
-size an endless loop. Here a member is a part of the file that follows its header, or the file is refused.
+tarfile trusts headers: a sparse member of 10 kB may expand to 64 GB of zeros, an extended header to a gigabyte, and a
+negative size causes an endless loop. Here, a file is refused unless each member's content follows its header in full.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import BinaryIO, NamedTuple
 from clip_retrieval.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
-LONGEST_NAME = 4096  # bytes, as of any path
-LARGEST_HEADER = 2**20  # bytes of an extended header: a name, and notes of the program that wrote it
-LARGEST_PADDING = 2**24  # bytes after the last member
+MAX_NAME_LENGTH = 4096  # characters; Linux's limit for paths
+MAX_HEADER_BYTES = 2**20  # bytes of an extended header: a name, and metadata of the program that wrote it
+MAX_PADDING_BYTES = 2**24  # bytes after the last member
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LONG_NAME, _LONG_LINK, _SPARSE = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE
-_PAX, _PAX_OF_ALL = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE), tarfile.XGLTYPE
-_EXTENDED = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_OF_ALL)
+_PAX, _PAX_GLOBAL = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE), tarfile.XGLTYPE
+_EXTENDED = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_GLOBAL)
 
 
 class Header(NamedTuple):
-    """A regular file in a tar: its name, its header's and its content's first byte, and the content's size in bytes.
+    """A regular file in a tar: its name, the first byte of its header and content, and the content's size in bytes.
 
-    Bytes of a name that are not UTF-8 are kept as `surrogateescape` does.
+    Bytes of the name that are not UTF-8 are decoded with `surrogateescape`.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Header(NamedTuple):
     size: int
 
 
-class _Broken(Exception):
-    """Why a header cannot be used."""
+class _DamagedError(Exception):
+    """The reason why a header is refused."""
 
 
 def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
-    """The regular files of a tar, in order; links, folders and devices are passed over.
+    """Read the headers of a tar's regular files, in order; skip links, folders and devices.
 
     Args:
         path: the tar, for messages.
-        file: the tar, opened; its position does not matter, and stays.
+        file: the open tar; its position is neither used nor changed.
 
     Raises:
-        UserError: it is cut short, damaged or sparse, or goes on after its end.
-        OSError: it cannot be read.
+        UserError: the tar is truncated, damaged or sparse, or data follow its end.
+        OSError: the tar cannot be read.
     """
     total = os.fstat(file.fileno()).st_size
     offset = 0
@@ -60,7 +60,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
             info = _read_header(file, offset)
             while info is not None and info.type in _EXTENDED:
                 content = _read_extended(file, info, offset + BLOCK, total)
-                if info.type != _PAX_OF_ALL:
+                if info.type != _PAX_GLOBAL:
                     extended |= content
                 offset += BLOCK + _round_up(info.size)
                 info = _read_header(file, offset)
@@ -70,40 +70,40 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
             size = extended.get("size", info.size)
             begin = offset + BLOCK
             if info.type == _SPARSE:
-                raise _Broken("a sparse member, pack it without --sparse")
+                raise _DamagedError("a sparse member, pack it without --sparse")
             if info.type in tarfile.SUPPORTED_TYPES and info.type not in _REGULAR:
                 offset = begin  # links, folders and devices have no content, whatever their sizes
                 continue
             if size < 0 or begin + size > total:
-                raise _Broken("unexpected end of data")
+                raise _DamagedError("unexpected end of data")
             offset = begin + _round_up(size)
             if info.type in _REGULAR:
                 yield Header(_check_name(extended.get("path", info.name)), first, begin, size)
         _check_end(file, path, offset, total)
-    except _Broken as problem:
+    except _DamagedError as problem:
         raise UserError(f"{path}: cannot be read as a tar (at byte {offset:,}: {problem}); fetch it again") from None
 
 
 def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
-    """The header at this byte; None for the zeros at the end."""
+    """Read the header at a byte; None for the zeros at the end."""
     block = os.pread(file.fileno(), BLOCK, offset)
     if len(block) < BLOCK:
-        raise _Broken("unexpected end of data")
+        raise _DamagedError("unexpected end of data")
     if not block.strip(b"\0"):
         return None
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
-        raise _Broken("a damaged header") from None
+        raise _DamagedError("a damaged header") from None
     return info
 
 
 def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int) -> dict[str, str | int]:
-    """The name and the size that an extended header gives the next member."""
-    if not 0 <= info.size <= LARGEST_HEADER:
-        raise _Broken(f"an extended header of {info.size:,} bytes")
+    """Read the name and the size of the next member from an extended header, if it has them."""
+    if not 0 <= info.size <= MAX_HEADER_BYTES:
+        raise _DamagedError(f"an extended header of {info.size:,} bytes")
     if begin + info.size > total:
-        raise _Broken("unexpected end of data")
+        raise _DamagedError("unexpected end of data")
     content = os.pread(file.fileno(), info.size, begin)
     if info.type == _LONG_LINK:
         return {}
@@ -113,7 +113,7 @@ def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int
 
 
 def _parse_pax(content: bytes) -> dict[str, str | int]:
-    """The path and the size among the records `length keyword=value` of a POSIX header."""
+    """Parse the path and the size from the records `length keyword=value` of a POSIX header."""
     found: dict[str, str | int] = {}
     at = 0
     while at < len(content) and content[at]:
@@ -121,32 +121,32 @@ def _parse_pax(content: bytes) -> dict[str, str | int]:
         length = int(digits) if digits.isdigit() else 0
         keyword, equals, value = content[at + len(digits) + 1 : at + length - 1].partition(b"=")
         if not equals or content[at + length - 1 : at + length] != b"\n":
-            raise _Broken("a damaged extended header")
+            raise _DamagedError("a damaged extended header")
         if keyword.startswith(b"GNU.sparse."):
-            raise _Broken("a sparse member, pack it without --sparse")
+            raise _DamagedError("a sparse member, pack it without --sparse")
         if keyword == b"path":
             found["path"] = value.rstrip(b"/").decode("utf-8", "surrogateescape")
         elif keyword == b"size":
             if not value.isdigit() or len(value) > 20:
-                raise _Broken("a damaged extended header")
+                raise _DamagedError("a damaged extended header")
             found["size"] = int(value)
         at += length
     return found
 
 
 def _check_name(name: str) -> str:
-    if len(name) > LONGEST_NAME:
-        raise _Broken(f"a name of {len(name):,} characters")
+    if len(name) > MAX_NAME_LENGTH:
+        raise _DamagedError(f"a name of {len(name):,} characters")
     return name
 
 
 def _check_end(file: BinaryIO, path: Path, offset: int, total: int) -> None:
     """Raise UserError unless only zeros follow the last member."""
     rest = total - offset
-    if rest > LARGEST_PADDING or os.pread(file.fileno(), rest, offset).strip(b"\0"):
-        raise UserError(f"{path}: goes on behind its end at byte {offset:,}; is it several tars in one?")
+    if rest > MAX_PADDING_BYTES or os.pread(file.fileno(), rest, offset).strip(b"\0"):
+        raise UserError(f"{path}: data after its end at byte {offset:,}; if it is several tars in one, separate them")
 
 
 def _round_up(size: int) -> int:
-    """The bytes that a content of this size takes."""
+    """Round a content's size up to whole blocks."""
     return -(-size // BLOCK) * BLOCK

@@ -1,4 +1,4 @@
-"""A train split that is read from tar shards: found, counted, looked into, and brought to a run in batches."""
+"""The train split of a run that reads tar shards sequentially."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.find import find_shards, known_sizes
 from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
 from clip_retrieval.data.shards.order import ShardOrder, Shards
-from clip_retrieval.data.shards.samples import Unusable, captions_of, check_layout, count_samples, read_samples
+from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_sample_captions, read_samples
 from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.data.workers import in_workers, usual_num_workers
 from clip_retrieval.distributed import Processes
@@ -24,8 +24,8 @@ from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
 
-SHARDS_A_WORKER = 4  # fewer are counted faster than a process starts
-FIRST = 10  # samples of a shard that is not worth reading whole, only to see what it holds
+SHARDS_PER_WORKER = 4  # counting fewer is faster than starting a process
+FIRST = 10  # samples of each shard after the first that are searched for a usable one
 
 
 @dataclass
@@ -34,12 +34,12 @@ class StreamedTrainSplit:
 
     Attributes:
         split: "train", or UNSPLIT.
-        shards: where the samples are.
-        samples: pairs in an epoch, its dropped remainder included.
+        shards: the shards.
+        samples: pairs in an epoch, the dropped remainder included.
         transform: from an image to the model's input.
         tokenizer: the model's.
-        num_workers: processes that load.
-        options: of the data.
+        num_workers: worker processes.
+        options: the data options.
         seed: seed of the order.
     """
 
@@ -72,11 +72,11 @@ class StreamedTrainSplit:
         processes: Processes,
         encode_frozen: EncodeFrozen,
     ) -> StreamLoader:
-        """Make the loader of this process's part of the batches; a frozen tower encodes each batch anew.
+        """Make the loader of this process's part of the batches; frozen towers encode each batch again.
 
         Raises UserError if the processes cannot share the batches.
         """
-        log.info(f"the shards are read in {sampler.lanes} places at a time")
+        log.info(f"the shards are read as {sampler.lanes} parallel parts")
         return StreamLoader(
             LaneReader(sampler, self.transform, self.options.caption_key),
             self.tokenizer,
@@ -98,7 +98,8 @@ def open_stream(
 ) -> StreamedTrainSplit | None:
     """Find the shards of the train split, and count their samples unless an epoch's length is given.
 
-    Raises UserError where a shard is missing or no whole tar, or no sample can be used of those that are looked at.
+    Raises UserError if a shard is missing or is not a complete tar, or if no usable sample is found in the first shard
+    and the first samples of the others.
     """
     data = options.parts()[0]
     found = find_shards(data, "train")
@@ -107,7 +108,7 @@ def open_stream(
     workers = usual_num_workers(device) if data.num_workers is None else data.num_workers
     sizes = known_sizes(found.paths)
     if (samples := data.train_num_samples) is None:
-        sizes = _counted(found.paths, sizes, workers, processes)
+        sizes = _count_unknown(found.paths, sizes, workers, processes)
         samples = sum(sizes)
     log.info(f"{data.name} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
     transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
@@ -117,12 +118,12 @@ def open_stream(
     return stream
 
 
-def _counted(paths: list[Path], sizes: list[int | None], workers: int, processes: Processes) -> list[int]:
-    """Samples of each shard; the processes share the counting."""
+def _count_unknown(paths: list[Path], sizes: list[int | None], workers: int, processes: Processes) -> list[int]:
+    """Count the samples of each shard of unknown size; the processes share the work."""
     unknown = [shard for shard, size in enumerate(sizes) if size is None]
     own = unknown[processes.rank :: processes.world_size]
     counts = torch.tensor([size or 0 for size in sizes] if processes.is_main else [0] * len(sizes))
-    workers = min(workers, len(own) // SHARDS_A_WORKER)
+    workers = min(workers, len(own) // SHARDS_PER_WORKER)
     found = in_workers(count_samples, [paths[shard] for shard in own], num_workers=workers)
     for shard, count in zip(own, progress_bar(found, total=len(own), desc="counting", leave=False), strict=True):
         counts[shard] = count
@@ -130,32 +131,33 @@ def _counted(paths: list[Path], sizes: list[int | None], workers: int, processes
 
 
 def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3) -> None:
-    """Say a few captions, and whether there are several of an image.
+    """Log a few captions, and whether images have several.
 
-    Raises UserError where none can be used of the first shard's samples and of those that the others begin with.
+    Raises UserError if no sample of the first shard and none of the first samples of the others is usable.
     """
     check_layout(stream.shards.paths[0], data.caption_key)
-    said, several, problem = 0, False, ""
-    for path, sample in _first_samples(stream.shards.paths):
+    num_logged, has_several, problem = 0, False, ""
+    # log the captions of the first usable samples
+    for path, sample in _read_first_samples(stream.shards.paths):
         try:
             decode_sample(sample, path, stream.transform, data.caption_key, np.random.default_rng(0))
         except Unusable as unusable:
             problem = problem or str(unusable)
             continue
-        captions = captions_of(sample, data.caption_key)
+        captions = read_sample_captions(sample, data.caption_key)
         log.info("  " + one_line(f"{sample['__key__']}: {captions[0]}"))
-        several |= len(captions) > 1
-        said += 1
-        if said == number:
+        has_several |= len(captions) > 1
+        num_logged += 1
+        if num_logged == number:
             break
-    if not said:
+    if not num_logged:
         raise UserError(problem or f"{stream.shards.paths[0]}: holds no images with captions")
-    if several and data.caption_sampling == "all":
-        log.info("  shards give one caption of an image an epoch, drawn anew each time, whatever --caption_sampling is")
+    if has_several and data.caption_sampling == "all":
+        log.info("  shards: one random caption per image and epoch, whatever --caption_sampling is")
 
 
-def _first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, bytes]]]:
-    """The samples of the first shard, then FIRST of each other one."""
+def _read_first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, bytes]]]:
+    """Read all samples of the first shard, then the first FIRST of each other one."""
     for number, path in enumerate(paths):
         for sample in islice(read_samples(path), FIRST if number else None):
             yield path, sample

@@ -1,4 +1,4 @@
-"""Which shards a split has, and whether they are whole."""
+"""Finding the shards of a split, and checking that they are complete."""
 
 import gzip
 import json
@@ -9,10 +9,10 @@ import pytest
 from braceexpand import braceexpand
 
 from clip_retrieval.data.shards.find import (
-    _expansions,
+    _count_expansions,
     absolute_patterns,
     check_whole,
-    expand,
+    expand_patterns,
     find_shards,
     known_sizes,
 )
@@ -23,7 +23,7 @@ from tests.data.make_shards import numbered, write_shard
 
 @pytest.fixture
 def tars(tmp_path):
-    """tars("a.tar", ...) writes whole shards into the test's folder."""
+    """tars("a.tar", ...) writes complete shards into the test's folder."""
 
     def write(*names):
         return [write_shard(tmp_path / name, numbered(0, 2)) for name in names]
@@ -36,47 +36,47 @@ def names(found):
 
 
 def find(root, split, dataset="webdataset", **options):
-    return names(find_shards(DataOptions(dataset=dataset, dataset_root=str(root), **options), split))
+    return names(find_shards(DataOptions(dataset=(dataset,), dataset_root=str(root), **options), split))
 
 
 def test_braces_wildcards_folders_and_several_patterns(tmp_path, tars):
     a, b, c, d = tars("s/00000.tar", "s/00001.tar", "other/x.tar", "with blank/y.tar")
-    assert expand(f"{tmp_path}/s/{{00000..00001}}.tar", "--train_data") == [a, b]
-    assert expand(f"{tmp_path}/s/*.tar", "--train_data") == [a, b]
-    assert expand(f"{tmp_path}/s", "--train_data") == [a, b]
-    assert expand(f"{c} {tmp_path}/s/0000[01].tar", "--train_data") == [c, a, b]
-    assert expand(f"{tmp_path}/with blank/*.tar", "--train_data") == [d]
-    assert expand(f"{b} {tmp_path}/s/*.tar", "--train_data") == [b, a]  # each once
+    assert expand_patterns(f"{tmp_path}/s/{{00000..00001}}.tar", "--train_data") == [a, b]
+    assert expand_patterns(f"{tmp_path}/s/*.tar", "--train_data") == [a, b]
+    assert expand_patterns(f"{tmp_path}/s", "--train_data") == [a, b]
+    assert expand_patterns(f"{c} {tmp_path}/s/0000[01].tar", "--train_data") == [c, a, b]
+    assert expand_patterns(f"{tmp_path}/with blank/*.tar", "--train_data") == [d]
+    assert expand_patterns(f"{b} {tmp_path}/s/*.tar", "--train_data") == [b, a]  # each once
 
 
 @pytest.mark.parametrize(
     "pattern, words",
     [
-        ("{00000..00002}.tar", ["00001.tar", "there is no shard"]),
-        ("empty/*.tar", ["empty/*.tar", "holds no shards"]),
-        ("folder", ["folder", "holds no shards"]),
-        ("{00000..", ["00000..", "braces do not fit"]),
-        ("a b.tar", ["a", "there is no shard"]),
+        ("{00000..00002}.tar", ["00001.tar", "is missing"]),
+        ("empty/*.tar", ["empty/*.tar", "no shards in"]),
+        ("folder", ["folder", "no shards in"]),
+        ("{00000..", ["00000..", "braces do not match"]),
+        ("a b.tar", ["shard a ", "is missing"]),
         (" ", ["names no shards"]),
     ],
 )
-def test_what_a_pattern_names_must_be_there(tmp_path, monkeypatch, tars, pattern, words):
+def test_missing_shards_are_refused(tmp_path, monkeypatch, tars, pattern, words):
     tars("00000.tar", "00002.tar")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        expand(pattern, "--val_data")
+        expand_patterns(pattern, "--val_data")
     assert all(word in str(error.value) for word in ["--val_data", *words]) and "\n" not in str(error.value)
 
 
-def test_splits_are_told_by_the_names_of_files_or_folders(tmp_path, tars):
+def test_splits_are_found_by_names_of_files_or_folders(tmp_path, tars):
     tars("train-000.tar", "train1.tar", "trainable.tar", "valid_00.tar", "test/x.tar", "._train-000.tar")
     assert find(tmp_path, "train") == ("train", ["train-000.tar", "train1.tar"])
     assert find(tmp_path, "val") == ("val", ["valid_00.tar"])
     assert find(tmp_path, "test") == ("test", ["x.tar"])
 
 
-def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
+def test_split_word_may_follow_the_data_set_name(tmp_path, tars):
     tars("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar", "contest-0.tar")
     assert find(tmp_path, "train") == ("train", ["cc3m-train-0000.tar", "cc3m-train-0001.tar"])
     assert find(tmp_path, "val") == ("val", ["cc3m-validation-0000.tar"])
@@ -84,33 +84,32 @@ def test_the_word_may_stand_behind_the_data_sets_name(tmp_path, tars):
     tars("train_val2014-000.tar", "train_dev-0.tar")
     assert find(tmp_path, "train")[1][2:] == ["train_dev-0.tar", "train_val2014-000.tar"]
     tars("coco-train-test-0.tar")
-    with pytest.raises(UserError, match=r"coco-train-test-0.tar: its name has words for test and train"):
+    with pytest.raises(
+        UserError, match=r"coco-train-test-0.tar: its name has the words of several splits \(test and train\)"
+    ):
         find(tmp_path, "train")
     named = {name: str(tmp_path / "coco-train-test-0.tar") for name in ("train_data", "val_data")}
     assert find(tmp_path, "train", **named) == ("train", ["coco-train-test-0.tar"])
     assert find(tmp_path, "test", **named) is None
 
 
-def test_a_folder_without_splits_is_all_to_train_on_and_to_score(tmp_path, tars):
+def test_folder_without_splits_is_both_train_and_test_data(tmp_path, tars):
     tars("00000.tar", "00001.tar")
     assert find(tmp_path, "train") == find(tmp_path, "test") == ("all", ["00000.tar", "00001.tar"])
     assert find(tmp_path, "val") is None
 
 
-def test_patterns_go_before_the_folder(tmp_path, tars):
+def test_patterns_take_precedence_over_the_folder(tmp_path, tars):
     (held,) = tars("elsewhere/v.tar")
     tars("00000.tar", "00001.tar")
     assert find(tmp_path, "val", val_data=str(held)) == ("val", ["v.tar"])
-    assert find(tmp_path, "train", val_data=str(held)) == (
-        "train",
-        ["00000.tar", "00001.tar"],
-    )  # no longer to be scored
+    assert find(tmp_path, "train", val_data=str(held)) == ("train", ["00000.tar", "00001.tar"])  # no longer "all"
     assert find(tmp_path, "test", val_data=str(held)) is None
     assert find("/nowhere", "train", val_data=str(held)) is None
     assert find("/nowhere", "val", train_data=str(held)) is None
 
 
-def test_what_one_split_is_given_by_name_no_other_gets_from_the_folder(tmp_path, tars):
+def test_shards_given_to_one_split_are_excluded_from_others(tmp_path, tars):
     a, b = tars("leak/00000.tar", "leak/00001.tar")
     root = tmp_path / "leak"
     (tmp_path / "link").symlink_to(root)
@@ -120,7 +119,7 @@ def test_what_one_split_is_given_by_name_no_other_gets_from_the_folder(tmp_path,
     assert find(root, "train", val_data=str(root)) is None
 
 
-def test_what_a_split_is_called_in_the_folder_does_not_count_where_it_is_named_for_another(tmp_path, tars):
+def test_option_overrides_the_split_word_in_a_name(tmp_path, tars):
     tars("train-0.tar", "train-1.tar", "val-0.tar", "test-0.tar")
     assert find(tmp_path, "train", val_data=f"{tmp_path}/train-1.tar") == ("train", ["train-0.tar"])
     assert find(tmp_path, "val", train_data=f"{tmp_path}/*.tar") is None
@@ -131,13 +130,13 @@ def test_what_a_split_is_called_in_the_folder_does_not_count_where_it_is_named_f
     assert find(tmp_path, "val", train_data=gone) is None
 
 
-def test_yfcc7m_is_in_a_folder_of_its_name_as_simple_clip_has_it(tmp_path, tars):
+def test_yfcc7m_is_found_in_simple_clips_folder(tmp_path, tars):
     tars("yfcc7m/00000.tar", "yfcc7m/00001.tar")
     assert find(tmp_path, "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
     assert find(tmp_path / "yfcc7m", "train", "yfcc7m") == ("all", ["00000.tar", "00001.tar"])
 
 
-def test_a_folder_without_shards_says_how_to_name_them(tmp_path):
+def test_error_for_a_folder_without_shards_names_the_option(tmp_path):
     with pytest.raises(UserError, match="--train_data"):
         find(tmp_path, "train")
 
@@ -150,10 +149,10 @@ def test_a_folder_without_shards_says_how_to_name_them(tmp_path):
         (lambda content: b"no tar at all" * 1000, "not a tar"),
         (lambda content: gzip.compress(content), "decompress it"),
         (lambda content: b"", "not a tar"),
-        (lambda content: bytes(10240), "holds no samples"),
+        (lambda content: bytes(10240), "contains no samples"),
     ],
 )
-def test_what_is_no_whole_tar_is_refused_before_it_is_read(tars, spoil, words):
+def test_incomplete_tar_is_refused(tars, spoil, words):
     (path,) = tars("a.tar")
     check_whole(path)
     content = path.read_bytes().rstrip(b"\0") + bytes(1024)
@@ -166,7 +165,7 @@ def test_what_is_no_whole_tar_is_refused_before_it_is_read(tars, spoil, words):
     assert str(path) in str(error.value)
 
 
-def test_sizes_json_says_how_many_samples_there_are(tmp_path, tars):
+def test_sizes_json_gives_the_numbers_of_samples(tmp_path, tars):
     paths = tars("a/0.tar", "a/1.tar", "b/0.tar")
     (tmp_path / "a/sizes.json").write_text(json.dumps({"0.tar": 7, "2.tar": 9}))
     (tmp_path / "b/sizes.json").write_text(json.dumps({"0.tar": "12"}))
@@ -174,7 +173,7 @@ def test_sizes_json_says_how_many_samples_there_are(tmp_path, tars):
     assert known_sizes(paths) == [7, None, 12]
 
 
-def test_more_samples_than_a_shard_can_hold_are_refused(tmp_path, tars):
+def test_impossible_number_of_samples_is_refused(tmp_path, tars):
     (path,) = tars("0.tar")
     for number, size in ((100, 100 * 1024), (100, 100 * 1024 - 1), (2**39, 10240), ("9" * 30, 10240)):
         os.truncate(path, size)
@@ -187,14 +186,14 @@ def test_more_samples_than_a_shard_can_hold_are_refused(tmp_path, tars):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"0.tar": -1}', '{"0.tar": 1.5}', '{"0.tar": null, "0.tar": "x"}', "{"])
-def test_a_sizes_json_that_is_none_is_named(tmp_path, tars, content):
+def test_invalid_sizes_json_is_named(tmp_path, tars, content):
     paths = tars("0.tar")
     (tmp_path / "sizes.json").write_text(content)
     with pytest.raises(UserError, match=r"sizes\.json"):
         known_sizes(paths)
 
 
-def test_patterns_are_made_absolute_one_by_one(tmp_path, monkeypatch, tars):
+def test_each_pattern_is_made_absolute(tmp_path, monkeypatch, tars):
     monkeypatch.chdir(tmp_path)
     tars("my data/x.tar")
     assert absolute_patterns("a/{0..1}.tar b/*.tar") == f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b/*.tar"
@@ -207,17 +206,17 @@ def test_patterns_are_made_absolute_one_by_one(tmp_path, monkeypatch, tars):
     "pattern",
     ["s/00000.tar s/00001.tar", "s/0000{0..1}.tar", "s/*0.tar s/*1.tar", "d0 d1", "s/00000.tar::d1"],
 )
-def test_absolute_patterns_name_the_same_files_also_in_a_folder_with_blanks(tmp_path, monkeypatch, tars, pattern):
+def test_absolute_patterns_match_the_same_files_despite_blanks(tmp_path, monkeypatch, tars, pattern):
     tars("a b/s/00000.tar", "a b/s/00001.tar", "a b/d0/00000.tar", "a b/d1/00001.tar")
     monkeypatch.chdir(tmp_path / "a b")
-    found = [path.resolve() for path in expand(pattern, "--train_data")]
+    found = [path.resolve() for path in expand_patterns(pattern, "--train_data")]
     absolute = absolute_patterns(pattern)
     monkeypatch.chdir(tmp_path)
-    assert [path.resolve() for path in expand(absolute, "--train_data")] == found
+    assert [path.resolve() for path in expand_patterns(absolute, "--train_data")] == found
     assert absolute_patterns(absolute) == absolute
 
 
-def test_braces_with_absolute_and_other_alternatives_are_made_absolute_one_by_one(tmp_path, monkeypatch):
+def test_braces_with_some_absolute_alternatives_are_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_patterns("{/abs,rel}/0.tar") == f"/abs/0.tar::{tmp_path}/rel/0.tar"
 
@@ -240,13 +239,13 @@ def test_braces_with_absolute_and_other_alternatives_are_made_absolute_one_by_on
         "a,b",
     ],
 )
-def test_braces_are_counted_as_they_are_expanded(pattern):
-    assert _expansions(pattern) == len(list(braceexpand(pattern)))
+def test_count_of_braces_equals_their_expansion(pattern):
+    assert _count_expansions(pattern) == len(list(braceexpand(pattern)))
 
 
-def test_letters_are_counted_from_above():
+def test_count_of_letter_ranges_is_an_upper_bound():
     for pattern in ("{a..e}", "{Z..a..3}", "{a..B}"):
-        assert len(list(braceexpand(pattern))) <= _expansions(pattern) <= 52
+        assert len(list(braceexpand(pattern))) <= _count_expansions(pattern) <= 52
 
 
 @pytest.mark.parametrize(
@@ -266,15 +265,15 @@ def test_letters_are_counted_from_above():
     ],
     ids=lambda pattern: pattern[:20],
 )
-def test_braces_that_expand_to_too_much_are_refused_at_once(pattern):
-    began = time.process_time()
-    for expand_pattern in (lambda: expand(pattern, "--train_data"), lambda: absolute_patterns(f"{pattern} x.tar")):
+def test_braces_with_too_many_expansions_are_refused_quickly(pattern):
+    start = time.process_time()
+    for function in (lambda: expand_patterns(pattern, "--train_data"), lambda: absolute_patterns(f"{pattern} x.tar")):
         with pytest.raises(UserError, match="the braces"):
-            expand_pattern()
-    assert time.process_time() - began < 2
+            function()
+    assert time.process_time() - start < 2
 
 
-def test_long_lists_of_shards_are_expanded(tmp_path, tars):
+def test_long_range_of_shards_is_expanded(tmp_path, tars):
     tars(*(f"s/{number:06}.tar" for number in range(3)))
-    with pytest.raises(UserError, match=r"no shard .*/s/000003\.tar"):
-        expand(f"{tmp_path}/s/{{000000..231349}}.tar", "--train_data")
+    with pytest.raises(UserError, match=r"shard .*/s/000003\.tar is missing"):
+        expand_patterns(f"{tmp_path}/s/{{000000..231349}}.tar", "--train_data")

@@ -1,4 +1,4 @@
-"""The order in which shards are trained on: every sample once, the same for any number of processes."""
+"""The order of samples in shards: every sample once, the same for any number of processes."""
 
 from collections import Counter
 from itertools import islice, pairwise
@@ -20,7 +20,7 @@ def order(counts=COUNTS, batch_size=8, **options):
 
 
 def lane_samples(one, epoch, lane, first=0, number=None):
-    """(shard, number) of a lane's samples, up to the end of the epoch."""
+    """(shard, number) of a lane's samples, by default to the end of the epoch."""
     number = len(one) * one.lane_share - first if number is None else number
     samples = ((s.shard, int(i)) for s, numbers in one.lane(epoch, lane, first) for i in numbers)
     return list(islice(samples, number))
@@ -37,7 +37,7 @@ def epoch_samples(one, epoch=0):
     epoch=st.integers(0, 3),
 )
 @settings(max_examples=200, deadline=None)
-def test_every_sample_at_most_once_an_epoch_and_all_but_a_remainder(counts, batch_size, buffer, epoch):
+def test_epoch_has_every_sample_once_except_the_remainder(counts, batch_size, buffer, epoch):
     one = order(counts, batch_size, shuffle_buffer=buffer)
     lanes = epoch_samples(one, epoch)
     seen = Counter(sample for lane in lanes for sample in lane)
@@ -48,7 +48,7 @@ def test_every_sample_at_most_once_an_epoch_and_all_but_a_remainder(counts, batc
 
 
 @pytest.mark.parametrize("counts", [COUNTS, [21]])
-def test_the_remainder_is_another_each_epoch_also_of_one_shard(counts):
+def test_remainder_differs_by_epoch_also_for_one_shard(counts):
     one = order(counts)
     everything = {(shard, i) for shard, count in enumerate(counts) for i in range(count)}
     dropped = [frozenset(everything - {s for lane in epoch_samples(one, epoch) for s in lane}) for epoch in range(4)]
@@ -56,7 +56,7 @@ def test_the_remainder_is_another_each_epoch_also_of_one_shard(counts):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_samples": 100}], ids=["counted", "given"])
-def test_a_lane_can_begin_at_any_of_its_samples(options):
+def test_lane_can_start_at_any_sample(options):
     one = order([7, 12, 5, 1, 11, 30], shuffle_buffer=24, seed=5, **options)
     for lane in range(one.lanes):
         whole = lane_samples(one, 2, lane, number=60)
@@ -64,37 +64,37 @@ def test_a_lane_can_begin_at_any_of_its_samples(options):
             assert lane_samples(one, 2, lane, first, 60 - first) == whole[first:]
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
+def test_order_is_a_function_of_seed_and_epoch():
     assert epoch_samples(order(seed=1), 3) == epoch_samples(order(seed=1), 3)
     assert epoch_samples(order(seed=1), 3) != epoch_samples(order(seed=2), 3)
     assert epoch_samples(order(seed=1), 3) != epoch_samples(order(seed=1), 4)
 
 
-def test_a_shuffle_buffer_changes_the_order_within_shards_and_nothing_else():
+def test_shuffle_buffer_changes_only_the_order_within_shards():
     plain, shuffled = order(), order(shuffle_buffer=40)
     for lane, mixed in zip(epoch_samples(plain), epoch_samples(shuffled), strict=True):
         assert lane != mixed and sorted(lane) == sorted(mixed)
         shards = [shard for shard, _ in lane]
         assert shards == [shard for shard, _ in mixed]
-        # Without a buffer: as they stand in the shard.
+        # without a buffer: in the order of the shard
         assert all(a[0] != b[0] or b[1] in (a[1] + 1, 0) for a, b in pairwise(lane))
 
 
 @given(number=st.integers(0, 60), size=st.integers(1, 70), seed=st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_a_sample_leaves_the_buffer_only_after_it_came(number, size, seed):
+def test_sample_leaves_the_buffer_after_it_entered(number, size, seed):
     left = shuffle_in_buffer(number, size, np.random.default_rng(seed))
     assert sorted(left.tolist()) == list(range(number))
     assert all(sample < place + size for place, sample in enumerate(left.tolist()))
 
 
-def test_a_buffer_as_large_as_the_shard_makes_every_order_as_likely():
+def test_buffer_as_large_as_the_shard_shuffles_uniformly():
     rng = np.random.default_rng(0)
     orders = Counter(tuple(shuffle_in_buffer(3, 3, rng).tolist()) for _ in range(6000))
     assert len(orders) == 6 and all(abs(number - 1000) < 150 for number in orders.values())
 
 
-def test_an_epoch_of_a_given_length_takes_whole_shards_in_turn_and_begins_again():
+def test_epoch_of_given_length_repeats_whole_shards():
     one = order([4, 4, 4, 4], 4, num_samples=40)
     assert one.lanes == 4 and len(one) == 10
     lanes = epoch_samples(one)
@@ -103,7 +103,7 @@ def test_an_epoch_of_a_given_length_takes_whole_shards_in_turn_and_begins_again(
         assert Counter(lane) == {(lane[0][0], i): 3 - (i > 1) for i in range(4)}
 
 
-def test_an_epoch_of_a_given_length_counts_a_shard_only_when_it_comes_to_it(monkeypatch):
+def test_epoch_of_given_length_counts_shards_lazily(monkeypatch):
     counted = []
     monkeypatch.setattr("clip_retrieval.data.shards.order.count_samples", lambda path: counted.append(path.stem) or 10)
     one = order([None] * 6, 4, num_samples=40)
@@ -112,7 +112,7 @@ def test_an_epoch_of_a_given_length_counts_a_shard_only_when_it_comes_to_it(monk
     assert len(counted) == 2
 
 
-def test_a_lane_that_has_only_empty_shards_says_so():
+def test_lane_with_only_empty_shards_is_refused():
     one = order([0, 0], 2, num_samples=40)
     with pytest.raises(UserError, match=r"\.tar: holds no images with captions"):
         lane_samples(one, 0, 0)
@@ -138,18 +138,18 @@ def test_a_lane_that_has_only_empty_shards_says_so():
         (7, 3, 1),
     ],
 )
-def test_as_many_lanes_as_usual_numbers_of_processes_can_share(batch_size, shards, lanes):
+def test_usual_numbers_of_processes_can_share_the_lanes(batch_size, shards, lanes):
     assert number_of_lanes(batch_size, shards or batch_size) == lanes
     one = order([9] * (shards or 2), batch_size, num_samples=9 if shards else None)
     assert one.lanes == lanes and one.lanes * one.lane_share == batch_size
 
 
-def test_the_fingerprint_tells_other_data(tmp_path, monkeypatch):
+def test_fingerprint_distinguishes_data(tmp_path, monkeypatch):
     for number in range(len(COUNTS)):
         (tmp_path / f"{number}.tar").write_bytes(b"1234")
     monkeypatch.chdir(tmp_path)
     fingerprints = {order(counts).fingerprint for counts in (COUNTS, COUNTS[:-1], [8, 11, *COUNTS[2:]])}
-    (tmp_path / "0.tar").write_bytes(b"12345")  # as many samples, but others
+    (tmp_path / "0.tar").write_bytes(b"12345")  # the same number of samples, but other bytes
     assert len(fingerprints | {order(COUNTS).fingerprint}) == 4
     paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
     for path in paths:
@@ -160,7 +160,7 @@ def test_the_fingerprint_tells_other_data(tmp_path, monkeypatch):
     assert before != ShardOrder(Shards(paths), 2, num_samples=10).fingerprint
 
 
-def test_the_length_of_an_epoch_is_a_setting_and_not_the_data(tmp_path):
+def test_epoch_length_is_in_the_settings_not_the_fingerprint(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"1234")
     given = [ShardOrder(Shards([tmp_path / "a.tar"]), 2, num_samples=number) for number in (10, 12)]
     assert [one.settings["train_num_samples"] for one in (*given, order())] == [10, 12, None]
@@ -168,15 +168,15 @@ def test_the_length_of_an_epoch_is_a_setting_and_not_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_samples": 100}], ids=["counted", "given"])
-def test_elsewhere_are_all_samples_once_what_an_epoch_drops_first(options):
+def test_fallback_has_all_samples_once_dropped_ones_first(options):
     counts = [7, 12, 5, 1, 11, 30]
     one = order(counts, **options)
     everything = [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
     for lane in range(one.lanes):
-        found = [(s.shard, int(i)) for s, numbers in one.elsewhere(1, lane) for i in numbers]
+        found = [(s.shard, int(i)) for s, numbers in one.fallback(1, lane) for i in numbers]
         assert sorted(found) == everything
         own = lane_samples(one, 1, lane)
         assert found[0] not in own
     if not options:
         dropped = set(everything) - {sample for lane in epoch_samples(one, 1) for sample in lane}
-        assert {(s.shard, int(n[0])) for s, n in (next(one.elsewhere(1, 0)),)} <= dropped
+        assert {(s.shard, int(n[0])) for s, n in (next(one.fallback(1, 0)),)} <= dropped

@@ -24,7 +24,7 @@ from tests.data.make_shards import jpeg, numbered, write_shard
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Samples of all kinds: six of them, among members that are no samples."""
+    """Samples of all kinds, among members that belong to no sample."""
     samples = [
         ("./a/00", {"jpg": jpeg(0), "txt": "zero", "cls": "5"}),
         ("a/01", {"JPEG": jpeg(1), "json": '{"caption": "one"}'}),
@@ -40,7 +40,7 @@ def mixed(tmp_path):
     return write_shard(tmp_path / "mixed.tar", samples)
 
 
-def test_headers_tell_the_samples_that_webdataset_reads(mixed):
+def test_headers_give_the_samples_that_webdataset_reads(mixed):
     from_headers = [{m.ending: m for m in reversed(members)} for members in read_members(mixed)]
     streamed = list(read_samples(mixed))
     with mixed.open("rb") as file:
@@ -66,13 +66,13 @@ def test_headers_tell_the_samples_that_webdataset_reads(mixed):
 @pytest.mark.parametrize(
     "name", ["a.jpg", "b/a.jpg", "b.c/a.seg.PNG", "a", "b.c/a", ".a.jpg", "./a.jpg", "a..jpg", "a.", "b/c/é ü.JPG", "."]
 )
-def test_keys_and_endings_are_those_of_webdataset(name):
+def test_keys_and_endings_equal_those_of_webdataset(name):
     key, ending = base_plus_ext(name)
     assert key_and_ending(name) == ((key, ending.lower()) if key else ("", ""))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_reading_can_begin_at_any_sample(tmp_path, form):
+def test_reading_can_start_at_any_sample(tmp_path, form):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=form) as tar:
         for key, parts in numbered(0, 6):
@@ -89,7 +89,7 @@ def test_reading_can_begin_at_any_sample(tmp_path, form):
         assert list(read_samples(path, first)) == whole[first:]
 
 
-def test_a_shard_that_is_broken_inside_is_named(tmp_path):
+def test_shard_with_a_damaged_header_is_named(tmp_path):
     path = write_shard(tmp_path / "x.tar", numbered(0, 6))
     content = bytearray(path.read_bytes())
     third = next(members for i, members in enumerate(read_members(path)) if i == 3)[0].header
@@ -100,7 +100,7 @@ def test_a_shard_that_is_broken_inside_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("read", [count_samples, lambda path: list(read_samples(path))])
-def test_half_a_shard_is_named(tmp_path, read):
+def test_truncated_shard_is_named(tmp_path, read):
     path = write_shard(tmp_path / "x.tar", numbered(0, 6))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"x\.tar: cannot be read as a tar"):
@@ -112,7 +112,7 @@ def captions(key=None, **parts):
     return read_captions(parts[ending].encode() if isinstance(parts[ending], str) else parts[ending], ending, key)
 
 
-def test_captions_stand_in_the_txt_or_under_a_key_of_the_json():
+def test_captions_are_read_from_the_txt_or_a_key_of_the_json():
     record = json.dumps({"caption": "of the json", "alt": ["first", " second ", "first", ""]})
     assert captions(txt=" of the\ntxt ", json=record) == ["of the txt"]
     assert captions(json=record) == ["of the json"]
@@ -135,12 +135,12 @@ def test_captions_stand_in_the_txt_or_under_a_key_of_the_json():
         (None, {"json": '{"caption": null}'}, "neither a text nor a list"),
     ],
 )
-def test_why_a_sample_has_no_caption(key, parts, reason):
+def test_reason_for_a_missing_caption_is_given(key, parts, reason):
     with pytest.raises(Unusable, match=reason):
         captions(key, **parts)
 
 
-def test_images_of_four_kinds():
+def test_image_endings():
     assert [image_ending({ending: 0, "txt": 0}) for ending in ("jpg", "jpeg", "png", "webp")] == [
         "jpg",
         "jpeg",
@@ -151,31 +151,31 @@ def test_images_of_four_kinds():
         image_ending({"gif": 0, "txt": 0})
 
 
-def test_names_with_further_dots_are_said(tmp_path, caplog):
+def test_names_with_several_dots_are_warned_of(tmp_path, caplog):
     samples = [*numbered(0, 4), ("IMG.2021.1", {"jpg": jpeg(1), "txt": "x"}), ("a.seg", {"png": jpeg(2)})]
     samples.append(("._00000", {"jpg": b"made by macOS"}))
     with caplog.at_level("WARNING", "clip_retrieval"):
         check_layout(write_shard(tmp_path / "dots.tar", samples), None)
         check_layout(write_shard(tmp_path / "plain.tar", numbered(0, 4)), None)
-    (said,) = caplog.messages
-    assert "dots.tar: 3 files are left out" in said and "(IMG.2021.1.jpg)" in said
+    (message,) = caplog.messages
+    assert "dots.tar: 3 files are skipped" in message and "(IMG.2021.1.jpg)" in message
 
 
-def test_samples_whose_files_stand_apart_are_refused_and_a_few_that_are_no_pairs_are_said(tmp_path, caplog):
+def test_nonadjacent_files_are_refused_and_incomplete_samples_warned_of(tmp_path, caplog):
     files = [(key, {ending: parts[ending]}) for ending in ("jpg", "txt") for key, parts in numbered(0, 4)]
-    with pytest.raises(UserError, match=r"apart\.tar: 8 of 8 samples are no pairs; .* one after the other"):
+    with pytest.raises(UserError, match=r"apart\.tar: 8 of 8 samples are incomplete; .* next to each other"):
         check_layout(write_shard(tmp_path / "apart.tar", files), None)
     path = write_shard(tmp_path / "few.tar", [*numbered(0, 4), ("x", {"jpg": jpeg(1)})])
     with caplog.at_level("WARNING", "clip_retrieval"):
         check_layout(path, None)
-    assert caplog.messages == [f"{path}: 1 of 5 samples are no pairs; sample x: it has no .txt and no .json"]
+    assert caplog.messages == [f"{path}: 1 of 5 samples are incomplete; sample x: it has no .txt and no .json"]
     caplog.clear()
-    check_layout(path, "alt")  # in order, but without such a caption
-    assert "5 of 5 samples are no pairs; sample 00000: it has no .json" in caplog.messages[0]
+    check_layout(path, "alt")  # adjacent files, but no caption of this key
+    assert "5 of 5 samples are incomplete; sample 00000: it has no .json" in caplog.messages[0]
 
 
-def test_several_tars_in_one_file_are_refused(tmp_path):
+def test_concatenated_tars_are_refused(tmp_path):
     parts = [write_shard(tmp_path / f"{i}.tar", numbered(i, 1)).read_bytes() for i in range(2)]
     (tmp_path / "both.tar").write_bytes(b"".join(parts))
-    with pytest.raises(UserError, match=r"both\.tar: goes on behind its end"):
+    with pytest.raises(UserError, match=r"both\.tar: data after its end"):
         count_samples(tmp_path / "both.tar")

@@ -1,4 +1,4 @@
-"""Batches read from shards: the files' pairs, the same for any number of processes and workers, from any batch on."""
+"""Batches from shards: the files' pairs, the same for any number of processes and workers, from any batch on."""
 
 import io
 import json
@@ -25,15 +25,15 @@ COUNTS = (7, 12, 5, 21)
 
 
 class Simulated(Processes):
-    """One of several processes of which the others are not there: their images are all others than this one's."""
+    """One of several processes, without the others; their images differ from all images of this one."""
 
     def _reduce(self, tensor, operation):
         return tensor
 
     def all_gather(self, tensor):
-        everybodys = torch.arange(self.world_size * len(tensor))
-        everybodys[self.rank * len(tensor) :][: len(tensor)] = tensor
-        return everybodys
+        gathered = torch.arange(self.world_size * len(tensor))
+        gathered[self.rank * len(tensor) :][: len(tensor)] = tensor
+        return gathered
 
     def all_gather_rows(self, tensor):
         return tensor
@@ -51,7 +51,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def stream(shards, tokenizer):
-    """stream(...) is a loader of batches of 8 pairs, or of the given shards and settings."""
+    """stream(...) makes a loader, by default of batches of 8 pairs of `shards`."""
 
     def make(
         paths=None, *, rank=0, processes=1, num_workers=0, augment="none", caption_key=None, trim=False, **options
@@ -75,12 +75,12 @@ def stream(shards, tokenizer):
 
 
 def pairs(batches):
-    """What each pair of the batches is: bytes of the pixels and the ids."""
+    """(bytes of the pixels, ids) of each pair of the batches."""
     return [(i.numpy().tobytes(), tuple(t.tolist())) for batch in batches for i, t in zip(batch.images, batch.texts)]
 
 
 def pairs_of_files(paths, tokenizer):
-    """The same, of all samples, read plainly."""
+    """As `pairs`, for all samples of the shards, read without a loader."""
     transform, found = ImageTransform(small_preprocess()), []
     for path in paths:
         for sample in read_samples(path):
@@ -96,7 +96,7 @@ def assert_same(batches, others):
         assert a.lengths.equal(b.lengths)
 
 
-def test_an_epoch_holds_the_pairs_of_the_files_each_once(stream, shards, tokenizer):
+def test_epoch_has_each_pair_of_the_files_once(stream, shards, tokenizer):
     everything = Counter(pairs_of_files(shards, tokenizer))
     assert len(everything) == sum(COUNTS)
     orders = []
@@ -108,7 +108,7 @@ def test_an_epoch_holds_the_pairs_of_the_files_each_once(stream, shards, tokeniz
     assert orders[0] != orders[1]
 
 
-def test_a_batch_is_as_the_trainer_takes_it(stream):
+def test_shapes_and_dtypes_of_a_batch(stream):
     for batch in stream().epoch(0):
         assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8
         assert batch.texts.shape == (8, 16) and batch.texts.dtype == torch.int64
@@ -117,7 +117,7 @@ def test_a_batch_is_as_the_trainer_takes_it(stream):
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
 @pytest.mark.parametrize("processes, num_workers", [(1, 1), (1, 3), (2, 0), (2, 3), (4, 0)])
-def test_the_global_batch_does_not_depend_on_processes_or_workers(stream, augment, processes, num_workers):
+def test_global_batch_does_not_depend_on_processes_or_workers(stream, augment, processes, num_workers):
     whole = list(stream(augment=augment).epoch(1))
     ranks = [
         list(stream(rank=rank, processes=processes, num_workers=num_workers, augment=augment).epoch(1))
@@ -133,13 +133,13 @@ def test_the_global_batch_does_not_depend_on_processes_or_workers(stream, augmen
 
 @pytest.mark.parametrize("options", [{}, {"num_samples": 100}], ids=["counted", "given"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_goes_on_from_any_batch(stream, options, num_workers):
+def test_epoch_resumes_at_any_batch(stream, options, num_workers):
     whole = list(stream(augment="crop", **options).epoch(1))
     for first in (1, len(whole) // 2, len(whole) - 1):
         assert_same(stream(augment="crop", num_workers=num_workers, **options).epoch(1, first), whole[first:])
 
 
-def test_an_epoch_that_is_broken_off_goes_on_in_the_open_shards(stream, monkeypatch):
+def test_interrupted_epoch_continues_in_the_open_shards(stream, monkeypatch):
     opened = []
     normal = lanes.read_samples
     monkeypatch.setattr(lanes, "read_samples", lambda *args: opened.append(args) or normal(*args))
@@ -154,7 +154,7 @@ def test_an_epoch_that_is_broken_off_goes_on_in_the_open_shards(stream, monkeypa
     assert_same(found, stream().epoch(0))
 
 
-def test_going_on_reads_no_shard_before_and_decodes_nothing_twice(stream, monkeypatch):
+def test_resume_reads_no_earlier_shard_and_decodes_nothing_twice(stream, monkeypatch):
     whole = stream()
     order, last = whole.order, len(whole.order) - 1
     opened, decoded = [], []
@@ -163,16 +163,16 @@ def test_going_on_reads_no_shard_before_and_decodes_nothing_twice(stream, monkey
     monkeypatch.setattr(lanes, "decode_rgb", lambda *args: decoded.append(args) or decode(*args))
     assert len(list(whole.epoch(0, last))) == 1
     assert len(decoded) == 8
-    standing = {lane: next(order.lane(0, lane, last * order.lane_share))[0].shard for lane in range(order.lanes)}
-    assert opened[: order.lanes] == [order.shards.paths[shard] for shard in standing.values()]
+    current = {lane: next(order.lane(0, lane, last * order.lane_share))[0].shard for lane in range(order.lanes)}
+    assert opened[: order.lanes] == [order.shards.paths[shard] for shard in current.values()]
 
 
-def test_a_shuffle_buffer_changes_the_order_only(stream):
+def test_shuffle_buffer_changes_only_the_order(stream):
     plain, shuffled = pairs(stream(shuffle_buffer=0).epoch(0)), pairs(stream(shuffle_buffer=100).epoch(0))
     assert plain != shuffled and sorted(plain) == sorted(shuffled)
 
 
-def test_texts_are_cut_to_the_longest_of_the_part(stream):
+def test_texts_are_trimmed_to_the_longest_of_the_part(stream):
     whole, cut, few = (list(stream(**o).epoch(0)) for o in ({}, {"trim": True}, {"trim": True, "bucket": 6}))
     for batch, short, bucketed in zip(whole, cut, few, strict=True):
         longest = int(batch.lengths.max())
@@ -182,7 +182,7 @@ def test_texts_are_cut_to_the_longest_of_the_part(stream):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gets_the_same_batches(stream):
+def test_gpu_gets_the_same_batches(stream):
     found = stream(device="cuda", num_workers=2).epoch(0)
     for batch, expected in zip(found, stream().epoch(0), strict=True):
         assert batch.images.is_cuda and batch.images.cpu().equal(expected.images)
@@ -197,7 +197,7 @@ def test_crops_differ_from_epoch_to_epoch_and_between_samples(stream, tmp_path):
     assert set(epochs[0]) != set(epochs[1])
 
 
-def test_a_list_of_captions_gives_another_one_each_epoch(stream, tmp_path, tokenizer):
+def test_list_of_captions_gives_a_different_one_each_epoch(stream, tmp_path, tokenizer):
     record = json.dumps({"alt": ["first text", "second text"]})
     path = write_shard(tmp_path / "lists.tar", [(str(i), {"jpg": jpeg(i), "json": record}) for i in range(24)])
     loader = stream([path], caption_key="alt")
@@ -207,8 +207,8 @@ def test_a_list_of_captions_gives_another_one_each_epoch(stream, tmp_path, token
 
 
 @pytest.fixture
-def spoilt(tmp_path):
-    """Two shards with six samples of 40 that cannot be used."""
+def damaged(tmp_path):
+    """Two shards of 40 samples, six of them unusable."""
     samples = numbered(0, 40)
     for number, parts in {
         3: {"jpg": b"no image", "txt": "x"},
@@ -223,25 +223,25 @@ def spoilt(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_samples_that_cannot_be_used_are_counted_and_others_stand_in(stream, spoilt, caplog, num_workers):
+def test_unusable_samples_are_counted_and_replaced(stream, damaged, caplog, num_workers):
     with caplog.at_level("WARNING", "clip_retrieval"):
-        batches = list(stream(spoilt, num_workers=num_workers).epoch(0))
+        batches = list(stream(damaged, num_workers=num_workers).epoch(0))
     seen = pairs(batches)
     assert len(seen) == 40 and len(set(seen)) == 34
-    (said,) = caplog.messages
-    assert "epoch 1, batches 1 to 5: 6 samples could not be used" in said and ".tar, sample 000" in said
+    (message,) = caplog.messages
+    assert "epoch 1, batches 1 to 5: 6 samples could not be used" in message and ".tar, sample 000" in message
     for batch in batches:
         of = pairs([batch])
         assert sorted(batch.positives.tolist()) == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
 
 
-def test_samples_that_cannot_be_used_are_skipped_the_same_when_a_run_goes_on(stream, spoilt):
-    whole = list(stream(spoilt).epoch(0))
+def test_resumed_epoch_skips_the_same_samples(stream, damaged):
+    whole = list(stream(damaged).epoch(0))
     for first in range(len(whole)):
-        assert_same(stream(spoilt).epoch(0, first), whole[first:])
+        assert_same(stream(damaged).epoch(0, first), whole[first:])
     for rank in range(2):
         rows = slice(4 * rank, 4 * rank + 4)
-        for batch, part in zip(whole, stream(spoilt, rank=rank, processes=2).epoch(0), strict=True):
+        for batch, part in zip(whole, stream(damaged, rank=rank, processes=2).epoch(0), strict=True):
             assert batch.images[rows].equal(part.images)
 
 
@@ -251,14 +251,14 @@ def without_image(samples):
 
 @pytest.fixture
 def one_bad(tmp_path):
-    """41 samples of which one cannot be used: of batches of 32 a lane has one sample an epoch."""
+    """41 samples, one of them unusable: in batches of 32, a lane has one sample per epoch."""
     samples = numbered(0, 41)
     return [write_shard(tmp_path / "one.tar", [*samples[:20], *without_image(samples[20:21]), *samples[21:]])]
 
 
 @pytest.fixture
 def bad_shard(tmp_path):
-    """Four shards of 10 samples; those of one cannot be used."""
+    """Four shards of 10 samples; all samples of one are unusable."""
     samples = [numbered(10 * i, 10) for i in range(4)]
     return [write_shard(tmp_path / f"{i}.tar", without_image(s) if i == 1 else s) for i, s in enumerate(samples)]
 
@@ -273,14 +273,12 @@ def bad_shard(tmp_path):
     ],
     ids=["sample", "lane", "part of a lane", "given"],
 )
-def test_a_lane_of_nothing_but_unusable_samples_gets_others_the_same_when_a_run_goes_on(
-    stream, request, caplog, which, options
-):
+def test_lane_without_usable_samples_resumes_identically(stream, request, caplog, which, options):
     paths = request.getfixturevalue(which)
-    left_out = 0
+    num_warnings = 0
     for epoch in range(3):
         whole = list(stream(paths, **options).epoch(epoch))
-        left_out += len(caplog.messages)
+        num_warnings += len(caplog.messages)
         caplog.clear()
         for first in range(1, len(whole)):
             assert_same(stream(paths, **options).epoch(epoch, first), whole[first:])
@@ -290,20 +288,20 @@ def test_a_lane_of_nothing_but_unusable_samples_gets_others_the_same_when_a_run_
             for batch, part in zip(whole, parts, strict=True):
                 own = batch.positives[(batch.positives // rows == rank).all(1)] - torch.tensor([rank * rows, 0])
                 assert batch.images[rank * rows :][:rows].equal(part.images) and part.positives.equal(own)
-    assert left_out
+    assert num_warnings
 
 
-def test_a_lane_that_goes_on_in_a_later_round_looks_all_round_for_one_that_can_be_used(stream, tmp_path):
+def test_lane_resumed_in_a_later_round_finds_its_usable_sample(stream, tmp_path):
     samples = numbered(0, 6)
     paths = [write_shard(tmp_path / f"{i}.tar", without_image([s]) if i < 5 else [s]) for i, s in enumerate(samples)]
-    options = {"batch_size": 2, "num_samples": 40}  # two lanes of three shards of a sample each
+    options = {"batch_size": 2, "num_samples": 40}  # two lanes of three shards with one sample each
     whole = list(stream(paths, **options).epoch(0))
     for first in range(len(whole)):
         assert_same(stream(paths, **options).epoch(0, first), whole[first:])
 
 
-def test_what_was_left_out_is_said_also_where_an_epoch_is_broken_off_and_of_which_batches(stream, spoilt, caplog):
-    loader = stream(spoilt)
+def test_interrupted_epoch_logs_skipped_samples_and_batches(stream, damaged, caplog):
+    loader = stream(damaged)
     batches = loader.epoch(0)
     for _ in range(3):
         next(batches)
@@ -314,24 +312,24 @@ def test_what_was_left_out_is_said_also_where_an_epoch_is_broken_off_and_of_whic
     assert first.startswith("epoch 1, batches 1 to 3: ") and ".tar, sample 000" in first
     assert last.startswith("epoch 1, batches 1 to 5: 6 samples could not be used")
     caplog.clear()
-    list(stream(spoilt).epoch(0, 2))
-    assert [said.split(":")[0] for said in caplog.messages] == ["epoch 1, batches 3 to 5"]
+    list(stream(damaged).epoch(0, 2))
+    assert [message.split(":")[0] for message in caplog.messages] == ["epoch 1, batches 3 to 5"]
 
 
-def test_a_process_that_breaks_off_speaks_of_its_own_and_asks_no_other(stream, spoilt, caplog, monkeypatch):
-    monkeypatch.setattr(Simulated, "_reduce", lambda *_: pytest.fail("the others are not there"))
+def test_interrupted_process_logs_its_own_skips_without_others(stream, damaged, caplog, monkeypatch):
+    monkeypatch.setattr(Simulated, "_reduce", lambda *_: pytest.fail("collective without the other processes"))
     found = []
     for rank in range(2):
-        batches = stream(spoilt, rank=rank, processes=2).epoch(0)
+        batches = stream(damaged, rank=rank, processes=2).epoch(0)
         for _ in range(4):
             next(batches)
         batches.close()
         found += caplog.messages
         caplog.clear()
-    assert found and all("of this process's samples could not be used" in said for said in found)
+    assert found and all("of this process's samples could not be used" in message for message in found)
 
 
-def test_a_data_set_of_nothing_but_unusable_samples_is_an_error_that_names_the_first(stream, tmp_path):
+def test_error_without_usable_samples_names_the_first(stream, tmp_path):
     path = write_shard(tmp_path / "bad.tar", [(f"{i:05}", {"jpg": b"none", "txt": "x"}) for i in range(16)])
     for num_workers in (0, 1):
         with pytest.raises(UserError, match=r"^[^\n]*bad\.tar, sample 000\d\d: not a readable image[^\n]*$"):
@@ -339,13 +337,13 @@ def test_a_data_set_of_nothing_but_unusable_samples_is_an_error_that_names_the_f
 
 
 @pytest.mark.parametrize("sizes, than", [((7, 14, 5, 21), "fewer"), ((7, 10, 5, 21), "more")])
-def test_a_count_that_is_not_the_shards_is_named(stream, sizes, than):
+def test_wrong_count_of_a_shard_is_named(stream, sizes, than):
     with pytest.raises(UserError, match=rf"train-001\.tar: holds {than} samples than the {sizes[1]}.*sizes\.json"):
-        for epoch in range(3):  # what is dropped may be just there
+        for epoch in range(3):  # the wrong sample may be among the dropped ones
             list(stream(sizes=sizes).epoch(epoch))
 
 
-def test_a_shard_that_has_gone_is_named(stream, tmp_path):
+def test_deleted_shard_is_named(stream, tmp_path):
     paths = write_shards(tmp_path, [8, 8])
     loader = stream(paths, sizes=[8, 8])
     paths[1].unlink()
@@ -353,16 +351,16 @@ def test_a_shard_that_has_gone_is_named(stream, tmp_path):
         list(loader.epoch(0))
 
 
-def test_processes_that_cannot_share_the_lanes_are_refused(shards):
+def test_number_of_processes_must_divide_the_lanes(shards):
     counted, given = (ShardOrder(Shards(shards), 8, num_samples=number) for number in (None, 40))
     assert [len(lanes_of_process(counted, Simulated(rank, 8))) for rank in range(8)] == [1] * 8
-    with pytest.raises(UserError, match="--batch_size 8 is read in 8 parts at a time, which 3 processes cannot share"):
+    with pytest.raises(UserError, match="--batch_size 8: 3 processes cannot share its 8 parallel parts"):
         lanes_of_process(counted, Simulated(0, 3))
     with pytest.raises(UserError, match=r"--batch_size 8 of 4 shards.*--train_num_samples"):
         lanes_of_process(given, Simulated(0, 8))
 
 
-def test_captions_of_the_same_image_belong_together_in_whatever_samples_they_stand(stream, tmp_path):
+def test_captions_of_one_image_in_several_samples_are_positives(stream, tmp_path):
     samples = [(f"{i:05}", {"jpg": jpeg(i // 4), "txt": f"thing {i}"}) for i in range(16)]
     path = write_shard(tmp_path / "captions.tar", samples)
     for batch in stream([path]).epoch(0):
@@ -372,14 +370,14 @@ def test_captions_of_the_same_image_belong_together_in_whatever_samples_they_sta
 
 
 @pytest.mark.parametrize("kinds", [1, 3, 20, 10**6])
-def test_rows_that_are_alike(kinds):
+def test_find_positives_equals_pairwise_comparison(kinds):
     keys = torch.randint(-kinds, kinds, (24,), generator=torch.Generator().manual_seed(kinds))
     for first, number in ((0, 24), (8, 8), (12, 12)):
         expected = (keys[first : first + number, None] == keys).nonzero()
         assert torch.equal(find_positives(keys, first, number), expected)
 
 
-def test_captions_that_are_cut_are_counted(stream, tmp_path, caplog):
+def test_cut_captions_are_counted(stream, tmp_path, caplog):
     samples = [(f"{i:05}", {"jpg": jpeg(i), "txt": "a thing " * (9 if i < 5 else 1)}) for i in range(16)]
     path = write_shard(tmp_path / "long.tar", samples)
     loader = stream([path])
@@ -389,14 +387,14 @@ def test_captions_that_are_cut_are_counted(stream, tmp_path, caplog):
     assert caplog.messages == ["epoch 1, batches 1 to 2: 5 captions cut to 16 tokens"]
 
 
-def test_loading_does_not_move_the_random_state_that_training_uses(stream):
+def test_loading_does_not_change_the_global_random_state(stream):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(stream(augment="auto").epoch(0))
     assert torch.get_rng_state().equal(before)
 
 
-def test_autoaugment_changes_the_crops(stream):
+def test_autoaugment_changes_crops(stream):
     cropped, changed = (pairs(stream(augment=augment).epoch(0)) for augment in ("crop", "auto"))
     assert [text for _, text in cropped] == [text for _, text in changed]
     assert [image for image, _ in cropped] != [image for image, _ in changed]

@@ -1,4 +1,4 @@
-"""Tar headers: those that tarfile reads, of every format; a header that lies is one line with the shard's name."""
+"""Tar headers: as tarfile reads them in every format; a hostile header is a one-line error with the shard's name."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def info(name="a.jpg", size=0, **changes):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_regular_files_are_those_of_tarfile(tmp_path, form):
+def test_regular_files_equal_those_of_tarfile(tmp_path, form):
     path = tmp_path / "x.tar"
     long = ("d" * 60 + "/") * 2 if form == tarfile.USTAR_FORMAT else "long" * 60 + "/"
     with tarfile.open(path, "w", format=form, pax_headers={"comment": "of all"}) as tar:
@@ -47,7 +47,7 @@ def test_regular_files_are_those_of_tarfile(tmp_path, form):
     assert headers(path) == expected and len(expected) == 6
 
 
-def test_a_tar_of_the_command_is_read(tmp_path):
+def test_tar_of_the_command_line_program_is_read(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.txt").write_text("zero")
     (tmp_path / "a" / ("1" * 200 + ".txt")).write_text("one")
@@ -58,8 +58,8 @@ def test_a_tar_of_the_command_is_read(tmp_path):
     ]
 
 
-def with_sum(header):
-    """A header with the right checksum."""
+def with_checksum(header):
+    """The header with a valid checksum."""
     header = bytearray(header)
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -71,7 +71,7 @@ def raw(kind=b"0", size=b"00000000000", name=b"a.jpg"):
     header[:100] = name.ljust(100, b"\0")
     header[124:136] = size.ljust(12, b"\0")
     header[156:157] = kind
-    return with_sum(header)
+    return with_checksum(header)
 
 
 def base256(number):
@@ -81,7 +81,7 @@ def base256(number):
 def sparse():
     header = bytearray(raw(b"S", b"00000001000"))
     header[386:398], header[410:422], header[483:495] = b"\0" * 12, b"\0" * 12, b"77777777777\0"
-    return with_sum(header) + b"\0" * 512
+    return with_checksum(header) + b"\0" * 512
 
 
 def pax(*records, kind=b"x"):
@@ -126,7 +126,7 @@ HOSTILE = {
 @pytest.mark.parametrize(
     "read", [count_samples, lambda path: list(read_samples(path)), lambda p: check_layout(p, None)]
 )
-def test_a_header_that_lies_is_one_line(tmp_path, name, read):
+def test_hostile_header_is_a_one_line_error(tmp_path, name, read):
     path = tmp_path / "x.tar"
     path.write_bytes(HOSTILE[name])
     started = time.perf_counter()
@@ -137,30 +137,30 @@ def test_a_header_that_lies_is_one_line(tmp_path, name, read):
     assert time.perf_counter() - started < 2
 
 
-def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
+def test_sparse_file_is_not_read_to_its_end(tmp_path):
     path = write_shard(tmp_path / "x.tar", numbered(0, 2))
     os.truncate(path, 2**40)
     started = time.perf_counter()
-    with pytest.raises(UserError, match="goes on behind its end"):
+    with pytest.raises(UserError, match="data after its end"):
         count_samples(path)
     assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize(
-    ("ending", "size", "says"), [("jpg", 2**31 + 1, "more than 2 GiB"), ("txt", 2**24 + 1, "a caption's file")]
+    ("ending", "size", "words"), [("jpg", 2**31 + 1, "more than 2 GiB"), ("txt", 2**24 + 1, "a caption's file")]
 )
-def test_a_member_too_large_for_its_kind_is_not_read(tmp_path, ending, size, says):
+def test_oversized_member_is_not_read(tmp_path, ending, size, words):
     path = tmp_path / "x.tar"
     with path.open("wb") as file:
         file.write(raw(size=base256(size), name=f"a.{ending}".encode()))
         file.truncate(512 + -(-size // 512) * 512 + 1024)  # holes
     check_whole(path)
-    with pytest.raises(UserError, match=f"x.tar, a.{ending}: .*{says}"):
+    with pytest.raises(UserError, match=f"x.tar, a.{ending}: .*{words}"):
         list(read_samples(path))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "gone", "device"])
-def test_what_is_no_file_is_named(tmp_path, kind):
+def test_path_that_is_no_file_is_named(tmp_path, kind):
     path = tmp_path / "x.tar"
     if kind == "fifo":
         os.mkfifo(path)
@@ -173,7 +173,7 @@ def test_what_is_no_file_is_named(tmp_path, kind):
             read(path)
 
 
-def test_names_that_are_not_utf8_or_hold_line_breaks_are_read(tmp_path):
+def test_names_with_invalid_utf8_or_line_breaks_are_read(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name in ("caf\udce9", "a\nb", "tab\t", "\x01"):
@@ -195,7 +195,7 @@ def test_mutated_shards_are_read_or_refused(tmp_path):
         if draw.random() < 0.3:
             damaged[begin + 124 : begin + 136] = draw.choice([base256(draw.randrange(-(2**70), 2**70)), b"7" * 12])
         damaged[begin + 156 : begin + 157] = draw.choice([b"0", b"x", b"g", b"L", b"K", b"S", b"1", b"5", b"V", b"\0"])
-        damaged[begin : begin + 512] = with_sum(damaged[begin : begin + 512])
+        damaged[begin : begin + 512] = with_checksum(damaged[begin : begin + 512])
         path.write_bytes(damaged)
         try:
             assert count_samples(path) == len(list(read_samples(path)))
