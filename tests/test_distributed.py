@@ -209,7 +209,7 @@ def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
 
 
 def test_what_one_process_met_all_can_say(two):
-    said = "epoch 1, batches 1 to 1: 1 samples could not be used, others stood in for them: 0.tar, sample é"
+    said = "epoch 1, batches 1 to 1: 1 samples could not be used, replaced by others: 0.tar, sample é"
     assert [found["said"] for found in two] == [[said], [said]]
 
 

@@ -187,7 +187,7 @@ def test_a_broken_image_in_a_shard_is_passed_over_and_counted_in_a_mixture_too(r
     said = [line for line in err.splitlines() if "could not be used" in line]
     assert len(said) == 2  # once in each epoch, which drops none of the 30 pairs
     for line in said:
-        assert "1 images could not be used, others stood in for them" in line and "train-0.tar, broken.jpg" in line
+        assert "1 images could not be used, replaced by others" in line and "train-0.tar, broken.jpg" in line
     # A file of one's own is mended instead.
     (halves[0] / "0.jpg").write_bytes(b"no image")
     code, _, err = run(*settings, "--dataset", "csv", "--dataset_root", halves[0], "--experiments", "own")

@@ -1,4 +1,4 @@
-"""Batches of images and tokens, loaded ahead by worker processes."""
+"""Batches of images and tokens, prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from clip_retrieval.data.workers import Workers, in_workers
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 
-IMAGES_PER_REQUEST = 64  # images that a worker loads at a time: several work on one batch
+IMAGES_PER_REQUEST = 64  # images that a worker loads at a time: several workers share a batch
 
 
 @dataclass
 class TrainBatch:
-    """What one process computes of a global batch, on its device.
+    """One process's part of a global batch, on its device.
 
     Attributes:
-        images: uint8 (n, 3, height, width), or what a frozen image tower gave for them, float32 (n, width).
-        texts: int64 (n, length), cut to the longest caption of the global batch where that is exact, or what a
-            frozen text tower gave for them, float32 (n, width).
-        positives: int64 (P, 2), rows of this process's images and of the global batch's captions that belong
-            together.
-        lengths: int64 (n,), on the CPU: how many ids of a caption are no padding. None where texts are no ids, or
-            a compiled tower wants few sizes.
+        images: uint8 (n, 3, height, width), or frozen features, float32 (n, width).
+        texts: ids, int64 (n, length), trimmed to the longest caption of the global batch if that is exact, or frozen
+            features, float32 (n, width).
+        positives: int64 (P, 2), matching rows of this process's images and the global batch's captions.
+        lengths: int64 (n,), on the CPU: the number of ids of each caption without padding. None if texts are features,
+            or if the lengths are bucketed for a compiled tower.
     """
 
     images: Tensor
@@ -41,8 +40,8 @@ class TrainBatch:
     lengths: Tensor | None = None
 
 
-class _PixelsOfMany:
-    """Fetches uint8 (n, 3, height, width) of image indices and the seeds of their crops."""
+class _FetchPixels:
+    """Fetches uint8 (n, 3, height, width) for image indices and the seeds of their crops."""
 
     def __init__(self, pixels: Pixels):
         self.pixels = pixels
@@ -51,26 +50,26 @@ class _PixelsOfMany:
         return self.pixels.batch(*request)
 
 
-class _PixelsOfReadable:
-    """Fetches the images of some rows of a global batch; for one that cannot be read the next row that can stands in.
+class _FetchReadablePixels:
+    """Fetches the images of some rows of a global batch; replaces an unreadable image by the next readable row's.
 
-    Given are the rows, and all images and seeds of the batch: who stands in does not depend on how it is split up.
+    A request has the rows, and all images and seeds of the batch, so that replacements do not depend on its division.
     """
 
     def __init__(self, pixels: Pixels):
         self.pixels = pixels
 
     def __call__(self, request: tuple[range, np.ndarray, np.ndarray]) -> tuple[Tensor, list[int], list[str]]:
-        """uint8 (n, 3, height, width), the n rows that they are, and what keeps the others from being read."""
+        """uint8 (n, 3, height, width), the n rows whose images these are, and the problems of the unreadable ones."""
         rows, indices, seeds = request
         try:
             return self.pixels.batch(indices[rows.start : rows.stop], seeds[rows.start : rows.stop]), list(rows), []
         except UserError:
-            found = [self._readable(row, indices, seeds) for row in rows]
+            found = [self._read_next_readable(row, indices, seeds) for row in rows]
         images, used, problems = zip(*found)
         return torch.stack(images), list(used), [problem for problem in problems if problem]
 
-    def _readable(self, row: int, indices: np.ndarray, seeds: np.ndarray) -> tuple[Tensor, int, str]:
+    def _read_next_readable(self, row: int, indices: np.ndarray, seeds: np.ndarray) -> tuple[Tensor, int, str]:
         problem = ""
         for place in range(row, row + len(indices)):
             used = place % len(indices)
@@ -78,17 +77,17 @@ class _PixelsOfReadable:
                 return self.pixels(int(indices[used]), int(seeds[used])), used, problem
             except UserError as error:
                 problem = problem or str(error)
-        raise UserError(f"{problem}; nor can any other image of its batch")
+        raise UserError(f"{problem}; no other image of its batch can be read either")
 
 
 def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool) -> Iterator[Tensor]:
-    """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for a broken image."""
+    """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for an unreadable image."""
     requests = ((indices, [0] * len(indices)) for indices in batches)
-    return in_workers(_PixelsOfMany(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
+    return in_workers(_FetchPixels(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
 class ToDevice:
-    """Puts the parts of a batch on the device; copies to a GPU run beside its computing."""
+    """Moves a batch to the device; copies to a GPU overlap with its computation."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -96,35 +95,35 @@ class ToDevice:
 
     @property
     def pin_memory(self) -> bool:
-        """Whether tensors are copied more quickly from pinned memory."""
+        """Whether pinned memory speeds up the copies."""
         return self._copies is not None
 
     def __call__(
         self, image_parts: Sequence[Tensor], texts: Tensor, positives: Tensor, lengths: Tensor | None
     ) -> TrainBatch:
-        """The batch whose images stand in these parts, one after the other."""
+        """Make the batch on the device; its images are the concatenated parts."""
         if self._copies is None:
             images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
             return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)), lengths)
         with torch.cuda.stream(self._copies):
-            images = torch.cat([self._copied(part) for part in image_parts])
-            texts, positives = self._copied(texts), self._copied(positives)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copies)
+            images = torch.cat([self._copy(part) for part in image_parts])
+            texts, positives = self._copy(texts), self._copy(positives)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._copies)
         for tensor in (images, texts, positives):
-            tensor.record_stream(computing)  # its memory is not given away before the step has used it
+            tensor.record_stream(compute)  # its memory must not be reused before the step is done
         return TrainBatch(images, texts, positives, lengths)
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        """On the GPU; the copy does not keep this process waiting."""
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the GPU without blocking this process."""
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 class Loader(Protocol):
-    """Gives a process its training batches, on its device."""
+    """Loads a process's training batches to its device."""
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
-        """The batches of an epoch, from batch number `first_batch` on. Raises UserError where data are broken."""
+        """The batches of an epoch, from batch number `first_batch` on. Raises UserError for unreadable data."""
         ...
 
 
@@ -133,14 +132,15 @@ class TrainLoader:
 
     Args:
         sampler: the global batches.
-        images: the pixels, or float32 (images, width) that a frozen image tower gave for all of them.
-        texts: the captions' ids, or float32 (captions, width) that a frozen text tower gave for all of them.
+        images: the pixels, or frozen features of all images, float32 (images, width).
+        texts: the captions' ids, or frozen features of all captions, float32 (captions, width).
         trim: cut the padding that all captions of a batch share (exact for causal and masked text towers).
-        bucket: cut to multiples of so many tokens: few lengths, for a compiled tower.
-        share: the part of a global batch that this process computes.
-        num_workers: processes that load.
-        processes: those that share a batch.
-        pass_over: go on where an image cannot be read: another pair of the batch stands in, and is there twice.
+        bucket: cut to a multiple of this many tokens: a compiled tower needs few lengths.
+        share: this process's part of a global batch.
+        num_workers: worker processes.
+        device: device of the batches.
+        processes: the processes that share a batch.
+        skip_unreadable: replace a pair with an unreadable image by another pair of the batch instead of stopping.
     """
 
     def __init__(
@@ -167,45 +167,48 @@ class TrainLoader:
         self.processes = processes
         self._skipped = SkipCounter("images", processes) if skip_unreadable else None
         if not isinstance(images, Tensor):
-            fetch = _PixelsOfReadable(images) if skip_unreadable else _PixelsOfMany(images)
+            fetch = _FetchReadablePixels(images) if skip_unreadable else _FetchPixels(images)
             self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._to_device.pin_memory)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
-        """The batches of an epoch, from batch number `first_batch` on. Raises UserError for a broken image."""
+        """The batches of an epoch, from batch number `first_batch` on. Raises UserError for an unreadable image."""
+        # frozen features: nothing to load
         batches = self.sampler.epoch(epoch, first_batch)
         if isinstance(self.images, Tensor):
             for batch in batches:
-                yield self._batch(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
+                yield self._make_batch(batch, [self.images[torch.from_numpy(batch.images[self.share])]])
             return
-        asked: list[tuple[Batch, int]] = []
-        requests = _part_requests(self.sampler, self.share, epoch, first_batch, asked, whole=bool(self._skipped))
+        # request the parts of each batch from the workers
+        pending: list[tuple[Batch, int]] = []
+        requests = _make_requests(self.sampler, self.share, epoch, first_batch, pending, whole=bool(self._skipped))
         parts = self._workers(requests)
         if self._skipped:
             self._skipped.begin(epoch, first_batch)
         for batch_number, part in enumerate(parts, first_batch):
-            batch, number = asked.pop(0)
+            batch, number = pending.pop(0)
             found = [part, *(next(parts) for _ in range(number - 1))]
             if not self._skipped:
-                yield self._batch(batch, found)
+                yield self._make_batch(batch, found)
                 continue
+            # replace the pairs of unreadable images, and count them
             rows = [row for _, part_rows, _ in found for row in part_rows]
             self._skipped.count([problem for *_, problems in found for problem in problems])
             last = batch_number + 1 == len(self.sampler)
             if last:
                 self._skipped.log_all()
             try:
-                yield self._batch(self._as_read(batch, rows), [images for images, *_ in found])
+                yield self._make_batch(self._take_rows(batch, rows), [images for images, *_ in found])
             except GeneratorExit:
                 if not last:
                     self._skipped.log_own()
                 raise
 
-    def _as_read(self, batch: Batch, own_rows: list[int]) -> Batch:
-        """The batch in which others stand in for what cannot be read; `own_rows` are those that this process read."""
+    def _take_rows(self, batch: Batch, own_rows: list[int]) -> Batch:
+        """Take the rows that the processes read, `own_rows` in this one: pairs of unreadable images are replaced."""
         rows = self.processes.all_gather(torch.tensor(own_rows)).numpy()
         return replace(batch, images=batch.images[rows], captions=batch.captions[rows])
 
-    def _batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
+    def _make_batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
         captions = torch.from_numpy(batch.captions)
         lengths = None
         if isinstance(self.texts, Tensor):
@@ -221,31 +224,31 @@ class TrainLoader:
 
 
 def text_length(lengths: Tensor, context_length: int, *, trim: bool, bucket: int) -> int:
-    """Tokens that captions of these lengths need, as a multiple of `bucket`; without `trim` the whole context."""
+    """Return the length for a batch of captions, a multiple of `bucket`; without `trim`, the context length."""
     if not trim:
         return context_length
     return min(-(-int(lengths.max()) // bucket) * bucket, context_length)
 
 
-def _part_requests(
+def _make_requests(
     sampler: BatchSampler,
     share: slice,
     epoch: int,
     first_batch: int,
-    asked: list[tuple[Batch, int]],
+    pending: list[tuple[Batch, int]],
     *,
     whole: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray] | tuple[range, np.ndarray, np.ndarray]]:
-    """Image indices and seeds, a few at a time; notes in `asked` each batch and the number of its parts.
+    """Yield the image indices and seeds of a part of a batch; append each batch and its number of parts to `pending`.
 
-    Or the rows of a few, and the indices and seeds of the `whole` batch.
+    With whole=True, yield the rows of the part, and the indices and seeds of the whole batch.
     """
     for number, batch in enumerate(sampler.epoch(epoch, first_batch), first_batch):
         rng = np.random.default_rng((sampler.seed, epoch, number))
         seeds = rng.integers(2**63, size=len(batch.images))
         rows = range(len(batch.images))[share]
         parts = [rows[start : start + IMAGES_PER_REQUEST] for start in range(0, len(rows), IMAGES_PER_REQUEST)]
-        asked.append((batch, len(parts)))
+        pending.append((batch, len(parts)))
         for part in parts:
-            chosen = slice(part.start, part.stop)
-            yield (part, batch.images, seeds) if whole else (batch.images[chosen], seeds[chosen])
+            own = slice(part.start, part.stop)
+            yield (part, batch.images, seeds) if whole else (batch.images[own], seeds[own])

@@ -1,7 +1,7 @@
-"""Which pairs a training batch holds.
+"""Assign the pairs of a data set to training batches.
 
-The order is a pure function of the seed and the epoch, made for the global batch; a process takes its slice of it.
-So the batches are the same for any number of processes, and a run can go on from any batch of an epoch.
+The global batches are a pure function of the seed and the epoch; each process takes its slice. So the batches are the
+same for any number of processes, and a run can resume at any batch of an epoch.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Sampler(Protocol):
 
     @property
     def settings(self) -> dict[str, int | str | None]:
-        """The options that decide the order, by name: a run is resumed only with the same ones."""
+        """The options that decide the order, by name: a run resumes only with the same ones."""
         ...
 
     @property
     def fingerprint(self) -> int:
-        """A checksum of the data: a run is resumed only with the same ones."""
+        """A checksum of the data: a run resumes only with the same data."""
         ...
 
     def __len__(self) -> int:
@@ -54,16 +54,16 @@ class BatchSampler:
     """The global batches of each epoch.
 
     Args:
-        dataset: where the pairs come from.
+        dataset: the data set.
         batch_size: pairs in a global batch.
-        sampling: "all": every pair once an epoch, arranged so that no image stands twice in a batch where that
-            can be avoided; "one": each image that has a caption once an epoch, with a random one of its captions.
+        sampling: "all": every pair once an epoch, arranged so that no image is twice in a batch if that can
+            be avoided; "one": each image that has a caption once an epoch, with a random one of its captions.
         seed: seed of every epoch's order.
         weights: for a Mixture, of its parts: an epoch is as long as without them, and a part's pairs (with "one", its
             images) are that share of it. A part that gives more than it has goes through all of it as often as that
             fits, and then through a random rest; one that gives less gives a random choice. Both differ by epoch.
 
-    The remainder of an epoch, fewer than batch_size pairs, is dropped: other ones each epoch.
+    The remainder of an epoch, fewer than batch_size pairs, is dropped (different pairs each epoch).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class BatchSampler:
 
     @property
     def settings(self) -> dict[str, int | str | None]:
-        """What decides the order, as the options are typed: a run goes on only with the same."""
+        """The options that decide the order, by name: a run resumes only with the same ones."""
         return {
             "batch_size": self.batch_size,
             "caption_sampling": self.sampling,
@@ -92,9 +92,9 @@ class BatchSampler:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of pairs, captions and image names: a run is resumed only with the data that it began with.
+        """A checksum of pairs, captions and image names: a run resumes only with the same data.
 
-        Of a name only its last part counts: the folder of the images may have moved.
+        Only the last part of a name counts, because the images' folder may have moved.
         """
         dataset = self.dataset
         checksum = zlib.crc32(dataset.pairs.tobytes())
@@ -107,7 +107,7 @@ class BatchSampler:
 
     @cached_property
     def shares(self) -> list[int]:
-        """Of a weighted mixture, how many of an epoch's pairs each part gives, the dropped remainder included."""
+        """The number of pairs of each part of a weighted mixture in an epoch, the dropped remainder included."""
         return proportional(number_of_samples(self.dataset, self.sampling), self.weights)
 
     def __len__(self) -> int:
@@ -118,59 +118,61 @@ class BatchSampler:
         """The batches of an epoch, from batch number `first_batch` on."""
         rng = np.random.default_rng((self.seed, epoch))
         if self.weights is not None:
-            batches = self._dealt(self._weighted(rng), rng)
+            batches = self._deal(self._draw_weighted(rng), rng)
         elif self.sampling == "all":
-            batches = self._dealt(np.arange(len(self.dataset.pairs)), rng)
+            batches = self._deal(np.arange(len(self.dataset.pairs)), rng)
         else:
-            batches = self._one_pair_per_image(rng)
+            batches = self._draw_pair_per_image(rng)
         for rows in batches[first_batch:]:
             yield Batch(images=self.dataset.pairs[rows, 0], captions=self.dataset.pairs[rows, 1])
 
-    def _one_pair_per_image(self, rng: np.random.Generator) -> np.ndarray:
-        images = rng.permutation(self._described)[: len(self) * self.batch_size]
-        return self._random_pairs(images, rng).reshape(-1, self.batch_size)
+    def _draw_pair_per_image(self, rng: np.random.Generator) -> np.ndarray:
+        images = rng.permutation(self._captioned_images)[: len(self) * self.batch_size]
+        return self._draw_pairs(images, rng).reshape(-1, self.batch_size)
 
     @cached_property
-    def _described(self) -> np.ndarray:
-        """int64 (n,): the images that have a caption."""
+    def _captioned_images(self) -> np.ndarray:
+        """int64 (n,): the images with a caption."""
         first = self.dataset.first_pair
         return np.flatnonzero(first[1:] > first[:-1])
 
-    def _random_pairs(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """int64 (n,): a row of `pairs` for each image, drawn at random."""
+    def _draw_pairs(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw a row of `pairs` for each image: int64 (n,)."""
         first = self.dataset.first_pair
         return rng.integers(first[images], first[images + 1])
 
-    def _weighted(self, rng: np.random.Generator) -> np.ndarray:
-        """int64 (n,): rows of `pairs`, of each part as many as its share."""
+    def _draw_weighted(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the share of each part: int64 (n,), rows of `pairs`."""
         bounds = self.dataset.first_image
         if self.sampling == "all":
             pairs = np.arange(len(self.dataset.pairs))
             parts = np.split(pairs, self.dataset.first_pair[bounds[1:-1]])
-            return np.concatenate([_repeated(part, share, rng) for part, share in zip(parts, self.shares)])
-        parts = np.split(self._described, np.searchsorted(self._described, bounds[1:-1]))
-        images = np.concatenate([_repeated(part, share, rng) for part, share in zip(parts, self.shares)])
-        return self._random_pairs(images, rng)
+            return np.concatenate([_draw_repeatedly(part, share, rng) for part, share in zip(parts, self.shares)])
+        parts = np.split(self._captioned_images, np.searchsorted(self._captioned_images, bounds[1:-1]))
+        images = np.concatenate([_draw_repeatedly(part, share, rng) for part, share in zip(parts, self.shares)])
+        return self._draw_pairs(images, rng)
 
-    def _dealt(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """int64 (batches, batch_size): these rows of `pairs`, without the remainder.
+    def _deal(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Deal these rows of `pairs` to batches, without the remainder: int64 (batches, batch_size).
 
-        The pairs, those of an image one after the other, are dealt to the batches like cards: in each round every
-        batch gets one pair, in an order drawn anew. An image whose pairs fall into one round meets each batch once;
-        where they run over into the next round, that round's order is arranged so that the image meets other
-        batches first. So an image stands twice in a batch only if it has more pairs than there are batches.
+        The pairs, grouped by image, are dealt like cards: in each round every batch gets one pair, in a new random
+        order. If an image's pairs are all in one round, each batch gets at most one of them. If they extend into the
+        next round, that round's order puts batches without this image first. So an image is twice in a batch only if
+        it has more pairs than there are batches.
         """
+        # drop the remainder, and group the pairs by image
         batches, pairs = len(self), self.dataset.pairs
         kept = rows[rng.permutation(len(rows))[: batches * self.batch_size]]
         image_order = rng.permutation(len(self.dataset.images))
         kept = kept[np.argsort(image_order[pairs[kept, 0]], kind="stable")]
         image = pairs[kept, 0].reshape(self.batch_size, batches)
+        # an order of the batches for each round
         order = rng.permuted(np.tile(np.arange(batches), (self.batch_size, 1)), axis=1)
         for round in range(1, self.batch_size):
             split_image = image[round, 0]
             if image[round - 1, -1] != split_image:
                 continue
-            # The batches the image has met in the last round, and how many it meets at the start of this one.
+            # the batches with the image in the last round, and the number of its pairs in this one
             met = order[round - 1, image[round - 1] == split_image]
             ahead = np.count_nonzero(image[round] == split_image)
             order[round] = _put_others_first(order[round], met, ahead)
@@ -180,7 +182,7 @@ class BatchSampler:
 
 
 def _put_others_first(order: np.ndarray, met: np.ndarray, ahead: int) -> np.ndarray:
-    """`order`, with the elements of `met` among its first `ahead` exchanged for later ones, as far as there are any."""
+    """Swap elements of `met` among the first `ahead` of `order` with later elements that are not in `met`."""
     order = order.copy()
     is_met = np.isin(order, met)
     to_move = np.flatnonzero(is_met[:ahead])
@@ -191,14 +193,14 @@ def _put_others_first(order: np.ndarray, met: np.ndarray, ahead: int) -> np.ndar
     return order
 
 
-def _repeated(items: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """`number` of the items: all of them as often as that fits, and a random choice of them for the rest."""
+def _draw_repeatedly(items: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `number` items: repeat all of them as often as possible, and draw the rest without replacement."""
     whole, rest = divmod(number, len(items))
     return np.concatenate([np.tile(items, whole), rng.choice(items, rest, replace=False)])
 
 
 def proportional(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` divided in proportion to the weights; what rounding down leaves goes to the largest remainders."""
+    """Divide `total` in proportion to the weights. Shares are rounded down; the largest remainders get the rest."""
     exact = [Fraction(weight) for weight in weights]
     shares = [total * weight / sum(exact) for weight in exact]
     floors = [int(share) for share in shares]
@@ -209,14 +211,14 @@ def proportional(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def number_of_samples(dataset: RetrievalDataset, sampling: str) -> int:
-    """Pairs that an epoch goes through, its dropped remainder included."""
+    """Return the number of pairs in an epoch, the dropped remainder included."""
     return len(dataset.pairs) if sampling == "all" else len(np.unique(dataset.pairs[:, 0]))
 
 
 def process_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of a global batch that process `rank` of `world_size` computes.
+    """Return process `rank`'s part of a global batch.
 
-    Raises UserError where the processes do not divide the batch.
+    Raises UserError if the number of processes does not divide the batch size.
     """
     if batch_size % world_size:
         raise UserError(

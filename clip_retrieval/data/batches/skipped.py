@@ -1,4 +1,4 @@
-"""What training batches pass over: samples that cannot be used, and the ends of captions that are too long."""
+"""Count the skipped samples and cut captions of training batches."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from clip_retrieval.log import log
 
 
 class SkipCounter:
-    """Counts what an epoch passes over, and says it at the epoch's end, or where it is broken off.
+    """Counts the skipped samples and cut captions of an epoch; logs them at its end or interruption.
 
     Args:
-        what: what could not be used, e.g. "samples".
-        processes: those that share the batches.
-        context_length: in tokens, for captions that are cut.
+        what: noun for the skipped things, e.g. "samples".
+        processes: the processes that share the batches.
+        context_length: the tokens to which captions are cut.
     """
 
     def __init__(self, what: str, processes: Processes, context_length: int | None = None):
         self.what = what
         self.processes = processes
         self.context_length = context_length
-        self._said_cut = False
+        self._is_cut_logged = False
         self.begin(0, 0)
 
     def begin(self, epoch: int, batch: int) -> None:
-        """Count anew, from this batch of an epoch on."""
+        """Reset the counts; start at this batch of an epoch."""
         self._epoch, self._first_batch, self._batches = epoch, batch, batch
-        self._problems, self._cut, self._said, self._first = 0, 0, 0, ""
+        self._problems, self._cut, self._logged, self._first = 0, 0, 0, ""
 
     def count(self, problems: Sequence[str], cut: int = 0) -> None:
-        """Note the problems of this process's part of the next batch, and the captions that were cut in it."""
+        """Add the problems and the number of cut captions of this process's part of the next batch."""
         self._batches += 1
         self._problems += len(problems)
         self._cut += cut
         self._first = self._first or "".join(problems[:1])
 
     def log_all(self) -> None:
-        """Say what all processes passed over: they must all be here."""
+        """Log the counts of all processes. A collective: every process must call it."""
         problems, cut = self.processes.sum(torch.tensor([self._problems, self._cut])).tolist()
-        if problems:  # the one that speaks need not be the one that met them
+        if problems:  # the first problem may be another process's
             own = f"{self._first}\n".encode(errors="backslashreplace") if self._first else b""
             texts = self.processes.all_gather_rows(torch.tensor(list(own), dtype=torch.uint8))
             self._first = bytes(texts.tolist()).decode().partition("\n")[0]
-        self._say(problems, cut)
+        self._log(problems, cut)
 
     def log_own(self) -> None:
-        """Say what this process passed over, if that was not said: the others need not be here."""
-        if self._problems > self._said or (self._cut and not self._said_cut):
-            self._say(self._problems, self._cut, " of this process's" * (self.processes.world_size > 1))
+        """Log the counts of this process, unless they were logged. Needs no other process."""
+        if self._problems > self._logged or (self._cut and not self._is_cut_logged):
+            self._log(self._problems, self._cut, " of this process's" * (self.processes.world_size > 1))
 
-    def _say(self, problems: int, cut: int, of: str = "") -> None:
-        where = f"epoch {self._epoch + 1}, batches {self._first_batch + 1:,} to {self._batches:,}"
+    def _log(self, problems: int, cut: int, of: str = "") -> None:
+        batches = f"epoch {self._epoch + 1}, batches {self._first_batch + 1:,} to {self._batches:,}"
         if problems:
             first = f": {self._first}" if self._first else ""
-            log.warning(f"{where}: {problems:,}{of} {self.what} could not be used, others stood in for them{first}")
-            self._said = self._problems
-        if cut and not self._said_cut:  # of other captions in other epochs about as many
-            log.info(f"{where}: {cut:,}{of} captions cut to {self.context_length} tokens")
-            self._said_cut = True
+            log.warning(f"{batches}: {problems:,}{of} {self.what} could not be used, replaced by others{first}")
+            self._logged = self._problems
+        if cut and not self._is_cut_logged:  # once: other epochs cut about as many
+            log.info(f"{batches}: {cut:,}{of} captions cut to {self.context_length} tokens")
+            self._is_cut_logged = True

@@ -1,7 +1,7 @@
-"""The train split of a run: what it trains on, and how that is drawn into batches.
+"""The train split of a run: its samples, and the order and loader of its batches.
 
-There are two kinds: `IndexedTrainSplit`, whose samples are read in any order, and `data.shards.train_split`'s, whose
-samples are read from tar shards one after the other.
+There are two kinds: `IndexedTrainSplit` reads samples in any order; `data.shards.train_split.StreamedTrainSplit` reads
+tar shards sequentially.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TrainSplit(Protocol):
 
     @property
     def split(self) -> str:
-        """Its name: "train", or UNSPLIT for a data set without splits."""
+        """Name of the split: "train", or UNSPLIT for a data set without splits."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class IndexedTrainSplit:
         sampling: "all" captions once an epoch, or "one" of each image.
         seed: seed of the order.
         weights: of the parts of a mixture; see `BatchSampler`.
-        num_workers: processes that load images; None: chosen by the device.
+        num_workers: worker processes; None: chosen by the device.
         skip_unreadable: replace an unreadable image by another one of the batch instead of stopping.
     """
 

@@ -1,4 +1,4 @@
-"""What the loader hands to the model: the reference's pixels, trimmed tokens, and the positives of the batch."""
+"""The loader's batches: the reference's pixels, trimmed tokens, and positives."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def loader(dataset, tokens, batch_size=6, rank=0, processes=1, num_workers=0, tr
     )
 
 
-def test_a_batch_holds_the_sampled_pairs(dataset, tokens):
+def test_batch_has_the_sampled_pairs(dataset, tokens):
     transform = evaluation_transform(small_preprocess())
     sampler = BatchSampler(dataset, 6, seed=3)
     batches = list(loader(dataset, tokens).epoch(1))
@@ -61,12 +61,12 @@ def test_a_batch_holds_the_sampled_pairs(dataset, tokens):
         assert sorted(batch.positives.tolist()) == np.argwhere(expected).tolist()
 
 
-def test_tokens_keep_their_padding_where_the_tower_sees_it(dataset, tokens):
+def test_tokens_keep_their_padding_without_trim(dataset, tokens):
     assert {batch.texts.shape[1] for batch in loader(dataset, tokens, trim=False).epoch(0)} == {9}
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_the_global_batch_does_not_depend_on_processes_or_workers(dataset, tokens, augment):
+def test_global_batch_does_not_depend_on_processes_or_workers(dataset, tokens, augment):
     whole = list(loader(dataset, tokens, augment=augment).epoch(2))
     for processes, num_workers in ((2, 0), (3, 0), (1, 2)):
         parts = [
@@ -78,7 +78,7 @@ def test_the_global_batch_does_not_depend_on_processes_or_workers(dataset, token
             assert torch.equal(batch.texts, torch.cat([share.texts for share in shares]))
 
 
-def test_an_epoch_can_start_at_any_batch(dataset, tokens):
+def test_epoch_can_start_at_any_batch(dataset, tokens):
     one = loader(dataset, tokens, augment="crop", num_workers=1)
     whole = list(one.epoch(0))
     rest = list(one.epoch(0, first_batch=2))
@@ -96,7 +96,7 @@ def test_crops_differ_from_epoch_to_epoch_and_between_samples(dataset, tokens):
     assert set(epochs[0]) != set(epochs[1])
 
 
-def test_loading_does_not_move_the_random_state_that_training_uses(dataset, tokens):
+def test_loading_does_not_change_the_global_random_state(dataset, tokens):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(loader(dataset, tokens, augment="crop").epoch(0))
@@ -105,7 +105,7 @@ def test_loading_does_not_move_the_random_state_that_training_uses(dataset, toke
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_all_images_come_in_order_whatever_the_batch(dataset):
+def test_images_come_in_order_for_any_batch_size(dataset):
     def whole(batch_size, num_workers):
         ranges = [range(start, min(start + batch_size, IMAGES)) for start in range(0, IMAGES, batch_size)]
         pixels = make_pixels(dataset.images, small_preprocess())
@@ -117,7 +117,7 @@ def test_all_images_come_in_order_whatever_the_batch(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_is_one_plain_error_from_a_worker_too(tmp_path, num_workers):
+def test_unreadable_image_is_a_one_line_error_also_in_workers(tmp_path, num_workers):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "fine.jpg")
     images = ImageFiles([str(tmp_path / "fine.jpg"), str(tmp_path / "broken.jpg")])
@@ -137,7 +137,7 @@ def test_images_in_memory_need_no_workers(dataset):
 
 @pytest.fixture
 def broken(dataset, tmp_path):
-    """The data set in files, of which numbers 3 and 7 are no images."""
+    """The data set in files; files 3 and 7 are not images."""
     for i in range(IMAGES):
         dataset.images[i].save(tmp_path / f"{i}.png")
     for i in (3, 7):
@@ -147,7 +147,7 @@ def broken(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_pair_of_the_batch_stands_in_for_an_image_that_cannot_be_read(broken, tokens, caplog, num_workers):
+def test_unreadable_image_is_replaced_by_the_next_pair(broken, tokens, caplog, num_workers):
     transform = evaluation_transform(small_preprocess())
     with caplog.at_level("WARNING", "clip_retrieval"):
         batches = list(loader(broken, tokens, num_workers=num_workers, skip_unreadable=True, trim=False).epoch(0))
@@ -161,11 +161,12 @@ def test_the_next_pair_of_the_batch_stands_in_for_an_image_that_cannot_be_read(b
         assert torch.equal(batch.texts, tokens.ids[captions].long())
         expected = images[:, None] == captions[None] // CAPTIONS_EACH
         assert sorted(batch.positives.tolist()) == np.argwhere(expected).tolist()
-    (said,) = caplog.messages
-    assert said.startswith("epoch 1, batches 1 to 4: 4 images could not be used") and ".png: not a readable" in said
+    (message,) = caplog.messages
+    assert message.startswith("epoch 1, batches 1 to 4: 4 images could not be used")
+    assert ".png: not a readable" in message
 
 
-def test_what_is_passed_over_is_said_where_an_epoch_is_broken_off(broken, tokens, caplog):
+def test_interrupted_epoch_logs_skipped_images(broken, tokens, caplog):
     batches = loader(broken, tokens, skip_unreadable=True).epoch(0)
     for _ in range(3):
         next(batches)
@@ -174,8 +175,10 @@ def test_what_is_passed_over_is_said_where_an_epoch_is_broken_off(broken, tokens
     assert caplog.messages[0].startswith("epoch 1, batches 1 to 3: ")
 
 
-def test_a_batch_of_nothing_that_can_be_read_is_an_error(broken, tokens):
+def test_batch_without_readable_images_is_an_error(broken, tokens):
     images = ImageFiles([f"{path}.gone" for path in broken.images.paths])
     gone = RetrievalDataset("gone", "train", images, broken.captions, broken.pairs)
-    with pytest.raises(UserError, match=r"\.png\.gone: no such image.*; nor can any other image of its batch"):
+    with pytest.raises(
+        UserError, match=r"\.png\.gone: no such image.*; no other image of its batch can be read either"
+    ):
         list(loader(gone, tokens, skip_unreadable=True).epoch(0))

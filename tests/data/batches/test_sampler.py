@@ -1,4 +1,4 @@
-"""Batches: every pair once, no image twice where avoidable, the same for any number of processes."""
+"""Batches: every pair once, no image twice if avoidable, the same for any number of processes."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def epoch_pairs(sampler, epoch=0, first_batch=0):
     return [list(zip(b.images.tolist(), b.captions.tolist())) for b in sampler.epoch(epoch, first_batch)]
 
 
-def test_every_pair_once_an_epoch():
+def test_epoch_has_every_pair_once():
     data = dataset([5] * 20)
     seen = [pair for batch in epoch_pairs(BatchSampler(data, 10)) for pair in batch]
     assert sorted(seen) == [tuple(p) for p in data.pairs.tolist()]
@@ -34,7 +34,7 @@ def test_every_pair_once_an_epoch():
     seed=st.integers(0, 5),
 )
 @settings(max_examples=200, deadline=None)
-def test_no_image_repeats_in_a_batch_unless_it_has_more_pairs_than_there_are_batches(counts, batch_size, seed):
+def test_image_repeats_only_with_more_pairs_than_batches(counts, batch_size, seed):
     data = dataset(counts)
     batch_size = min(batch_size, sum(counts))
     sampler = BatchSampler(data, batch_size, seed=seed)
@@ -49,13 +49,13 @@ def test_no_image_repeats_in_a_batch_unless_it_has_more_pairs_than_there_are_bat
             assert used[image] > len(batches)
 
 
-def test_a_tight_epoch_still_has_no_repeats():
-    # As many images as a batch holds: each batch must hold every image exactly once.
+def test_epoch_with_one_possible_assignment_has_no_repeats():
+    # as many images as rows of a batch: each batch must have every image exactly once
     batches = epoch_pairs(BatchSampler(dataset([5] * 16), 16))
     assert all(sorted(i for i, _ in batch) == list(range(16)) for batch in batches)
 
 
-def test_the_remainder_is_dropped_and_is_another_each_epoch():
+def test_dropped_remainder_differs_by_epoch():
     data = dataset([3] * 11)
     sampler = BatchSampler(data, 8)
     dropped = []
@@ -66,7 +66,7 @@ def test_the_remainder_is_dropped_and_is_another_each_epoch():
     assert dropped[0] != dropped[1]
 
 
-def test_one_takes_each_image_once_with_one_of_its_captions():
+def test_sampling_one_draws_one_caption_of_each_image():
     data = dataset([0, *[4] * 12])
     sampler = BatchSampler(data, 6, "one")
     epochs = [[p for b in epoch_pairs(sampler, e) for p in b] for e in range(3)]
@@ -77,7 +77,7 @@ def test_one_takes_each_image_once_with_one_of_its_captions():
 
 
 @pytest.mark.parametrize("sampling", ["all", "one"])
-def test_an_epoch_is_a_pure_function_of_seed_and_epoch_and_can_start_anywhere(sampling):
+def test_epoch_depends_on_seed_and_epoch_and_starts_at_any_batch(sampling):
     data = dataset([2, 3, 5, 1, 4, 5, 5, 2])
     sampler = BatchSampler(data, 3, sampling, seed=7)
     whole = epoch_pairs(sampler, 4)
@@ -87,7 +87,7 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch_and_can_start_anywhere(sa
     assert epoch_pairs(BatchSampler(data, 3, sampling, seed=8), 4) != whole
 
 
-def test_process_slices_make_up_the_global_batch():
+def test_process_slices_form_the_global_batch():
     batch = np.arange(24)
     for processes in (1, 2, 3, 8):
         parts = [batch[process_slice(24, rank, processes)] for rank in range(processes)]
@@ -97,8 +97,8 @@ def test_process_slices_make_up_the_global_batch():
         process_slice(24, 0, 5)
 
 
-def test_images_meet_other_images_in_their_batches():
-    # The pairs of an image must not travel through the epoch together with those of the same other images.
+def test_images_are_batched_with_many_other_images():
+    # The pairs of an image must not be batched with the same other images all epoch.
     batches = epoch_pairs(BatchSampler(dataset([5] * 200), 20, seed=1))
     met = {i for batch in batches if any(j == 0 for j, _ in batch) for i, _ in batch}
     assert len(met) > 70
