@@ -1,10 +1,10 @@
-"""Images decoded and resized once, kept as uint8 in one file that all later epochs and runs read.
+"""A cache of decoded and resized images: one uint8 file that all later epochs and runs read.
 
     DIR/coco_train_0123456789ab.pixels      17 GB for the 113,287 training images of COCO at 224 x 224
 
-The file's name has a hash of what decides its content: the list of images, how they are resized and by which version
-of which library. Whether the image files still are what was read is checked at each start. Runs may share a folder:
-one builds, the others wait. What an interrupted run has built, the next one goes on with.
+The file's name has a hash of everything that decides its content: the list of images, the resizing, and the versions of
+the libraries. Each start checks that the image files are unchanged. Runs may share a folder: one builds, others wait.
+The next run resumes an interrupted build.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from clip_retrieval.data.dataset import StoredImages
-from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, read_records, sole_writer
+from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, open_partial, read_records
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.pixels.transforms import (
     crop_region,
@@ -39,7 +39,7 @@ from clip_retrieval.log import log, progress_bar
 
 FORMAT = 1
 IMAGES_PER_REQUEST = 16  # images that a worker decodes at a time
-SAMPLE = 64  # images that the size of a cache for crops is estimated from
+SAMPLE = 64  # images from which the size of a cache for crops is estimated
 
 
 def open_cached_pixels(
@@ -52,52 +52,52 @@ def open_cached_pixels(
     decoder: str = "pillow",
     num_workers: int,
 ) -> Pixels:
-    """Pixels that are read from a file in `folder`, which is built first where it is not there yet.
+    """Open the cache of `images` in `folder`; build it first if it is missing or outdated.
 
-    With augment "none" they are bit for bit what `make_pixels` gives. With "crop" the whole images are kept, their
-    short sides at most 8/7 of the model's size, and the same regions are cropped from them.
+    With augment "none" the pixels equal those of `make_pixels` bit for bit. With "crop" the cache stores whole images,
+    with short sides of at most 8/7 of the model's size, and the same regions are cropped from them.
 
     Args:
         images: the images.
         preprocess: open_clip's preprocessing, as a dict.
-        folder: where caches are kept; made if need be.
-        name: what the file's name begins with.
+        folder: folder of the caches; created if it is missing.
+        name: prefix of the file's name.
         augment: "none" or "crop".
         decoder: "pillow" or "fast", as in `make_pixels`.
-        num_workers: processes that decode while the file is built.
+        num_workers: worker processes that decode during a build.
 
     Raises:
         UserError: an image cannot be read, or the folder cannot be written or is too small.
-        RunError: the file could not be written to its end; what is there is kept.
+        RunError: writing stopped before the end; the finished part is kept.
     """
-    keep = _Crops(preprocess, decoder) if augment == "crop" else _Resized(preprocess, decoder)
-    path = folder / f"{name}_{_key(images, keep.settings)}.pixels"
+    storage = _CropStorage(preprocess, decoder) if augment == "crop" else _ResizedStorage(preprocess, decoder)
+    path = folder / f"{name}_{_hash_content(images, storage.settings)}.pixels"
     stamps = np.array([images.stamp(i) for i in range(len(images))], dtype=np.int64)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while not _is_current(path, stamps, keep):
-            with sole_writer(path, len(images), partial(_say_waiting, path)) as file:
-                # Between the look and the lock another run may have finished it.
-                if file is not None and _is_current(path, stamps, keep):
+        while not _is_current(path, stamps, storage):
+            with open_partial(path, len(images), partial(_log_waiting, path)) as file:
+                # Another run may have finished it between the check and the lock.
+                if file is not None and _is_current(path, stamps, storage):
                     file.discard()
                 elif file is not None:
-                    _build(file, images, keep, stamps, num_workers)
+                    _build(file, images, storage, stamps, num_workers)
         size = path.stat().st_size
     except OSError as error:
-        at = f"{Path(error.filename).name}: " if error.filename not in (None, str(folder)) else ""
+        place = f"{Path(error.filename).name}: " if error.filename not in (None, str(folder)) else ""
         raise UserError(
-            f"--image_cache {folder}: cannot be used ({at}{error.strerror}); choose a folder that can be written and "
-            "locked"
+            f"--image_cache {folder}: cannot be used ({place}{error.strerror}); choose a folder that can be written "
+            "and locked"
         ) from error
-    log.info(f"image cache: {path} ({len(images):,} images, {_gb(size)})")
-    return keep.reader(path, len(images))
+    log.info(f"image cache: {path} ({len(images):,} images, {_format_gb(size)})")
+    return storage.open(path, len(images))
 
 
-def _say_waiting(path: Path) -> None:
-    log.info(f"image cache: another run builds {path}, waiting for it")
+def _log_waiting(path: Path) -> None:
+    log.info(f"image cache: another run is building {path}, waiting for it")
 
 
-def _key(images: StoredImages, settings: dict) -> str:
+def _hash_content(images: StoredImages, settings: dict) -> str:
     versions = {"format": FORMAT, "pillow": PIL.__version__}
     if settings["decoder"] == "fast":
         versions["torch"] = torch.__version__
@@ -107,93 +107,97 @@ def _key(images: StoredImages, settings: dict) -> str:
     return content.hexdigest()[:12]
 
 
-def _is_current(path: Path, stamps: np.ndarray, keep: _Resized | _Crops) -> bool:
+def _is_current(path: Path, stamps: np.ndarray, storage: _ResizedStorage | _CropStorage) -> bool:
     records = read_records(path, len(stamps))
-    return records is not None and bool((_unchanged(records, stamps) & keep.fits(records)).all())
+    return records is not None and bool((_is_unchanged(records, stamps) & storage.matches(records)).all())
 
 
-def _unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+def _is_unchanged(records: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     return (records["source_bytes"] == stamps[:, 0]) & (records["source_changed"] == stamps[:, 1])
 
 
-def _build(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, stamps: np.ndarray, workers: int) -> None:
-    _say_why_anew(file.path, stamps)
-    usable = _unchanged(file.records, stamps[: len(file.records)]) & keep.fits(file.records)
-    done = int(np.cumprod(usable).sum())
-    _check_space(file, images, keep, done)
+def _build(
+    file: PartialFile, images: StoredImages, storage: _ResizedStorage | _CropStorage, stamps: np.ndarray, workers: int
+) -> None:
+    _log_rebuild_reason(file.path, stamps)
+    # resume after the images that are current
+    is_usable = _is_unchanged(file.records, stamps[: len(file.records)]) & storage.matches(file.records)
+    done = int(np.cumprod(is_usable).sum())
+    _check_space(file, images, storage, done)
+    # decode and append the others
     starts = range(done, len(images), IMAGES_PER_REQUEST)
     parts = [range(start, min(start + IMAGES_PER_REQUEST, len(images))) for start in starts]
     try:
-        file.go_on_after(done)
+        file.keep_first(done)
         try:
             with progress_bar(total=len(images), initial=done, desc="image cache", leave=False) as bar:
-                for part, (pixels, sizes) in zip(parts, in_workers(_Encode(images, keep), parts, num_workers=workers)):
+                for part, (pixels, sizes) in zip(
+                    parts, in_workers(_DecodeImages(images, storage), parts, num_workers=workers)
+                ):
                     records = np.array([(*size, *stamps[i]) for i, size in zip(part, sizes)], RECORD)
                     file.append(pixels.numpy(), records)
                     bar.update(len(part))
         finally:
-            file.flush()  # at a broken image, a lost worker or Ctrl-C, nothing of what was decoded is lost
+            file.flush()  # a damaged image, a lost worker or Ctrl-C must not lose decoded images
         file.finish()
     except OSError as error:
         raise RunError(
             f"building {file.path} stopped: {error.strerror}; {len(file.records):,} of its {len(images):,} images are "
-            "kept, and the same command goes on from there when that is mended"
+            "kept; fix this, and the same command resumes there"
         ) from error
 
 
-def _say_why_anew(path: Path, stamps: np.ndarray) -> None:
+def _log_rebuild_reason(path: Path, stamps: np.ndarray) -> None:
     if not path.exists():
         return
     records = read_records(path, len(stamps))
-    changed = 0 if records is None else np.count_nonzero(~_unchanged(records, stamps))
+    changed = 0 if records is None else np.count_nonzero(~_is_unchanged(records, stamps))
     if not changed:
-        log.info(f"image cache: {path} is not whole: it is built anew")
+        log.info(f"image cache: {path} is incomplete or damaged; rebuilding it")
     else:
-        log.info(f"image cache: {changed:,} images have changed since {path} was built: it is built anew")
+        log.info(f"image cache: {changed:,} images have changed since {path} was built; rebuilding it")
 
 
-def _check_space(file: PartialFile, images: StoredImages, keep: _Resized | _Crops, done: int) -> None:
-    """Say what will be built. Raises UserError where the disk clearly cannot take it."""
-    size, exact = keep.bytes_of(images)
-    there = f", {done:,} of them are there" if done else ""
-    log.info(
-        f"image cache: building {file.path}: {len(images):,} images, {'' if exact else 'about '}{_gb(size)}{there}"
-    )
+def _check_space(file: PartialFile, images: StoredImages, storage: _ResizedStorage | _CropStorage, done: int) -> None:
+    """Log the size of the cache. Raises UserError if the disk clearly has too little free space."""
+    size, is_exact = storage.estimate_bytes(images)
+    about, resumed = "" if is_exact else "about ", f", {done:,} of them are done" if done else ""
+    log.info(f"image cache: building {file.path}: {len(images):,} images, {about}{_format_gb(size)}{resumed}")
     missing = size * (len(images) - done) // len(images)
     free = shutil.disk_usage(file.path.parent).free
-    if missing * (1 if exact else 0.8) > free:
+    if missing * (1 if is_exact else 0.8) > free:
         if not done:
             file.discard()
         raise UserError(
-            f"--image_cache {file.path.parent}: {_gb(missing)} are needed and {_gb(free)} are free; free some space, "
-            "or choose another folder"
+            f"--image_cache {file.path.parent}: needs {_format_gb(missing)}, and {_format_gb(free)} are free; free "
+            "some space, or choose another folder"
         )
 
 
-def _gb(size: int) -> str:
+def _format_gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-class _Encode:
-    """Decodes the images that a request names; runs in a worker."""
+class _DecodeImages:
+    """Decodes and resizes the images of a request in a worker."""
 
-    def __init__(self, images: StoredImages, keep: _Resized | _Crops):
+    def __init__(self, images: StoredImages, storage: _ResizedStorage | _CropStorage):
         self.images = images
-        self.keep = keep
+        self.storage = storage
 
     def __call__(self, indices: range) -> tuple[torch.Tensor, list[tuple[int, int, int, int]]]:
-        """The bytes of the images one after the other, and for each (height, width, and those of its source)."""
+        """The concatenated bytes of the images, and for each (height, width, source height, source width)."""
         pixels, sizes = [], []
         for index in indices:
             image = self.images[index]
-            kept, height, width = self.keep(image)
-            pixels.append(kept.reshape(-1))
+            stored, height, width = self.storage(image)
+            pixels.append(stored.reshape(-1))
             sizes.append((height, width, image.height, image.width))
         return torch.cat(pixels), sizes
 
 
-class _Resized:
-    """Keeps images as the model sees them, channels first: a batch is gathered straight from the file."""
+class _ResizedStorage:
+    """Stores images as the model's inputs, channels first: a batch is read directly from the file."""
 
     def __init__(self, preprocess: dict, decoder: str):
         self.size = model_size(preprocess)
@@ -204,20 +208,20 @@ class _Resized:
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
         return self._transform(image), *self.size
 
-    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
-        """What the images take in the file, and whether that is exact."""
+    def estimate_bytes(self, images: StoredImages) -> tuple[int, bool]:
+        """The images' bytes in the file, and whether the number is exact."""
         return len(images) * 3 * self.size[0] * self.size[1], True
 
-    def fits(self, records: np.ndarray) -> np.ndarray:
-        """bool (images,): whether the records are of images of this size."""
+    def matches(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records have this size."""
         return (records["height"] == self.size[0]) & (records["width"] == self.size[1])
 
-    def reader(self, path: Path, images: int) -> Pixels:
+    def open(self, path: Path, images: int) -> Pixels:
         return _ResizedPixels(PixelFile(path, images), self.size)
 
 
-class _Crops:
-    """Keeps whole images, a little larger than the model sees them, channels last as they are resized."""
+class _CropStorage:
+    """Stores whole images, slightly larger than the model's inputs, channels last as `resize` takes them."""
 
     def __init__(self, preprocess: dict, decoder: str):
         self.preprocess = preprocess
@@ -231,18 +235,18 @@ class _Crops:
     def _size(self, image: Image.Image) -> tuple[int, int]:
         return size_for_crops(image.width, image.height, self.preprocess)
 
-    def bytes_of(self, images: StoredImages) -> tuple[int, bool]:
+    def estimate_bytes(self, images: StoredImages) -> tuple[int, bool]:
         sample = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
         sizes = [3 * np.prod(self._size(images[i])) for i in sample]
         return int(np.mean(sizes) * len(images)), False
 
-    def fits(self, records: np.ndarray) -> np.ndarray:
-        """bool (images,): whether the records are of images of the sizes that their sources are kept at."""
+    def matches(self, records: np.ndarray) -> np.ndarray:
+        """bool (images,): whether the records have the sizes that follow from their sources."""
         height, width = (records[f"source_{name}"].astype(np.int64) for name in ("height", "width"))
         expected = [size_for_crops(w, h, self.preprocess) for w, h in zip(width.tolist(), height.tolist())]
         return (np.array(expected).reshape(-1, 2) == np.stack([records["height"], records["width"]], 1)).all(1)
 
-    def reader(self, path: Path, images: int) -> Pixels:
+    def open(self, path: Path, images: int) -> Pixels:
         return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder)
 
 
@@ -268,7 +272,7 @@ class _ResizedPixels:
 
 
 class _CroppedPixels:
-    in_memory = False  # resizing a crop is work for other processes
+    in_memory = False  # worker processes resize the crops
 
     def __init__(self, file: PixelFile, preprocess: dict, decoder: str):
         self._file = file

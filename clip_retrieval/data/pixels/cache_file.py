@@ -1,11 +1,10 @@
-"""A file of uint8 images, written so that what is half-written is never taken for whole.
+"""A file of uint8 images, written so that an incomplete file is never read as a complete one.
 
     image 0 | image 1 | ... | one record for each image | number of images, magic
 
-`X.pixels` is whole: it got its name when all of it was on the disk. Before that, `X.pixels.partial` has the images so
-far, and `X.pixels.journal` the records of those that are on the disk for sure. It is read with `pread`, which the
-system serves from memory: a file that becomes shorter meanwhile is an error, and not the end of the process, as it is
-for one that is mapped.
+`X.pixels` is complete: it gets this name after all of it is on the disk. Until then, `X.pixels.partial` has the images
+so far, and `X.pixels.journal` the records of the images that are certainly on the disk. Reads use `pread`, which
+the page cache serves: if the file is truncated meanwhile, `pread` gives an error, but a memory map kills the process.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ RECORD = np.dtype(
         ("width", "<i4"),
         ("source_height", "<i4"),
         ("source_width", "<i4"),
-        ("source_bytes", "<i8"),  # these two tell whether the source is still what was read
+        ("source_bytes", "<i8"),  # this and the next detect a changed source
         ("source_changed", "<i8"),
     ]
 )
 _END = np.dtype([("images", "<i8"), ("magic", "S8")])
 _MAGIC = b"PIXELS01"
-FLUSH_BYTES = 64 * 2**20  # what a crash may lose
+FLUSH_BYTES = 64 * 2**20  # the most that a crash may lose
 
 
 def read_records(path: Path, images: int) -> np.ndarray | None:
-    """The records of a whole file of so many images; None if there is no file, or another one, or it is not whole."""
+    """Read the records of a complete file of this many images; None if the file is missing, different or incomplete."""
     try:
         with open_regular(path) as file:
             return _read_table(file, images)
@@ -62,28 +61,28 @@ def _read_table(file: BinaryIO, images: int) -> np.ndarray | None:
     if len(content) != table or end.tolist() != [(images, _MAGIC)]:
         return None
     records = np.frombuffer(content[: -_END.itemsize], RECORD)
-    return records if _fit(records, begin).all() and _offsets(records)[-1] == begin else None
+    return records if _fits(records, begin).all() and _offsets(records)[-1] == begin else None
 
 
-def _fit(records: np.ndarray, size: int) -> np.ndarray:
-    """bool (images,): whether an image, and all before it, can be in so many bytes."""
+def _fits(records: np.ndarray, size: int) -> np.ndarray:
+    """bool (images,): whether an image and all images before it fit in `size` bytes."""
     sides = np.stack([records[name] for name in ("height", "width", "source_height", "source_width")])
-    sizes = 3.0 * sides[0] * sides[1]  # as floats: those of a damaged record may be too large for int64
+    sizes = 3.0 * sides[0] * sides[1]  # as floats: a damaged record may overflow int64
     return np.logical_and.accumulate((sides > 0).all(0) & (np.cumsum(sizes) <= size))
 
 
 def _offsets(records: np.ndarray) -> np.ndarray:
-    """int64 (images + 1,): image i is the bytes offsets[i] to offsets[i + 1]."""
+    """int64 (images + 1,): image i has the bytes offsets[i] to offsets[i + 1]."""
     sizes = 3 * records["height"].astype(np.int64) * records["width"]
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
 class PixelFile:
-    """A whole file: what was read once is read at the speed of memory, by all processes together.
+    """A complete file. All processes share the page cache, so later reads run at the speed of memory.
 
     Attributes:
         path: the file.
-        records: what is known of each image.
+        records: RECORD (images,), the size and the source of each image.
 
     Raises:
         UserError: here and in all methods, if the file has changed or cannot be read.
@@ -102,7 +101,7 @@ class PixelFile:
         self._offsets = _offsets(records)
 
     def __reduce__(self):
-        return PixelFile, (self.path, len(self.records))  # another process opens the file by itself
+        return PixelFile, (self.path, len(self.records))  # each process opens the file itself
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,7 +113,7 @@ class PixelFile:
         return pixels
 
     def read_into(self, pixels: np.ndarray, index: int) -> None:
-        """Read an image to a contiguous uint8 array of its size."""
+        """Read an image into a contiguous uint8 array of its size."""
         rest, begin = memoryview(pixels).cast("B"), int(self._offsets[index])
         try:
             while rest:
@@ -126,7 +125,7 @@ class PixelFile:
             raise self._make_error(error.strerror) from None
 
     def will_read(self, indices: Sequence[int]) -> None:
-        """Have these images read from the disk all at once, not one when the one before it has come."""
+        """Ask the system to read these images from the disk in parallel, before they are needed."""
         if not hasattr(os, "posix_fadvise"):
             return
         for index in indices:
@@ -134,33 +133,33 @@ class PixelFile:
             os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _make_error(self, reason: str | None) -> UserError:
-        return UserError(f"{self.path}: cannot be read ({reason}); start again, and it is built anew")
+        return UserError(f"{self.path}: cannot be read ({reason}); restart the run to rebuild it")
 
 
 class PartialFile:
-    """A file that is being written. Made by `sole_writer`, which goes on where one that was interrupted stopped."""
+    """An incomplete file, opened by `open_partial`; it resumes an interrupted one."""
 
     def __init__(self, path: Path, file: io.FileIO, images: int):
         self.path = path
         self._file = file
-        self._journal = _journal(path)
+        self._journal = _journal_path(path)
         self._pending, self._pending_bytes = np.empty(0, RECORD), 0
         self.records = self._recover(images)
 
     def _recover(self, images: int) -> np.ndarray:
-        """The records of at most so many images that are there."""
+        """Read the records of the images that are certainly on the disk, at most `images`."""
         try:
             with open_regular(self._journal) as file:
                 journal = file.read(images * RECORD.itemsize)
         except OSError:
             journal = b""
         records = np.frombuffer(journal[: len(journal) // RECORD.itemsize * RECORD.itemsize], RECORD)
-        # A crash of the machine may leave the journal with zeros at its end, or the images shorter than it says.
-        there = _fit(records, self._file.seek(0, os.SEEK_END))
-        return records[: int(there.sum())].copy()
+        # A crash of the machine may leave zeros at the end of the journal, or fewer images than it has records.
+        is_stored = _fits(records, self._file.seek(0, os.SEEK_END))
+        return records[: int(is_stored.sum())].copy()
 
-    def go_on_after(self, images: int) -> None:
-        """Keep the first `images` of those that are there, and nothing else. Comes before the first `append`."""
+    def keep_first(self, images: int) -> None:
+        """Truncate to the first `images` images. Must be called before the first `append`."""
         self.records = self.records[:images]
         self._file.truncate(int(_offsets(self.records)[-1]))
         self._journal.unlink(missing_ok=True)  # it may be a link
@@ -170,7 +169,7 @@ class PartialFile:
             os.fsync(journal.fileno())
 
     def append(self, pixels: np.ndarray, records: np.ndarray) -> None:
-        """Add images: their bytes one after the other, uint8 (n,), and a record for each."""
+        """Add images: their concatenated bytes, uint8 (n,), and a record for each."""
         self._write(pixels)
         self._pending = np.concatenate([self._pending, records])
         self._pending_bytes += len(pixels)
@@ -183,54 +182,54 @@ class PartialFile:
             rest = rest[self._file.write(rest) :]
 
     def flush(self) -> None:
-        """Bring the images to the disk, and then note that they are there."""
+        """Write the images to the disk, then their records to the journal."""
         os.fsync(self._file.fileno())
         with self._journal.open("r+b") as journal:
-            journal.seek(self.records.nbytes)  # over half a record, where the disk was full before
+            journal.seek(self.records.nbytes)  # overwrites half a record of a full disk
             journal.write(self._pending.tobytes())
         self.records = np.concatenate([self.records, self._pending])
         self._pending, self._pending_bytes = self.records[:0], 0
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Write the records and the end, and rename the file to its final name."""
         self.flush()
         self._write(self.records.tobytes() + np.array((len(self.records), _MAGIC), _END).tobytes())
         os.fsync(self._file.fileno())
-        _partial(self.path).replace(self.path)
+        _partial_path(self.path).replace(self.path)
         self._journal.unlink()
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
     def discard(self) -> None:
-        """Take the unfinished file away."""
-        _partial(self.path).unlink(missing_ok=True)
+        """Delete the incomplete file."""
+        _partial_path(self.path).unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def sole_writer(path: Path, images: int, say_waiting: Callable[[], None]) -> Iterator[PartialFile | None]:
-    """The unfinished file of `path`, for this process alone; None when somebody else has just finished it.
+def open_partial(path: Path, images: int, on_wait: Callable[[], None]) -> Iterator[PartialFile | None]:
+    """Open the incomplete file of `path` with an exclusive lock; None if another process has just finished it.
 
-    A process that writes it already is waited for; one that was killed holds it no longer.
+    Waits while another process writes it. A killed process loses its lock.
 
     Args:
-        path: the name of the file when it is whole.
-        images: their number then.
-        say_waiting: called before a wait.
+        path: the name of the complete file.
+        images: number of images in the complete file.
+        on_wait: called before a wait.
 
     Raises:
-        OSError: the file cannot be opened or locked, or is no regular file: a link is not followed.
+        OSError: the file cannot be opened or locked, or is not a regular file; links are not followed.
     """
-    with _open_to_append(_partial(path)) as file:
+    with _open_to_append(_partial_path(path)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say_waiting()
+            on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            # Who was waited for may have renamed the file, or taken it away: then this is not the unfinished one.
-            yield PartialFile(path, file, images) if _is_at(file, _partial(path)) else None
+            # The previous owner of the lock may have renamed or deleted the file; then this is not the partial file.
+            yield PartialFile(path, file, images) if _is_same_file(file, _partial_path(path)) else None
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # worker processes may still have the file open
 
@@ -244,16 +243,16 @@ def _open_to_append(path: Path) -> io.FileIO:
     return os.fdopen(descriptor, "ab", buffering=0)
 
 
-def _is_at(file: io.FileIO, path: Path) -> bool:
+def _is_same_file(file: io.FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _partial(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _journal(path: Path) -> Path:
+def _journal_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.journal")

@@ -1,4 +1,4 @@
-"""What the model sees of the images of a data set, by index."""
+"""The pixels of a data set's images, resized for the model."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ from clip_retrieval.data.workers import usual_num_workers
 
 
 class Pixels(Protocol):
-    """What the model sees of the images of a data set, by index."""
+    """The model's inputs for the images of a data set, by index."""
 
     in_memory: bool
-    """No worker processes are needed to read them."""
+    """Whether reading them needs no worker processes."""
 
     def __len__(self) -> int: ...
 
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        """uint8 (3, height, width). `seed` decides the random crop, where there is one.
+        """Read an image: uint8 (3, height, width). `seed` decides the random crop, if any.
 
-        Raises UserError, naming the image, where it cannot be read.
+        Raises UserError, naming the image, if it cannot be read.
         """
         ...
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
-        """uint8 (n, 3, height, width) of n images, one by one or faster."""
+        """Read n images: uint8 (n, 3, height, width)."""
         ...
 
 
 def make_pixels(images: Images, preprocess: dict, *, augment: str = "none", decoder: str = "pillow") -> Pixels:
-    """Pixels that are decoded and resized whenever they are asked for.
+    """Make pixels that are decoded and resized at each access.
 
     Args:
         images: the images.
         preprocess: open_clip's preprocessing, as a dict.
         augment: "none" (as in evaluation) or "crop" (a random crop).
-        decoder: "pillow", the reference's pixels, or "fast", one or two grey levels from them (see `preprocess`).
+        decoder: "pillow", open_clip's pixels, or "fast", within two grey levels of them (see `transforms`).
     """
     return _DecodedPixels(images, preprocess, augment, decoder)
 
 
 class AutoAugmented:
-    """Random crops, changed by one of AutoAugment's policies for ImageNet (arXiv:1805.09501), which never mirrors."""
+    """Random crops with AutoAugment's policies for ImageNet (arXiv:1805.09501), which do not flip images."""
 
     def __init__(self, crops: Pixels):
         self.crops = crops
-        self.in_memory = False  # work for other processes
-        self._change = _SeededAutoAugment()
+        self.in_memory = False  # worker processes do the augmentation
+        self._augment = _SeededAutoAugment()
 
     def __len__(self) -> int:
         return len(self.crops)
 
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        return self._change(self.crops(index, seed), seed)
+        return self._augment(self.crops(index, seed), seed)
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 
 class MixedPixels:
-    """The pixels of several data sets, one after the other: each decodes, or reads its cache, as it does alone."""
+    """The concatenated pixels of several data sets; each decodes or reads its cache as it does alone."""
 
     def __init__(self, parts: Sequence[Pixels]):
         self.parts = parts
@@ -83,10 +83,10 @@ class MixedPixels:
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         indices, seeds = np.asarray(indices), np.asarray(seeds)
-        part_of = np.searchsorted(self._first, indices, side="right") - 1
+        part_numbers = np.searchsorted(self._first, indices, side="right") - 1
         batch = None
-        for number in np.unique(part_of):
-            rows = np.flatnonzero(part_of == number)
+        for number in np.unique(part_numbers):
+            rows = np.flatnonzero(part_numbers == number)
             own = self.parts[number].batch((indices[rows] - self._first[number]).tolist(), seeds[rows].tolist())
             if batch is None:
                 batch = own.new_empty((len(indices), *own.shape[1:]))
@@ -96,34 +96,34 @@ class MixedPixels:
 
 class _SeededAutoAugment:
     def __init__(self) -> None:
-        self._change = AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR)
+        self._augment = AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR)
 
     def __call__(self, crop: torch.Tensor, seed: int) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
-            return self._change(crop)
+            return self._augment(crop)
 
 
 class ImageTransform:
-    """From an RGB image, and the seed of what is random, to what the model sees.
+    """Transform an RGB image to the model's input; a seed decides the random augmentation.
 
     Args:
         preprocess: open_clip's preprocessing, as a dict.
-        augment: "none", "crop", or "auto" (a random crop, changed by AutoAugment).
+        augment: "none", "crop", or "auto" (a random crop, then AutoAugment).
         decoder: "pillow" or "fast", as in `make_pixels`.
     """
 
     def __init__(self, preprocess: dict, *, augment: str = "none", decoder: str = "pillow"):
         self._resize = evaluation_transform(preprocess, decoder)
         self._crop = None if augment == "none" else CropTransform(preprocess, decoder)
-        self._change = _SeededAutoAugment() if augment == "auto" else None
+        self._augment = _SeededAutoAugment() if augment == "auto" else None
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """uint8 (3, height, width)."""
         if self._crop is None:
             return self._resize(image)
         crop = self._crop(image, int(seed))
-        return self._change(crop, seed) if self._change else crop
+        return self._augment(crop, seed) if self._augment else crop
 
 
 class _DecodedPixels:
@@ -142,8 +142,8 @@ class _DecodedPixels:
         return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 
-def choose_num_workers(asked: int | None, pixels: Pixels, device: torch.device) -> int:
-    """`asked`, or what suits the images and the device: none where the images are in memory already."""
-    if asked is not None:
-        return asked
+def choose_num_workers(requested: int | None, pixels: Pixels, device: torch.device) -> int:
+    """Return the number of workers: `requested` if given, 0 for images in memory, else the device's default."""
+    if requested is not None:
+        return requested
     return 0 if pixels.in_memory else usual_num_workers(device)

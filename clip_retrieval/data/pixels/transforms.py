@@ -1,11 +1,11 @@
-"""From an image to what the model sees.
+"""Resize and crop images for the model.
 
-open_clip's own evaluation transform is the reference. Its resizing and cropping run where the image is loaded; the
-pixels travel as uint8, and are scaled and normalised on the device.
+open_clip's own evaluation transform is the reference. Its resizing and cropping run in the process that loads an image;
+pixels are transferred as uint8, and scaled and normalised on the device.
 
-Decoder "pillow" resizes as the reference does, bit for bit. Decoder "fast" resizes the same decoded pixels to the same
-sizes with torch's uint8 kernels, whose fixed-point weights differ from Pillow's by one or two grey levels. Both decode
-with Pillow: that is not where the time goes (benchmarks/input.py).
+Decoder "pillow" is bit-identical to the reference. "fast" resizes the same decoded pixels to the same sizes with
+torch's uint8 kernels, whose fixed-point weights cause differences of one or two grey levels. Both decode with Pillow,
+because decoding is not the bottleneck (benchmarks/input.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from clip_retrieval.data.images.decode import shorten_middle
 
 CROP_SCALE = (0.9, 1.0)  # share of the image's area, as in open_clip's training
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
-SPARE = 8 / 7  # short side kept for random crops, in the model's sizes: 256 for 224
+SPARE = 8 / 7  # short side of images for random crops / model size: 256 for 224
 PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
-    """uint8 (3, height, width) of an RGB image or of uint8 (height, width, 3), copied."""
+    """Copy an RGB image or uint8 (height, width, 3) to a tensor: uint8 (3, height, width)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -42,36 +42,36 @@ def resize(
     decoder: str,
     interpolation: InterpolationMode = InterpolationMode.BICUBIC,
 ) -> torch.Tensor:
-    """uint8 (3, *size) of a whole RGB image, or of uint8 (height, width, 3)."""
+    """Resize an RGB image or uint8 (height, width, 3) to `size` (height, width): uint8 (3, *size)."""
     height, width = size
     if decoder == "pillow":
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         return to_tensor(F.resize(image, [height, width], interpolation))
     pixels = to_tensor(image)
-    # Each pass clips, so their order shows. torch's is horizontal, vertical; so is Pillow's, since 13 not for what is
-    # tall in this sense (libImaging/Resample.c).
-    tall = pixels.shape[1] - height > max(2 * (pixels.shape[2] - width), 0)
-    if tall and PILLOW_13:
+    # Each pass clips, so their order matters. torch resizes horizontally, then vertically. Pillow does too, but from
+    # version 13 on it reverses the order for images that are tall in this sense (libImaging/Resample.c).
+    is_tall = pixels.shape[1] - height > max(2 * (pixels.shape[2] - width), 0)
+    if is_tall and PILLOW_13:
         pixels = F.resize(pixels, [height, pixels.shape[2]], interpolation, antialias=True)
     return F.resize(pixels, [height, width], interpolation, antialias=True)
 
 
 def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[[Image.Image], torch.Tensor]:
-    """The resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width)."""
+    """Make the resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width)."""
     reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     steps = [step for step in reference.transforms if not isinstance(step, (MaybeToTensor, Normalize))]
-    if preprocess.get("resize_mode") == "longest":  # the short side would become less than a pixel
+    if preprocess.get("resize_mode") == "longest":  # otherwise the short side may become less than a pixel
         steps.insert(0, partial(shorten_middle, longest=min(model_size(preprocess))))
     if decoder == "pillow":
         return Compose([*steps, to_tensor])
-    # The reference's steps after resizing, cropping and padding, take tensors as well.
+    # The steps after resizing (cropping, padding) also take tensors.
     resize = next(i for i, step in enumerate(steps) if isinstance(step, (Resize, ResizeKeepRatio)))
     return Compose([*steps[:resize], partial(_resize_transform, step=steps[resize]), *steps[resize + 1 :]])
 
 
 def _resize_transform(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Tensor:
-    """uint8 (3, height, width), resized to the size that this step of the reference gives the image."""
+    """Resize an image to the size that this step of the reference would give: uint8 (3, height, width)."""
     if isinstance(step, ResizeKeepRatio):
         size = step.get_params(image, step.size, step.longest)
     elif isinstance(step.size, int):
@@ -83,9 +83,9 @@ def _resize_transform(image: Image.Image, step: Resize | ResizeKeepRatio) -> tor
 
 
 class CropTransform:
-    """A random crop of 90 to 100 % of the image, brought to the model's size. No flip: captions say left and right.
+    """A random crop of 90 to 100 % of the image, resized to the model's size. No flip: captions name left and right.
 
-    The regions are those of torchvision's RandomResizedCrop, whose own drawing takes longer than resizing them.
+    The regions have the distribution of torchvision's RandomResizedCrop, whose sampling is slower than the resizing.
     """
 
     def __init__(self, preprocess: dict, decoder: str = "pillow"):
@@ -94,13 +94,13 @@ class CropTransform:
         self.interpolation = interpolation_mode(preprocess)
 
     def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
-        """uint8 (3, height, width). The same seed gives the same crop, in whatever process."""
+        """Crop and resize: uint8 (3, height, width). The same seed gives the same crop in every process."""
         left, top, right, bottom = crop_region(image.width, image.height, seed)
         return resize(image.crop((left, top, right, bottom)), self.size, self.decoder, self.interpolation)
 
 
 def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random crop of an image of this size."""
+    """Draw a random crop of an image of this size: (left, top, right, bottom)."""
     draw = random.Random(seed)
     for _ in range(10):
         area = width * height * draw.uniform(*CROP_SCALE)
@@ -109,7 +109,7 @@ def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]
         if 0 < w <= width and 0 < h <= height:
             left, top = draw.randrange(width - w + 1), draw.randrange(height - h + 1)
             return left, top, left + w, top + h
-    # None fits: the largest central one of a ratio that is allowed.
+    # None fits: the largest central region with an allowed ratio.
     ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     left, top = (width - w) // 2, (height - h) // 2
@@ -117,19 +117,19 @@ def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]
 
 
 def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]:
-    """(height, width) at which an image is kept to take random crops from: never enlarged, the aspect kept."""
+    """(height, width) of an image that is stored for random crops: never enlarged, with the same aspect ratio."""
     short = min(width, height)
-    kept = min(short, math.ceil(max(model_size(preprocess)) * SPARE))
-    return round(height * kept / short), round(width * kept / short)
+    stored = min(short, math.ceil(max(model_size(preprocess)) * SPARE))
+    return round(height * stored / short), round(width * stored / short)
 
 
 def interpolation_mode(preprocess: dict) -> InterpolationMode:
-    """The model's way of resizing; open_clip's "random" is bicubic here."""
+    """The model's interpolation; open_clip's "random" is bicubic here."""
     is_bilinear = PreprocessCfg(**preprocess).interpolation == "bilinear"
     return InterpolationMode.BILINEAR if is_bilinear else InterpolationMode.BICUBIC
 
 
 def model_size(preprocess: dict) -> tuple[int, int]:
-    """(height, width) of what the model sees."""
+    """(height, width) of the model's input."""
     size = preprocess["size"]
     return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -1,4 +1,4 @@
-"""The cache: the same pixels as without it, whoever builds it, however often it is interrupted."""
+"""The cache: the same pixels as without it, also after concurrent and interrupted builds."""
 
 import errno
 import logging
@@ -35,7 +35,7 @@ def images(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(IMAGES):
         Image.fromarray(smooth(17 + 3 * i, 60 - 2 * i, i)).save(tmp_path / "images" / f"{i}.jpg")
-    return Counted([str(tmp_path / "images" / f"{i}.jpg") for i in range(IMAGES)])
+    return CountingImages([str(tmp_path / "images" / f"{i}.jpg") for i in range(IMAGES)])
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """said() is what was logged since it was last called."""
+def logged(caplog, monkeypatch):
+    """logged() returns the messages logged since its last call."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, "clip_retrieval")
 
@@ -57,8 +57,8 @@ def said(caplog, monkeypatch):
     return lines
 
 
-class Counted(ImageFiles):
-    """Notes each image that is decoded, by whatever process, in a file; may wait, or kill its process, at one."""
+class CountingImages(ImageFiles):
+    """Records each decoded image, of all processes, in a file; kills its process at image `kill_at`."""
 
     kill_at = None
 
@@ -70,7 +70,7 @@ class Counted(ImageFiles):
         return super().__getitem__(index)
 
     def decoded(self):
-        """The images that were decoded since this was last asked."""
+        """The images decoded since the last call."""
         path = Path(self.paths[0] + ".decoded")
         indices = [int(line) for line in path.read_text().split()] if path.exists() else []
         path.unlink(missing_ok=True)
@@ -97,13 +97,13 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [16, (16, 24)])
-def test_pixels_are_those_without_a_cache(images, folder, decoder, mode, size):
+def test_pixels_equal_those_without_a_cache(images, folder, decoder, mode, size):
     settings = {"resize_mode": mode, "size": size}
     cached = build(images, folder, decoder=decoder, **settings)
     expected = all_of(make_pixels(images, small_preprocess() | settings, decoder=decoder))
@@ -112,13 +112,13 @@ def test_pixels_are_those_without_a_cache(images, folder, decoder, mode, size):
     assert all(torch.equal(cached(i), expected[i]) for i in range(IMAGES))
 
 
-def test_workers_change_nothing(images, folder, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 5)
-    alone, helped = build(images, folder / "a"), build(images, folder / "b", num_workers=2)
-    assert torch.equal(all_of(alone), all_of(helped))
+def test_workers_do_not_change_the_pixels(images, folder, monkeypatch):
+    monkeypatch.setattr(cache, "IMAGES_PER_REQUEST", 5)
+    single, parallel = build(images, folder / "a"), build(images, folder / "b", num_workers=2)
+    assert torch.equal(all_of(single), all_of(parallel))
 
 
-def test_what_is_read_may_be_written_to(images, folder):
+def test_returned_pixels_are_writable_copies(images, folder):
     cached = build(images, folder)
     before = all_of(cached)
     cached(0).zero_()
@@ -127,7 +127,7 @@ def test_what_is_read_may_be_written_to(images, folder):
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_another_process_opens_the_file_by_itself(images, folder, augment):
+def test_unpickled_cache_opens_the_file_itself(images, folder, augment):
     cached = build(images, folder, augment=augment)
     pickled = pickle.dumps(cached)
     assert len(pickled) < 2000
@@ -135,7 +135,7 @@ def test_another_process_opens_the_file_by_itself(images, folder, augment):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_crops_of_images_that_need_no_shrinking_are_those_without_a_cache(images, folder, decoder):
+def test_crops_of_small_images_equal_those_without_a_cache(images, folder, decoder):
     settings = {"size": 64, "augment": "crop", "decoder": decoder}
     uncached = make_pixels(images, small_preprocess(64), augment="crop", decoder=decoder)
     assert torch.equal(all_of(build(images, folder, **settings)), all_of(uncached))
@@ -143,9 +143,9 @@ def test_crops_of_images_that_need_no_shrinking_are_those_without_a_cache(images
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("shape", [(480, 640), (640, 480), (300, 310), (100, 900)])
-def test_crops_come_from_the_same_region_of_a_smaller_image(tmp_path, folder, decoder, shape):
+def test_crops_of_shrunk_images_have_the_same_region(tmp_path, folder, decoder, shape):
     across, down = np.meshgrid(np.linspace(0, 255, shape[1]), np.linspace(0, 255, shape[0]))
-    place = np.stack([across, down, 0 * down], axis=-1).round().astype(np.uint8)  # each pixel says where it is
+    place = np.stack([across, down, 0 * down], axis=-1).round().astype(np.uint8)  # each pixel encodes its position
     Image.fromarray(place).save(tmp_path / "place.png")
     images = ImageFiles([str(tmp_path / "place.png")])
     cached = build(images, folder, augment="crop", decoder=decoder, size=56)
@@ -158,37 +158,37 @@ def test_crops_come_from_the_same_region_of_a_smaller_image(tmp_path, folder, de
         assert difference(cached(0, seed), uncached(0, seed)) <= a_pixel
 
 
-def test_crops_leave_work_for_other_processes(images, folder):
+def test_crops_need_worker_processes(images, folder):
     assert not build(images, folder, augment="crop").in_memory
 
 
-# When it is built
+# Building
 
 
-def test_a_second_run_decodes_nothing(images, folder, said):
+def test_second_run_decodes_nothing(images, folder, logged):
     built = build(images, folder)
     assert images.decoded() == list(range(IMAGES))
     path = next(folder.iterdir())
     assert path.name.startswith("test_train_") and path.suffix == ".pixels" and names(folder) == [path.name]
-    assert said() == [
+    assert logged() == [
         f"image cache: building {path}: {IMAGES} images, 0.00 GB",
         f"image cache: {path} ({IMAGES} images, 0.00 GB)",
     ]
     again = build(images, folder)
-    assert images.decoded() == [] and said() == [f"image cache: {path} ({IMAGES} images, 0.00 GB)"]
+    assert images.decoded() == [] and logged() == [f"image cache: {path} ({IMAGES} images, 0.00 GB)"]
     assert torch.equal(all_of(again), all_of(built))
 
 
-def test_its_size_is_said_beforehand(images, folder, said, monkeypatch):
-    monkeypatch.setattr(cache, "_gb", lambda size: f"{size} bytes")
+def test_size_is_logged_before_building(images, folder, logged, monkeypatch):
+    monkeypatch.setattr(cache, "_format_gb", lambda size: f"{size} bytes")
     build(images, folder)
-    assert f"{IMAGES * 3 * 16 * 16} bytes" in said()[0]
+    assert f"{IMAGES * 3 * 16 * 16} bytes" in logged()[0]
     build(images, folder, augment="crop")
-    before, after = (int(line.split()[-2].lstrip("(")) for line in said())
-    assert after == pytest.approx(before, abs=1000)  # the records, and here all images are in the sample
+    before, after = (int(line.split()[-2].lstrip("(")) for line in logged())
+    assert after == pytest.approx(before, abs=1000)  # differs by the records only: all images are in the sample
 
 
-def test_different_preprocessings_decoders_and_kinds_stand_side_by_side(images, folder):
+def test_each_preprocessing_and_decoder_has_its_own_file(images, folder):
     kinds = [
         {"size": 16},
         {"size": 18},
@@ -204,21 +204,21 @@ def test_different_preprocessings_decoders_and_kinds_stand_side_by_side(images, 
         assert torch.equal(all_of(build(images, folder, **kind)), pixels)
     assert images.decoded() == []
     build(images, folder, mean=[0.5] * 3, std=[0.5] * 3)
-    assert images.decoded() == []  # what happens on the device does not matter
+    assert images.decoded() == []  # normalisation happens on the device
 
 
-def test_a_changed_source_is_decoded_again(images, folder, said):
+def test_changed_source_is_decoded_again(images, folder, logged):
     old = all_of(build(images, folder))
-    images.decoded(), said()
+    images.decoded(), logged()
     Image.fromarray(smooth(40, 40, 99)).save(images.paths[5])
     new = all_of(build(images, folder))
     assert images.decoded() == list(range(IMAGES)) and len(names(folder)) == 1
-    assert "1 images have changed" in said()[0]
+    assert "1 images have changed" in logged()[0]
     assert torch.equal(new, all_of(make_pixels(images, small_preprocess())))
     assert not torch.equal(new[5], old[5])
 
 
-def test_a_source_that_changed_without_changing_its_size_is_noticed(images, folder):
+def test_changed_source_of_the_same_size_is_decoded_again(images, folder):
     build(images, folder)
     images.decoded()
     stat = Path(images.paths[5]).stat()
@@ -227,27 +227,27 @@ def test_a_source_that_changed_without_changing_its_size_is_noticed(images, fold
     assert images.decoded() == list(range(IMAGES))
 
 
-def test_another_list_of_images_has_a_file_of_its_own(images, folder):
+def test_another_list_of_images_has_its_own_file(images, folder):
     build(images, folder)
     build(ImageFiles(images.paths[::-1]), folder)
     assert len(names(folder)) == 2
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5000])
-def test_a_file_that_is_not_whole_is_built_anew(images, folder, said, cut):
+def test_truncated_file_is_rebuilt(images, folder, logged, cut):
     pixels = all_of(build(images, folder))
     path = next(folder.iterdir())
     os.truncate(path, path.stat().st_size - cut)
-    images.decoded(), said()
+    images.decoded(), logged()
     assert torch.equal(all_of(build(images, folder)), pixels)
-    assert "is not whole" in said()[0] and len(images.decoded()) == IMAGES
+    assert "is incomplete" in logged()[0] and len(images.decoded()) == IMAGES
 
 
-# Damaged, or hostile
+# Damaged or hostile files
 
 
 def with_end(records, images=None, magic=b"PIXELS01", pixels=0):
-    """A file of so many bytes of pixels, these records, and the number of images that is said."""
+    """A file with `pixels` zero bytes, these records, and an end that gives `images` as their number."""
     end = np.array((len(records) if images is None else images, magic), cache_file._END)
     return bytes(pixels) + np.array(records, cache_file.RECORD).tobytes() + end.tobytes()
 
@@ -270,26 +270,26 @@ DAMAGED = {
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_cache_is_built_anew(images, folder, said, name, augment):
+def test_damaged_cache_is_rebuilt(images, folder, logged, name, augment):
     expected = all_of(build(images, folder / "other", augment=augment))
     build(images, folder, augment=augment)
     path = next(folder.glob("*.pixels"))
     path.write_bytes(DAMAGED[name])
-    said()
+    logged()
     assert torch.equal(all_of(build(images, folder, augment=augment)), expected)
-    assert "is not whole: it is built anew" in said()[0]
+    assert "is incomplete or damaged; rebuilding it" in logged()[0]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
 @pytest.mark.parametrize("field", ["height", "width", "source_height", "source_width"])
-def test_records_of_other_sizes_are_built_anew(images, folder, said, field, augment):
-    """Their sum may be right: two images that changed places, a source that never was."""
+def test_records_of_other_sizes_are_rebuilt(images, folder, logged, field, augment):
+    """The sum of the sizes may be right: swapped images, or invented source sizes."""
     expected = all_of(build(images, folder, augment=augment))
     path = next(folder.glob("*.pixels"))
     content = path.read_bytes()
     records = read_records(path, IMAGES).copy()
     if field.startswith("source") and augment == "none":
-        return  # of no use there
+        return  # not used there
     for sides in ((2, 3), (3, 4)):
         records[field][list(sides)] = records[field][list(sides)][::-1] * 3 - 17
     path.write_bytes(content[: -32 * IMAGES - 16] + records.tobytes() + content[-16:])
@@ -297,8 +297,8 @@ def test_records_of_other_sizes_are_built_anew(images, folder, said, field, augm
 
 
 @pytest.mark.parametrize("suffix", ["journal", "partial"])
-def test_damaged_leftovers_of_a_killed_run_cost_nothing_but_time(images, folder, flushed_often, suffix):
-    killed_at(7, images, folder, "none")
+def test_damaged_files_of_a_killed_run_do_not_change_the_result(images, folder, flush_often, suffix):
+    kill_build_at(7, images, folder, "none")
     expected = all_of(make_pixels(images, small_preprocess()))
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     draw = np.random.default_rng(0)
@@ -310,14 +310,14 @@ def test_damaged_leftovers_of_a_killed_run_cost_nothing_but_time(images, folder,
                 damaged = np.concatenate([damaged] * int(draw.choice([1, 1, 3])))[: draw.integers(1, 3 * len(damaged))]
             path.write_bytes(damaged.tobytes())
         cached = all_of(build(images, folder))
-        if suffix == "journal":  # pixels carry no sums: a bit that flips there is another shade
+        if suffix == "journal":  # pixels have no checksums: a flipped bit changes a shade
             assert torch.equal(cached, expected)
         next(folder.glob("*.pixels")).unlink()
 
 
 @pytest.mark.parametrize("ending", ["", ".partial", ".journal"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "folder"])
-def test_a_link_is_not_followed_and_a_fifo_not_waited_for(images, folder, tmp_path, ending, kind):
+def test_links_are_not_followed_and_fifos_not_waited_for(images, folder, tmp_path, ending, kind):
     expected = all_of(build(images, folder))
     path = next(folder.glob("*.pixels"))
     place = path.with_name(path.name + ending)
@@ -338,7 +338,7 @@ def test_a_link_is_not_followed_and_a_fifo_not_waited_for(images, folder, tmp_pa
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_a_file_that_becomes_shorter_while_it_is_read_is_one_line(images, folder, augment):
+def test_file_truncated_while_reading_is_a_one_line_error(images, folder, augment):
     cached = build(images, folder, augment=augment)
     path = next(folder.iterdir())
     all_of(cached)
@@ -349,7 +349,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_one_line(images, folder
         pickle.loads(pickle.dumps(cached))
 
 
-def test_names_that_are_not_utf8_have_a_cache_too(tmp_path, folder):
+def test_names_that_are_not_utf8_have_a_cache(tmp_path, folder):
     names = [f"caf\udce9{number}\n.png" for number in range(3)]
     for number, name in enumerate(names):
         Image.fromarray(smooth(20, 20, number)).save(tmp_path / "a.png")
@@ -357,21 +357,21 @@ def test_names_that_are_not_utf8_have_a_cache_too(tmp_path, folder):
     images = ImageFiles([f"{tmp_path}/{name}" for name in names])
     cached = build(images, folder)
     assert torch.equal(cached(2), make_pixels(images, small_preprocess())(2))
-    lone = ImageFiles([f"{tmp_path}/\ud83d.png"])
+    surrogate = ImageFiles([f"{tmp_path}/\ud83d.png"])
     with pytest.raises(UserError, match="not a readable image"):
-        build(lone, folder)
+        build(surrogate, folder)
 
 
-# Interrupted, or shared
+# Interrupted or concurrent builds
 
 
 @pytest.fixture
-def flushed_often(monkeypatch):
+def flush_often(monkeypatch):
     monkeypatch.setattr(cache_file, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(cache, "PART", 1)
+    monkeypatch.setattr(cache, "IMAGES_PER_REQUEST", 1)
 
 
-def killed_at(index, images, folder, augment):
+def kill_build_at(index, images, folder, augment):
     images.kill_at = index
     process = fork.Process(target=build, args=(images, folder), kwargs={"augment": augment})
     process.start()
@@ -382,26 +382,26 @@ def killed_at(index, images, folder, augment):
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_a_killed_run_is_gone_on_with(images, folder, said, flushed_often, augment, monkeypatch):
+def test_next_run_resumes_a_killed_build(images, folder, logged, flush_often, augment, monkeypatch):
     monkeypatch.setattr(cache, "SAMPLE", 1)
-    killed_at(7, images, folder, augment)
+    kill_build_at(7, images, folder, augment)
     assert [name.rpartition(".")[2] for name in names(folder)] == ["journal", "partial"]
     cached = build(images, folder, augment=augment)
     sampled = [0] if augment == "crop" else []
     assert images.decoded() == sampled + list(range(7, IMAGES)), "seven images were on the disk"
-    assert "7 of them are there" in said()[0]
+    assert "7 of them are done" in logged()[0]
     assert torch.equal(all_of(cached), all_of(build(images, folder / "whole", augment=augment)))
     assert [name.rpartition(".")[2] for name in names(folder)] == ["pixels", "whole"]
 
 
-ONE = 3 * 16 * 16
+IMAGE_BYTES = 3 * 16 * 16
 
 
 @pytest.mark.parametrize(
     ("suffix", "change", "kept"),
     [
         ("partial", lambda data: data + b"half an image", 7),
-        ("partial", lambda data: data[: 5 * ONE + 30], 5),
+        ("partial", lambda data: data[: 5 * IMAGE_BYTES + 30], 5),
         ("partial", lambda data: b"", 0),
         ("journal", lambda data: data + data[:9], 7),
         ("journal", lambda data: data[: 4 * 32 + 31], 4),
@@ -409,8 +409,8 @@ ONE = 3 * 16 * 16
         ("journal", lambda data: data[: 3 * 32] + bytes(4 * 32), 3),
     ],
 )
-def test_what_is_half_written_is_not_taken_for_whole(images, folder, flushed_often, suffix, change, kept):
-    killed_at(7, images, folder, "none")
+def test_half_written_images_are_not_kept(images, folder, flush_often, suffix, change, kept):
+    kill_build_at(7, images, folder, "none")
     path = next(folder.glob(f"*.{suffix}"))
     path.write_bytes(change(path.read_bytes()))
     cached = build(images, folder)
@@ -418,15 +418,15 @@ def test_what_is_half_written_is_not_taken_for_whole(images, folder, flushed_oft
     assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
 
 
-def test_a_source_that_changed_since_an_interrupted_run_is_decoded_again(images, folder, flushed_often):
-    killed_at(7, images, folder, "none")
+def test_source_changed_after_an_interrupted_build_is_decoded_again(images, folder, flush_often):
+    kill_build_at(7, images, folder, "none")
     Image.fromarray(smooth(40, 40, 99)).save(images.paths[4])
     cached = build(images, folder)
     assert images.decoded() == list(range(4, IMAGES))
     assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
 
 
-def test_two_runs_build_one_file(images, folder, said):
+def test_two_runs_build_one_file_together(images, folder, logged):
     started, results = fork.Barrier(2), fork.Queue()
 
     def run():
@@ -445,14 +445,14 @@ def test_two_runs_build_one_file(images, folder, said):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_waits_for_the_one_that_builds_and_goes_on_if_that_dies(images, folder, said, flushed_often, killed):
-    at_seven, go_on = fork.Event(), fork.Event()
+def test_run_waits_for_a_build_and_resumes_it_if_killed(images, folder, logged, flush_often, killed):
+    at_seven, resume = fork.Event(), fork.Event()
 
-    class Slow(Counted):
+    class Slow(CountingImages):
         def __getitem__(self, index):
             if index == 7:
                 at_seven.set()
-                go_on.wait()
+                resume.wait()
             return super().__getitem__(index)
 
     first = fork.Process(target=build, args=(Slow(images.paths), folder))
@@ -461,21 +461,21 @@ def test_a_run_waits_for_the_one_that_builds_and_goes_on_if_that_dies(images, fo
     images.decoded()
 
     def let_go():
-        os.kill(first.pid, signal.SIGKILL) if killed else go_on.set()
+        os.kill(first.pid, signal.SIGKILL) if killed else resume.set()
 
-    log.addHandler(handler := OnMessage("another run builds", let_go))
+    log.addHandler(handler := OnMessage("another run is building", let_go))
     try:
         cached = build(images, folder)
     finally:
         log.removeHandler(handler)
     first.join()
-    assert "waiting for it" in said()[0]
+    assert "waiting for it" in logged()[0]
     assert images.decoded() == list(range(7, IMAGES))
     assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
 
 
 class OnMessage(logging.Handler):
-    """Calls `react` once the log says `text`."""
+    """Calls `react` on each message that contains `text`."""
 
     def __init__(self, text, react):
         super().__init__()
@@ -486,11 +486,11 @@ class OnMessage(logging.Handler):
             self.react()
 
 
-# What goes wrong
+# Errors
 
 
-def test_a_broken_image_is_named_and_what_was_decoded_is_kept(images, folder, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 2)
+def test_damaged_image_is_named_and_decoded_ones_are_kept(images, folder, monkeypatch):
+    monkeypatch.setattr(cache, "IMAGES_PER_REQUEST", 2)
     path = Path(images.paths[8])
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
@@ -504,15 +504,15 @@ def test_a_broken_image_is_named_and_what_was_decoded_is_kept(images, folder, mo
     assert torch.equal(all_of(cached), all_of(make_pixels(images, small_preprocess())))
 
 
-def test_a_missing_image_is_named(images, folder):
+def test_missing_image_is_named(images, folder):
     Path(images.paths[3]).unlink()
     with pytest.raises(UserError, match=f"{images.paths[3]}: no such image"):
         build(images, folder)
 
 
-def test_a_file_that_cannot_grow_keeps_what_is_there(images, folder, flushed_often):
+def test_full_disk_keeps_the_finished_images(images, folder, flush_often):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * ONE + 100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * IMAGE_BYTES + 100, limits[1]))
     try:
         with pytest.raises(RunError, match=r"File too large; 6 of its 12 images are kept") as error:
             build(images, folder)
@@ -526,23 +526,23 @@ def test_a_file_that_cannot_grow_keeps_what_is_there(images, folder, flushed_oft
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(images, folder, monkeypatch, augment):
+def test_too_small_disk_is_refused_before_writing(images, folder, monkeypatch, augment):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
-    with pytest.raises(UserError, match=r"--image_cache .* are needed and 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"--image_cache .*: needs .*, and 0.00 GB are free"):
         build(images, folder, augment=augment)
     assert names(folder) == []
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_folder_that_cannot_be_written_is_named(images, tmp_path, place):
+def test_unwritable_folder_is_named(images, tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"--image_cache {tmp_path / place}: cannot be used"):
         build(images, tmp_path / place)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_named_unless_the_cache_is_there(images, folder):
+def test_read_only_folder_is_named_unless_the_cache_exists(images, folder):
     build(images, folder)
     folder.chmod(0o555)
     assert len(build(images, folder)) == IMAGES
@@ -550,7 +550,7 @@ def test_a_folder_without_permission_is_named_unless_the_cache_is_there(images, 
         build(images, folder, decoder="fast")
 
 
-def test_a_file_system_without_locks_is_refused(images, folder, monkeypatch):
+def test_file_system_without_locks_is_refused(images, folder, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,4 +1,4 @@
-"""Pixels: the reference's with one decoder, one or two grey levels from them with the other."""
+"""Pixels: the reference's with decoder "pillow", within two grey levels of them with "fast"."""
 
 import pickle
 
@@ -22,11 +22,11 @@ SETTINGS = [
     for interpolation in ("bicubic", "bilinear", "random")
     for size, fill in ((16, 0), ((16, 24), 7))
 ]
-SIZES = [(20, 26), (61, 43), (16, 16), (9, 70), (5, 4), (40, 17)]  # of images: larger, smaller and as the model sees
+SIZES = [(20, 26), (61, 43), (16, 16), (9, 70), (5, 4), (40, 17)]  # of images: larger, smaller and equal to the model's
 
 
 def smooth(height, width, seed=0):
-    """An image without the noise that no photograph has: uint8 (height, width, 3)."""
+    """A smooth image, like a photograph: uint8 (height, width, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -45,7 +45,7 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_pillow_gives_what_open_clip_gives(images, settings):
+def test_pillow_equals_open_clip(images, settings):
     config = PreprocessCfg(**small_preprocess() | settings | {"mean": (0, 0, 0), "std": (1, 1, 1)})
     reference = image_transform_v2(config, is_train=False)
     pixels = make_pixels(images, small_preprocess() | settings)
@@ -55,7 +55,7 @@ def test_pillow_gives_what_open_clip_gives(images, settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_fast_follows_open_clip_in_sizes_and_places(images, settings):
+def test_fast_equals_open_clip_up_to_two_grey_levels(images, settings):
     reference = make_pixels(images, small_preprocess() | settings)
     fast = make_pixels(images, small_preprocess() | settings, decoder="fast")
     for i in range(len(images)):
@@ -64,8 +64,8 @@ def test_fast_follows_open_clip_in_sizes_and_places(images, settings):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(300, 41), (200, 90), (90, 200), (60, 61), (41, 300), (30, 100), (100, 30), (20, 20)])
-def test_fast_resizes_first_along_the_side_that_pillow_does(size, interpolation):
-    # What the first pass clips, the second does not see: with the passes exchanged, noise differs by 20 levels.
+def test_fast_resizes_in_the_order_of_pillow(size, interpolation):
+    # The first pass clips its result: with the passes swapped, noise differs by 20 levels.
     noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (1, *size, 3))
     settings = small_preprocess(40) | {"resize_mode": "squash", "interpolation": interpolation}
     reference, fast = (make_pixels(ImageArray(noise, "noise"), settings, decoder=decoder) for decoder in DECODERS)
@@ -73,7 +73,7 @@ def test_fast_resizes_first_along_the_side_that_pillow_does(size, interpolation)
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_fast_is_two_grey_levels_from_the_reference_on_photographs(real_data, augment):
+def test_fast_is_within_two_grey_levels_on_photographs(real_data, augment):
     paths = sorted((real_data / "coco_mini" / "images").rglob("*.jpg"))[:40]
     images, preprocess = ImageFiles([str(path) for path in paths]), small_preprocess(112)
     reference, fast = (
@@ -104,7 +104,7 @@ def test_every_format_is_decoded_as_pillow_converts_it(tmp_path, mode, suffix, d
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.99])
-def test_a_truncated_image_is_the_same_error_with_both(tmp_path, share):
+def test_truncated_image_is_the_same_error_with_both_decoders(tmp_path, share):
     path = tmp_path / "broken.jpg"
     Image.effect_noise((64, 64), 60).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
@@ -132,7 +132,7 @@ def test_images_in_memory_need_no_workers(images, decoder):
 
 @pytest.mark.parametrize("size", [16, (16, 24)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_a_crop_is_its_region_resized(images, size, interpolation):
+def test_crop_is_its_region_resized(images, size, interpolation):
     height, width = (16, 16) if size == 16 else size
     settings = small_preprocess(size) | {"interpolation": interpolation}
     pixels = make_pixels(images, settings, augment="crop")
@@ -144,7 +144,7 @@ def test_a_crop_is_its_region_resized(images, size, interpolation):
         assert difference(fast(i, seed=i), pixels(i, seed=i)) <= 2
 
 
-def test_a_crop_region_has_the_area_and_the_shape_that_torchvision_gives_it():
+def test_crop_regions_have_torchvisions_distribution():
     regions = [crop_region(200, 190, seed) for seed in range(500)]
     assert regions == [crop_region(200, 190, seed) for seed in range(500)] and len(set(regions)) > 400
     left, top, right, bottom = np.array(regions).T
@@ -164,14 +164,14 @@ def test_a_crop_region_has_the_area_and_the_shape_that_torchvision_gives_it():
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 100), (100, 1000), (301, 17), (1, 1), (1, 90)])
-def test_an_image_that_no_crop_fits_is_cut_at_the_centre_as_torchvision_does(width, height):
+def test_image_without_a_fitting_crop_is_cropped_like_torchvision(width, height):
     top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3))
     assert crop_region(width, height, seed=0) == (left, top, left + w, top + h)
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_batch_is_its_images_here_and_in_a_process_of_its_own(images, augment, decoder):
+def test_batch_equals_its_images_also_after_pickling(images, augment, decoder):
     pixels = make_pixels(images, small_preprocess(), augment=augment, decoder=decoder)
     indices, seeds = [4, 0, 4], [1, 2**62, 5]
     expected = torch.stack([pixels(i, seed) for i, seed in zip(indices, seeds)])
@@ -180,7 +180,7 @@ def test_a_batch_is_its_images_here_and_in_a_process_of_its_own(images, augment,
     assert torch.equal(expected[0], expected[2]) == (augment == "none")
 
 
-def test_autoaugment_changes_a_crop_the_same_way_for_the_same_seed(images):
+def test_autoaugment_depends_only_on_the_seed(images):
     crops = make_pixels(images, small_preprocess(), augment="crop")
     changed = AutoAugmented(crops)
     first = changed.batch([0, 1, 2], [5, 6, 7])
