@@ -186,14 +186,14 @@ def test_names_that_no_image_can_have(tmp_path, name, layout):
         "karpathy": {"images": [{"filename": name, "split": "train", "sentences": [{"raw": "a dog"}]}]},
     }[layout]
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 of the 1 images are not there"):
+    with pytest.raises(UserError, match="1 of the 1 images are missing"):
         read(DataOptions(dataset=layout, annotations=str(tmp_path / "a.json"), image_dir=str(tmp_path)))
 
 
 def test_folder_loops_hold_no_images(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.csv").write_text("image,caption\nloop/a.jpg,a dog\na.csv/b.jpg,a cat\n")
-    with pytest.raises(UserError, match="2 of the 2 images are not there"):
+    with pytest.raises(UserError, match="2 of the 2 images are missing"):
         read(DataOptions(dataset="csv", annotations=str(tmp_path / "a.csv")))
 
 

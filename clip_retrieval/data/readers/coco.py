@@ -26,7 +26,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import annotations, karpathy
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json
@@ -216,7 +216,7 @@ def _dataset(options: DataOptions, split: str, parts: list[tuple[str, Captions, 
     image_ids = np.concatenate([captions.image_ids[rows] for _, captions, rows in parts]).tolist()
     pairs = np.stack([[images[image_id] for image_id in image_ids], np.arange(len(texts))], axis=1)
     source = " and ".join(dict.fromkeys(captions.source for _, captions, _ in parts))
-    found = image_files(_places(options, names, names_2014, names_2017), source)
+    found = find_image_files(_places(options, names, names_2014, names_2017), source)
     return RetrievalDataset(options.dataset, split, found, texts, pairs)
 
 
@@ -247,5 +247,5 @@ def _without_splits(options: DataOptions, split: str, captions: Captions) -> Ret
     indices = {image_id: i for i, image_id in enumerate(captions.names)}
     pairs = np.array([(indices[image_id], i) for i, image_id in enumerate(captions.image_ids.tolist())])
     names = list(captions.names.values())
-    images = image_files([(folder, names) for folder in _folders(options)], captions.source)
+    images = find_image_files([(folder, names) for folder in _folders(options)], captions.source)
     return RetrievalDataset(options.dataset, UNSPLIT, images, captions.texts, pairs)

@@ -20,7 +20,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import annotations
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_text
@@ -55,7 +55,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         captions.setdefault((image, row.caption), len(captions))
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
     folder = Path(options.image_dir) if options.image_dir else path.parent
-    found = image_files([(folder, list(images))], path)
+    found = find_image_files([(folder, list(images))], path)
     return RetrievalDataset(
         options.dataset, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )

@@ -25,7 +25,7 @@ from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.images.arrow_columns import ArrowImages, Contents, is_saved_dataset, is_text, open_columns
 from clip_retrieval.data.images.duplicates import merge_duplicates
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import check_root, read_json
@@ -155,5 +155,5 @@ def _images(
 ) -> Images:
     if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
         places = options.image_dir or folder
-        return image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
+        return find_image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
     return ArrowImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)

@@ -23,7 +23,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import annotations, csv_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json, read_text
@@ -85,7 +85,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
-    images = image_files(_places(options, path, chosen), path)
+    images = find_image_files(_places(options, path, chosen), path)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
     return RetrievalDataset(options.dataset, split, images, chosen.texts, pairs)
 

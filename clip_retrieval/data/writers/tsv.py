@@ -1,4 +1,4 @@
-"""Any data set, written as Chinese-CLIP's `{split}_imgs.tsv` and `{split}_texts.jsonl`."""
+"""Export of any data set to Chinese-CLIP's `{split}_imgs.tsv` and `{split}_texts.jsonl`."""
 
 from __future__ import annotations
 
@@ -29,48 +29,46 @@ def export(options: DataOptions, output: Path, splits: Sequence[str] = (), ids: 
 def export_each(
     options: DataOptions, output: Path, splits: Sequence[str], write: Callable[[RetrievalDataset, str], None]
 ) -> None:
-    """Write the splits of a data set to `output`; without `splits`, those that it has, as train, valid and test.
-
-    A data set that has no splits is written as train, or as whatever it is asked for as.
+    """Write the splits of a data set to `output`.
 
     Args:
         options: the data set.
-        output: folder that they are written to; made if need be.
-        splits: what they are called there.
-        write: writes one split under a name.
+        output: the folder to write to; created if it is missing.
+        splits: names of the splits, in the data set and in the files; by default train, valid and test as far as they
+            exist. A data set without splits is written as train, or under the given names.
+        write: function that writes one split under a name.
 
     Raises:
-        UserError: there is no such split, an image cannot be read, or the folder cannot be written.
+        UserError: a split is missing, an image cannot be read, or the folder cannot be written.
     """
     for name in splits:
         if name not in SPLITS:
             raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
     limit_image_pixels(options.max_image_pixels)
-    written = 0
+    count = 0
     for name in splits or CHINESE_CLIP_SPLITS:
         dataset = read_dataset(options, SPLITS[name])
         if dataset is None:
             if splits:
-                raise UserError(f"{options.name} in {options.place} has no {name} split; take it out of --splits")
+                raise UserError(f"{options.name} in {options.place} has no {name} split; remove it from --splits")
             continue
         try:
             output.mkdir(parents=True, exist_ok=True)
             write(dataset, name)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
-        written += 1
+        count += 1
         if not splits and dataset.split == UNSPLIT:
             break
-    if not written:
+    if not count:
         raise UserError(f"{options.name} in {options.place} has no split; give other data")
 
 
 def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = "number") -> None:
     """Write `output`/{name}_imgs.tsv and {name}_texts.jsonl.
 
-    Images are the bytes of their files, not encoded again; pictures that are no files become PNG. Each has the id that
-    the data set gives it; else its number in the split, or with ids "name" the name of its file without the ending.
-    Texts have the data set's ids, or their numbers.
+    Images keep the bytes of their files; images without a file become PNG. Ids are those of the data set; if it has
+    none, texts get their number in the split, images too, or with ids="name" the name of the file without its ending.
     """
     image_ids = _image_ids(dataset, ids)
     images: list[list[int | str]] = [[] for _ in dataset.captions]
@@ -88,7 +86,7 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
 
 
 def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
-    """The ids to write. Raises UserError if two images have the same."""
+    """Return the ids to write. Raises UserError if two images have the same one."""
     images = dataset.images
     if dataset.image_ids is None and ids == "number":
         return range(len(images))
@@ -104,12 +102,12 @@ def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
 
 
 def _tsv_id(image_id: int | str) -> str:
-    """The id as a tsv can hold it: without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
+    """Return the id without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
     return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
 
 
 def read_image_bytes(images: Images, index: int) -> bytes:
-    """The bytes of an image's file; a picture that is no file becomes PNG."""
+    """Return the bytes of an image file; an image without a file becomes PNG."""
     if isinstance(images, MixedImages):
         return read_image_bytes(*images.find(index))
     if isinstance(images, EncodedImages):
