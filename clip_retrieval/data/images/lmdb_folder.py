@@ -1,4 +1,4 @@
-"""Readers of Chinese-CLIP's LMDB folders: `imgs` (image id -> base64), `pairs` (number -> image id, text id, text, pickled).
+"""Readers of Chinese-CLIP's LMDB folders: `imgs` (id -> base64) and `pairs` (number -> pickled ids and text).
 
 They use neither liblmdb nor an unpickler: see `lmdb_reader` and `pair_pickle`.
 """

@@ -121,7 +121,7 @@ def _pair_items(texts: Texts, keys: Sequence[str], tsv: Path) -> Iterator[tuple[
     Raises UserError if a text names an image that `keys`, the image ids of `tsv`, lacks.
     """
     number = 0
-    for text, image_id, _ in texts.answers(keys, tsv):
+    for text, image_id, _ in texts.iter_pairs(keys, tsv):
         yield str(number).encode(), pickle.dumps((image_id, text.text_id, text.text), PICKLE_PROTOCOL)
         number += 1
     for row, text in enumerate(text for text in texts.records if not text.image_ids):

@@ -35,10 +35,10 @@ def export_shards(options: DataOptions, output: Path, splits: Sequence[str] = ()
 
 
 def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int) -> dict[str, int]:
-    """Write `output`/{name}-00000.tar and so on; return the number of images in each. Images without a caption are skipped.
+    """Write `output`/{name}-00000.tar and so on; return the number of images in each.
 
-    Images keep the bytes of their files; only a format that shards lack is encoded again. One caption is a .txt,
-    several are a list in a .json.
+    Images without a caption are skipped. Images keep the bytes of their files; only a format that shards lack is
+    encoded again. One caption is a .txt, several are a list in a .json.
     """
     if existing := next(output.glob(f"{name}-*.tar"), None):
         raise UserError(f"--output {output}: holds {existing.name} already; delete it, or choose another folder")

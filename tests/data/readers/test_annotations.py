@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from clip_retrieval.data.readers import annotations
+from tests.conftest import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "write_annotations.py"
+SCRIPT = ROOT / "scripts" / "write_annotations.py"
 
 
 def test_coco_lists():

@@ -356,7 +356,7 @@ GOOD = b"1\t" + ALPHABETS["standard"](photo(1)) + b"\n"
     [
         (
             GOOD + b"2\tAAAA3\tBBBB\n",
-            "line 2: several records are glued together (a line break is missing after image 2",
+            "line 2: holds several records (a line break is missing after image 2",
         ),
         (GOOD + b"\n2 AAAA\n", "line 3: not an image id, a tab and base64"),
         (GOOD + b"\tAAAA\n", "line 2: the image has no id"),
@@ -393,7 +393,7 @@ LINE = b'{"text_id": 1, "text": "a", "image_ids": [1]}'
         (b'{"text_id": 1, "text": "a", "image_ids": [null]}', 'line 1: "image_ids" is not a list'),
         (b'{"image_id": 1, "text_ids": [1]}', 'line 1: no "text_id"'),
         (LINE + b'\n{"text_id": 2, "text": "b", "image_ids": [1, 77]}', "line 2: there is no image 77 in"),
-        (LINE + b'\n{"text_id": 1, "text": "b"}', "line 2: text 1 is another one on line 1"),
+        (LINE + b'\n{"text_id": 1, "text": "b"}', "line 2: text 1 differs from line 1"),
         (b"", "holds no texts"),
     ],
 )

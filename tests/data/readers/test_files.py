@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from clip_retrieval import files
 from clip_retrieval.data.captions import clean_caption, mend_characters
 from clip_retrieval.data.readers import annotations
 from clip_retrieval.errors import UserError
@@ -72,7 +73,7 @@ def test_gzip_bomb_is_refused_quickly(tmp_path, size):
 
 
 def test_gzip_of_captions_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "BOMB_FROM", 0)
+    monkeypatch.setattr(files, "BOMB_FROM", 0)
     path = tmp_path / "dataset_x.json.gz"
     text = json.dumps([f"a dog on lawn {n}" for n in range(20_000)])
     path.write_bytes(gzip.compress(text.encode()))
@@ -81,7 +82,7 @@ def test_gzip_of_captions_is_no_bomb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_more_than_a_quarter_of_the_memory_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(annotations, "memory_limit", lambda: 4 * 10**6)
+    monkeypatch.setattr(files, "memory_limit", lambda: 4 * 10**6)
     path = tmp_path / name
     for size, allowed in ((10**6, True), (10**6 + 1, False)):
         content = b" " * (size - 2) + b"[]"
@@ -93,7 +94,7 @@ def test_more_than_a_quarter_of_the_memory_is_refused(tmp_path, monkeypatch, nam
 
 
 def test_sparse_file_of_a_terabyte_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "memory_limit", lambda: 2**28)
+    monkeypatch.setattr(files, "memory_limit", lambda: 2**28)
     (tmp_path / "a.json").touch()
     os.truncate(tmp_path / "a.json", 2**40)
     fails(read_json, tmp_path / "a.json", "quarter of the memory")

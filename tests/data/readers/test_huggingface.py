@@ -172,7 +172,7 @@ def test_rows_without_an_image_or_a_caption_are_left_out_and_counted(save, read,
     }
     dataset = read("huggingface", root := save(columns))
     assert dataset.captions == ["b"] and dataset.images.name(0) == f"{root}, row 1"
-    assert "4 of 5 rows are left out: 2 without one image, 2 without a caption" in warned()
+    assert "4 of 5 rows are skipped: 2 without one image, 2 without a caption" in warned()
 
 
 def test_two_images_in_a_row_are_not_one(save, read, warned):

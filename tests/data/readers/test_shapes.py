@@ -25,7 +25,7 @@ def test_sizes_and_five_captions_each(root):
 
 
 def test_no_scene_is_in_two_places():
-    scenes = shapes._scenes()
+    scenes = shapes._make_scenes()
     assert len(scenes) == len(set(scenes)) == 5000
 
 

@@ -63,7 +63,7 @@ def test_samples_without_an_image_or_a_caption_are_left_out_and_said(tmp_path, r
         dataset = read("webdataset", tmp_path, "test")
     assert dataset.captions == ["thing zero", "thing one"] and dataset.image_ids == ["00000", "00001"]
     (said,) = caplog.messages
-    assert "3 of 5 samples are left out" in said and "test.tar, sample no_image: it has no image" in said
+    assert "3 of 5 samples are skipped" in said and "test.tar, sample no_image: it has no image" in said
 
 
 def test_a_key_that_no_json_has_is_one_error_that_names_shard_and_sample(tmp_path, read):

@@ -15,7 +15,7 @@ from clip_retrieval.classification.class_names import read_class_names, read_nam
 from clip_retrieval.config import read_config
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.readers import coco, csv_file, karpathy
-from clip_retrieval.data.readers.huggingface import _split_names
+from clip_retrieval.data.readers.huggingface import _read_split_names
 from clip_retrieval.data.shards.find import known_sizes
 from clip_retrieval.data.writers.tsv import export_split
 from clip_retrieval.errors import UserError, one_line
@@ -201,7 +201,9 @@ def test_sizes_and_splits_of_saved_data(tmp_path):
 
     documents = [*variants({"a.tar": 10, "b.tar": "12"}), {"a.tar": "9" * 5000}, {"a.tar": "²"}]
     is_read_or_refused(written(tmp_path / "sizes.json", sizes), documents)
-    is_read_or_refused(written(tmp_path / "dataset_dict.json", _split_names), variants({"splits": ["train", "test"]}))
+    is_read_or_refused(
+        written(tmp_path / "dataset_dict.json", _read_split_names), variants({"splits": ["train", "test"]})
+    )
 
 
 def test_class_names(tmp_path):
