@@ -119,12 +119,16 @@ def read_tsv(path: Path) -> Iterator[TsvRecord]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, as no image is")
+
+                # parse the line
                 key, tab, content = line.partition(b"\t")
                 begin, end = end + len(key) + 1, end + len(line)
                 if not tab and not line.strip():
                     continue
                 if problem := _find_problem(key, tab, content):
                     raise UserError(f"{path}, line {number}: {problem}")
+
+                # refuse a duplicate id
                 image_id = _decode_key(path, number, key)
                 if (first := line_of.setdefault(image_id, number)) != number:
                     raise UserError(f"{path}, line {number}: image {image_id} is on line {first} already; keep one")

@@ -75,6 +75,7 @@ def find_image_files(places: Iterable[tuple[str | Path, Sequence[str]]], source:
     Raises:
         UserError: an image is missing in all places.
     """
+    # search the places in turn
     listings: dict[str, frozenset[str]] = {}
     searched: list[tuple[str, Sequence[str]]] = []
     paths: list[str] = []
@@ -87,6 +88,8 @@ def find_image_files(places: Iterable[tuple[str | Path, Sequence[str]]], source:
         missing = _find_in_folder(folder, names, listings, paths, missing)
         if not missing:
             return ImageFiles(paths)
+
+    # report the missing images, with the existing folders if there are any
     existing = [(folder, names) for folder, names in searched if Path(folder).is_dir()] or searched
     folder, names = existing[0]
     first = Path(folder, names[missing[0]])

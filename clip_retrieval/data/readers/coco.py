@@ -65,6 +65,7 @@ class Captions:
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the data set has no such split."""
     root = Path(options.dataset_root)
+
     # a single captions file
     if options.annotations:
         path = Path(options.annotations)
@@ -78,7 +79,8 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
             rows, found = captions.find(annotations.read_ids(_find_ids(root, name)))
             parts.append((name, captions, rows[found]))
         return _build_dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
-    # the layouts of a data set folder
+
+    # a data set folder
     check_root(root)
     if not _find_captions_files(root, "val2014") and karpathy.find_json(root, "coco"):
         return karpathy.read(options, split)
@@ -145,6 +147,7 @@ def read_captions(path: Path) -> Captions:
     _check_format(data, path)
     names = {image["id"]: image["file_name"] for image in data["images"]}
     annotations = sorted(data["annotations"], key=lambda annotation: annotation["id"])
+
     # check the ids
     for annotation, following in pairwise(annotations):
         if annotation["id"] == following["id"]:
@@ -153,6 +156,7 @@ def read_captions(path: Path) -> Captions:
         if annotation["image_id"] not in names:
             caption, image = annotation["id"], annotation["image_id"]
             raise UserError(f"{path}: caption {caption} belongs to image {image}, which the file does not list")
+
     # convert to arrays and texts
     ids, image_ids = (_to_array([annotation[key] for annotation in annotations]) for key in ("id", "image_id"))
     texts = [clean_caption(annotation["caption"]) for annotation in annotations]

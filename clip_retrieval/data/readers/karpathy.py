@@ -140,6 +140,8 @@ def read_karpathy_json(path: Path) -> dict[str, Part]:
         raise UserError(f'{path}: not a Karpathy JSON (no list "images")')
     if not images:
         raise UserError(f"{path}: lists no images")
+
+    # check each image and add it to its split
     parts: dict[str, Part] = {}
     for number, image in enumerate(images):
         prefix = f"{path}: not a Karpathy JSON (images[{number}]"

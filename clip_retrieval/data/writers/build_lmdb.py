@@ -62,10 +62,13 @@ def _build_split(tsv: Path, jsonl: Path, final: Path) -> None:
     texts = read_texts(jsonl)  # first: an invalid line should be reported before gigabytes are copied
     with _partial_folder(final) as new:
         try:
+            # write the new split
             _write_lmdb(new / "imgs", _image_items(tsv))
             keys = LmdbImages(new / "imgs").keys
             _write_lmdb(new / "pairs", _pair_items(texts, keys, tsv))
             write_json(new / SOURCES, stamps)
+
+            # replace the old one
             if final.exists():
                 final.rename(new.with_name("old"))
             new.rename(final)

@@ -41,10 +41,13 @@ def export_each(
     Raises:
         UserError: a split is missing, an image cannot be read, or the folder cannot be written.
     """
+    # check the options
     for name in splits:
         if name not in SPLITS:
             raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
     limit_image_pixels(options.max_image_pixels)
+
+    # write each split
     count = 0
     for name in splits or CHINESE_CLIP_SPLITS:
         dataset = read_dataset(options, SPLITS[name])
