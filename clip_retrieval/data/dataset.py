@@ -107,12 +107,12 @@ class RetrievalDataset:
         count = first[images + 1] - first[images]
         rows = np.repeat(np.arange(len(images)), count)
         position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        described = self.pairs[np.repeat(first[images], count) + position, 1]
+        candidates = self.pairs[np.repeat(first[images], count) + position, 1]
 
         # find them in the batch; a caption that the batch repeats is found at each of its positions
         order = np.argsort(captions, kind="stable")
-        begin = np.searchsorted(captions, described, "left", sorter=order)
-        repeats = np.searchsorted(captions, described, "right", sorter=order) - begin
+        begin = np.searchsorted(captions, candidates, "left", sorter=order)
+        repeats = np.searchsorted(captions, candidates, "right", sorter=order) - begin
         rows = np.repeat(rows, repeats)
         offset = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         return np.stack([rows, order[np.repeat(begin, repeats) + offset]], axis=1)

@@ -101,7 +101,7 @@ def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image]
             image.load()
             return to_rgb(shorten_middle(image, LONGEST))
     except FileNotFoundError:
-        raise no_such_image(name) from None
+        raise make_missing_error(name) from None
     except Image.DecompressionBombError as error:
         raise UserError(_describe_pixels(name, str(error))) from None
     except MemoryError:
@@ -139,7 +139,7 @@ def read_encoded(path: str) -> bytes:
             check_encoded_size(os.fstat(file.fileno()).st_size, path)
             return file.read()
     except FileNotFoundError:
-        raise no_such_image(path) from None
+        raise make_missing_error(path) from None
     except OSError as error:
         raise UserError(f"{path}: not a readable image ({error.strerror}); fetch it again or delete it") from None
 
@@ -150,7 +150,7 @@ def check_encoded_size(size: int, name: str) -> None:
         raise UserError(f"{name}: more than {LARGEST_FILE >> 30} GiB, too large for an image; delete it")
 
 
-def no_such_image(path: str) -> UserError:
+def make_missing_error(path: str) -> UserError:
     """Return the error for a missing image."""
     return UserError(f"{path}: no such image; check --image_dir or --dataset_root")
 

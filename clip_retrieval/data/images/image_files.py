@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_retrieval.data.images.decode import decode_rgb, no_such_image, read_encoded
+from clip_retrieval.data.images.decode import decode_rgb, make_missing_error, read_encoded
 from clip_retrieval.errors import UserError, describe
 
 
@@ -34,7 +34,7 @@ class ImageFiles:
         try:
             found = os.stat(self.paths[index])  # noqa: PTH116  a Path for each of 100,000 files takes longer than this
         except FileNotFoundError:
-            raise no_such_image(self.paths[index]) from None
+            raise make_missing_error(self.paths[index]) from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise UserError(f"{self.paths[index]}: not a readable image ({describe(error)})") from None
         return found.st_size, found.st_mtime_ns

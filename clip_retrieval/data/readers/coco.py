@@ -76,7 +76,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
             return _build_unsplit(options, split, captions)
         parts = []
         for name in _select_lists(options, split):
-            rows, found = captions.find(annotations.read_ids(_find_ids(root, name)))
+            rows, found = captions.find(annotations.read_ids(_find_id_file(root, name)))
             parts.append((name, captions, rows[found]))
         return _build_dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
 
@@ -87,7 +87,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     parts = []
     for name in _select_lists(options, split):
         captions = _read_list_captions(root, FOLDERS[name])
-        id_file = _find_ids(root, name)
+        id_file = _find_id_file(root, name)
         ids = annotations.read_ids(id_file)
         rows, found = captions.find(ids)
         if not found.all():
@@ -103,7 +103,7 @@ def _select_lists(options: DataOptions, split: str) -> tuple[str, ...]:
     return ("train",) if split == "train" and options.no_restval else LISTS[split]
 
 
-def _find_ids(root: Path, name: str) -> Path:
+def _find_id_file(root: Path, name: str) -> Path:
     file = f"coco_{name}_ids.npy"
     return annotations.find_file([root / "annotations" / file, root / file]) or annotations.ANNOTATIONS / file
 

@@ -96,14 +96,14 @@ def _build_dataset(options: DataOptions, split: str, folder: Path) -> RetrievalD
         np.int64,
         count=len(contents),
     )
-    described = np.array([bool(texts) for texts in captions], dtype=bool)
-    rows = np.flatnonzero((sizes > 0) & described)
+    has_caption = np.array([bool(texts) for texts in captions], dtype=bool)
+    rows = np.flatnonzero((sizes > 0) & has_caption)
     if len(rows) == 0:
         raise UserError(f"{folder}: no row has one image in {image_column} and a caption in {caption_column}")
     if len(rows) < len(sizes):
         log.warning(
             f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are skipped: "
-            f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~described):,} without a caption"
+            f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~has_caption):,} without a caption"
         )
 
     # merge duplicate images

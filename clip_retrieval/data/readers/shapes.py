@@ -72,7 +72,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     captions = [
         caption
         for index, scene in enumerate(scenes, begin)
-        for caption in describe(scene, _make_generator("words", index))
+        for caption in make_captions(scene, _make_generator("words", index))
     ]
     images = np.repeat(np.arange(size), CAPTIONS_PER_IMAGE)
     pairs = np.stack([images, np.arange(len(captions))], axis=1)
@@ -102,7 +102,7 @@ def _make_scenes() -> list[Scene]:
     return scenes
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
+def make_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """Make five different captions of a scene."""
     captions: dict[str, None] = {}
     while len(captions) < CAPTIONS_PER_IMAGE:

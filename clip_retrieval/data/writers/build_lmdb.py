@@ -60,12 +60,12 @@ def _build_split(tsv: Path, jsonl: Path, final: Path) -> None:
         raise UserError(f"{final}: holds more than an LMDB ({', '.join(sorted(others))}); choose another --lmdb_dir")
 
     texts = read_texts(jsonl)  # first: an invalid line should be reported before gigabytes are copied
-    with _partial_folder(final) as new:
+    with _lock_partial_folder(final) as new:
         try:
             # write the new split
-            _write_lmdb(new / "imgs", _image_items(tsv))
+            _write_lmdb(new / "imgs", _iter_image_items(tsv))
             keys = LmdbImages(new / "imgs").keys
-            _write_lmdb(new / "pairs", _pair_items(texts, keys, tsv))
+            _write_lmdb(new / "pairs", _iter_pair_items(texts, keys, tsv))
             write_json(new / SOURCES, stamps)
 
             # replace the old one
@@ -80,7 +80,7 @@ def _build_split(tsv: Path, jsonl: Path, final: Path) -> None:
 
 
 @contextmanager
-def _partial_folder(final: Path) -> Iterator[Path]:
+def _lock_partial_folder(final: Path) -> Iterator[Path]:
     """Make an empty folder `new` in `.{name}.partial` beside `final`, locked for this process; delete it afterwards.
 
     Raises UserError if another process holds the lock, or the folder cannot be written.
@@ -102,7 +102,7 @@ def _partial_folder(final: Path) -> Iterator[Path]:
         yield partial / "new"
 
 
-def _image_items(tsv: Path) -> Iterator[tuple[bytes, bytes]]:
+def _iter_image_items(tsv: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield key and value of each image, and then their number: without it an LMDB is incomplete."""
     number = 0
     with progress_bar(total=tsv.stat().st_size, desc=tsv.name, unit="B", unit_scale=True) as bar:
@@ -118,7 +118,7 @@ def _image_items(tsv: Path) -> Iterator[tuple[bytes, bytes]]:
     yield NUM_IMAGES, str(number).encode()
 
 
-def _pair_items(texts: Texts, keys: Sequence[str], tsv: Path) -> Iterator[tuple[bytes, bytes]]:
+def _iter_pair_items(texts: Texts, keys: Sequence[str], tsv: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield a pair for each image of each text, the texts without an image, and the number of pairs.
 
     Raises UserError if a text names an image that `keys`, the image ids of `tsv`, lacks.
@@ -135,7 +135,7 @@ def _pair_items(texts: Texts, keys: Sequence[str], tsv: Path) -> Iterator[tuple[
 
 def _write_lmdb(folder: Path, items: Iterable[tuple[bytes, bytes]]) -> None:
     """Write an LMDB folder, in several transactions: a single one would hold all values in memory."""
-    # Without LMDB's own locks: `_partial_folder` excludes other writers.
+    # Without LMDB's own locks: `_lock_partial_folder` excludes other writers.
     with lmdb.open(os.fsencode(folder), map_size=MAP_BYTES, lock=False) as env:
         batch, size = [], 0
         for item in items:

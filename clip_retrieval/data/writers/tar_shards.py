@@ -43,19 +43,19 @@ def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int)
     if existing := next(output.glob(f"{name}-*.tar"), None):
         raise UserError(f"--output {output}: holds {existing.name} already; delete it, or choose another folder")
     first = dataset.first_pair
-    described = np.flatnonzero(first[1:] > first[:-1]).tolist()
+    images_with_captions = np.flatnonzero(first[1:] > first[:-1]).tolist()
     sizes: dict[str, int] = {}
-    with progress_bar(total=len(described), desc=name) as bar:
-        for number, start in enumerate(range(0, len(described), shard_size)):
-            images = described[start : start + shard_size]
+    with progress_bar(total=len(images_with_captions), desc=name) as bar:
+        for number, start in enumerate(range(0, len(images_with_captions), shard_size)):
+            batch = images_with_captions[start : start + shard_size]
             shard = output / f"{name}-{number:05}.tar"
             with write_atomic(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
-                for image in images:
+                for image in batch:
                     captions = [dataset.captions[i] for i in dataset.pairs[first[image] : first[image + 1], 1]]
                     _add_sample(tar, f"{image:09}", *_encode(dataset, image), captions)
                     bar.update()
-            sizes[shard.name] = len(images)
-    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(described):,} images")
+            sizes[shard.name] = len(batch)
+    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(images_with_captions):,} images")
     return sizes
 
 

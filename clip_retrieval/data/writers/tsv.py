@@ -35,7 +35,7 @@ def export_each(
         options: the data set.
         output: the folder to write to; created if it is missing.
         splits: names of the splits, in the data set and in the files; by default train, valid and test as far as they
-            exist. A data set without splits is written as train, or under the given names.
+            exist. A data set without splits is written as train, or under the names in `splits`.
         write: function that writes one split under a name.
 
     Raises:
@@ -73,7 +73,7 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     Images keep the bytes of their files; images without a file become PNG. Ids are those of the data set; if it has
     none, texts get their number in the split, images too, or with ids="name" the name of the file without its ending.
     """
-    image_ids = _image_ids(dataset, ids)
+    image_ids = _choose_image_ids(dataset, ids)
     images: list[list[int | str]] = [[] for _ in dataset.captions]
     for image, caption in dataset.pairs.tolist():
         images[caption].append(image_ids[image])
@@ -88,14 +88,14 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     log.info(f"{output / name}{IMAGES} and {TEXTS}: {len(image_ids):,} images, {len(dataset.captions):,} texts")
 
 
-def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
+def _choose_image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
     """Return the ids to write. Raises UserError if two images have the same one."""
     images = dataset.images
     if dataset.image_ids is None and ids == "number":
         return range(len(images))
-    given = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
+    names = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
     rows: dict[str, int] = {}
-    for row, image_id in enumerate(map(_tsv_id, given)):
+    for row, image_id in enumerate(map(_format_id, names)):
         if (first := rows.setdefault(image_id, row)) != row:
             remedy = ", or use --ids number" if dataset.image_ids is None else ""
             raise UserError(
@@ -104,7 +104,7 @@ def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
     return infer_id_types(list(rows), () if dataset.image_ids is None else dataset.image_ids)
 
 
-def _tsv_id(image_id: int | str) -> str:
+def _format_id(image_id: int | str) -> str:
     """Return the id without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
     return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
 

@@ -32,7 +32,7 @@ def test_scenes_are_unique():
 def test_captions_describe_the_scene():
     first, second = shapes.Thing("star", "red", "large"), shapes.Thing("ring", "cyan", "small")
     for axis, forward, backward in (("beside", "left of", "right of"), ("stacked", "above", "below")):
-        captions = shapes.describe(shapes.Scene(first, second, axis), np.random.default_rng(0))
+        captions = shapes.make_captions(shapes.Scene(first, second, axis), np.random.default_rng(0))
         for caption in captions:
             assert "red" in caption and "star" in caption and "cyan ring" in caption
             assert (forward if caption.index("star") < caption.index("ring") else backward) in caption

@@ -193,7 +193,7 @@ def test_an_old_lmdb_stays_when_the_new_one_fails(tmp_path, read):
 def test_two_builds_at_once_are_refused(tmp_path):
     write(tmp_path)
     with (
-        building._partial_folder(tmp_path / "lmdb" / "train"),
+        building._lock_partial_folder(tmp_path / "lmdb" / "train"),
         pytest.raises(UserError, match="another process is building it"),
     ):
         build_lmdb(tmp_path, ["train"])
