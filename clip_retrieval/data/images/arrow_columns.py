@@ -67,7 +67,7 @@ def _import_pyarrow() -> Any:
 
 
 def list_data_files(folder: Path) -> list[Path]:
-    """List the Arrow files of a saved data set. Raises UserError if state.json names other than files in the folder."""
+    """List the Arrow files of a saved data set. Raises UserError if state.json is invalid or names other folders."""
     state = read_json(folder / STATE)
     try:
         names = [file["filename"] for file in state["_data_files"]]
