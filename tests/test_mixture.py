@@ -70,7 +70,7 @@ def test_two_halves_train_to_the_same_weights_as_the_whole(run, settings, both, 
     code, out, err = run(*settings, *both, "--augment", "crop", "--experiments", "halves")
     assert code == 0, err
     assert "csv+csv train: 14 images, 35 captions" in out and "  csv: 8 images, 20 captions" in out
-    assert "val: that of csv, the first of the data sets that has one" in out
+    assert "val split: from csv, the first data set that has one" in out
     whole = ("--dataset", "csv", "--dataset_root", captioned)
     assert run(*settings, *whole, "--augment", "crop", "--experiments", "whole")[0] == 0
     halves, whole = tmp_path / "logs" / "halves", tmp_path / "logs" / "whole"

@@ -1,3 +1,5 @@
+"""Token ids of captions, against the tokenizers themselves."""
+
 import gzip
 import json
 import random
@@ -53,7 +55,7 @@ def test_ids_are_clips_on_real_captions(data_set, real_data):
     with gzip.open(real_data / f"{data_set}.json.gz") as file:
         images = json.load(file)["images"]
     captions = [s["raw"] for image in images for s in image["sentences"]]
-    # All that could take the slow way, and a sample of the rest.
+    # All captions that need the slow cleaning, and a sample of the rest.
     chosen = [c for c in captions if not c.isascii() or not c.isprintable() or "&" in c] + captions[::25]
     tokens = tokenize(chosen, TOKENIZER)
     assert torch.equal(tokens.ids, reference(chosen))
@@ -77,7 +79,7 @@ def test_long_captions_keep_the_end_token_and_are_counted():
     assert tokens.cut == 3
 
 
-def test_a_caption_is_tokenised_once(monkeypatch):
+def test_duplicate_captions_are_tokenized_once(monkeypatch):
     seen = []
     tokenizer = SimpleTokenizer(clean="whitespace")
     clean = tokenizer.clean_fn
@@ -114,7 +116,7 @@ def test_ids_are_those_of_a_hugging_face_tokenizer(bert_folder):
 
 
 @pytest.mark.parametrize("odd", [{"strip_sep_token": True}, {"tokenizer_mode": "clips"}])
-def test_where_padding_is_not_at_the_end_nothing_is_called_padding(odd, bert_folder):
+def test_padding_on_the_left_counts_as_ids(odd, bert_folder):
     tokenizer = HFTokenizer(bert_folder, context_length=8, **odd)
     tokenizer.tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
     captions = ["a dog runs", "a dog"]
