@@ -8,6 +8,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -159,12 +160,22 @@ def _check_workers() -> None:
 
 @contextlib.contextmanager
 def _hold_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM, also in processes that start in this block; deliver them afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Ignore SIGINT and SIGTERM in processes that start in this block; in this one, deliver them after it.
+
+    (A blocked signal would go to another thread, and be handled in the main one at once.)
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _abandon_iterator(error: OSError) -> None:
@@ -177,7 +188,6 @@ def _abandon_iterator(error: OSError) -> None:
 
 def _begin_worker(worker: int, pixels: int) -> None:
     ignore_first_signal(worker)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     limit_image_pixels(pixels)  # a spawned process has the default
 
 
