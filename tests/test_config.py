@@ -144,7 +144,7 @@ def test_what_a_repeated_command_would_do_again_must_be_typed(arguments, config,
     assert run(*arguments, "--max_steps", "1")[0] == 0
     code, out, error = run(*arguments, "--max_steps", "2", "--resume", "auto", "--config", path)
     assert code == 0, error
-    assert "going on from" in out and "reset_data_offset counts only where it is typed" in error
+    assert "going on from" in out and "reset_data_offset counts only on the command line" in error
 
 
 def test_a_file_takes_no_run_away(arguments, config, run, tmp_path):
@@ -202,7 +202,7 @@ def test_data_that_are_typed_leave_nothing_of_the_files_places(config):
 def test_shards_that_are_typed_for_a_mixture_stay_in_it(config):
     path = config('dataset: [coco, webdataset]\ndataset_root: A\ntrain_data: [null, "a/{0..9}.tar"]\n')
     options, _ = settle_options({"config": str(path), "train_data": (None, "b/{0..9}.tar")})
-    assert [(part.dataset, part.train_data) for part in options.data.parts()] == [
+    assert [(part.name, part.train_data) for part in options.data.parts()] == [
         ("coco", None),
         ("webdataset", "b/{0..9}.tar"),
     ]
@@ -240,7 +240,7 @@ def test_yaml_has_other_words_for_true_and_false_and_dashes_are_left_out(config)
 def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
     path = config("dataset: webdataset\n")
     options, _ = settle_options({"config": str(path), "train_data": "gone"})
-    assert options.data.dataset == "webdataset"
+    assert options.data.name == "webdataset"
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_a_mixture_gives_each_data_set_its_own_options():
     typed = ["--dataset", "coco", "--dataset", "csv", "--annotations", "auto", "--annotations", "photos.csv"]
     settled = settle(parse([*typed, "--dataset_root", "DATA", "--dataset_weights", "3", "1"])).data
     assert settled.name == "coco+csv" and settled.dataset_weights == (3.0, 1.0)
-    assert [(part.dataset, part.dataset_root, part.annotations) for part in settled.parts()] == [
+    assert [(part.name, part.dataset_root, part.annotations) for part in settled.parts()] == [
         ("coco", "DATA", None),
         ("csv", "DATA", "photos.csv"),
     ]
