@@ -1,4 +1,4 @@
-"""The commands, options and links in README.md and docs/ are valid."""
+"""The commands, options and links in the Markdown files are valid."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 COMMANDS = list(
     dict.fromkeys(
