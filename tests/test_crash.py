@@ -72,7 +72,7 @@ def replaced_files(run, command, monkeypatch, fail_at=None, before=True, error=N
 
 
 @pytest.mark.slow
-def test_killed_between_any_two_writes_nothing_differs(run, command, tmp_path, whole, monkeypatch):
+def test_kill_between_any_two_writes_loses_nothing(run, command, tmp_path, whole, monkeypatch):
     command = [*command, "--resume", "auto"]
     names, (code, _, err) = replaced_files(run, command, monkeypatch)
     assert code == 0, err
@@ -87,7 +87,7 @@ def test_killed_between_any_two_writes_nothing_differs(run, command, tmp_path, w
         assert everything(tmp_path / "logs" / "ex0") == whole, (names[number], before)
 
 
-def test_resumed_after_its_last_step_nothing_differs(run, command, tmp_path, whole):
+def test_resume_after_the_last_step_loses_nothing(run, command, tmp_path, whole):
     folder = tmp_path / "logs" / "ex0"
     assert run(*command, "--resume", "auto")[0] == 0
     (folder / "results.json").unlink()
@@ -99,7 +99,7 @@ def test_resumed_after_its_last_step_nothing_differs(run, command, tmp_path, who
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("name", ["options.json", "metrics.jsonl", "last.pt", "best.pt", "epoch_1.pt", "results.json"])
-def test_a_fault_of_the_disk_is_exit_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, name):
+def test_disk_fault_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, name):
     command = [*arguments, "--keep_every", "1", "--no_eval_first", "--max_steps", "3"]
     normal = os.replace
 
@@ -132,7 +132,7 @@ class FullFile:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("part", ["log.txt", "metrics.jsonl", "tensorboard"])
-def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
+def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
     from clip_retrieval.log import MetricsLog, log
 
     normal = MetricsLog.write
@@ -152,7 +152,7 @@ def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monke
     assert code == 3 and err.count("\n") == 1 and part in err and "Traceback" not in err, err
 
 
-def test_a_folder_deleted_during_a_run_is_said_to_be_deleted(run, arguments, tmp_path, monkeypatch):
+def test_folder_deleted_during_a_run_is_reported(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.training.step import Trainer
 
     normal = Trainer.step
@@ -167,7 +167,7 @@ def test_a_folder_deleted_during_a_run_is_said_to_be_deleted(run, arguments, tmp
     assert code == 3 and err.count("\n") == 1 and "was deleted" in err and str(tmp_path / "logs/ex0") in err
 
 
-def test_a_folder_being_deleted_during_a_save_is_said_to_be_deleted(run, arguments, tmp_path, monkeypatch):
+def test_folder_deleted_during_a_save_is_reported(run, arguments, tmp_path, monkeypatch):
     """Another program has deleted the half-written checkpoint, but not yet the lock."""
     normal = os.fsync
 
@@ -184,7 +184,7 @@ def test_a_folder_being_deleted_during_a_save_is_said_to_be_deleted(run, argumen
 @pytest.mark.parametrize(
     "damage", [b"{not json}\n", b"\xff\xfe\n", b"[1]\n", b'{"kind": "train"}\n', b'"x"\n', b"[" * 100000 + b"\n", b"\n"]
 )
-def test_a_damaged_line_of_metrics_blocks_no_resume(run, run_killed, arguments, tmp_path, damage):
+def test_damaged_metrics_line_is_skipped_on_resume(run, run_killed, arguments, tmp_path, damage):
     run_killed(5, *arguments, "--save_every", "2", "--no_eval_first")
     path = tmp_path / "logs/ex0/metrics.jsonl"
     first, *rest = path.read_bytes().splitlines(True)
@@ -195,7 +195,7 @@ def test_a_damaged_line_of_metrics_blocks_no_resume(run, run_killed, arguments, 
     assert steps == list(range(1, 7))
 
 
-def test_killed_when_metrics_are_rewritten_the_history_stays(run, run_killed, arguments, tmp_path, monkeypatch):
+def test_kill_while_metrics_are_rewritten_keeps_the_history(run, run_killed, arguments, tmp_path, monkeypatch):
     run_killed(5, *arguments, "--save_every", "2", "--no_eval_first")
     before = (tmp_path / "logs/ex0/metrics.jsonl").read_bytes()
     replaced_files(run, [*arguments, "--save_every", "2", "--no_eval_first", "--resume", "auto"], monkeypatch, 1)
@@ -203,7 +203,7 @@ def test_killed_when_metrics_are_rewritten_the_history_stays(run, run_killed, ar
 
 
 @pytest.mark.parametrize("change", [("thing,train", "other,train"), ("\n0.jpg", "\n1.jpg")], ids=["caption", "image"])
-def test_a_resume_notices_other_captions_and_images(run, arguments, captioned, tmp_path, change):
+def test_resume_with_other_captions_or_images_is_refused(run, arguments, captioned, tmp_path, change):
     from clip_retrieval.data.readers import csv_file
 
     table = tmp_path / "table.csv"
@@ -221,14 +221,14 @@ def test_a_resume_notices_other_captions_and_images(run, arguments, captioned, t
     assert code == 2 and "other data" in err
 
 
-def test_images_that_moved_to_another_folder_are_the_same_data(run, arguments, captioned, tmp_path):
+def test_resume_with_images_in_another_folder(run, arguments, captioned, tmp_path):
     assert run(*arguments, "--epochs", "1")[0] == 0
     shutil.copytree(captioned, tmp_path / "moved")
     code, _, err = run(*arguments, "--dataset_root", tmp_path / "moved", "--resume", "auto")
     assert code == 0, err
 
 
-def test_a_collapsed_run_is_warned_of_once(run, arguments, monkeypatch):
+def test_collapse_is_warned_about_once(run, arguments, monkeypatch):
     from clip_retrieval.models.towers import RetrievalModel
 
     normal = RetrievalModel.forward

@@ -154,7 +154,7 @@ def last(folder):
 
 
 @pytest.mark.parametrize("case", worker.cases())
-def test_steps_of_two_processes_are_those_of_one(two, case):
+def test_steps_equal_those_of_one_process(two, case):
     expected = worker.train_small(SINGLE_PROCESS, **worker.cases()[case])
     for found, other, step in zip(two[0]["steps"][case], two[1]["steps"][case], expected, strict=True):
         assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=1e-12)
@@ -167,7 +167,7 @@ def test_steps_of_two_processes_are_those_of_one(two, case):
     assert len(learning) >= 2 and ("clip.logit_scale" in learning) == ("margin" not in case)
 
 
-def test_bfloat16_values_are_normalised_as_in_one_process(two):
+def test_bfloat16_batch_norm_equals_that_of_one_process(two):
     expected = worker.normalised_bfloat16(SINGLE_PROCESS)
     found = torch.cat([found["normalised"]["values"] for found in two])
     torch.testing.assert_close(found, expected["values"], rtol=2**-7, atol=0)
@@ -175,7 +175,7 @@ def test_bfloat16_values_are_normalised_as_in_one_process(two):
         torch.testing.assert_close(two[0]["normalised"][name], expected[name])
 
 
-def test_rows_of_uneven_length_are_gathered_in_the_order_of_the_ranks(two):
+def test_all_gather_rows_of_uneven_length(two):
     expected = {
         "uneven": [[0, 1], [2, 3], [4, 5], [100, 101]],
         "empty": [[100, 101], [102, 103]],
@@ -187,7 +187,7 @@ def test_rows_of_uneven_length_are_gathered_in_the_order_of_the_ranks(two):
         assert all(rows.shape[1:] == (2,) for rows in found["rows"].values())
 
 
-def test_no_process_holds_the_matrix_of_the_batch_nor_its_own_rows_of_it(two):
+def test_no_process_stores_the_logits_of_the_batch(two):
     for found in two:
         assert found["largest"] == {"infonce": 300 * 300, "siglip": 300 * 300, "margin": 300 * 300}
 
@@ -202,18 +202,18 @@ def assert_shares_make_the_batches_of_one(found, expected):
         assert torch.equal(batch.positives, torch.cat(positives))
 
 
-def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
+def test_replaced_samples_equal_those_of_one_process(two):
     expected = worker.with_stand_ins(SINGLE_PROCESS)
     assert_shares_make_the_batches_of_one([found["stand-ins"] for found in two], expected)
     assert any(len(batch.positives) > 8 for batch in expected)
 
 
-def test_what_one_process_met_all_can_say(two):
+def test_skipped_samples_of_one_process_are_logged_by_all(two):
     said = "epoch 1, batches 1 to 1: 1 samples could not be used, others stood in for them: 0.tar, sample é"
     assert [found["said"] for found in two] == [[said], [said]]
 
 
-def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too(two, folder):
+def test_duplicate_images_of_other_processes_are_positives(two, folder):
     expected = worker.of_shards_with_a_sample_for_each_caption(SINGLE_PROCESS, folder)
     assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)
     for batch in expected:
@@ -221,7 +221,7 @@ def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too
         assert batch.positives.tolist() == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
 
 
-def test_ranks_are_counted_together_to_the_last_hit(two):
+def test_ranks_equal_those_of_one_process(two):
     expected = worker.ranks_of_many_tiles(SINGLE_PROCESS)
     assert two[0]["ranks"] == two[1]["ranks"] == expected
 
@@ -229,7 +229,7 @@ def test_ranks_are_counted_together_to_the_last_hit(two):
 # The command line.
 
 
-def test_a_finetune_of_two_processes_ends_with_the_weights_of_one(one, two, folder):
+def test_finetune_ends_with_the_weights_of_one_process(one, two, folder):
     assert one["whole"][0] == two[0]["runs"]["whole"][0] == two[1]["runs"]["whole"][0] == 0
     for name in ("last.pt", "best.pt", "epoch_1.pt", "epoch_2.pt"):
         a, b = (torch.load(folder / n / "whole" / name, weights_only=True) for n in ("two", "one"))
@@ -240,7 +240,7 @@ def test_a_finetune_of_two_processes_ends_with_the_weights_of_one(one, two, fold
     assert moved > 1e-3
 
 
-def test_its_numbers_are_those_of_one(two, folder):
+def test_finetune_metrics_equal_those_of_one_process(two, folder):
     lines = [read_lines(folder / n / "whole/metrics.jsonl") for n in ("two", "one")]
     assert len(lines[0]) == 10
     for a, b in zip(*lines, strict=True):
@@ -253,13 +253,13 @@ def test_its_numbers_are_those_of_one(two, folder):
         assert a[name] == b[name]
 
 
-def test_it_writes_each_file_once_and_the_same_files(two, folder):
+def test_finetune_writes_the_same_files_once(two, folder):
     files = [{path.name for path in (folder / n / "whole").iterdir()} for n in ("two", "one")]
     assert files[0] == files[1]
     assert len(list((folder / "two/whole/tensorboard").iterdir())) == 1
 
 
-def test_one_process_speaks(one, two, folder):
+def test_only_the_main_process_prints(one, two, folder):
     (_, out, err), (_, *silent) = (found["runs"]["whole"] for found in two)
     assert silent == ["", ""]
     assert "of 10 = 2 x 5 pairs" in out and all(line.endswith("10 = 2 x 5") for line in step_lines(out))
@@ -277,7 +277,7 @@ def step_lines(out):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_way_to_train_ends_with_the_weights_of_one(one, two, folder, name):
+def test_each_variant_ends_with_the_weights_of_one_process(one, two, folder, name):
     assert one[name][0] == two[0]["runs"][name][0] == 0, two[0]["runs"][name][2]
     # Batch normalisation of ten values makes rounding larger.
     tolerance = 1e-4 if name == "resnet" else 1e-5
@@ -290,7 +290,7 @@ def test_each_way_to_train_ends_with_the_weights_of_one(one, two, folder, name):
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_is_that_of_one_process_to_the_last_hit(one, two, folder, name):
+def test_evaluation_equals_that_of_one_process(one, two, folder, name):
     assert one[name][0] == two[0]["runs"][name][0] == two[1]["runs"][name][0] == 0, two[0]["runs"][name][2]
     a, b = (read_json(folder / n / name / "results.json") for n in ("two", "one"))
     assert a.keys() == b.keys()
@@ -298,7 +298,7 @@ def test_an_evaluation_is_that_of_one_process_to_the_last_hit(one, two, folder, 
     assert two[0]["runs"][name][1].count("i2t R@5") == 1 and two[1]["runs"][name][1:] == ("", "")
 
 
-def test_three_processes_on_two_nodes_evaluate_as_one(torchrun, one, folder):
+def test_evaluation_on_two_nodes_equals_that_of_one_process(torchrun, one, folder):
     place = ("--checkpoint_path", folder / "three", "--device", "cpu", "--experiments", "eval")
     extra = EVALUATIONS["batches that do not divide"].split()
     run = torchrun("main.py", "--eval", "--resume", folder / "one/whole/best.pt", *place, *extra, processes=(2, 1))
@@ -312,7 +312,7 @@ def test_three_processes_on_two_nodes_evaluate_as_one(torchrun, one, folder):
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
-def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
+def test_batch_that_does_not_divide_is_refused_in_one_line(two):
     for rank, found in enumerate(two):
         code, out, err = found["runs"]["does not divide"]
         assert code == 2 and "step" not in out
@@ -321,7 +321,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
         ]
 
 
-def test_a_split_smaller_than_the_batch_shrinks_the_batch_to_a_multiple(one, two):
+def test_small_split_shrinks_the_batch_to_a_multiple(one, two):
     assert "--batch_size 256 becomes 35" in one["shrinks"][2]
     code, out, err = two[0]["runs"]["shrinks"]
     assert code == 0 and "--batch_size 256 becomes 34" in err and "34 = 2 x 17" in out
@@ -330,7 +330,7 @@ def test_a_split_smaller_than_the_batch_shrinks_the_batch_to_a_multiple(one, two
 # Stopped and resumed.
 
 
-def test_two_processes_that_were_killed_and_resumed_end_bit_identical(two, folder):
+def test_resume_after_kill_is_bit_identical(two, folder):
     assert [two[0]["runs"][name][0] for name in ("killed", "resumed")] == [None, 0]
     assert last(folder / "two/killed")["step"] == RESUMED_AT
     (weights, moments, lines, result), (weights_b, moments_b, lines_b, result_b) = (
@@ -345,7 +345,7 @@ def test_two_processes_that_were_killed_and_resumed_end_bit_identical(two, folde
     assert result == result_b
 
 
-def test_a_checkpoint_goes_on_in_another_number_of_processes(captioned, two, folder):
+def test_resume_with_another_number_of_processes(captioned, two, folder):
     assert two[0]["runs"]["crossed"][0] == 0, two[0]["runs"]["crossed"][2]
     code, _, err = run_alone(crossed(captioned, folder / "one", folder / "two"))
     assert code == 0, err
@@ -357,7 +357,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(captioned, two, fol
         assert a == b
 
 
-def test_sigterm_to_torchrun_saves_and_one_process_ends_as_if_nothing_had_happened(torchrun, captioned, tmp_path):
+def test_sigterm_to_torchrun_saves_and_one_process_resumes(torchrun, captioned, tmp_path):
     long = ("--batch_size", 4, "--epochs", 8, "--eval_every", 0)
     run = torchrun("main.py", *finetune(captioned, tmp_path, "stopped", *long)["arguments"])
     wait_for_step(tmp_path / "stopped", 5, run.agents[0])
@@ -380,7 +380,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_ends_as_if_nothing_had_happen
     assert steps == list(range(1, 65))
 
 
-def test_a_process_that_is_killed_ends_all_and_the_checkpoint_is_whole(torchrun, captioned, tmp_path):
+def test_killed_process_ends_all_and_keeps_the_checkpoint(torchrun, captioned, tmp_path):
     long = ("--epochs", 20, "--eval_every", 0, "--save_every", 1)
     run = torchrun("main.py", *finetune(captioned, tmp_path, "killed", *long)["arguments"])
     wait_for_step(tmp_path / "killed", 5, run.agents[0])
@@ -396,7 +396,7 @@ def test_a_process_that_is_killed_ends_all_and_the_checkpoint_is_whole(torchrun,
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-def test_an_image_that_one_process_cannot_read_ends_all_and_is_named(torchrun, captioned, tmp_path):
+def test_unreadable_image_in_one_process_ends_all_and_is_named(torchrun, captioned, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(captioned, broken)
     command = finetune(broken, tmp_path / "logs", "ex0", *SHORT)["arguments"]

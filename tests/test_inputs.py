@@ -78,7 +78,7 @@ def inputs(tmp_path, captioned):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", KINDS)
-def test_every_input_that_is_no_file(script, inputs, tmp_path, make):
+def test_input_that_is_not_a_file_is_refused(script, inputs, tmp_path, make):
     for name, (program, *arguments) in inputs.items():
         path = tmp_path / name
         make(path)
@@ -89,14 +89,14 @@ def test_every_input_that_is_no_file(script, inputs, tmp_path, make):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", KINDS)
-def test_config_that_is_no_file(run, tmp_path, monkeypatch, make):
+def test_config_that_is_not_a_file_is_refused(run, tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "run.yaml")
     code, _, err = run("--config", tmp_path / "run.yaml")
     assert code == 2 and err.count("\n") == 1 and "run.yaml" in err
 
 
-def test_names_that_are_too_long(script, inputs):
+def test_names_that_are_too_long_are_refused(script, inputs):
     for name, (program, *arguments) in inputs.items():
         long = "x" * 300 + name
         code, _, err = script(program, *(long if argument == "X" else argument for argument in arguments))

@@ -6,7 +6,7 @@ from tests.conftest import read_json
 
 
 @pytest.mark.slow
-def test_a_few_steps_from_scratch_are_far_above_chance(run, tmp_path):
+def test_a_few_steps_from_scratch_beat_chance(run, tmp_path):
     data = ("--dataset", "shapes", "--dataset_root", tmp_path, "--vision_model", "tiny", "--device", "cpu")
     steps = ("--max_steps", "40", "--batch_size", "128", "--lr", "1e-3", "--warmup", "10")
     code, _, err = run(*data, *steps, "--checkpoint_path", tmp_path / "logs", "--eval_every", "0")

@@ -66,7 +66,7 @@ def assert_same_weights(a, b):
     assert all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
 
 
-def test_two_halves_train_to_the_same_weights_as_the_whole(run, settings, both, captioned, tmp_path):
+def test_two_halves_train_to_the_weights_of_the_whole(run, settings, both, captioned, tmp_path):
     code, out, err = run(*settings, *both, "--augment", "crop", "--experiments", "halves")
     assert code == 0, err
     assert "csv+csv train: 14 images, 35 captions" in out and "  csv: 8 images, 20 captions" in out
@@ -78,7 +78,7 @@ def test_two_halves_train_to_the_same_weights_as_the_whole(run, settings, both, 
     assert read_json(halves / "results.json")["images"] == 6
 
 
-def test_weights_decide_what_an_epoch_holds(run, settings, both, tmp_path):
+def test_dataset_weights_set_the_pairs_of_an_epoch(run, settings, both, tmp_path):
     settings += ["--max_steps", "2", "--no_eval_first"]
     code, out, err = run(*settings, *both, "--dataset_weights", "1", "4", "--experiments", "weighted")
     assert code == 0, err
@@ -93,9 +93,7 @@ def test_weights_decide_what_an_epoch_holds(run, settings, both, tmp_path):
 
 
 @pytest.mark.parametrize("sampling", ["all", "one"])
-def test_a_weighted_mixture_that_was_killed_and_resumed_ends_bit_identical(
-    run, run_killed, settings, both, tmp_path, sampling
-):
+def test_resume_of_a_weighted_mixture_is_bit_identical(run, run_killed, settings, both, tmp_path, sampling):
     command = [*settings, *both, "--dataset_weights", "1", "3", "--caption_sampling", sampling, "--batch_size", "7"]
     command += ["--augment", "crop", "--save_every", "1", "--resume", "auto"]
     assert run(*command, "--experiments", "whole")[0] == 0
@@ -105,7 +103,7 @@ def test_a_weighted_mixture_that_was_killed_and_resumed_ends_bit_identical(
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
-def test_a_resume_with_other_weights_or_other_data_is_refused(run, settings, both, halves, tmp_path):
+def test_resume_with_other_weights_or_data_is_refused(run, settings, both, halves, tmp_path):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
     resumed = [*settings, *both, "--resume", "auto", "--max_steps", "4"]
     code, _, err = run(*resumed, "--dataset_weights", "1", "2")
@@ -118,7 +116,7 @@ def test_a_resume_with_other_weights_or_other_data_is_refused(run, settings, bot
     assert run(*resumed)[0] == 0, "the weights are the checkpoint's where none are typed"
 
 
-def test_a_checkpoint_finds_its_data_sets_from_any_folder(run, settings, halves, tmp_path, monkeypatch):
+def test_checkpoint_finds_its_datasets_from_any_folder(run, settings, halves, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     relative = ("--dataset", "csv", "--dataset", "csv", "--dataset_root", "half0", "--dataset_root", "half1")
     assert run(*settings, *relative, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
@@ -136,7 +134,7 @@ def test_a_checkpoint_finds_its_data_sets_from_any_folder(run, settings, halves,
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 4
 
 
-def test_a_model_of_a_mixture_is_scored_on_one_data_set_and_goes_on_where_the_data_moved(
+def test_mixture_model_is_scored_on_one_dataset_and_resumes_moved_data(
     run, settings, both, halves, captioned, tmp_path
 ):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
@@ -153,7 +151,7 @@ def test_a_model_of_a_mixture_is_scored_on_one_data_set_and_goes_on_where_the_da
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_its_options_json_is_a_config(run, settings, both, tmp_path):
+def test_options_json_of_a_mixture_is_a_config(run, settings, both, tmp_path):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2", "--experiments", "first")[0] == 0
     config = tmp_path / "logs" / "first" / "options.json"
     code, _, err = run("--config", config, "--checkpoint_path", tmp_path / "logs", "--experiments", "second")
@@ -161,7 +159,7 @@ def test_its_options_json_is_a_config(run, settings, both, tmp_path):
     assert_same_weights(tmp_path / "logs" / "first", tmp_path / "logs" / "second")
 
 
-def test_the_image_cache_is_that_of_each_data_set_and_changes_nothing(run, settings, both, drawings, tmp_path):
+def test_image_cache_is_per_dataset_and_does_not_change_results(run, settings, both, drawings, tmp_path):
     mixture = (*both, "--dataset", "shapes", "--dataset_root", drawings, "--max_steps", "3")
     cache = ("--image_cache", tmp_path / "cache")
     assert run(*settings, *mixture, "--experiments", "plain")[0] == 0
@@ -173,13 +171,13 @@ def test_the_image_cache_is_that_of_each_data_set_and_changes_nothing(run, setti
     assert code == 0 and "building" not in out, "alone, a data set reads the cache that the mixture made"
 
 
-def test_loading_processes_read_a_mixture(run, settings, both, tmp_path):
+def test_loader_processes_read_a_mixture(run, settings, both, tmp_path):
     for name, workers in (("none", "0"), ("two", "2")):
         assert run(*settings, *both, "--max_steps", "2", "--num_workers", workers, "--experiments", name)[0] == 0
     assert_same_ending(tmp_path / "logs" / "none", tmp_path / "logs" / "two")
 
 
-def test_a_broken_image_in_a_shard_is_passed_over_and_counted_in_a_mixture_too(run, settings, halves, tmp_path):
+def test_broken_image_in_a_shard_is_skipped_and_counted(run, settings, halves, tmp_path):
     write_shard(tmp_path / "s/train-0.tar", [*numbered(0, 9), ("broken", {"jpg": jpeg(9)[:300], "txt": "x"})])
     mixture = ("--dataset", "csv", "--dataset", "webdataset", "--dataset_root", halves[0], "--dataset_root")
     code, _, err = run(*settings, *mixture, tmp_path / "s", "--no_eval_first")
@@ -194,7 +192,7 @@ def test_a_broken_image_in_a_shard_is_passed_over_and_counted_in_a_mixture_too(r
     assert code == 2 and "0.jpg: not a readable image" in err
 
 
-def test_every_process_sees_its_part_of_the_same_batches(halves):
+def test_each_process_gets_its_slice_of_the_same_batches(halves):
     def sampler():
         options = DataOptions(dataset=("csv", "csv"), dataset_root=tuple(map(str, halves)))
         return BatchSampler(read_dataset(options, "train"), 8, weights=(1, 3))
@@ -206,7 +204,7 @@ def test_every_process_sees_its_part_of_the_same_batches(halves):
             assert (batch.captions[share] == other.captions[share]).all()
 
 
-def test_a_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp_path):
+def test_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp_path):
     options = DataOptions(dataset=("csv", "shapes"), dataset_root=(str(halves[1]), str(drawings)))
     export(options, tmp_path / "out", ["train"])
     source = read_dataset(options, "train")
@@ -216,7 +214,7 @@ def test_a_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp
     assert np.array_equal(np.asarray(found.images[10]), np.asarray(source.images[10]))
 
 
-def test_a_saved_data_set_trains_to_the_same_weights_as_its_files(run, settings, captioned, tmp_path):
+def test_saved_dataset_trains_to_the_weights_of_its_files(run, settings, captioned, tmp_path):
     datasets = pytest.importorskip("datasets")
     splits = {}
     for row in csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split")[0]:
@@ -287,7 +285,7 @@ datasets.load_dataset = load_dataset
 
 
 @pytest.mark.slow
-def test_what_the_recipe_fetches_is_what_combined_reads_and_the_other_recipe_trains_on(captioned, tmp_path):
+def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
     """With a hub of this machine's own: the rows are like those of M3IT and SBU, three and four of them."""
     pytest.importorskip("datasets")
     photos = tmp_path / "photos"

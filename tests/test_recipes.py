@@ -83,7 +83,7 @@ def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, says
         ),
     ],
 )
-def test_recipes_of_several_processes(recipe, real_data, captioned, name, words, place):
+def test_distributed_recipes(recipe, real_data, captioned, name, words, place):
     short = (
         "--vision_model",
         captioned / "small.json",
@@ -122,13 +122,13 @@ def write_chinese(folder, captioned):
 
 
 @pytest.mark.slow
-def test_the_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
+def test_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
     result = recipe("flickr30k_finetune_vit-b-32.sh", tmp_path, "--vision_model", captioned / "small.json")
     assert result.returncode == 2 and str(tmp_path) in result.stderr
 
 
 @pytest.mark.slow
-def test_the_zero_shot_table_has_a_line_for_each_model(recipe, real_data, captioned, tmp_path):
+def test_zero_shot_table_has_a_row_per_model(recipe, real_data, captioned, tmp_path):
     for name in ("small.json", "resnet.json"):
         shutil.copy(captioned / name, tmp_path)
     result = recipe("coco_zero_shot_table.sh", real_data / "coco_mini", MODELS="small.json resnet.json", OUTPUT="table")
@@ -138,6 +138,6 @@ def test_the_zero_shot_table_has_a_line_for_each_model(recipe, real_data, captio
     assert table.count("| coco test |") == 2 and "i2t R@1" in table
 
 
-def test_a_recipe_without_data_says_what_is_missing(recipe):
+def test_recipe_without_data_names_the_missing_argument(recipe):
     result = recipe("coco_finetune_vit-b-32.sh")
     assert result.returncode != 0 and "give the folder of the data" in result.stderr

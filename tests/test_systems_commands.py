@@ -44,7 +44,7 @@ def test_clip_crossmodal_retrieval_trains_an_adaptor(run, real_data, captioned, 
     assert (options["trainable"], options["dataset"], options["epochs"]) == ("adaptor", "coco", 1)
 
 
-def test_clip_training_names_images_and_captions_itself(run, real_data, captioned, tmp_path):
+def test_clip_training_names_images_and_captions(run, real_data, captioned, tmp_path):
     data = real_data / "coco_mini"
     command = f"--train_img_dir {data / 'images'} --train_annotation_file {data / 'annotations/captions_val2014.json'}"
     code, out, err = run(

@@ -73,7 +73,7 @@ def fuzz_badly(count):
     return fuzz(Reader("bad", make_one, read_badly), count)
 
 
-def test_each_fault_is_counted_as_what_it_is():
+def test_each_fault_is_counted_by_kind():
     report = call(fuzz_badly, 40)
     assert sum(report.counts.values()) == 40
     assert all(report.counts[kind] for kind in (ACCEPTED, REFUSED, UNCAUGHT, CRASHED, HUNG, MEMORY_OUT)), report.counts

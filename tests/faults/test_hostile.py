@@ -7,6 +7,6 @@ from tests.faults.hostile.case import judge
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
-def test_a_hostile_file(tmp_path, name):
+def test_hostile_file_is_refused_or_harmless(tmp_path, name):
     ended, problems = judge(CASES[name], tmp_path / "case")
     assert not problems, f"{problems}\n{ended.err[-3000:]}"
