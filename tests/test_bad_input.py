@@ -1,4 +1,4 @@
-"""Bad input to a run: one line that names the thing and the mend, exit code 2, and nothing is lost."""
+"""Bad input to a run gives exit code 2 and one line with the cause and the remedy, and loses nothing."""
 
 import os
 import pickle
@@ -66,8 +66,8 @@ def test_image_that_breaks_during_a_run_loses_no_steps(run, arguments, captioned
     assert code == 0 and "going on from" in out, err
     assert run(*command, "--seed", "1", "--name", "whole")[0] == 0
     files = (tmp_path / "logs" / name / "last.pt" for name in ("ex0", "whole"))
-    broken, never = (torch.load(file, weights_only=True)["model"] for file in files)
-    assert all(torch.equal(broken[name], never[name]) for name in never)
+    resumed, undisturbed = (torch.load(file, weights_only=True)["model"] for file in files)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
 def test_missing_image_is_named_before_training(run, arguments, captioned, tmp_path):
@@ -147,16 +147,16 @@ def test_best_checkpoint_does_not_replace_its_own_run(run, arguments, tmp_path):
     assert code == 2 and is_one_line(err) and "already holds a run" in err
 
 
-@pytest.mark.parametrize("lacking", ["options", "preprocess", "sampler", "model"])
-def test_damaged_checkpoint_is_refused(run, arguments, tmp_path, lacking):
+@pytest.mark.parametrize("entry", ["options", "preprocess", "sampler", "model"])
+def test_damaged_checkpoint_is_refused(run, arguments, tmp_path, entry):
     run(*arguments, "--max_steps", "1")
     last = tmp_path / "logs/ex0/last.pt"
     content = torch.load(last, weights_only=True)
-    content[lacking] = 1
+    content[entry] = 1
     torch.save(content, last)
     for extra in ((), ("--eval",)):
         code, _, err = run(*arguments, *extra, "--resume", last)
-        assert code == 2 and is_one_line(err) and lacking in err
+        assert code == 2 and is_one_line(err) and entry in err
 
 
 def test_half_written_files_of_a_killed_run_are_removed(run, arguments, tmp_path):
@@ -197,7 +197,7 @@ def test_unwritable_output_is_named(run, arguments, tmp_path):
     file.write_text("")
     code, _, err = run(*arguments, "--checkpoint_path", file)
     assert code == 2 and is_one_line(err) and str(file) in err
-    if os.geteuid() != 0:  # root may write anywhere
+    if os.geteuid() != 0:  # root can write everywhere
         locked = tmp_path / "locked"
         locked.mkdir()
         locked.chmod(stat.S_IREAD | stat.S_IEXEC)

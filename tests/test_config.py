@@ -1,4 +1,4 @@
-"""Options from a YAML file, and in which order files, checkpoints and what is typed decide."""
+"""Options from a YAML file, and the precedence of files, checkpoints and the command line."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 def test_config_equals_the_same_command_line(config):
     text = """
-    # clip-training's names, hyphens, and YAML's own idea of numbers
+    # clip-training's names, hyphens, and numbers that YAML reads as strings
     learning_rate: 5e-4
     eps: 1.0e-08
     weight-decay: 0.1
@@ -51,7 +51,7 @@ def test_config_equals_the_same_command_line(config):
 
 
 def test_values_are_kept_as_written(config):
-    """YAML itself reads 010 as 8, 1.10 as 1.1, 12:30:00 as 45000, off as false and the last one as no day at all."""
+    """Plain YAML reads 010 as 8, 1.10 as 1.1, 12:30:00 as 45000, off as false and the last one as an invalid date."""
     for value in ("010", "1.10", "12:30:00", "off", "2024-02-30"):
         assert read_config(config(f"experiments: {value}\n")) == {"experiments": value}
 
@@ -174,7 +174,7 @@ def test_every_default_survives_options_json(tmp_path):
 
 
 def test_options_json_of_a_chinese_clip_is_a_config(arguments, run, real_data, tmp_path):
-    """The file alone tells its model, which options.json calls by a name that --vision_model has not."""
+    """The weight file determines the model; options.json has a name that --vision_model does not accept."""
     tiny = real_data / "chinese_clip_tiny"
     place = arguments.index("--vision_model")
     given = [*arguments[:place], *arguments[place + 2 :], "--pretrained", tiny / "clip_cn_tiny.pt"]
@@ -268,8 +268,8 @@ def test_large_and_deep_files_are_refused_in_seconds(config, text, words):
     assert all(word in str(error.value) for word in words), str(error.value)[:300]
 
 
-def laughs(last):
-    """Nine to the power of eleven texts, by aliases of aliases, under names of options."""
+def billion_laughs(last):
+    """A billion laughs: 9^11 strings by aliases of aliases, under names of options."""
     names = ("beta1", "beta2", "eps", "warmup", "margin", "seed", "display", "epochs", "max_steps", "batch_size", last)
     lines = [f"{name}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n, name in enumerate(names)]
     return "\n".join(["dataset: &a0 [x, x]", *lines])
@@ -278,8 +278,8 @@ def laughs(last):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (laughs("recall_k"), "beta1 holds no value"),
-        (laughs("eval"), "beta1 holds no value"),
+        (billion_laughs("recall_k"), "beta1 holds no value"),
+        (billion_laughs("eval"), "beta1 holds no value"),
         ("eval: &a [*a]", "recursive"),
         ("a: &a {b: *a}", "recursive"),
         ("? [lr]\n: 1", "line 1: a key is a sequence"),

@@ -1,4 +1,4 @@
-"""A run killed before or after any write of a file is resumed to the same end; no fault of a disk loses anything."""
+"""A run killed before or after any file write resumes to the same result, and disk faults lose nothing."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ CLOCKS = ("seconds", "pairs_per_second", "data_percent")
 
 
 def without_clocks(content):
-    """The content of a checkpoint or a results.json without what a clock measured; tensors as lists."""
+    """The content of a checkpoint or results.json without measured times; tensors as lists."""
     if isinstance(content, dict):
         return {name: without_clocks(value) for name, value in content.items() if name not in CLOCKS}
     if isinstance(content, (list, tuple)):
@@ -23,8 +23,8 @@ def without_clocks(content):
     return content.tolist() if isinstance(content, torch.Tensor) else content
 
 
-def everything(folder):
-    """All that a run leaves, in every field, but for clocks and the names of its folder."""
+def outputs(folder):
+    """All outputs of a run, in every field, except measured times and the name of its folder."""
     content = {}
     for path in sorted(folder.glob("*.pt")):
         content[path.name] = without_clocks(torch.load(path, weights_only=True))
@@ -42,14 +42,14 @@ def command(arguments):
 
 @pytest.fixture
 def whole(run, command, tmp_path):
-    """All that a run leaves that was never stopped."""
+    """The outputs of an undisturbed run."""
     code, _, err = run(*command, "--resume", "auto", "--experiments", "whole")
     assert code == 0, err
-    return everything(tmp_path / "logs" / "whole")
+    return outputs(tmp_path / "logs" / "whole")
 
 
 def replaced_files(run, command, monkeypatch, fail_at=None, before=True, error=None):
-    """Run `command`; the names of the files that were renamed into place. Fails at the one with number `fail_at`."""
+    """Run `command`, failing at rename number `fail_at`; return the names of the renamed files and the result."""
     names = []
     normal = os.replace
 
@@ -78,13 +78,13 @@ def test_kill_between_any_two_writes_loses_nothing(run, command, tmp_path, whole
     assert code == 0, err
     json_files = {"results.json", "options.json", "metrics.jsonl"}
     assert set(names) == {"last.pt", "best.pt", "epoch_1.pt", "step_4.pt", *json_files}
-    # After one write is before the next, but for the last.
+    # "After one write" equals "before the next", except for the last.
     for number, before in [*((number, True) for number in range(len(names))), (len(names) - 1, False)]:
         shutil.rmtree(tmp_path / "logs" / "ex0")
         replaced_files(run, command, monkeypatch, number, before)
         code, _, err = run(*command)
         assert code == 0 and "chosen anew" not in err, (names[number], before, err)
-        assert everything(tmp_path / "logs" / "ex0") == whole, (names[number], before)
+        assert outputs(tmp_path / "logs" / "ex0") == whole, (names[number], before)
 
 
 def test_resume_after_the_last_step_loses_nothing(run, command, tmp_path, whole):
@@ -92,7 +92,7 @@ def test_resume_after_the_last_step_loses_nothing(run, command, tmp_path, whole)
     assert run(*command, "--resume", "auto")[0] == 0
     (folder / "results.json").unlink()
     assert run(*command, "--resume", "auto")[0] == 0
-    assert everything(folder) == whole
+    assert outputs(folder) == whole
     rates = {group["lr"] for group in torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"]}
     assert rates != {1e-3} and read_json(folder / "results.json")["weights"] == "none"
 
@@ -117,8 +117,8 @@ def test_disk_fault_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkey
     assert code == 0, err
 
 
-class FullFile:
-    """A file on a disk that has just become full."""
+class FailingFile:
+    """A file whose disk fails at each write."""
 
     def __init__(self, file, number):
         self._file, self._number = file, number
@@ -140,11 +140,11 @@ def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_pat
     def write(self, kind, step, values):
         if step == 2 and part == "log.txt":
             (handler,) = (h for h in log.handlers if getattr(h, "path", None))
-            handler.stream = FullFile(handler.stream, number)
+            handler.stream = FailingFile(handler.stream, number)
         elif step == 2 and part == "metrics.jsonl":
-            self._file = FullFile(self._file, number)
+            self._file = FailingFile(self._file, number)
         elif step == 2:
-            self._tensorboard._records._writer = FullFile(self._tensorboard._file, number)
+            self._tensorboard._records._writer = FailingFile(self._tensorboard._file, number)
         normal(self, kind, step, values)
 
     monkeypatch.setattr(MetricsLog, "write", write)
@@ -168,7 +168,7 @@ def test_folder_deleted_during_a_run_is_reported(run, arguments, tmp_path, monke
 
 
 def test_folder_deleted_during_a_save_is_reported(run, arguments, tmp_path, monkeypatch):
-    """Another program has deleted the half-written checkpoint, but not yet the lock."""
+    """Another program has deleted the half-written checkpoint, but not the lock."""
     normal = os.fsync
 
     def fsync(descriptor):
@@ -209,14 +209,14 @@ def test_resume_with_other_captions_or_images_is_refused(run, arguments, caption
     table = tmp_path / "table.csv"
     text = (captioned / "captions.csv").read_text()
     table.write_text(text)
-    if change[1].startswith("\n1"):  # two images exchange their captions
+    if change[1].startswith("\n1"):  # two images swap their captions
         text = text.replace("\n0.jpg", "\nX.jpg").replace("\n1.jpg", "\n0.jpg").replace("\nX.jpg", "\n1.jpg")
     else:
         text = text.replace(*change, 1)
     command = [*arguments, "--annotations", table, "--image_dir", captioned]
     assert run(*command, "--epochs", "1")[0] == 0
     table.write_text(text)
-    csv_file._read_rows.cache_clear()  # as in a process of its own
+    csv_file._read_rows.cache_clear()  # as in a new process
     code, _, err = run(*command, "--resume", "auto")
     assert code == 2 and "other data" in err
 
@@ -235,9 +235,8 @@ def test_collapse_is_warned_about_once(run, arguments, monkeypatch):
 
     def forward(self, *inputs):
         images, texts = normal(self, *inputs)
-        return torch.ones_like(images) / images.shape[1] ** 0.5 + 0 * images, torch.ones_like(texts) / texts.shape[
-            1
-        ] ** 0.5
+        collapsed = [torch.ones_like(features) / features.shape[1] ** 0.5 for features in (images, texts)]
+        return collapsed[0] + 0 * images, collapsed[1]
 
     monkeypatch.setattr(RetrievalModel, "forward", forward)
     code, _, err = run(*arguments, "--epochs", "4", "--no_eval_first")

@@ -1,3 +1,5 @@
+"""The choice of device and precision."""
+
 import pytest
 import torch
 

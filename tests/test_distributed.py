@@ -1,4 +1,4 @@
-"""A run of several processes does what one process does: the same batches, gradients, weights, files and scores."""
+"""A run of several processes equals that of one process: batches, gradients, weights, files and scores."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from tests.torchrun import MINUTE, Torchrun
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads processes from /proc"),
 ]
 
-RESUMED_AT = 4  # the last save before the step that the runs are killed in
+RESUMED_AT = 4  # step of the last save before the kill
 VARIANTS = {
     "resnet": "--vision_model resnet.json --lr 0.01",
     "siglip grad_cache": "--loss siglip --grad_cache 5",
@@ -42,7 +42,7 @@ EVALUATIONS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads that wait for each other on cores that others use as well cost far more than they bring."""
+    """On shared cores, threads that wait for each other cost more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def one_thread():
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(*arguments) starts processes with these arguments of torchrun behind --nproc_per_node."""
+    """torchrun(*arguments) starts processes; `arguments` follow --nproc_per_node."""
     started = []
 
     def start(*arguments, processes=(2,)):
@@ -67,7 +67,7 @@ def finetune(captioned, folder, name, *extra, killed_in_step=None):
     """A finetune of 35 pairs, 6 steps of 10, into folder/name."""
     arguments = [
         *("--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"),
-        # A large epsilon: an AdamW step does not make rounding as large as a gradient.
+        # A large epsilon keeps AdamW from amplifying rounding errors of small gradients.
         *("--epochs", 2, "--batch_size", 10, "--lr", 0.1, "--warmup", 2, "--eps", 1, "--display", 1),
         *("--num_workers", 0, "--device", "cpu", "--checkpoint_path", folder, "--experiments", name),
         *(captioned / value if str(value).endswith(".json") else value for value in extra),
@@ -80,7 +80,7 @@ SHORT = ("--max_steps", 3, "--no_eval_first", "--eval_every", 0)
 
 
 def commands(captioned, folder):
-    """What one process and two do alike, by name."""
+    """Commands by name, for one process and for two."""
     found = {
         "whole": finetune(captioned, folder, "whole", *WHOLE),
         "killed": finetune(captioned, folder, "killed", *WHOLE, killed_in_step=RESUMED_AT + 1),
@@ -97,7 +97,7 @@ def commands(captioned, folder):
 
 
 def crossed(captioned, folder, other):
-    """The run that goes on from where other processes were killed."""
+    """The run that resumes from the checkpoint of other processes."""
     return finetune(captioned, folder, "crossed", *WHOLE, "--resume", other / "killed/last.pt")
 
 
@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(captioned, folder):
-    """What one process says to each of the commands, and its files in folder/one."""
+    """Exit code and output of each command in one process; its files are in folder/one."""
     return {name: run_alone(c) for name, c in commands(captioned, folder / "one").items()}
 
 
@@ -120,7 +120,7 @@ def run_alone(command):
 
 @pytest.fixture(scope="module")
 def two(captioned, folder, one):
-    """What each of two processes found, and its files in folder/two."""
+    """The content of {rank}.pt of each of two processes; their files are in folder/two."""
     todo = commands(captioned, folder / "two") | {"crossed": crossed(captioned, folder / "two", folder / "one")}
     (folder / "commands.json").write_text(json.dumps(todo))
     run = Torchrun("-m", "tests.distributed_worker", folder, folder / "commands.json", marker=folder)
@@ -134,7 +134,7 @@ def two(captioned, folder, one):
 
 
 def assert_close(a, b, tolerance):
-    """Two dicts of tensors agree to `tolerance` of each tensor's largest entry."""
+    """Assert that two dicts of tensors agree to `tolerance` of each tensor's largest entry."""
     assert a.keys() == b.keys()
     for name, value in b.items():
         largest = value.abs().max().item()
@@ -150,7 +150,7 @@ def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
 
-# The pieces.
+# Single parts.
 
 
 @pytest.mark.parametrize("case", worker.cases())
@@ -168,7 +168,7 @@ def test_steps_equal_those_of_one_process(two, case):
 
 
 def test_bfloat16_batch_norm_equals_that_of_one_process(two):
-    expected = worker.normalised_bfloat16(SINGLE_PROCESS)
+    expected = worker.normalise_bfloat16(SINGLE_PROCESS)
     found = torch.cat([found["normalised"]["values"] for found in two])
     torch.testing.assert_close(found, expected["values"], rtol=2**-7, atol=0)
     for name in ("mean", "var"):
@@ -193,7 +193,7 @@ def test_no_process_stores_the_logits_of_the_batch(two):
 
 
 def assert_shares_make_the_batches_of_one(found, expected):
-    """Each process's part of the batches, with its positives, together those of one process."""
+    """Assert that the slices of the processes, with their positives, are the batches of one process."""
     for batch, *shares in zip(expected, *found, strict=True):
         for name in ("images", "texts"):
             assert torch.equal(getattr(batch, name), torch.cat([share[name] for share in shares]))
@@ -203,22 +203,23 @@ def assert_shares_make_the_batches_of_one(found, expected):
 
 
 def test_replaced_samples_equal_those_of_one_process(two):
-    expected = worker.with_stand_ins(SINGLE_PROCESS)
-    assert_shares_make_the_batches_of_one([found["stand-ins"] for found in two], expected)
+    expected = worker.batches_with_replaced_images(SINGLE_PROCESS)
+    assert_shares_make_the_batches_of_one([found["replaced"] for found in two], expected)
     assert any(len(batch.positives) > 8 for batch in expected)
 
 
 def test_skipped_samples_of_one_process_are_logged_by_all(two):
-    said = "epoch 1, batches 1 to 1: 1 samples could not be used, others stood in for them: 0.tar, sample é"
-    assert [found["said"] for found in two] == [[said], [said]]
+    message = "epoch 1, batches 1 to 1: 1 samples could not be used, others stood in for them: 0.tar, sample é"
+    assert [found["warnings"] for found in two] == [[message], [message]]
 
 
 def test_duplicate_images_of_other_processes_are_positives(two, folder):
-    expected = worker.of_shards_with_a_sample_for_each_caption(SINGLE_PROCESS, folder)
-    assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)
+    expected = worker.batches_with_duplicate_images(SINGLE_PROCESS, folder)
+    assert_shares_make_the_batches_of_one([found["duplicates"] for found in two], expected)
     for batch in expected:
-        of = [image.numpy().tobytes() for image in batch.images]
-        assert batch.positives.tolist() == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
+        content = [image.numpy().tobytes() for image in batch.images]
+        expected_pairs = [[i, j] for i in range(8) for j in range(8) if content[i] == content[j]]
+        assert batch.positives.tolist() == expected_pairs
 
 
 def test_ranks_equal_those_of_one_process(two):
@@ -260,8 +261,8 @@ def test_finetune_writes_the_same_files_once(two, folder):
 
 
 def test_only_the_main_process_prints(one, two, folder):
-    (_, out, err), (_, *silent) = (found["runs"]["whole"] for found in two)
-    assert silent == ["", ""]
+    (_, out, err), (_, *other_output) = (found["runs"]["whole"] for found in two)
+    assert other_output == ["", ""]
     assert "of 10 = 2 x 5 pairs" in out and all(line.endswith("10 = 2 x 5") for line in step_lines(out))
     assert [line.split("  loss")[0] for line in step_lines(out)] == [
         line.split("  loss")[0] for line in step_lines(one["whole"][1])
@@ -279,7 +280,7 @@ def step_lines(out):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_ends_with_the_weights_of_one_process(one, two, folder, name):
     assert one[name][0] == two[0]["runs"][name][0] == 0, two[0]["runs"][name][2]
-    # Batch normalisation of ten values makes rounding larger.
+    # Batch normalisation over ten values amplifies rounding.
     tolerance = 1e-4 if name == "resnet" else 1e-5
     assert_close(last(folder / "two" / name)["model"], last(folder / "one" / name)["model"], tolerance)
     losses = [
@@ -327,7 +328,7 @@ def test_small_split_shrinks_the_batch_to_a_multiple(one, two):
     assert code == 0 and "--batch_size 256 becomes 34" in err and "34 = 2 x 17" in out
 
 
-# Stopped and resumed.
+# Stop and resume.
 
 
 def test_resume_after_kill_is_bit_identical(two, folder):
@@ -384,7 +385,7 @@ def test_killed_process_ends_all_and_keeps_the_checkpoint(torchrun, captioned, t
     long = ("--epochs", 20, "--eval_every", 0, "--save_every", 1)
     run = torchrun("main.py", *finetune(captioned, tmp_path, "killed", *long)["arguments"])
     wait_for_step(tmp_path / "killed", 5, run.agents[0])
-    os.kill(run.alive()["0"], signal.SIGKILL)  # the one that writes
+    os.kill(run.alive()["0"], signal.SIGKILL)  # the process that writes the files
     code, _, err = run.end(timeout=MINUTE)
     assert code != 0 and run.alive() == {}
     assert "error (process 1): another process of this run was lost" in err and "--resume auto" in err
@@ -401,8 +402,8 @@ def test_unreadable_image_in_one_process_ends_all_and_is_named(torchrun, caption
     shutil.copytree(captioned, broken)
     command = finetune(broken, tmp_path / "logs", "ex0", *SHORT)["arguments"]
     dataset = read_dataset(Options.settle(parse(command)).data, "train")
-    mine, theirs = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
-    image = Path(dataset.images.name(next(i for i in theirs if i not in mine)))
+    first_half, second_half = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
+    image = Path(dataset.images.name(next(i for i in second_half if i not in first_half)))
     image.write_bytes(image.read_bytes()[:300])
 
     code, out, err = torchrun("main.py", *command).end(timeout=MINUTE)

@@ -1,4 +1,4 @@
-"""An evaluation from end to end."""
+"""Evaluations from end to end."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A finetune from end to end, on a small model and a small data set."""
+"""Finetunes from end to end, with a small model and a small dataset."""
 
 import json
 import shutil
@@ -121,7 +121,7 @@ def test_grad_checkpointing_does_not_change_the_weights(run, arguments, tmp_path
         assert run(*arguments_of_model, "--experiments", name, *extra)[0] == 0
         weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
     for name, value in weights[0].items():
-        if "running" not in name and "num_batches" not in name:  # batch statistics are taken twice
+        if "running" not in name and "num_batches" not in name:  # batch statistics are updated twice
             torch.testing.assert_close(weights[1][name], value, msg=name)
 
 
@@ -266,14 +266,14 @@ def test_in_batch_accuracy_is_optional(run, arguments, tmp_path):
     assert "i2t_accuracy" in lines["with"] and "i2t_accuracy" not in lines["without"]
 
 
-@pytest.mark.parametrize("spoil", [False, True])
-def test_run_with_loader_processes_ends(start, captioned, arguments, tmp_path, spoil):
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_run_with_loader_processes_ends(start, captioned, arguments, tmp_path, is_broken):
     data = captioned
-    if spoil:
+    if is_broken:
         data = tmp_path / "data"
         shutil.copytree(captioned, data)
         (data / "13.jpg").write_bytes(b"no image")
     process = start(*arguments, "--dataset_root", data, "--num_workers", "2", "--max_steps", "4", "--no_eval_first")
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (2 if spoil else 0), err
-    assert ("13.jpg" in err) == spoil
+    assert process.returncode == (2 if is_broken else 0), err
+    assert ("13.jpg" in err) == is_broken

@@ -1,4 +1,4 @@
-"""Whatever is given in place of a text input: a pipe, a device, a folder. One line, exit code 2, and no waiting."""
+"""Pipes, devices and folders in place of text inputs: one line, exit code 2, and no blocking."""
 
 import os
 import socket
@@ -45,7 +45,7 @@ KINDS = [fifo, unix_socket, device, terminal, folder, loop, dangling, memory_of_
 
 @pytest.fixture
 def inputs(tmp_path, captioned):
-    """A script and its arguments for each text input; `X` is the place of the input."""
+    """The script and its arguments for each text input; `X` is replaced by the input."""
     np.save(tmp_path / "a.npy", np.eye(3, dtype=np.float32))
     (tmp_path / "gold_texts.jsonl").write_text('{"text_id": 1, "image_ids": [1]}\n')
     for name in ("classes/cat", "classes/dog"):

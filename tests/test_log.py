@@ -1,3 +1,5 @@
+"""Log lines, metrics and TensorBoard."""
+
 import json
 import os
 
@@ -55,7 +57,7 @@ def test_tensorboard_has_the_same_values(tmp_path):
 
 @pytest.mark.parametrize("level", [log.info, log.warning])
 def test_control_characters_reach_neither_terminal_nor_file(tmp_path, capsys, level):
-    """A caption may hold the escapes that rename a window, or delete what was printed."""
+    """A caption may contain escapes that rename a window or clear the terminal."""
     start_log()
     level("a.jpg: \x1b]0;owned\x07\x1b[2Jred\x9b31m \x00 \r \u2028 " + os.fsdecode(b"caf\xe9") + " 狗\tcafé")
     log_to_file(tmp_path)

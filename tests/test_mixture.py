@@ -1,4 +1,4 @@
-"""Finetuning on several data sets at once, and on Hugging Face's: what is read, trained on, scored, and resumed."""
+"""Finetuning on mixtures of datasets and on Hugging Face datasets: reading, training, scoring and resuming."""
 
 import os
 import shutil
@@ -23,10 +23,10 @@ from tests.test_resume import assert_same_ending
 
 @pytest.fixture
 def halves(captioned, tmp_path):
-    """The small data set as two: 8 train images with val and test, and the other 6 train images."""
+    """The small dataset as two: 8 train images with val and test, and the other 6 train images."""
     header, *rows = (captioned / "captions.csv").read_text().splitlines()
-    of_second = [row for row in rows if row.endswith(",train") and int(row.split(".")[0]) >= 8]
-    parts = [row for row in rows if row not in of_second], of_second
+    second = [row for row in rows if row.endswith(",train") and int(row.split(".")[0]) >= 8]
+    parts = [row for row in rows if row not in second], second
     for number, part in enumerate(parts):
         folder = tmp_path / f"half{number}"
         folder.mkdir()
@@ -38,7 +38,7 @@ def halves(captioned, tmp_path):
 
 @pytest.fixture
 def settings(captioned, tmp_path):
-    """What a small finetune needs besides its data."""
+    """Arguments of a small finetune, without its data."""
     return [
         *("--vision_model", captioned / "small.json", "--epochs", "2", "--batch_size", "10", "--lr", "1e-3"),
         *("--warmup", "2", "--display", "1", "--num_workers", "0", "--device", "cpu"),
@@ -53,7 +53,7 @@ def both(halves):
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch):
-    """The root of a few drawn shapes."""
+    """The root of a small `shapes` dataset."""
     monkeypatch.setattr(shapes, "SIZES", {"train": 12, "val": 2, "test": 2})
     return tmp_path / "drawings"
 
@@ -113,7 +113,7 @@ def test_resume_with_other_weights_or_data_is_refused(run, settings, both, halve
         *settings, *both[:4], *turned, "--resume", "auto", "--dataset_weights", "1", "3", "--max_steps", "4"
     )
     assert code == 2 and is_one_line(err) and "other data" in err
-    assert run(*resumed)[0] == 0, "the weights are the checkpoint's where none are typed"
+    assert run(*resumed)[0] == 0, "without --dataset_weights, those of the checkpoint are used"
 
 
 def test_checkpoint_finds_its_datasets_from_any_folder(run, settings, halves, tmp_path, monkeypatch):
@@ -166,9 +166,9 @@ def test_image_cache_is_per_dataset_and_does_not_change_results(run, settings, b
     code, _, err = run(*settings, *mixture, *cache, "--experiments", "cached")
     assert code == 0, err
     assert_same_ending(tmp_path / "logs" / "plain", tmp_path / "logs" / "cached")
-    assert len(list((tmp_path / "cache").glob("csv_train_*.pixels"))) == 2  # drawings are in memory
+    assert len(list((tmp_path / "cache").glob("csv_train_*.pixels"))) == 2  # shapes are in memory
     code, out, _ = run(*settings, *both[:2], *both[4:6], *cache, "--max_steps", "1", "--experiments", "alone")
-    assert code == 0 and "building" not in out, "alone, a data set reads the cache that the mixture made"
+    assert code == 0 and "building" not in out, "alone, a dataset reads the cache of the mixture"
 
 
 def test_loader_processes_read_a_mixture(run, settings, both, tmp_path):
@@ -182,11 +182,11 @@ def test_broken_image_in_a_shard_is_skipped_and_counted(run, settings, halves, t
     mixture = ("--dataset", "csv", "--dataset", "webdataset", "--dataset_root", halves[0], "--dataset_root")
     code, _, err = run(*settings, *mixture, tmp_path / "s", "--no_eval_first")
     assert code == 0, err
-    said = [line for line in err.splitlines() if "could not be used" in line]
-    assert len(said) == 2  # once in each epoch, which drops none of the 30 pairs
-    for line in said:
+    warnings = [line for line in err.splitlines() if "could not be used" in line]
+    assert len(warnings) == 2  # one per epoch, which drops none of the 30 pairs
+    for line in warnings:
         assert "1 images could not be used, others stood in for them" in line and "train-0.tar, broken.jpg" in line
-    # A file of one's own is mended instead.
+    # An unreadable image file stops the run instead.
     (halves[0] / "0.jpg").write_bytes(b"no image")
     code, _, err = run(*settings, "--dataset", "csv", "--dataset_root", halves[0], "--experiments", "own")
     assert code == 2 and "0.jpg: not a readable image" in err
@@ -286,7 +286,7 @@ datasets.load_dataset = load_dataset
 
 @pytest.mark.slow
 def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
-    """With a hub of this machine's own: the rows are like those of M3IT and SBU, three and four of them."""
+    """With a local replacement of the hub, which has three rows of M3IT and four of SBU."""
     pytest.importorskip("datasets")
     photos = tmp_path / "photos"
     shutil.copytree(captioned, photos)

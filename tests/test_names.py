@@ -1,4 +1,4 @@
-"""Folders, images, classes and outputs whose names are not UTF-8, or hold line breaks and escapes: all of it works."""
+"""Names of folders, images, classes and outputs that are not UTF-8, or contain line breaks and escapes, work."""
 
 import json
 import os
@@ -22,13 +22,13 @@ def picture(path, seed):
 
 
 def is_clean(text):
-    """What is printed has no character that a terminal obeys."""
+    """Whether `text` has no control characters."""
     return all(character.isprintable() or character in "\n\t" for character in text)
 
 
 @pytest.fixture
 def strange(tmp_path, captioned):
-    """A folder with such a name: classes, images, and a COCO file that lists them."""
+    """A folder with a strange name: classes, images, and a COCO file that lists them."""
     root = tmp_path / STRANGE
     for number, name in enumerate(("cat", STRANGE, os.fsdecode(b"\xfe"))):
         for image in range(2):
@@ -119,7 +119,7 @@ def test_exports_with_strange_names(script, arguments, strange):
 
 
 def test_errors_in_an_ascii_terminal(strange):
-    """Without UTF-8: neither a message nor a name that is printed may raise."""
+    """Messages and names are printed without UTF-8 support."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     gold = strange / "gold_texts.jsonl"
     gold.write_text('{"text_id": 1, "image_ids": ["\\udcff"]}')

@@ -1,4 +1,4 @@
-"""The command line is a contract: every spelling of the five systems stays valid."""
+"""The command line is a contract: every spelling of the five systems is accepted."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name, spelling", [(n, s) for n, all_of in SPELLINGS.items() for s in all_of])
+@pytest.mark.parametrize("name, spelling", [(n, s) for n, spellings in SPELLINGS.items() for s in spellings])
 def test_every_spelling_with_underscores_or_hyphens(name, spelling):
     default = options()[name]
     value = VALUES.get(name, "3" if not isinstance(default, str) else "other")
@@ -213,7 +213,7 @@ def test_command_line_overrides_checkpoint_overrides_defaults():
     )
     settled = Options.settle(stored, parse(["--epochs", "5"])).flat()
     assert settled["lr"] == 5e-4 and settled["epochs"] == 5
-    # A run's place and its machine are never taken from a checkpoint.
+    # The output folder and the machine are never taken from a checkpoint.
     assert settled["device"] is None and settled["experiments"] == "ex0" and settled["num_workers"] is None
 
 

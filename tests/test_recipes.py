@@ -1,4 +1,4 @@
-"""The shell recipes run: on COCO photographs, shortened, with a small model in the place of the large one."""
+"""The shell recipes run on COCO images, shortened and with a small model."""
 
 import os
 import shutil
@@ -54,18 +54,18 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, says",
+    "name, text",
     [
         ("coco_from_scratch_rn50", "vision_model: RN50-text6\n"),
         ("coco_from_scratch_simple_clip", "--vision_model resnet50 "),
     ],
 )
-def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, says):
+def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, text):
     scripts = ROOT / "scripts"
-    assert says in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
+    assert text in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
     short = ("--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none")
-    on_a_cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
-    result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *on_a_cpu, "--image_size", 16)
+    cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
+    result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *cpu, "--image_size", 16)
     assert result.returncode == 0, result.stderr
     options = read_json(tmp_path / "logs" / name / "options.json")
     assert (options["caption_sampling"], options["beta2"], options["eps"]) == ("one", 0.999, 1e-8)
@@ -115,7 +115,7 @@ def test_chinese_recipes(recipe, real_data, captioned, tmp_path, name, folder):
 
 
 def write_chinese(folder, captioned):
-    """The train and valid splits of the small data set as Chinese-CLIP's tsv and jsonl."""
+    """Write the train and valid splits of the small dataset as Chinese-CLIP's tsv and jsonl."""
     command = [sys.executable, str(ROOT / "scripts" / "export_tsv.py"), "--dataset", "csv", "--dataset_root"]
     command += [str(captioned), "--output", str(folder), "--splits", "train,valid"]
     subprocess.run(command, check=True, capture_output=True)

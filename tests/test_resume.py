@@ -1,4 +1,4 @@
-"""A run that was stopped, however it was stopped, ends as if it had not been."""
+"""A stopped run resumes to the results of an undisturbed run."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def assert_same_ending(a, b):
 
 @pytest.fixture
 def whole(run, arguments, tmp_path):
-    """The folder of a run that was never stopped."""
+    """The folder of an undisturbed run."""
     assert run(*arguments, "--augment", "crop", "--experiments", "whole")[0] == 0
     return tmp_path / "logs" / "whole"
 
@@ -86,7 +86,7 @@ def test_resume_after_kill_in_an_evaluation_loses_no_step(run, arguments, tmp_pa
     assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
     code, out, err = run(*command)
     assert code == 0, err
-    assert "step 3/6" not in out  # the steps of the first epoch are not done again
+    assert "step 3/6" not in out  # the steps of the first epoch are not repeated
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
 
 
@@ -139,7 +139,7 @@ def wait_for_step(folder, step, process):
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    raise AssertionError("the run did not get there")
+    raise AssertionError(f"the run did not reach step {step}")
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_signal_saves_and_prints_the_resume_command(run, start, arguments, tmp_p
     folder = tmp_path / "logs" / "ex0"
     process = start(*command)
     wait_for_step(folder, 5, process)
-    os.killpg(process.pid, number)  # as a terminal or a scheduler does: its workers get it too
+    os.killpg(process.pid, number)  # a terminal or scheduler signals the workers too
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("error: interrupted at step") and "last.pt" in err
@@ -186,8 +186,9 @@ def test_resume_of_a_finished_run_writes_the_results(run, arguments, tmp_path):
 
 
 def test_same_command_resumes_with_its_initial_weights_named(run, arguments, tmp_path):
-    for begin in ("none", tmp_path / "weights.pt"):
-        command = [*arguments, "--pretrained", begin, "--resume", "auto", "--experiments", f"from {Path(begin).name}"]
+    for weights in ("none", tmp_path / "weights.pt"):
+        name = f"from {Path(weights).name}"
+        command = [*arguments, "--pretrained", weights, "--resume", "auto", "--experiments", name]
         assert run(*command, "--max_steps", "1", "--no_eval_first")[0] == 0
         code, out, err = run(*command, "--max_steps", "2")
         assert code == 0 and "going on from" in out, err
@@ -280,7 +281,7 @@ def test_resume_with_other_data_is_refused(run, arguments, captioned, tmp_path):
     command = [*arguments, "--annotations", grown, "--image_dir", captioned]
     run(*command, "--epochs", "1")
     grown.write_text(grown.read_text() + "0.jpg,one more caption,train\n")
-    csv_file._read_rows.cache_clear()  # as in a process of its own
+    csv_file._read_rows.cache_clear()  # as in a new process
     code, _, err = run(*command, "--resume", "auto")
     assert code == 2 and "other data" in err
 

@@ -1,3 +1,5 @@
+"""SIGINT and SIGTERM in a run."""
+
 import os
 import signal
 
@@ -8,7 +10,7 @@ from clip_retrieval.signals import StopSignal, ignore_first_signal
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers of the test program come back."""
+    """Restore the handlers of the test program."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -23,8 +25,8 @@ def test_signal_interrupts_at_the_next_check(number):
         with pytest.raises(KeyboardInterrupt):
             stop.check()
         with pytest.raises(KeyboardInterrupt), stop.interruptible():
-            raise AssertionError("work that has to be interrupted must not begin")
-    os.kill(os.getpid(), number)  # ignored: a run that was stopped only ends
+            raise AssertionError("interruptible work must not start after a signal")
+    os.kill(os.getpid(), number)  # ignored: a stopped run is only ending
 
 
 def test_handlers_are_restored_without_a_signal():

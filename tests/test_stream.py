@@ -17,13 +17,13 @@ from tests.torchrun import MINUTE, Torchrun
 
 @pytest.fixture
 def shards(captioned, tmp_path):
-    """The images of `captioned` in shards of five: 14 to train on in three of them, 6 of val, 6 of test."""
+    """The images of `captioned` in shards of five: 14 train images in three shards, 6 val and 6 test images."""
     return shards_of_csv(captioned / "captions.csv", tmp_path / "shards")
 
 
 @pytest.fixture
 def settings(arguments):
-    """Arguments of a small finetune, without those that name its data: two epochs, in batches of 4."""
+    """Arguments of a small finetune without its data: two epochs, in batches of 4."""
     return [*arguments[arguments.index("--vision_model") :], "--batch_size", "4"]
 
 
@@ -105,8 +105,8 @@ def test_yfcc7m_in_the_layout_of_simple_clip(run, settings, tmp_path):
 
 
 @pytest.fixture
-def spoilt(shards):
-    """The same with two samples more that cannot be used, in the second shard."""
+def broken_shards(shards):
+    """`shards` with two further samples in the second shard that cannot be used."""
     from clip_retrieval.data.shards.samples import read_samples
 
     path = shards / "train-001.tar"
@@ -116,7 +116,7 @@ def spoilt(shards):
     return shards
 
 
-def test_skipped_samples_are_logged_if_a_run_ends_within_an_epoch(run, on_shards, spoilt):
+def test_skipped_samples_are_logged_if_a_run_ends_within_an_epoch(run, on_shards, broken_shards):
     code, _, err = run(*on_shards, "--max_steps", "3", "--eval_every", "0")  # of 4 an epoch
     assert code == 0 and "epoch 1, batches 1 to 3: 2 samples could not be used" in err
     code, _, err = run(*on_shards, "--max_steps", "8", "--eval_every", "0", "--resume", "auto")
@@ -133,7 +133,7 @@ def test_first_shard_without_usable_samples_is_skipped(run, on_shards, shards):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("extra", [(), ("--train_num_samples", "14")], ids=["counted", "given"])
 def test_resume_after_kill_within_a_shard_is_bit_identical(
-    run, run_killed, on_shards, spoilt, tmp_path, num_workers, extra
+    run, run_killed, on_shards, broken_shards, tmp_path, num_workers, extra
 ):
     command = [*on_shards, "--augment", "crop", "--shuffle_buffer", "8", *extra]
     code, _, err = run(*command, "--experiments", "whole")
@@ -168,11 +168,11 @@ def test_each_option_reaches_the_stream(run, on_shards, tmp_path):
 
 def test_one_caption_per_epoch_is_logged_for_several_captions(run, on_shards, shards):
     command = [*on_shards, "--max_steps", "1", "--no_eval_first", "--eval_every", "0", "--overwrite"]
-    said = "shards give one caption of an image an epoch"
-    assert said in run(*command)[1] and said not in run(*command, "--caption_sampling", "one")[1]
+    message = "shards give one caption of an image an epoch"
+    assert message in run(*command)[1] and message not in run(*command, "--caption_sampling", "one")[1]
     for number in range(3):
         write_shard(shards / f"train-{number:03}.tar", numbered(5 * number, 5))
-    assert said not in run(*command)[1]
+    assert message not in run(*command)[1]
 
 
 def test_train_num_samples_avoids_counting(run, on_shards, tmp_path, monkeypatch):
@@ -225,12 +225,8 @@ def test_resume_with_another_order_is_refused(run, on_shards, shards, arguments)
     assert code == 0, err
 
 
-def spoil(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-
 @pytest.mark.parametrize(
-    "spoil, extra, words",
+    "damage, extra, words",
     [
         (None, ("--train_data", "{}/train-{000..003}.tar"), ["--train_data", "train-003.tar", "no shard"]),
         (None, ("--train_data", "{}/none-*.tar"), ["--train_data", "none-*.tar", "holds no shards"]),
@@ -245,10 +241,10 @@ def spoil(path, change):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_one_line_before_training(run, on_shards, shards, spoil, extra, words):
-    if spoil:
+def test_bad_input_is_one_line_before_training(run, on_shards, shards, damage, extra, words):
+    if damage:
         path = shards / "train-001.tar"
-        path.write_bytes(spoil(path.read_bytes()))
+        path.write_bytes(damage(path.read_bytes()))
     code, out, err = run(*on_shards, *(value.replace("{}", str(shards)) for value in extra))
     assert code == 2 and is_one_line(err) and "step 1" not in out, err
     assert all(word in err for word in words), err
@@ -268,8 +264,8 @@ def test_shards_in_a_mixture(run, arguments, shards):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-def test_two_processes_equal_one(run, on_shards, spoilt, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads processes from /proc")
+def test_two_processes_equal_one(run, on_shards, broken_shards, tmp_path):
     command = [*on_shards, "--augment", "crop", "--eps", "1", "--lr", "0.1"]
     code, _, err = run(*command, "--experiments", "one")
     assert code == 0 and "2 samples could not be used" in err
