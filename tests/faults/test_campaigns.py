@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or of loaders go on and lose nothing: a few of each.
+"""Runs that are killed, stopped, or lose their disk or loaders resume and lose nothing; a few of each.
 
 `scripts/test.sh --full` tries hundreds.
 """
@@ -52,7 +52,7 @@ def test_killed_loaders_are_named(campaign):
     assert_nothing_lost(loaders.kill_loaders(campaign, 2), 2)
 
 
-# The campaigns themselves
+# The campaigns themselves.
 
 
 def test_differences_are_detected(campaign):

@@ -1,4 +1,4 @@
-"""Hostile files are refused, and nothing of them runs; `scripts/test.sh --full` tries all of them."""
+"""Hostile files are refused and run no code; `scripts/test.sh --full` tries all of them."""
 
 import pytest
 
