@@ -237,6 +237,7 @@ def five_times(dataset: RetrievalDataset, setting: Setting) -> Measurement:
             torch.cuda.synchronize(device)
         parts[part] += time.perf_counter() - started
 
+    # encode the image and the caption of every pair
     started = time.perf_counter()
     batches = iter(data_loader(Pairs(dataset, setting.built.preprocess), setting))
     image_features, text_features = [], []
@@ -246,6 +247,8 @@ def five_times(dataset: RetrievalDataset, setting: Setting) -> Measurement:
             image_features.append(normalize(model.encode_image(images.to(device)), dim=-1))
         with timed_part("captions"):
             text_features.append(normalize(model.encode_text(tokenizer(captions).to(device)), dim=-1))
+
+    # sort the whole matrix in both directions
     with timed_part("ranks"):
         scores = torch.cat(image_features) @ torch.cat(text_features).T
         owner = torch.from_numpy(dataset.pairs[:, 0]).to(device)

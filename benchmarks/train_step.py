@@ -276,6 +276,7 @@ def open_clip_step(
     name: str, built: BuiltModel, data: Data, precision: str, device: torch.device
 ) -> Callable[[int], object]:
     """The step of open_clip's training loop, with its model, loss and optimizer."""
+    # model, loss and optimizer
     clip = copy.deepcopy(built.clip).to(device).train()
     loss, options = ClipLoss(cache_labels=True), Options().train
     plain, decayed = [], []
@@ -289,9 +290,11 @@ def open_clip_step(
     def step(number: int) -> None:
         images, texts = data.normalised[number % len(data.normalised)]
         with open_clip_backends():
+            # forward
             optimizer.zero_grad()
             with autocast(precision, device):
                 total = loss(*clip(images, texts))
+            # backward and update
             scaler.scale(total).backward()
             scaler.step(optimizer)
             scaler.update()

@@ -275,6 +275,7 @@ def run_main(*arguments: Any, killed_in_step: int | None = None) -> tuple[int | 
     def exit_normally(code: int):
         raise SystemExit(code)
 
+    # run in this process, with patched step and exit
     out, err, code = io.StringIO(), io.StringIO(), None
     with (
         mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)]),

@@ -21,6 +21,7 @@ def test_run_writes_its_documented_files(run, arguments, tmp_path):
     assert files == expected | {"epoch_1.pt", "epoch_2.pt"}
     assert any((folder / "tensorboard").iterdir())
 
+    # results.json
     results = read_json(folder / "results.json")
     assert set(results) >= BLOCK
     assert (results["split"], results["images"], results["captions"]) == ("test", 6, 15)
@@ -33,6 +34,7 @@ def test_run_writes_its_documented_files(run, arguments, tmp_path):
         assert block["rsum"] == pytest.approx(sum(recalls))
         assert block["mean_recall"] == pytest.approx(sum(recalls) / 6)
 
+    # options.json, log and metrics.jsonl
     options = read_json(folder / "options.json")
     assert options["batch_size"] == 10 and options["versions"]["torch"] and "cpu" in options["device_used"]
     assert "10 = 1 x 10" in out and "35 captions" in out and "a " in out

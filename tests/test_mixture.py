@@ -287,6 +287,7 @@ datasets.load_dataset = load_dataset
 @pytest.mark.slow
 def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
     """With a local replacement of the hub, which has three rows of M3IT and four of SBU."""
+    # the local hub
     pytest.importorskip("datasets")
     photos = tmp_path / "photos"
     shutil.copytree(captioned, photos)
@@ -299,6 +300,7 @@ def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
         command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, env=environment | extra, capture_output=True, text=True)
 
+    # fetch and read
     result = recipe("get_simple_clip_data.sh", tmp_path / "DATA", PYTHONPATH=str(tmp_path / "hub"))
     assert result.returncode == 0, result.stderr
     train = read_dataset(DataOptions(dataset="combined", dataset_root=str(tmp_path / "DATA")), "train")
@@ -306,6 +308,7 @@ def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
     assert (train.captions[:3], train.captions[6:]) == (["a", "b", "c"], ["a thing 0", "a thing 1", "a thing 2"])
     assert train.images[4].size == (24, 20) and train.images[6].size == (512, 256)
 
+    # train
     short = ["--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none"]
     short += ["--image_size", "16", "--precision", "fp32", "--max_steps", "2", "--batch_size", "4", "--device", "cpu"]
     result = recipe("combined_from_scratch_simple_clip.sh", tmp_path / "DATA", *short)

@@ -57,6 +57,8 @@ def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
             *disks.small_shared_memory(campaign),
         ],
     }
+
+    # run the wanted ones, and print their notes
     counts: list[Count] = []
     with inputs(in_memory=MOUNTED not in wanted) as (folder, data):
         campaign = Campaign(folder, data, args.seed)

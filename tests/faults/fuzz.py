@@ -86,6 +86,7 @@ def fuzz(reader: Reader, count: int, seed: int = 0, first: int = 0) -> Report:
 def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> Iterator[Outcome]:
     """Yield the outcome of each mutation; a lost process is replaced by a new one."""
     while first < end:
+        # read the reports of a process until it ends or hangs
         child, pipe = start(reader, folder, seed, first, end)
         lost = UNCAUGHT
         number = None
@@ -99,6 +100,8 @@ def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> 
             yield Outcome(**json.loads(line))
             number = None
             first += 1
+
+        # report the mutation that it did not survive
         os.close(pipe)
         if lost == HUNG:
             os.kill(child, signal.SIGKILL)

@@ -168,6 +168,7 @@ def install(folder: Path, fault: Fault | None = None, record: Path | None = None
         operation = getattr(os, name)
         return lambda *arguments, **options: watch(kind, arguments[which], lambda: operation(*arguments, **options))
 
+    # replace the functions of the standard library
     builtins.open = io.open = watched_open
     os.open = watched_descriptor
     for name, kind, which in (

@@ -157,6 +157,7 @@ def _server() -> Any:
 
 def _run(script: str, words: list[str], files: list[Path], settings: Settings) -> None:
     """The forked process: set it up, run the program, exit."""
+    # standard streams, folder and environment
     multiprocessing.set_start_method(None, force=True)  # loaders start as in a normal run
     with contextlib.suppress(OSError):
         os.setsid()
@@ -165,6 +166,8 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(settings.folder)
     os.environ.update(QUIET | settings.environment)
+
+    # limits and faults
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if settings.memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -172,6 +175,8 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if settings.before is not None:
         settings.before(*settings.arguments)
+
+    # the program
     path = ROOT / script
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(path.parent))

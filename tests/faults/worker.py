@@ -113,6 +113,8 @@ def judge(read: Callable[[], Any]) -> Outcome:
     except BaseException as error:
         kind = MEMORY_OUT if _is_memory(error) else UNCAUGHT
         return Outcome(0, kind, _root(error), "".join(traceback.format_exception(error))[-6000:])
+
+    # classify the exit code and the message
     message = [line for line in err.getvalue().splitlines() if not line.startswith("WARNING")]
     if code == 0:
         return Outcome(0, ACCEPTED)
