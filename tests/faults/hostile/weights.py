@@ -58,7 +58,7 @@ def _without_warnings(change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return change_silently
 
 
-def _spoilt(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def _set_last_element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
         tensor.view(-1)[-1] = value
@@ -78,8 +78,8 @@ TENSORS: dict[str, Callable[[], State]] = {
     "a nested tensor": _change_tensor(_without_warnings(lambda t: torch.nested.nested_tensor([t, t]))),
     "complex numbers": _change_tensor(lambda t: t.to(torch.complex64)),
     "a text for a tensor": _change_tensor(lambda t: "text"),
-    "NaN": _change_tensor(_spoilt(float("nan"))),
-    "infinity": _change_tensor(_spoilt(float("inf")), "transformer.resblocks.0.ln_1.bias"),
+    "NaN": _change_tensor(_set_last_element(float("nan"))),
+    "infinity": _change_tensor(_set_last_element(float("inf")), "transformer.resblocks.0.ln_1.bias"),
     "NaN as the scale": _change_tensor(lambda t: torch.tensor(float("nan")), "logit_scale"),
     "float64 beyond float32": _change_tensor(lambda t: torch.full_like(t, 1e300, dtype=torch.float64)),
     "a tensor of 10 GB by stride 0": _change_tensor(lambda t: torch.zeros(1).as_strided((50_000, 50_000), (0, 0))),
@@ -192,7 +192,7 @@ FILES: dict[str, tuple[str, Write]] = {
     ),
     "safetensors: a negative shape": ("w.safetensors", _safetensors(_entry([-1], 0, 4), b"\0" * 4)),
     "safetensors: an unknown type": ("w.safetensors", _safetensors(_entry([1], 0, 4, "F99"), b"\0" * 4)),
-    "safetensors: NaN": ("w.safetensors", _safe_state(_spoilt(float("nan")))),
+    "safetensors: NaN": ("w.safetensors", _safe_state(_set_last_element(float("nan")))),
     "a zip of nothing": ("w.pt", lambda path: path.write_bytes(b"PK\5\6" + b"\0" * 18)),
     "a text": ("w.pt", lambda path: path.write_bytes(b"<!DOCTYPE html><html></html>")),
 }
