@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_retrieval.errors import UserError, describe
+
 if TYPE_CHECKING:  # the readers need `clean_caption` only, without torch
     import torch
     from open_clip.tokenizer import SimpleTokenizer
@@ -40,6 +42,9 @@ def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
     Args:
         captions: the captions.
         tokenizer: a tokenizer of open_clip or of models.tokenizers; it has a context length.
+
+    Raises:
+        UserError: a Hugging Face tokenizer fails.
     """
     import torch
     from open_clip.tokenizer import SimpleTokenizer
@@ -49,12 +54,14 @@ def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
     distinct = list(index_of)
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
         ids, lengths, cut = _pack(_encode_clip(distinct, tokenizer), tokenizer.context_length, 0)
-    elif _pads_right(tokenizer):
-        pad = tokenizer.tokenizer.pad_token_id
-        ids, lengths, cut = _pack(_encode_hugging_face(distinct, tokenizer), tokenizer.context_length, pad)
     else:
-        ids = tokenizer(distinct).numpy().astype(np.int32)
-        lengths, cut = np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
+        # a Hugging Face tokenizer is made from a user's files, and may fail in any way at any caption
+        try:
+            ids, lengths, cut = _tokenize_hugging_face(distinct, tokenizer)
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer cannot read the captions ({describe(error)}); give a complete one as --tokenizer"
+            ) from error
     return Tokens(torch.from_numpy(ids[rows]), torch.from_numpy(lengths[rows]), int(cut[rows].sum()))
 
 
@@ -102,6 +109,15 @@ def _encode_clip(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterato
         ids.append(end)
         is_cut = len(ids) > limit
         yield ([*ids[: limit - 1], end] if is_cut else ids), is_cut
+
+
+def _tokenize_hugging_face(captions: Sequence[str], tokenizer: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenize captions: ids, lengths, and whether they are cut, as `_pack` returns them."""
+    if _pads_right(tokenizer):
+        pad = tokenizer.tokenizer.pad_token_id
+        return _pack(_encode_hugging_face(captions, tokenizer), tokenizer.context_length, pad)
+    ids = tokenizer(captions).numpy().astype(np.int32)
+    return ids, np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
 
 
 def _pads_right(tokenizer: Callable) -> bool:

@@ -5,6 +5,7 @@ import json
 import random
 import string
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from clip_retrieval.data.captions import tokenize
+from clip_retrieval.errors import UserError
 
 TOKENIZER = SimpleTokenizer()
 
@@ -113,6 +115,28 @@ def test_ids_are_those_of_a_hugging_face_tokenizer(bert_folder):
     assert torch.equal(tokens.ids, reference(captions, tokenizer))
     assert tokens.lengths.tolist() == [5, 4, 5, 2, 3, 4]
     assert tokens.cut == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model_max_length", [1]),  # TypeError
+        ("vocab", {"[PAD]": 2**31, "[UNK]": 2**31 + 1, "[CLS]": 2**31 + 2, "[SEP]": 2**31 + 3}),  # OverflowError
+        ("vocab", {"[PAD]": 0, "[CLS]": 2, "[SEP]": 3, "a": 4}),  # the library's own error: no [UNK] for "dog"
+    ],
+)
+def test_a_damaged_hugging_face_tokenizer_is_named(part, value, bert_folder):
+    folder = Path(bert_folder)
+    if part == "vocab":
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["model"]["vocab"] = value
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = HFTokenizer(bert_folder, context_length=5)
+    if part != "vocab":
+        setattr(tokenizer.tokenizer, part, value)
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the captions .*--tokenizer") as error:
+        tokenize(["a dog", "a cat"], tokenizer)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("odd", [{"strip_sep_token": True}, {"tokenizer_mode": "clips"}])
