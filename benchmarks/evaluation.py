@@ -1,25 +1,24 @@
-"""A whole evaluation, from data to result, beside clip-benchmark's and beside "every image five times, 77 tokens".
+"""Time of a whole evaluation, compared with clip-benchmark and with "every image five times, 77 tokens".
 
 python benchmarks/evaluation.py                                   # Flickr8K's test split in $CLIP_RETRIEVAL_DATA
 python benchmarks/evaluation.py --images 100 --rows ours clip_benchmark
 python benchmarks/evaluation.py --dataset coco --dataset_root DATA [--pretrained FILE]
 python benchmarks/evaluation.py --dataset random                  # the default on CUDA
 
-Prints a Markdown table, each row as soon as it is measured (with --repeats, which are interleaved: medians, in the
-last round). "ratio" is the time for an image with its captions over that of the first row; "images s", "captions s"
-and "ranks s" say where it goes. --five_images lets the row that computes every image five times, which takes longest,
-make do with fewer. Weights are random, with a fixed seed, unless --pretrained gives some: the time does not depend on
-them, the recalls, in percent, do.
+Prints a Markdown table, each row when it is measured. --repeats are interleaved; the last round prints the medians.
+"ratio" is the time per image with its captions over that of the first row; "images s", "captions s" and "ranks s" are
+parts of the time. --five_images reduces the images of the slowest row, five_times. Weights are random with a fixed seed
+unless --pretrained is given: they change the recalls (percent), not the time.
 
 "ours" is tokenising, `encode_split` and `score`. "clip_benchmark" (pip install --no-deps clip-benchmark) is its
-zeroshot_retrieval.evaluate without autocast, over the same photographs with open_clip's transform. "five_times" goes
-through all (image, caption) pairs, preprocesses and encodes each one's image, and its caption at full length, and
-sorts the whole matrix of scores in both directions, as CLIP_ITM does. All have the same batch size and number of
-worker processes, and the tokenizer without anything remembered; the files are in the page cache.
+zeroshot_retrieval.evaluate without autocast, on the same images with open_clip's transform. "five_times" iterates over
+all (image, caption) pairs, preprocesses and encodes the image and the full-length caption of each, and sorts the whole
+score matrix in both directions, as CLIP_ITM does. All rows have the same batch size, number of workers and an empty
+tokenizer cache; the files are in the page cache.
 
-`--dataset random` has the size of COCO's test split: 5,000 decoded images of noise in memory, of the model's size, so
-that next to nothing of decoding and resizing is measured, and real captions (--captions, a Karpathy JSON; default:
-COCO's in $CLIP_RETRIEVAL_DATA). Images in memory are read by no worker processes unless --num_workers says so.
+`--dataset random` has the size of COCO's test split: 5,000 decoded noise images of the model's size in memory, so
+decoding and resizing take almost no time, and real captions (--captions, a Karpathy JSON; default: COCO's in
+$CLIP_RETRIEVAL_DATA). Images in memory are read without workers unless --num_workers is given.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Read when torch loads: the package sets it too, but is imported after torch here.
+# torch reads it when it loads. The package sets it too, but is imported after torch here.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -64,8 +63,8 @@ CAPTIONS = DATA / "coco_text" / "dataset_coco_karpathy_test.json.gz"
 
 
 @dataclass
-class Measured:
-    """What a row found: seconds, of the parts where they can be told apart, and recalls in percent."""
+class Measurement:
+    """Seconds of a row in total and, if known, by part; recalls in percent."""
 
     total: float
     i2t: float
@@ -75,7 +74,7 @@ class Measured:
 
 @dataclass
 class Setting:
-    """What all rows share."""
+    """Settings shared by all rows."""
 
     built: BuiltModel
     device: torch.device
@@ -83,7 +82,7 @@ class Setting:
     batch_size: int
 
     def new_tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """One that has no words remembered from an earlier row."""
+        """A tokenizer with an empty cache."""
         return build_tokenizer(ModelOptions(), self.built)
 
 
@@ -94,14 +93,15 @@ def main() -> None:
     parser.add_argument("--dataset", help="`random`, or as main.py takes it; default: flickr8k, on CUDA random")
     parser.add_argument("--dataset_root", help="default: the data set's folder in $CLIP_RETRIEVAL_DATA")
     parser.add_argument("--captions", type=Path, default=CAPTIONS, help="of --dataset random")
-    parser.add_argument("--images", type=int, help="the first so many, default: all")
-    parser.add_argument("--five_images", type=int, help="the same for five_times, default: as --images")
+    parser.add_argument("--images", type=int, help="number of images, default: all")
+    parser.add_argument("--five_images", type=int, help="number of images of five_times, default: as --images")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all; bf16 on CUDA and CPUs with AMX only")
-    parser.add_argument("--batch_size", type=int, help="default: what an evaluation takes")
-    parser.add_argument("--num_workers", type=int, help="default: what an evaluation takes")
+    parser.add_argument("--batch_size", type=int, help="default: that of an evaluation")
+    parser.add_argument("--num_workers", type=int, help="default: that of an evaluation")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument("--device", help="default: the best available")
     args = parser.parse_args()
+    # model and data
     device = choose_device(args.device)
     torch.manual_seed(0)
     built = build_model(ModelOptions(vision_model=args.vision_model, pretrained=args.pretrained))
@@ -111,6 +111,8 @@ def main() -> None:
     setting = Setting(built, device, num_workers, args.batch_size or BATCH_SIZE[device.type])
     built.clip.to(device)
     names = args.rows or list(ROWS)
+
+    # the setting, and the head of the table
     print(
         f"{args.vision_model}, weights: {built.weights}; {dataset.name} {dataset.split}; {device_name(device)}, "
         f"batches of {setting.batch_size}, {num_workers} workers, {torch.get_num_threads()} threads, "
@@ -123,17 +125,19 @@ def main() -> None:
         print("The weights are random: the recalls are chance")
     print("\n| | images / captions | seconds | ratio | images s | captions s | ranks s | i2t R@1 | t2i R@1 |")
     print("|---|---|---|---|---|---|---|---|---|")
+
+    # measure the rows in turn
     read_files(dataset)
     datasets = dict.fromkeys(names, dataset) | {"five_times": first_images(dataset, args.five_images)}
     if device.type == "cuda":  # the first use of a GPU loads kernels
         for name in names:
             ROWS[name](first_images(dataset, setting.batch_size), setting)
-    found: dict[str, list[Measured]] = {name: [] for name in names}
+    found: dict[str, list[Measurement]] = {name: [] for name in names}
     for repeat in range(args.repeats):
         for name in names:
             found[name].append(ROWS[name](datasets[name], setting))
             if repeat == args.repeats - 1:
-                first = median(one.total for one in found[names[0]]) / len(datasets[names[0]].images)
+                first = median(m.total for m in found[names[0]]) / len(datasets[names[0]].images)
                 print_row(name, datasets[name], found[name], first)
 
 
@@ -170,46 +174,46 @@ def first_images(dataset: RetrievalDataset, number: int | None) -> RetrievalData
 
 
 def read_files(dataset: RetrievalDataset) -> None:
-    """Bring the image files into the page cache: the first row is not to wait for the disk."""
+    """Read the image files into the page cache, so the first row does not wait for the disk."""
     if isinstance(dataset.images, ImageFiles):
         for path in dataset.images.paths:
             Path(path).read_bytes()
 
 
-def print_row(name: str, dataset: RetrievalDataset, measured: list[Measured], first: float) -> None:
-    """`first` is the first row's seconds for an image with its captions."""
-    total = median(one.total for one in measured)
+def print_row(name: str, dataset: RetrievalDataset, measurements: list[Measurement], first: float) -> None:
+    """Print one row; `first` is the first row's seconds per image with its captions."""
+    total = median(m.total for m in measurements)
     sizes = f"{len(dataset.images):,} / {len(dataset.captions):,}"
     ratio = total / len(dataset.images) / first
     parts = [
-        f"{median(one.parts[part] for one in measured):.2f}" if part in measured[0].parts else ""
+        f"{median(m.parts[part] for m in measurements):.2f}" if part in measurements[0].parts else ""
         for part in ("images", "captions", "ranks")
     ]
-    recalls = [f"{measured[0].i2t:.2f}", f"{measured[0].t2i:.2f}"]
+    recalls = [f"{measurements[0].i2t:.2f}", f"{measurements[0].t2i:.2f}"]
     print(f"| {' | '.join([name, sizes, f'{total:.2f}', f'{ratio:.2f}', *parts, *recalls])} |", flush=True)
 
 
-def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -> Measured:
+def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -> Measurement:
     tokenizer = setting.new_tokenizer()
     model = RetrievalModel(setting.built.clip, setting.built.preprocess).to(setting.device)
     options = EvalOptions(eval_batch_size=setting.batch_size, eval_precision=precision)
     started = time.perf_counter()
     tokens = tokenize(dataset.captions, tokenizer)
     pixels = make_pixels(dataset.images, setting.built.preprocess)
-    tokenised = time.perf_counter()
+    tokenized_at = time.perf_counter()
     settings = {"num_workers": setting.num_workers, "device": setting.device}
     block = score(encode_split(model, dataset, tokens, pixels, options, **settings), dataset, options)
     total = time.perf_counter() - started
     parts = {**block["seconds"]}
-    parts["captions"] += tokenised - started
-    return Measured(total, block["i2t"]["R@1"], block["t2i"]["R@1"], parts)
+    parts["captions"] += tokenized_at - started
+    return Measurement(total, block["i2t"]["R@1"], block["t2i"]["R@1"], parts)
 
 
-def ours_bf16(dataset: RetrievalDataset, setting: Setting) -> Measured:
+def ours_bf16(dataset: RetrievalDataset, setting: Setting) -> Measurement:
     return ours(dataset, setting, "bf16")
 
 
-def clip_benchmark(dataset: RetrievalDataset, setting: Setting) -> Measured:
+def clip_benchmark(dataset: RetrievalDataset, setting: Setting) -> Measurement:
     from clip_benchmark.metrics import zeroshot_retrieval
 
     tokenizer, device, model = setting.new_tokenizer(), setting.device.type, setting.built.clip.eval()
@@ -217,47 +221,50 @@ def clip_benchmark(dataset: RetrievalDataset, setting: Setting) -> Measured:
     batches = data_loader(CaptionsOfImages(dataset, setting.built.preprocess), setting)
     found = zeroshot_retrieval.evaluate(model, batches, tokenizer, device, amp=False, recall_k_list=[1, 5, 10])
     total = time.perf_counter() - started
-    return Measured(total, 100 * found["text_retrieval_recall@1"], 100 * found["image_retrieval_recall@1"])
+    return Measurement(total, 100 * found["text_retrieval_recall@1"], 100 * found["image_retrieval_recall@1"])
 
 
 @torch.no_grad()
-def five_times(dataset: RetrievalDataset, setting: Setting) -> Measured:
+def five_times(dataset: RetrievalDataset, setting: Setting) -> Measurement:
     tokenizer, device, model = setting.new_tokenizer(), setting.device, setting.built.clip.eval()
     parts = {"images": 0.0, "captions": 0.0, "ranks": 0.0}
 
     @contextmanager
-    def adding_to(part: str) -> Iterator[None]:
+    def timed_part(part: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         parts[part] += time.perf_counter() - started
 
+    # encode the image and the caption of every pair
     started = time.perf_counter()
     batches = iter(data_loader(Pairs(dataset, setting.built.preprocess), setting))
     image_features, text_features = [], []
     for _ in range(len(batches)):
-        with adding_to("images"):
+        with timed_part("images"):
             images, captions = next(batches)
             image_features.append(normalize(model.encode_image(images.to(device)), dim=-1))
-        with adding_to("captions"):
+        with timed_part("captions"):
             text_features.append(normalize(model.encode_text(tokenizer(captions).to(device)), dim=-1))
-    with adding_to("ranks"):
+
+    # sort the whole matrix in both directions
+    with timed_part("ranks"):
         scores = torch.cat(image_features) @ torch.cat(text_features).T
         owner = torch.from_numpy(dataset.pairs[:, 0]).to(device)
-        # Row and column i belong to pair i. An image stands in several rows, all alike.
+        # Row and column i belong to pair i. An image has several identical rows.
         nearest = [matrix.argsort(dim=1, descending=True)[:, 0] for matrix in (scores, scores.T)]
         first = torch.from_numpy(dataset.first_pair[:-1]).to(device)
         i2t, t2i = ((owner[column] == owner).float() for column in nearest)
         i2t, t2i = i2t[first].mean().item(), t2i.mean().item()
-    return Measured(time.perf_counter() - started, 100 * i2t, 100 * t2i, parts)
+    return Measurement(time.perf_counter() - started, 100 * i2t, 100 * t2i, parts)
 
 
 ROWS = {"ours": ours, "clip_benchmark": clip_benchmark, "five_times": five_times, "bf16": ours_bf16}
 
 
 class CaptionsOfImages(Dataset):
-    """(float image, its captions) of each image, as clip-benchmark takes them."""
+    """(float image, its captions) of each image, the input of clip-benchmark."""
 
     def __init__(self, dataset: RetrievalDataset, preprocess: dict[str, Any]):
         self.dataset = dataset
@@ -267,8 +274,8 @@ class CaptionsOfImages(Dataset):
         return len(self.dataset.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
-        own = self.dataset.pairs[slice(*self.dataset.first_pair[index : index + 2]), 1]
-        return self.transform(self.dataset.images[index]), [self.dataset.captions[i] for i in own]
+        captions = self.dataset.pairs[slice(*self.dataset.first_pair[index : index + 2]), 1]
+        return self.transform(self.dataset.images[index]), [self.dataset.captions[i] for i in captions]
 
 
 class Pairs(CaptionsOfImages):

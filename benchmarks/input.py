@@ -1,16 +1,16 @@
-"""Time from a JPEG file to the pixels that the model sees, by several ways, on one core.
+"""Time from a JPEG file to the pixels of the model, in several ways, on one core.
 
 python benchmarks/input.py [FOLDER] [--short_side 480] [--images 100] [--size 224] [--repeats 7]
 
 Prints two Markdown tables, for evaluation and for random crops: milliseconds of CPU time per image, the ratio to the
-first row, and the largest and the mean difference in grey levels from open_clip's pixels (random crops: from those that
---augment crop alone gives, at the same seeds; open_clip draws its own). FOLDER holds photographs
-(default: $CLIP_RETRIEVAL_DATA/coco_mini); --short_side brings them to that size and encodes them again, in a temporary
-folder, for photographs that are not as large as COCO's (480 on the short side). Repeats are interleaved and medians are
-given. The files are in the page cache. An image cache is read in batches of 64 in random order, and is larger than the
-processor's caches. The first row ends with normalised float32; all others with uint8, normalised on the device.
+first row, and the largest and the mean difference in grey levels to open_clip's pixels (for random crops to those of
+--augment crop with the same seeds, because open_clip draws other crops). FOLDER has JPEGs (default:
+$CLIP_RETRIEVAL_DATA/coco_mini). --short_side resizes them and encodes them again in a temporary folder, if they are
+smaller than COCO's (480 on the short side). Repeats are interleaved; the table has medians. The files are in the page
+cache. An image cache is read in batches of 64 in random order, and is larger than the processor's caches. The first row
+ends with normalised float32, all others with uint8, which is normalised on the device.
 
-simplejpeg (pip install simplejpeg) is timed where it is installed, torchvision.io where torchvision still has it.
+simplejpeg (pip install simplejpeg) and torchvision.io are skipped if they are not installed.
 """
 
 import argparse
@@ -41,26 +41,26 @@ from clip_retrieval.data.pixels.transforms import evaluation_transform
 
 Read = Callable[[list[int]], Tensor]
 BATCH = 64
-ENTRIES = 1000  # images of a cache that is read
+ENTRIES = 1000  # images in a cache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="default: $CLIP_RETRIEVAL_DATA/coco_mini")
-    parser.add_argument("--short_side", type=int, metavar="PIXELS", help="default: the files as they are")
+    parser.add_argument("--short_side", type=int, metavar="PIXELS", help="default: do not resize the files")
     parser.add_argument("--images", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=224, help="the model's, default: %(default)s")
+    parser.add_argument("--size", type=int, default=224, help="image size of the model, default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     args = parser.parse_args()
     folder = args.folder or Path(os.environ.get("CLIP_RETRIEVAL_DATA", "."), "coco_mini")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # torchvision.io's at each call
+    warnings.simplefilter("ignore")  # torchvision.io warns at each call
     with tempfile.TemporaryDirectory() as temporary:
         paths = sorted(str(path) for path in folder.rglob("*.jpg"))[: args.images]
         if not paths:
-            parser.error(f"{folder}: no .jpg files there; give a folder, or set CLIP_RETRIEVAL_DATA")
+            parser.error(f"{folder}: no .jpg files; give a folder, or set CLIP_RETRIEVAL_DATA")
         if args.short_side:
-            paths = encoded_again(paths, args.short_side, Path(temporary))
+            paths = encode_again(paths, args.short_side, Path(temporary))
         sizes = [Image.open(path).size for path in paths]
         width, height = np.median(sizes, axis=0)
         kilobytes = sum(Path(path).stat().st_size for path in paths) / len(paths) / 1000
@@ -71,35 +71,35 @@ def main() -> None:
         print_table("random crops", crop_ways(paths, args.size, caches), 1, len(paths), args.repeats)
 
 
-def encoded_again(paths: list[str], short_side: int, folder: Path) -> list[str]:
-    written = []
+def encode_again(paths: list[str], short_side: int, folder: Path) -> list[str]:
+    encoded = []
     for number, path in enumerate(paths):
         image = Image.open(path).convert("RGB")
         scale = short_side / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        written.append(str(folder / f"{number}.jpg"))
-        image.save(written[-1], quality=95)
-    return written
+        encoded.append(str(folder / f"{number}.jpg"))
+        image.save(encoded[-1], quality=95)
+    return encoded
 
 
 def evaluation_ways(paths: list[str], size: int, caches: Path) -> dict[str, Read | None]:
-    """Each way to read images as in evaluation; None for one whose library is not installed."""
+    """Ways to read images for evaluation; None if the library is not installed."""
     preprocess = {"size": size, "mean": (0, 0, 0), "std": (1, 1, 1)}
     reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     ours = evaluation_transform(preprocess)
-    resize_v1 = v1.Compose(ours.transforms[:-1])  # for tensors too, by way of float32
+    resize_v1 = v1.Compose(ours.transforms[:-1])  # accepts tensors, through float32
     resize_uint8 = v2.Compose([v2.Resize(size, v1.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
     images = ImageFiles(paths)
 
-    def drafted(index: int) -> Tensor:
+    def read_draft(index: int) -> Tensor:
         with Image.open(paths[index]) as image:
             image.draft("RGB", (size, size))
             return ours(image.convert("RGB"))
 
     return {
-        "Pillow, open_clip's transform (torchvision v1)": singly(lambda i: reference(images[i])),
+        "Pillow, open_clip's transform (torchvision v1)": one_by_one(lambda i: reference(images[i])),
         "`--decoder pillow`: Pillow, resized by Pillow": make_batches(images, preprocess, "none", "pillow"),
-        "Pillow's draft mode, resized by Pillow": singly(drafted),
+        "Pillow's draft mode, resized by Pillow": one_by_one(read_draft),
         "torchvision.io, resized by torchvision v1": torchvision_io(paths, resize_v1),
         "torchvision.io, resized by torch in uint8": torchvision_io(paths, resize_uint8),
         "simplejpeg, resized by Pillow": simplejpeg(paths, lambda array: ours(Image.fromarray(array))),
@@ -115,7 +115,7 @@ def crop_ways(paths: list[str], size: int, caches: Path) -> dict[str, Read | Non
     preprocess, images = {"size": size}, ImageFiles(paths)
     theirs = image_transform_v2(PreprocessCfg(**preprocess), is_train=True)
     return {
-        "Pillow, open_clip's transform (torchvision v1)": singly(lambda i: theirs(images[i])),
+        "Pillow, open_clip's transform (torchvision v1)": one_by_one(lambda i: theirs(images[i])),
         "`--augment crop`": make_batches(images, preprocess, "crop", "pillow"),
         "`--augment crop --decoder fast`": make_batches(images, preprocess, "crop", "fast"),
         "`--augment crop --image_cache`": cached_batches(paths, preprocess, caches, "crop", "pillow"),
@@ -123,7 +123,7 @@ def crop_ways(paths: list[str], size: int, caches: Path) -> dict[str, Read | Non
     }
 
 
-def singly(read: Callable[[int], Tensor]) -> Read:
+def one_by_one(read: Callable[[int], Tensor]) -> Read:
     return lambda indices: torch.stack([read(i) for i in indices])
 
 
@@ -133,16 +133,16 @@ def make_batches(images: ImageFiles, preprocess: dict, augment: str, decoder: st
 
 
 def cached_batches(paths: list[str], preprocess: dict, folder: Path, augment: str, decoder: str) -> Read:
-    """Reads a cache in which the images stand many times: each time that one is asked for, another of its places."""
-    times = -(-ENTRIES // len(paths))
-    images = ImageFiles(paths * times)
+    """Batches from a cache with many copies of each image; each read takes another copy."""
+    copies = -(-ENTRIES // len(paths))
+    images = ImageFiles(paths * copies)
     workers = os.cpu_count() or 1
     pixels = open_cached_pixels(images, preprocess, folder, "x", augment=augment, decoder=decoder, num_workers=workers)
     draw = np.random.default_rng(0)
 
     def read(indices: list[int]) -> Tensor:
-        places = np.array(indices) + len(paths) * draw.integers(times, size=len(indices))
-        return pixels.batch(places, indices)
+        rows = np.array(indices) + len(paths) * draw.integers(copies, size=len(indices))
+        return pixels.batch(rows, indices)
 
     return read
 
@@ -152,7 +152,7 @@ def torchvision_io(paths: list[str], transform: Callable[[Tensor], Tensor]) -> R
         from torchvision.io import decode_image, read_file
     except ImportError:
         return None
-    return singly(lambda i: transform(decode_image(read_file(paths[i]), "RGB")))
+    return one_by_one(lambda i: transform(decode_image(read_file(paths[i]), "RGB")))
 
 
 def simplejpeg(paths: list[str], transform: Callable[[np.ndarray], Tensor]) -> Read | None:
@@ -160,40 +160,43 @@ def simplejpeg(paths: list[str], transform: Callable[[np.ndarray], Tensor]) -> R
         from simplejpeg import decode_jpeg
     except ImportError:
         return None
-    return singly(lambda i: transform(decode_jpeg(Path(paths[i]).read_bytes(), "RGB")))
+    return one_by_one(lambda i: transform(decode_jpeg(Path(paths[i]).read_bytes(), "RGB")))
 
 
 def print_table(title: str, ways: dict[str, Read | None], reference: int, images: int, repeats: int) -> None:
-    """Measure the ways, and compare the pixels of all from the one at place `reference` on with its pixels."""
-    took: dict[str, list[float]] = {name: [] for name, read in ways.items() if read}
+    """Time all ways, and compare the pixels of number `reference` with those of the later ones."""
+    # time
+    milliseconds: dict[str, list[float]] = {name: [] for name, read in ways.items() if read}
     draw = np.random.default_rng(0)
     for _ in range(repeats):
-        for name, times in took.items():
-            # Reading a cache takes too little time for a single pass to measure.
+        for name, times in milliseconds.items():
+            # A single pass over a cache is too short to measure.
             order = [int(i) for _ in range(10 if "image_cache" in name else 1) for i in draw.permutation(images)]
             started = time.process_time()
             for begin in range(0, len(order), BATCH):
                 ways[name](order[begin : begin + BATCH])
             times.append((time.process_time() - started) / len(order) * 1000)
-    print(f"| {title} | ms / image | times as fast | largest difference | mean difference |")
+
+    # print, with the differences
+    print(f"| {title} | ms / image | speedup | largest difference | mean difference |")
     print("|---|---|---|---|---|")
-    names, everything = list(ways), list(range(images))
-    expected = grey_levels(ways[names[reference]](everything))
-    for place, (name, read) in enumerate(ways.items()):
+    names, rows = list(ways), list(range(images))
+    expected = grey_levels(ways[names[reference]](rows))
+    for number, (name, read) in enumerate(ways.items()):
         if read is None:
             print(f"| {name} | not installed | | | |")
             continue
-        ratio = median(a / b for a, b in zip(took[names[0]], took[name]))
-        row = [name, f"{median(took[name]):.3f}", f"{ratio:.1f}", "", ""]
-        if place >= reference:
-            difference = (grey_levels(read(everything)) - expected).abs()
-            row[3:] = [f"{difference.max():.0f}", f"{difference.mean():.4f}"]
-        print(f"| {' | '.join(row)} |", flush=True)
+        ratio = median(a / b for a, b in zip(milliseconds[names[0]], milliseconds[name]))
+        cells = [name, f"{median(milliseconds[name]):.3f}", f"{ratio:.1f}", "", ""]
+        if number >= reference:
+            difference = (grey_levels(read(rows)) - expected).abs()
+            cells[3:] = [f"{difference.max():.0f}", f"{difference.mean():.4f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print()
 
 
 def grey_levels(pixels: Tensor) -> Tensor:
-    """float32, 0 to 255, of uint8 or of float32 between 0 and 1."""
+    """float32 in 0 to 255, from uint8 or from float32 in 0 to 1."""
     return pixels.float() if pixels.dtype == torch.uint8 else (pixels * 255).round()
 
 

@@ -1,12 +1,12 @@
-"""Time and memory of the exact ranks, beside the bare matrix product and beside clip-benchmark's evaluator.
+"""Time and memory of the exact ranks, compared with the bare matrix product and with clip-benchmark's evaluator.
 
 python benchmarks/ranks.py [--sizes 1000/5000 5000/25000 25000/125000] [--repeats 5]
 
-Prints a Markdown table. Features are drawn at random, in clusters, with R@1 between 30 and 60 % at 5,000 images.
-"bare" is the float32 matrix product alone, in the same tiles, its scores thrown away: what any evaluation pays.
-clip-benchmark (pip install clip-benchmark) is timed from its full score matrix to R@1, R@5 and R@10, as its
-`evaluate` does after encoding. Repeats are interleaved and medians are given; peak memory is what is added to the
-features, measured in a process of its own (Linux).
+Prints a Markdown table. Features are random clusters with R@1 between 30 and 60 % at 5,000 images. "bare" is the
+float32 matrix product alone, in the same tiles, with its scores discarded: a cost of any evaluation. clip-benchmark
+(pip install clip-benchmark) is timed from its full score matrix to R@1, R@5 and R@10, as in its `evaluate` after
+encoding. Repeats are interleaved; the table has medians. Peak memory is measured beyond the features, in a separate
+process (Linux).
 """
 
 import argparse
@@ -18,8 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-# Read when torch loads. Threads that spin while they wait (the default) starve each other on a machine that has
-# anything else to do, and each of the small steps between two products then takes milliseconds.
+# torch reads it when it loads. Threads that spin while they wait (the default) starve each other on a busy machine:
+# each small step between two products then takes milliseconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -33,8 +33,8 @@ from clip_retrieval.evaluation.scores import tile_size
 
 DEFAULT_SIZES = ["1000/5000", "5000/25000", "25000/125000"]
 PEER_HELP = (
-    "largest size at which clip-benchmark is run too (default: %(default)s); it holds 5 bytes for each (image, "
-    "caption), and takes many minutes beyond"
+    "largest size at which clip-benchmark runs (default: %(default)s); it needs 5 bytes per (image, caption) pair, "
+    "and many minutes for larger sizes"
 )
 
 
@@ -60,13 +60,13 @@ def main() -> None:
 
 
 def in_a_process(measure: Callable, *arguments: int) -> tuple:
-    """The result of measure(*arguments) in a fresh process, whose memory nothing else has touched."""
+    """Run measure(*arguments) in a new process, whose memory is not used yet, and return its result."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 
 
 def measure_ours(images: int, captions: int, dim: int, repeats: int) -> tuple[float, float, float, float]:
-    """Seconds of ours and of the bare product, the median of their ratios, and ours' peak memory in MiB."""
+    """Return seconds of ours and of the bare product, the median of their ratios, and our peak memory in MiB."""
     image_features, text_features, pairs = features(images, captions, dim)
     peak = added_memory(lambda: report(*retrieval_ranks(image_features, text_features, pairs)))
     bare_product(image_features, text_features)
@@ -78,7 +78,7 @@ def measure_ours(images: int, captions: int, dim: int, repeats: int) -> tuple[fl
 
 
 def measure_peer(images: int, captions: int, dim: int) -> tuple[str, str]:
-    """clip-benchmark's seconds and peak memory in MiB, as they are printed."""
+    """Return clip-benchmark's seconds and peak memory in MiB, as table cells."""
     try:
         from clip_benchmark.metrics import zeroshot_retrieval as peer
     except ImportError:
@@ -99,9 +99,9 @@ def measure_peer(images: int, captions: int, dim: int) -> tuple[str, str]:
 
 
 def features(images: int, captions: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features like a trained model's (images, dim), (captions, dim), and pairs (captions, 2).
+    """Draw normalised features (images, dim), (captions, dim), similar to a trained model's, and pairs (captions, 2).
 
-    Images come in clusters (a subject), either side has a mean of its own (the modality gap), captions are noisier.
+    Images are clustered by subject, images and captions have different means (the modality gap), captions are noisier.
     """
     torch.manual_seed(0)
     subjects = torch.randn(images // 25 + 1, dim)[torch.randint(images // 25 + 1, (images,))]
@@ -128,7 +128,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def added_memory(run: Callable[[], object]) -> float:
-    """MiB by which the resident memory of this process grows at most while run runs."""
+    """Run `run`; return the largest growth of the resident memory of this process, in MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = resident("VmRSS")
     run()
@@ -136,7 +136,7 @@ def added_memory(run: Callable[[], object]) -> float:
 
 
 def resident(field: str) -> int:
-    """A line of /proc/self/status, in KiB."""
+    """Read a field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

@@ -1,23 +1,23 @@
-"""Pairs per second and utilisation of the training step, beside open_clip's step, each optimisation off in turn.
+"""Pairs per second and utilisation of the training step, compared with open_clip's, each optimisation off in turn.
 
 python benchmarks/train_step.py [--models RN50 ViT-B/32 ...] [--batch_sizes 256 1024] [--only open_clip ours ...]
 
-Prints a Markdown table. The weights are random: the time does not depend on them. Captions are real, from COCO's or
-Flickr8K's test split below $CLIP_RETRIEVAL_DATA (or any Karpathy JSON, --captions), so that their lengths are; pixels
-are random. All batches lie on the device before: what is measured is the step, not the loading.
+Prints a Markdown table. The weights are random, which does not change the time. Captions, and thus their lengths, are
+real: COCO's or Flickr8K's test split in $CLIP_RETRIEVAL_DATA, or any Karpathy JSON (--captions). Pixels are random. All
+batches are on the device beforehand: the step is measured, not the loading.
 
-"ours" is `Trainer.step` on batches of the `TrainLoader`. "open_clip" is its training step, made of its public parts:
-images normalised beforehand, texts at full length, `model(images, texts)`, `ClipLoss` under autocast, AdamW with its
-defaults and open_clip's two groups, cuDNN's search for the best algorithm and TF32, as its training turns them on.
-The rows of a model and batch run in one process, interleaved, and all stay on the device meanwhile; "peak" leaves out
-the batches and what the other rows hold. A row that is out of memory may fit alone (--only).
+"ours" is `Trainer.step` on batches of the `TrainLoader`. "open_clip" is its training step from its public parts:
+normalised images, full-length texts, `model(images, texts)`, `ClipLoss` under autocast, AdamW with its defaults and
+open_clip's two groups, and TF32 and cuDNN's algorithm search as in its training. The rows of a model and batch run
+interleaved in one process and all stay on the device; "peak" excludes the batches and the memory of the other rows. A
+row that is out of memory may fit alone (--only).
 
-MFU is each row's utilisation on the work that its model needs: three times the FLOPs of the forward pass (the
-backward pass counts twice), per second, over the dense bf16 peak of the device (--peak_tflops). For open_clip these are
-all tokens of the full length, for ours those that the features depend on; what a row of ours computes beyond that
-(padding, features a second time with --grad_cache) does not count.
+MFU is the utilisation on the work that the model of a row needs: three times the FLOPs of the forward pass (the
+backward pass counts twice), per second, over the dense bf16 peak of the device (--peak_tflops). For open_clip this
+covers all tokens of the full length, for ours the tokens that the features depend on. Further work of our rows
+(padding, the second forward pass of --grad_cache) does not count.
 
-The OpenAI weights take QuickGELU, which these models by default do not: --models ViT-B-32-quickgelu.
+OpenAI's weights use QuickGELU, which is not the default of these models: --models ViT-B-32-quickgelu.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 
-# Read when torch loads: the package sets it too, but is imported after torch here.
+# torch reads it when it loads. The package sets it too, but is imported after torch here.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -82,16 +82,16 @@ ON_AMX = ("open_clip_bf16", "bf16")
 
 
 class Row:
-    """A way to make a step, and what was measured of it.
+    """One kind of step and its measurements.
 
     Attributes:
-        seconds: of a step, one for each repeat.
-        peak: GiB of GPU memory, without what other rows hold.
-        out_of_memory: it was, and is not measured any more.
+        seconds: seconds per step, one entry per repeat.
+        peak: GiB of GPU memory, without that of other rows.
+        out_of_memory: whether the step ran out of memory; it is then skipped.
     """
 
     def __init__(self, make: Callable[[], Callable[[int], object]], warm_up: int, device: torch.device):
-        """make() gives the step, a function of its number, counted from 0."""
+        """`make` returns the step, a function of its number, counted from 0."""
         self.seconds: list[float] = []
         self.peak = 0.0
         self.out_of_memory = False
@@ -103,14 +103,14 @@ class Row:
     def measure(self, steps: int) -> None:
         if self.out_of_memory:
             return
-        of_others = allocated(self._device) - self._held
+        other_rows = allocated(self._device) - self._held
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         started = time.perf_counter()
         self._attempt(steps)
         self.seconds.append((time.perf_counter() - started) / steps)
         if self._device.type == "cuda":
-            self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self._device) - of_others) / 2**30)
+            self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self._device) - other_rows) / 2**30)
 
     def _attempt(self, steps: int) -> None:
         try:
@@ -123,7 +123,7 @@ class Row:
                 torch.cuda.synchronize(self._device)
         except torch.OutOfMemoryError:
             self.out_of_memory = True
-        if self.out_of_memory:  # here, where the error is gone: it held tensors too
+        if self.out_of_memory:  # after the except block, because the error holds tensors
             self._step = None
             release(self._device)
 
@@ -143,15 +143,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="default: RN50 ViT-B/32 ViT-B/16 ViT-L/14; on a CPU ViT-B/32")
     parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 256 1024; on a CPU 16")
     parser.add_argument(
-        "--only", nargs="+", choices=ROWS, help="default: those that the device has (no --compile on a CPU)"
+        "--only", nargs="+", choices=ROWS, help="default: all that the device supports (no --compile on a CPU)"
     )
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4, help="in a repeat, default: %(default)s")
-    parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument("--steps", type=int, default=4, help="steps per repeat, default: %(default)s")
+    parser.add_argument("--device", help="default: the best available")
     parser.add_argument("--captions", type=Path, help="a Karpathy JSON, default: in $CLIP_RETRIEVAL_DATA")
     parser.add_argument("--peak_tflops", type=float, help="default: known for H200, H100 and A100")
     args = parser.parse_args()
+
+    # settings
     device = choose_device(args.device)
     on_cuda = device.type == "cuda"
     precision = choose_precision(args.precision, device)
@@ -160,12 +162,16 @@ def main() -> None:
         parser.error(f"no {' nor '.join(CAPTIONS)} in $CLIP_RETRIEVAL_DATA; give --captions")
     peak = args.peak_tflops or next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name(device)), None)
     names = args.only or default_rows(device)
+
+    # head of the table
     print(f"{device_name(device)}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
     print(f"captions of {captions.name}; medians of {args.repeats} repeats of {args.steps} steps")
     if device.type == "cpu" and not has_amx():
         print("bf16 is not measured: this CPU has no AMX")
     print("\n| model | batch | step | pairs/s | ratio to open_clip | MFU (%) | peak memory (GiB) |")
     print("|---|---|---|---|---|---|---|")
+
+    # rows of each model and batch size
     for model in args.models or (["RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14"] if on_cuda else ["ViT-B/32"]):
         torch.manual_seed(0)
         built = build_model(ModelOptions(vision_model=model, pretrained="none"))
@@ -191,17 +197,17 @@ def has_amx() -> bool:
 
 
 def default_rows(device: torch.device) -> list[str]:
-    left_out = ON_AMX if device.type == "cuda" else ON_CUDA if has_amx() else ON_CUDA + ON_AMX
-    return [name for name in ROWS if name not in left_out]
+    skipped = ON_AMX if device.type == "cuda" else ON_CUDA if has_amx() else ON_CUDA + ON_AMX
+    return [name for name in ROWS if name not in skipped]
 
 
 class Data:
-    """The same pairs as every row takes them, on the device: the first batches of an epoch."""
+    """The first batches of an epoch on the device, the same pairs in the form that each row needs."""
 
     def __init__(self, built: BuiltModel, captions: Path, batch_size: int, number: int, device: torch.device):
         part = read_karpathy_json(captions)["test"]
         pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
-        images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "drawn")
+        images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "random")
         self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)
         self._tokens = tokenize(part.texts, build_tokenizer(ModelOptions(), built))
         self._pixels = RandomPixels(built.preprocess["size"])
@@ -210,7 +216,7 @@ class Data:
         self.full = self._batches(trim=False)
         self.bucketed = self._batches(trim=True, bucket=COMPILED_LENGTHS)
         mean, std = (torch.tensor(built.preprocess[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-        self.of_open_clip = [((batch.images / 255 - mean) / std, batch.texts) for batch in self.full]
+        self.normalised = [((batch.images / 255 - mean) / std, batch.texts) for batch in self.full]
 
     def _batches(self, *, trim: bool, bucket: int = 1) -> list[TrainBatch]:
         settings = {"trim": trim, "bucket": bucket, "share": slice(None), "num_workers": 0, "device": self._device}
@@ -224,21 +230,21 @@ class RandomPixels:
 
     def __init__(self, size: int | Sequence[int], number: int = 256):
         height, width = (size, size) if isinstance(size, int) else size
-        self._drawn = torch.randint(256, (number, 3, height, width), dtype=torch.uint8)
+        self._noise = torch.randint(256, (number, 3, height, width), dtype=torch.uint8)
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        return self._drawn[torch.as_tensor(indices) % len(self._drawn)]
+        return self._noise[torch.as_tensor(indices) % len(self._noise)]
 
 
 def make_row(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Row:
     precision = "bf16" if name in ON_AMX else precision
     make = open_clip_step if name.startswith("open_clip") else our_step
-    # Warmed up with every batch: then nothing is compiled or chosen any more.
+    # Warm up with every batch: later steps neither compile nor search for algorithms.
     return Row(lambda: make(name, built, data, precision, device), len(data.trimmed), device)
 
 
 def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Callable[[int], object]:
-    """The trainer of a run with default options, but for what `name` says."""
+    """The step of a run with default options, except for the change that `name` names."""
     batches = {"no_trim": data.full, "compile": data.bucketed}.get(name, data.trimmed)
     if name in ("no_packing", "no_trim"):
         batches = [replace(batch, lengths=None) for batch in batches]
@@ -269,7 +275,8 @@ def pool_after_all_tokens(visual: VisionTransformer, pixels: Tensor) -> Tensor:
 def open_clip_step(
     name: str, built: BuiltModel, data: Data, precision: str, device: torch.device
 ) -> Callable[[int], object]:
-    """open_clip's model, loss and optimizer, in the order of its training loop."""
+    """The step of open_clip's training loop, with its model, loss and optimizer."""
+    # model, loss and optimizer
     clip = copy.deepcopy(built.clip).to(device).train()
     loss, options = ClipLoss(cache_labels=True), Options().train
     plain, decayed = [], []
@@ -281,11 +288,13 @@ def open_clip_step(
     scaler = make_scaler(precision, device)
 
     def step(number: int) -> None:
-        images, texts = data.of_open_clip[number % len(data.of_open_clip)]
+        images, texts = data.normalised[number % len(data.normalised)]
         with open_clip_backends():
+            # forward
             optimizer.zero_grad()
             with autocast(precision, device):
                 total = loss(*clip(images, texts))
+            # backward and update
             scaler.scale(total).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -297,7 +306,7 @@ def open_clip_step(
 
 @contextmanager
 def open_clip_backends() -> Iterator[None]:
-    """What its training turns on for CUDA: TF32, and cuDNN's search for the best algorithm."""
+    """Enable TF32 and cuDNN's algorithm search, as open_clip's training does."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.fp32_precision, cudnn.benchmark
     matmul.fp32_precision, cudnn.benchmark = "tf32", True
@@ -308,25 +317,24 @@ def open_clip_backends() -> Iterator[None]:
 
 
 def needed_flops(built: BuiltModel, data: Data) -> tuple[float, float]:
-    """FLOPs that a step of open_clip, and one of ours, needs: forward and backward, the mean of the batches."""
-    # Shapes are all that counts: on the meta device nothing is computed. (In training mode, as evaluation may take a
-    # fused path that is not counted.)
+    """FLOPs of a step of open_clip and of one of ours: forward and backward, mean over the batches."""
+    # On the meta device nothing is computed. Training mode, because evaluation may use a fused path without a count.
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to("meta").train()
 
-    def of_batch(batch: TrainBatch, pack: bool) -> int:
+    def count(batch: TrainBatch, pack: bool) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(batch.images.to("meta"), batch.texts.to("meta"), batch.lengths if pack else None)
         return 3 * counter.get_total_flops()
 
-    ours = mean(of_batch(batch, True) for batch in data.trimmed)
+    ours = mean(count(batch, True) for batch in data.trimmed)
     model._pooled_image_token = pool_after_all_tokens
-    return mean(of_batch(batch, False) for batch in data.full), ours
+    return mean(count(batch, False) for batch in data.full), ours
 
 
 def print_rows(
     first_cells: str, rows: dict[str, Row], pairs: int, flops: tuple[float, float] | None, peak: float | None
 ) -> None:
-    """`flops` are open_clip's and ours; `peak` is the device's, in TFLOPs per second."""
+    """Print the rows; `flops` are open_clip's and ours, `peak` is that of the device in TFLOPs per second."""
     theirs = rows.get("open_clip")
     for name, row in rows.items():
         cells = ["out of memory", "", "", ""]

@@ -206,6 +206,9 @@ class DataOptions:
         from_checkpoint=False,
     )
 
+    def __post_init__(self) -> None:
+        self.dataset = as_tuple(self.dataset)
+
     @property
     def name(self) -> str:
         """Name of the data set, for messages and file names: a mixture is `coco+sbucaptions`."""
@@ -458,8 +461,6 @@ class Options:
 
 def _fill(group: type, values: dict[str, Any]) -> Any:
     given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}
-    if "dataset" in given:
-        given["dataset"] = as_tuple(given["dataset"])
     return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 

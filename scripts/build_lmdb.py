@@ -2,8 +2,8 @@
 
 python scripts/build_lmdb.py --data_dir DATA --splits train,valid,test
 
-Reads DATA/{split}_imgs.tsv and DATA/{split}_texts.jsonl, and writes DATA/lmdb/{split}/imgs and pairs. After an
-interruption, the same command resumes the build.
+It reads DATA/{split}_imgs.tsv and {split}_texts.jsonl, and writes DATA/lmdb/{split}/imgs and pairs. A split that is up
+to date is skipped; one whose build was interrupted is rebuilt.
 """
 
 import sys

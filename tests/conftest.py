@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Small models on cores that others use as well: threads that wait for each other cost far more than they bring.
+# Small models on shared cores: threads that wait for each other cost more than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -23,7 +23,7 @@ WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "ol
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """Reports go to another process as UTF-8, and what a test logged may be none."""
+    """Escape text that is not UTF-8: pytest-xdist sends reports as UTF-8."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
@@ -31,7 +31,7 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(autouse=True)
 def close_log_files():
-    """A log.txt belongs to the run of one test: the next one must not write to it."""
+    """Close log.txt after each test, so the next one does not write to it."""
     yield
     for handler in [handler for handler in log.handlers if hasattr(handler, "path")]:
         log.removeHandler(handler)
@@ -40,7 +40,7 @@ def close_log_files():
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real data sets."""
+    """The folder of real datasets."""
     if not (folder := os.environ.get("CLIP_RETRIEVAL_DATA")):
         pytest.skip("CLIP_RETRIEVAL_DATA is not set")
     return Path(folder)
@@ -48,7 +48,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory):
-    """A folder with a CSV of 26 small images, two or three captions each, in three splits, and three model configs."""
+    """A folder with a CSV of 26 small images in three splits, two or three captions each, and three model configs."""
     folder = tmp_path_factory.mktemp("captioned")
     rng = np.random.default_rng(0)
     lines = ["image,caption,split"]
@@ -67,7 +67,7 @@ def captioned(tmp_path_factory):
 
 @pytest.fixture
 def arguments(captioned, tmp_path):
-    """Arguments of a small finetune: 35 pairs, 6 steps of 10 in two epochs, into tmp_path/logs."""
+    """Arguments of a small finetune into tmp_path/logs: 35 pairs, 6 steps of 10 pairs in two epochs."""
     return [
         *("--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"),
         *("--epochs", "2", "--batch_size", "10", "--lr", "1e-3", "--warmup", "2", "--display", "1"),
@@ -100,14 +100,14 @@ def run(capsys):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run gets to run after it."""
+    """Replaces SIGKILL: no code of the run handles it."""
 
 
 @pytest.fixture
 def run_killed(run, monkeypatch):
-    """run_killed(number, *arguments) runs main.py until it would do the training step of this number."""
+    """run_killed(number, *arguments) runs main.py and kills it before the training step with this number."""
 
-    def run_until(number, *arguments):
+    def run_until_step(number, *arguments):
         from clip_retrieval.training.step import Trainer
 
         normal = Trainer.step
@@ -122,12 +122,12 @@ def run_killed(run, monkeypatch):
             with pytest.raises(Killed):
                 run(*arguments)
 
-    return run_until
+    return run_until_step
 
 
 @pytest.fixture
 def start():
-    """start(*arguments) starts main.py as a process of its own."""
+    """start(*arguments) starts main.py as a separate process."""
     started = []
 
     def start_main(*arguments):
@@ -169,7 +169,7 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The lines of a metrics.jsonl, without what a clock measured."""
+    """Read metrics.jsonl, without measured times."""
     clock = ("pairs_per_second", "data_percent")
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py lets several processes do in one start; the test does the same in one and compares.
+"""The work of the processes that tests/test_distributed.py starts; the test compares it with that of one process.
 
 torchrun --nproc_per_node 2 -m tests.distributed_worker FOLDER COMMANDS.json    # each writes FOLDER/<rank>.pt
 """
@@ -46,16 +46,17 @@ from clip_retrieval.options import LossOptions
 from clip_retrieval.run.prepare import make_trainer
 from clip_retrieval.run.settings import settle
 from clip_retrieval.training.step import Trainer
+from tests.conftest import Killed
 from tests.data.make_shards import jpeg, write_shard
 from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
 
 MAIN = Path(__file__).parent.parent / "main.py"
 CPU = torch.device("cpu")
 
-# Which picture each pair of the global batch shows: several stand in both halves.
-PICTURES = torch.tensor([0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 2, 7])
+# The image of each pair of the global batch; some images occur in both halves.
+IMAGES = torch.tensor([0, 1, 2, 3, 0, 4, 5, 0, 1, 6, 2, 7])
 VOCABULARY = 1000
-CHUNK = 4  # of the 6 pairs of each of two processes: the last chunk is a smaller one
+CHUNK = 4  # each of two processes has 6 pairs, so its last chunk is smaller
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -73,27 +74,27 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_processes_split_it(grad_cache: int | None, world_size: int = 2) -> Tensor:
-    """The rows of the global batch in the order in which `world_size` processes together come to them."""
-    shares = torch.arange(len(PICTURES)).chunk(world_size)
-    chunks = zip(*(share.split(grad_cache or len(PICTURES)) for share in shares))
+def rows_by_process(grad_cache: int | None, world_size: int = 2) -> Tensor:
+    """The rows of the global batch in the order in which `world_size` processes compute them."""
+    shares = torch.arange(len(IMAGES)).chunk(world_size)
+    chunks = zip(*(share.split(grad_cache or len(IMAGES)) for share in shares))
     return torch.cat([part for chunk in chunks for part in chunk])
 
 
 def global_batch(size: int) -> TrainBatch:
-    """A batch with pictures and captions that stand in it several times."""
+    """A batch with duplicate images and captions."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (len(PICTURES), 3, size, size), dtype=torch.uint8, generator=generator)[PICTURES]
-    texts = torch.randint(1, VOCABULARY, (len(PICTURES), 7), generator=generator)
+    images = torch.randint(0, 256, (len(IMAGES), 3, size, size), dtype=torch.uint8, generator=generator)[IMAGES]
+    texts = torch.randint(1, VOCABULARY, (len(IMAGES), 7), generator=generator)
     texts[7] = texts[0]
-    positives = PICTURES[:, None] == PICTURES
-    positives[3, 9] = True  # a caption of two pictures
+    positives = IMAGES[:, None] == IMAGES
+    positives[3, 9] = True  # a caption of two images
     return TrainBatch(images, texts, positives.nonzero())
 
 
 def part_of(batch: TrainBatch, image_rows: Tensor, caption_rows: Tensor, own_captions: Tensor) -> TrainBatch:
-    """The images `image_rows` of a batch whose captions stand in the order `caption_rows`."""
-    matrix = torch.zeros(len(PICTURES), len(PICTURES), dtype=torch.bool)
+    """The rows `image_rows` of a batch, with positives for the captions in the order `caption_rows`."""
+    matrix = torch.zeros(len(IMAGES), len(IMAGES), dtype=torch.bool)
     matrix[tuple(batch.positives.T)] = True
     return TrainBatch(
         batch.images[image_rows], batch.texts[own_captions], matrix[image_rows][:, caption_rows].nonzero()
@@ -101,7 +102,7 @@ def part_of(batch: TrainBatch, image_rows: Tensor, caption_rows: Tensor, own_cap
 
 
 @torch.no_grad()
-def copied(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def clone_all(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -113,45 +114,53 @@ def train_small(
     grad_cache: int | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Of each of two steps in float64: loss, accuracy, gradients, and the weights and statistics after it.
+    """Train two steps in float64; return loss, accuracy, gradients and the weights after each.
 
-    One process goes through the chunks as two together do: batch statistics are those of a chunk.
+    A single process computes the chunks of two processes together, because batch statistics are those of a chunk.
     """
-    rows = as_processes_split_it(grad_cache)
+    # this process's part of the batch
+    rows = rows_by_process(grad_cache)
     if processes.world_size > 1:
-        rows = torch.arange(len(PICTURES))
+        rows = torch.arange(len(IMAGES))
         own = rows[process_slice(len(rows), processes.rank, processes.world_size)]
     else:
         own = rows
         grad_cache = grad_cache and 2 * grad_cache
     batch = part_of(global_batch(32 if resnet or simple_clip else 16), own, rows, own)
-    # A large epsilon makes an AdamW step as large as the gradient: rounding stays as small as it is.
-    settled = settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
-    bias = -10.0 if settled.loss.loss == "siglip" else None
+
+    # The trainer. A large epsilon keeps AdamW from amplifying rounding errors of small gradients.
+    all_options = settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
+    bias = -10.0 if all_options.loss.loss == "siglip" else None
     if simple_clip:
         clip = small_simple_clip(vocabulary=VOCABULARY, bias=bias)
     else:
         clip = small_clip(resnet, text_cfg=TEXT | {"vocab_size": VOCABULARY}, init_logit_bias=bias)
     torch.manual_seed(0)
-    model = RetrievalModel(clip, small_preprocess(), adaptor=settled.train.trainable == "adaptor")
-    with mock.patch.object(Tensor, "float", Tensor.double):  # the towers' features too
-        trainer = make_trainer(settled, model.double(), "fp32", CPU, processes)
+    model = RetrievalModel(clip, small_preprocess(), adaptor=all_options.train.trainable == "adaptor")
+
+    # the steps
+    with mock.patch.object(Tensor, "float", Tensor.double):  # for the features of the towers
+        trainer = make_trainer(all_options, model.double(), "fp32", CPU, processes)
         model.train()
         steps, update = [], trainer._update
 
         def keep_gradients_and_update():
-            steps.append({"gradients": copied({name: p.grad for name, p in model.named_parameters()})})
+            steps.append({"gradients": clone_all({name: p.grad for name, p in model.named_parameters()})})
             update()
 
         trainer._update = keep_gradients_and_update
         for step in (1, 2):
             result = trainer.step(batch, step, 0.5)
-            steps[-1] |= {"loss": result.loss, "accuracy": result.accuracy(processes), "after": copied(model.weights())}
+            steps[-1] |= {
+                "loss": result.loss,
+                "accuracy": result.accuracy(processes),
+                "after": clone_all(model.weights()),
+            }
     return steps
 
 
-def normalised_bfloat16(processes: Processes) -> dict[str, Tensor]:
-    """What batch normalisation makes of values far from 0: of this process's half of them, or of all."""
+def normalise_bfloat16(processes: Processes) -> dict[str, Tensor]:
+    """Batch normalisation of values far from 0: of this process's half of them, or of all."""
     values = (torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
     layer = nn.Sequential(nn.BatchNorm1d(4))
     if processes.world_size > 1:
@@ -160,17 +169,17 @@ def normalised_bfloat16(processes: Processes) -> dict[str, Tensor]:
     return {"values": layer(values).detach(), "mean": layer[0].running_mean, "var": layer[0].running_var}
 
 
-def said_of_what_another_met(processes: Processes) -> list[str]:
-    """What this process says of an epoch in which the last process met something that cannot be used."""
-    passed_over = SkipCounter("samples", processes)
-    passed_over.count(["0.tar, sample é"] if processes.rank == processes.world_size - 1 else [])
+def warnings_about_skipped_samples(processes: Processes) -> list[str]:
+    """The warnings of this process after an epoch in which the last process skipped a sample."""
+    skipped = SkipCounter("samples", processes)
+    skipped.count(["0.tar, sample é"] if processes.rank == processes.world_size - 1 else [])
     with mock.patch("clip_retrieval.data.batches.skipped.log.warning") as warning:
-        passed_over.log_all()
+        skipped.log_all()
     return [call.args[0] for call in warning.call_args_list]
 
 
-def rows_of_uneven_length(processes: Processes) -> dict[str, Tensor]:
-    """What the processes gather where process r has `lengths[r]` rows."""
+def gather_uneven_rows(processes: Processes) -> dict[str, Tensor]:
+    """The gathered rows, if process r has `lengths[r]` rows."""
     gathered = {}
     for name, lengths in {"uneven": (3, 1), "empty": (0, 2), "last is empty": (4, 0), "none": (0, 0)}.items():
         own = torch.arange(2.0 * lengths[processes.rank]).view(-1, 2) + 100 * processes.rank
@@ -179,7 +188,7 @@ def rows_of_uneven_length(processes: Processes) -> dict[str, Tensor]:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that is made."""
+    """Records the size of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,21 +202,21 @@ class Largest(TorchDispatchMode):
 
 
 def largest_tensor(processes: Processes, share: int = 1000, tile: int = 300) -> dict[str, int]:
-    """Elements of the largest tensor that each loss makes of `share` pairs in each process."""
+    """The number of elements of the largest tensor of each loss, for `share` pairs in each process."""
     found = {}
     for name in ("infonce", "siglip", "margin"):
         image, text = (F.normalize(torch.randn(share, 8), dim=-1).requires_grad_() for _ in range(2))
         positives = torch.arange(share)[:, None] + torch.tensor([0, share * processes.rank])
         loss = make_loss(LossOptions(loss=name), processes)
         with mock.patch.object(pairs, "TILE", tile), Largest() as largest:
-            everybodys = processes.all_gather(text)
-            loss(image, everybodys, positives, torch.tensor(10.0), torch.tensor(-10.0)).backward()
+            texts = processes.all_gather(text)
+            loss(image, texts, positives, torch.tensor(10.0), torch.tensor(-10.0)).backward()
         found[name] = largest.numel
     return found
 
 
 def ranks_of_many_tiles(processes: Processes) -> list[list[int]]:
-    """What retrieval_ranks counts for features among which many are equal, in tiles of 5 x 4."""
+    """The counts of retrieval_ranks for features with many ties, in tiles of 5 x 4."""
     generator = torch.Generator().manual_seed(1)
     image, text = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (37, 91))
     relevant = torch.stack([torch.arange(91) % 37, torch.arange(91)], dim=1)
@@ -215,8 +224,8 @@ def ranks_of_many_tiles(processes: Processes) -> list[list[int]]:
     return [counts.tolist() for direction in ranks for counts in vars(direction).values()]
 
 
-class SomeBroken(ImageArray):
-    """Images of which two cannot be read."""
+class PartlyBrokenImages(ImageArray):
+    """Images, two of them unreadable."""
 
     def __getitem__(self, index: int) -> Image.Image:
         if index in (3, 7):
@@ -224,9 +233,11 @@ class SomeBroken(ImageArray):
         return super().__getitem__(index)
 
 
-def with_stand_ins(processes: Processes) -> list[TrainBatch]:
-    """The batches of two epochs in which other pairs stand in for images that cannot be read."""
-    images = SomeBroken(np.random.default_rng(0).integers(0, 256, (12, 20, 26, 3), dtype=np.uint8), "some broken")
+def batches_with_replaced_images(processes: Processes) -> list[TrainBatch]:
+    """The batches of two epochs in which other pairs replace unreadable images."""
+    images = PartlyBrokenImages(
+        np.random.default_rng(0).integers(0, 256, (12, 20, 26, 3), dtype=np.uint8), "some broken"
+    )
     pairs = np.array([(i // 2, i) for i in range(24)])
     dataset = RetrievalDataset("some broken", "train", images, [str(i) for i in range(24)], pairs)
     loader = TrainLoader(
@@ -243,22 +254,18 @@ def with_stand_ins(processes: Processes) -> list[TrainBatch]:
     return [batch for epoch in range(2) for batch in loader.epoch(epoch)]
 
 
-def of_shards_with_a_sample_for_each_caption(processes: Processes, folder: Path) -> list[TrainBatch]:
-    """The batches of an epoch of 16 captions of four images, each image four times in the shard."""
+def batches_with_duplicate_images(processes: Processes, folder: Path) -> list[TrainBatch]:
+    """The batches of an epoch of 16 captions of four images; each image is four times in the shard."""
     samples = [(f"{i:05}", {"jpg": jpeg(i // 4), "txt": f"thing {i}"}) for i in range(16)]
-    path = write_shard(folder / f"alike-{processes.world_size}-{processes.rank}.tar", samples)
+    path = write_shard(folder / f"duplicates-{processes.world_size}-{processes.rank}.tar", samples)
     reader = LaneReader(ShardOrder(Shards([path]), 8, seed=3), ImageTransform(small_preprocess()))
     tokenizer = SimpleTokenizer(context_length=16)
     loader = StreamLoader(reader, tokenizer, trim=False, num_workers=0, device=CPU, processes=processes)
     return list(loader.epoch(0))
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run gets to run after it."""
-
-
 def run_main(*arguments: Any, killed_in_step: int | None = None) -> tuple[int | None, str, str]:
-    """main.py with these arguments: its exit code (None: killed), standard output and standard error."""
+    """Run main.py; return its exit code (None if killed), standard output and standard error."""
     normal = Trainer.step
 
     def step(self, batch, number, rate):
@@ -266,14 +273,15 @@ def run_main(*arguments: Any, killed_in_step: int | None = None) -> tuple[int | 
             raise Killed
         return normal(self, batch, number, rate)
 
-    def leave(code: int):
+    def exit_normally(code: int):
         raise SystemExit(code)
 
+    # run in this process, with patched step and exit
     out, err, code = io.StringIO(), io.StringIO(), None
     with (
         mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)]),
         mock.patch.object(Trainer, "step", step),
-        mock.patch.object(os, "_exit", leave),
+        mock.patch.object(os, "_exit", exit_normally),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -287,13 +295,13 @@ def run_main(*arguments: Any, killed_in_step: int | None = None) -> tuple[int | 
 
 
 def run_main_in_a_group(number: int, command: dict[str, Any]) -> tuple[int | None, str, str]:
-    """As `run_main`, as one of several processes; `number` tells their groups apart, for torchrun means one only."""
+    """Like `run_main`, in process group `number`: torchrun itself provides only one group."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.PrefixStore(str(number), dist.TCPStore(address, port, is_master=False))
-    of_this_group = functools.partial(dist.init_process_group, store=store, rank=rank, world_size=world_size)
+    init_process_group = functools.partial(dist.init_process_group, store=store, rank=rank, world_size=world_size)
     try:
-        with mock.patch.object(dist, "init_process_group", of_this_group):
+        with mock.patch.object(dist, "init_process_group", init_process_group):
             return run_main(*command["arguments"], killed_in_step=command.get("killed_in_step"))
     finally:
         if dist.is_initialized():
@@ -305,13 +313,13 @@ def main() -> None:
     with process_group("cpu") as processes:
         found = {
             "steps": {name: train_small(processes, **case) for name, case in cases().items()},
-            "normalised": normalised_bfloat16(processes),
-            "rows": rows_of_uneven_length(processes),
+            "normalised": normalise_bfloat16(processes),
+            "rows": gather_uneven_rows(processes),
             "largest": largest_tensor(processes),
             "ranks": ranks_of_many_tiles(processes),
-            "said": said_of_what_another_met(processes),
-            "stand-ins": [vars(batch) for batch in with_stand_ins(processes)],
-            "alike": [vars(batch) for batch in of_shards_with_a_sample_for_each_caption(processes, folder)],
+            "warnings": warnings_about_skipped_samples(processes),
+            "replaced": [vars(batch) for batch in batches_with_replaced_images(processes)],
+            "duplicates": [vars(batch) for batch in batches_with_duplicate_images(processes, folder)],
         }
     found["runs"] = {
         name: run_main_in_a_group(number, command) for number, (name, command) in enumerate(commands.items())

@@ -1,4 +1,4 @@
-"""Bad input to a run: one line that names the thing and the mend, exit code 2, and nothing is lost."""
+"""Bad input to a run gives exit code 2 and one line with the cause and the remedy, and loses nothing."""
 
 import os
 import pickle
@@ -35,13 +35,13 @@ def is_one_line(err):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_was_typed(run, arguments, extra, words):
+def test_bad_option_is_named(run, arguments, extra, words):
     code, _, err = run(*arguments, *extra)
     assert code == 2 and is_one_line(err)
     assert all(word in err for word in words), err
 
 
-def test_a_truncated_photograph_stops_the_run_and_is_named(run, arguments, captioned, tmp_path):
+def test_truncated_image_stops_the_run_and_is_named(run, arguments, captioned, tmp_path):
     for workers in ("0", "2"):
         broken = tmp_path / f"broken{workers}"
         broken.mkdir()
@@ -53,7 +53,7 @@ def test_a_truncated_photograph_stops_the_run_and_is_named(run, arguments, capti
         assert code == 2 and is_one_line(err) and str(broken / "3.jpg") in err
 
 
-def test_a_photograph_that_breaks_in_mid_run_costs_no_steps(run, arguments, captioned, tmp_path):
+def test_image_that_breaks_during_a_run_loses_no_steps(run, arguments, captioned, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(captioned, data)
     whole = (captioned / "3.jpg").read_bytes()
@@ -66,11 +66,11 @@ def test_a_photograph_that_breaks_in_mid_run_costs_no_steps(run, arguments, capt
     assert code == 0 and "going on from" in out, err
     assert run(*command, "--seed", "1", "--name", "whole")[0] == 0
     files = (tmp_path / "logs" / name / "last.pt" for name in ("ex0", "whole"))
-    broken, never = (torch.load(file, weights_only=True)["model"] for file in files)
-    assert all(torch.equal(broken[name], never[name]) for name in never)
+    resumed, undisturbed = (torch.load(file, weights_only=True)["model"] for file in files)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
-def test_a_missing_photograph_is_named_before_anything_is_trained(run, arguments, captioned, tmp_path):
+def test_missing_image_is_named_before_training(run, arguments, captioned, tmp_path):
     rows = (captioned / "captions.csv").read_text() + "gone.jpg,a thing,train\n"
     (tmp_path / "captions.csv").write_text(rows)
     command = [*arguments, "--annotations", tmp_path / "captions.csv", "--image_dir", captioned]
@@ -78,7 +78,7 @@ def test_a_missing_photograph_is_named_before_anything_is_trained(run, arguments
     assert code == 2 and is_one_line(err) and "gone.jpg" in err and "step" not in out
 
 
-def test_a_pickle_that_would_run_code_does_not(run, arguments, tmp_path):
+def test_pickle_with_code_is_refused(run, arguments, tmp_path):
     marker = tmp_path / "marker"
 
     class Malicious:
@@ -94,7 +94,7 @@ def test_a_pickle_that_would_run_code_does_not(run, arguments, tmp_path):
     assert not marker.exists()
 
 
-def test_weights_of_another_model_say_what_does_not_fit(run, arguments, tmp_path):
+def test_weights_of_another_model_are_refused_with_the_mismatch(run, arguments, tmp_path):
     file = tmp_path / "resnet.pt"
     torch.save(small_clip(resnet=True).state_dict(), file)
     code, _, err = run(*arguments, "--pretrained", file)
@@ -102,7 +102,7 @@ def test_weights_of_another_model_say_what_does_not_fit(run, arguments, tmp_path
     assert "missing" in err and "unexpected" in err and str(file) in err
 
 
-def test_a_checkpoint_cut_short(run, arguments, tmp_path):
+def test_truncated_checkpoint_is_named(run, arguments, tmp_path):
     run(*arguments, "--max_steps", "1")
     last = tmp_path / "logs/ex0/last.pt"
     last.write_bytes(last.read_bytes()[:5000])
@@ -110,7 +110,7 @@ def test_a_checkpoint_cut_short(run, arguments, tmp_path):
     assert code == 2 and is_one_line(err) and "last.pt" in err
 
 
-def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(run, arguments, tmp_path):
+def test_folder_with_a_run_is_refused_with_both_remedies(run, arguments, tmp_path):
     run(*arguments, "--max_steps", "1")
     folder = tmp_path / "logs" / "ex0"
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -121,7 +121,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(run, arguments,
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_a_mistake_does_not_cost_the_run_that_overwrite_would_replace(run, arguments, tmp_path):
+def test_bad_input_with_overwrite_keeps_the_old_run(run, arguments, tmp_path):
     run(*arguments, "--max_steps", "1")
     before = (tmp_path / "logs/ex0/last.pt").read_bytes()
     code, _, _ = run(*arguments, "--overwrite", "--dataset_root", "/nowhere")
@@ -131,7 +131,7 @@ def test_a_mistake_does_not_cost_the_run_that_overwrite_would_replace(run, argum
 
 @pytest.mark.parametrize("option", ["--resume", "--pretrained"])
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_overwrite_does_not_take_away_what_the_run_reads(run, arguments, tmp_path, option, name):
+def test_overwrite_does_not_delete_its_own_source(run, arguments, tmp_path, option, name):
     run(*arguments, "--max_steps", "1")
     folder = tmp_path / "logs" / "ex0"
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -140,26 +140,26 @@ def test_overwrite_does_not_take_away_what_the_run_reads(run, arguments, tmp_pat
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_best_checkpoint_does_not_replace_the_run_it_is_from(run, arguments, tmp_path):
+def test_best_checkpoint_does_not_replace_its_own_run(run, arguments, tmp_path):
     run(*arguments, "--max_steps", "1")
     folder = tmp_path / "logs" / "ex0"
     code, _, err = run(*arguments, "--resume", folder / "best.pt")
     assert code == 2 and is_one_line(err) and "already holds a run" in err
 
 
-@pytest.mark.parametrize("lacking", ["options", "preprocess", "sampler", "model"])
-def test_a_damaged_checkpoint_of_ours(run, arguments, tmp_path, lacking):
+@pytest.mark.parametrize("entry", ["options", "preprocess", "sampler", "model"])
+def test_damaged_checkpoint_is_refused(run, arguments, tmp_path, entry):
     run(*arguments, "--max_steps", "1")
     last = tmp_path / "logs/ex0/last.pt"
     content = torch.load(last, weights_only=True)
-    content[lacking] = 1
+    content[entry] = 1
     torch.save(content, last)
     for extra in ((), ("--eval",)):
         code, _, err = run(*arguments, *extra, "--resume", last)
-        assert code == 2 and is_one_line(err) and lacking in err
+        assert code == 2 and is_one_line(err) and entry in err
 
 
-def test_half_written_files_of_a_killed_run_are_swept_away(run, arguments, tmp_path):
+def test_half_written_files_of_a_killed_run_are_removed(run, arguments, tmp_path):
     folder = tmp_path / "logs" / "ex0"
     folder.mkdir(parents=True)
     (folder / ".last.pt.12345.tmp").write_bytes(b"half a checkpoint")
@@ -167,7 +167,7 @@ def test_half_written_files_of_a_killed_run_are_swept_away(run, arguments, tmp_p
     assert not list(folder.glob(".*"))
 
 
-def test_a_root_that_is_a_file_is_no_place_to_keep_drawings(run, arguments, tmp_path, captioned):
+def test_root_that_is_a_file_is_not_used_as_cache_of_shapes(run, arguments, tmp_path, captioned):
     from clip_retrieval.data.readers import shapes
     from clip_retrieval.options import DataOptions
 
@@ -175,7 +175,7 @@ def test_a_root_that_is_a_file_is_no_place_to_keep_drawings(run, arguments, tmp_
     assert len(shapes.read(DataOptions(dataset_root=str(tmp_path / "file")), "test").images) == 500
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(start, arguments, tmp_path):
+def test_closed_stdout_does_not_end_the_run(start, arguments, tmp_path):
     process = start(*arguments)
     process.stdout.readline()
     process.stdout.close()
@@ -184,7 +184,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(start, arguments, tmp_path
     assert "Traceback" not in err and (tmp_path / "logs/ex0/results.json").is_file()
 
 
-def test_a_lost_loader_process_is_code_3(run, arguments, tmp_path, monkeypatch):
+def test_lost_loader_process_is_exit_code_3(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.data.batches import loader
 
     monkeypatch.setattr(loader._PixelsOfMany, "__call__", lambda self, request: os.kill(os.getpid(), 9))
@@ -192,12 +192,12 @@ def test_a_lost_loader_process_is_code_3(run, arguments, tmp_path, monkeypatch):
     assert code == 3 and is_one_line(err) and "--num_workers" in err and "--resume auto" in err
 
 
-def test_an_output_that_cannot_be_written(run, arguments, tmp_path):
+def test_unwritable_output_is_named(run, arguments, tmp_path):
     file = tmp_path / "a_file"
     file.write_text("")
     code, _, err = run(*arguments, "--checkpoint_path", file)
     assert code == 2 and is_one_line(err) and str(file) in err
-    if os.geteuid() != 0:  # root may write anywhere
+    if os.geteuid() != 0:  # root can write everywhere
         locked = tmp_path / "locked"
         locked.mkdir()
         locked.chmod(stat.S_IREAD | stat.S_IEXEC)
@@ -205,7 +205,7 @@ def test_an_output_that_cannot_be_written(run, arguments, tmp_path):
         assert code == 2 and is_one_line(err) and str(locked) in err
 
 
-def test_a_full_disk_ends_with_code_3_and_keeps_the_checkpoint_from_before(run, arguments, tmp_path, monkeypatch):
+def test_full_disk_is_exit_code_3_and_keeps_the_checkpoint(run, arguments, tmp_path, monkeypatch):
     import errno
 
     from clip_retrieval.training import checkpoint
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_with_code_3_and_keeps_the_checkpoint_from_before(run, 
     assert not [path for path in folder.iterdir() if ".tmp" in path.name]
 
 
-def test_the_whole_program_has_these_codes_too(start):
+def test_the_program_exits_with_code_2(start):
     process = start("--dataset_root", "/nowhere", "--vision_model", "tiny", "--dataset", "csv")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and is_one_line(err) and "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Each benchmark runs, at its smallest, and prints its table. (What it measures is in benchmarks/README.md.)"""
+"""Each benchmark runs at its smallest size and prints its table; see benchmarks/README.md for its results."""
 
 import importlib
 import importlib.util
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def benchmark(monkeypatch, capsys):
-    """benchmark(name, *arguments) runs a script of benchmarks/ in this process: its tables, as lists of cells."""
+def run_benchmark(monkeypatch, capsys):
+    """run_benchmark(name, *arguments) runs a script of benchmarks/ in this process; returns its rows of cells."""
     threads = torch.get_num_threads()
 
     def run(name, *arguments):
@@ -28,39 +28,39 @@ def benchmark(monkeypatch, capsys):
     torch.set_num_threads(threads)
 
 
-def test_ranks(benchmark):
-    header, _, row = benchmark("ranks", "--sizes", "20/100", "--repeats", 1, "--peer_up_to", 0)
+def test_ranks(run_benchmark):
+    header, _, row = run_benchmark("ranks", "--sizes", "20/100", "--repeats", 1, "--peer_up_to", 0)
     assert header[:4] == ["images / captions", "ours (s)", "bare (s)", "ratio"]
     assert row[0] == "20 / 100" and float(row[3]) > 0
 
 
-def test_knn(benchmark):
-    header, _, row = benchmark("knn", "--sizes", "40/200", "--dim", 16, "--patience", 4)
+def test_knn(run_benchmark):
+    header, _, row = run_benchmark("knn", "--sizes", "40/200", "--dim", 16, "--patience", 4)
     assert header[3] == "ours, both (s)" and float(row[3]) > 0
     same, _, queries = row[11].partition(" of ")
     assert same == queries and "NOT" not in "".join(row)
     assert (int(queries) > 0) == bool(importlib.util.find_spec("cn_clip"))
 
 
-def test_input(benchmark, real_data):
-    table = benchmark("input", real_data / "coco_mini", "--images", 2, "--repeats", 1, "--size", 32)
+def test_input(run_benchmark, real_data):
+    table = run_benchmark("input", real_data / "coco_mini", "--images", 2, "--repeats", 1, "--size", 32)
     assert table[0][:2] == ["evaluation", "ms / image"]
     assert [row for row in table if row[0] == "random crops"]
 
 
-def test_train_step(benchmark, real_data):
+def test_train_step(run_benchmark, real_data):
     settings = ("--models", "tiny", "--batch_sizes", 4, "--repeats", 1, "--steps", 1, "--device", "cpu")
     rows = ("open_clip", "ours", "no_trim", "no_fused", "grad_cache")
-    header, _, *found = benchmark("train_step", *settings, "--only", *rows, "--peak_tflops", 1)
+    header, _, *found = run_benchmark("train_step", *settings, "--only", *rows, "--peak_tflops", 1)
     assert header[3:6] == ["pairs/s", "ratio to open_clip", "MFU (%)"]
     assert len(found) == len(rows) and all(float(row[3]) > 0 and float(row[5]) > 0 for row in found)
 
 
-def test_evaluation(benchmark, real_data):
+def test_evaluation(run_benchmark, real_data):
     rows = ["ours", "five_times"] + ["clip_benchmark"] * bool(importlib.util.find_spec("clip_benchmark"))
     settings = ("--vision_model", "tiny", "--images", 12, "--num_workers", 0, "--device", "cpu")
-    header, _, *found = benchmark("evaluation", *settings, "--rows", *rows)
+    header, _, *found = run_benchmark("evaluation", *settings, "--rows", *rows)
     assert header[1:4] == ["images / captions", "seconds", "ratio"]
     assert [row[0] for row in found] == rows
     recalls = [[float(cell) for cell in row[-2:]] for row in found]
-    assert all(recall == pytest.approx(recalls[0], abs=9) for recall in recalls)  # all count the same; one may be close
+    assert all(recall == pytest.approx(recalls[0], abs=9) for recall in recalls)  # equal up to a close score

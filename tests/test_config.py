@@ -1,4 +1,4 @@
-"""Options from a YAML file, and in which order files, checkpoints and what is typed decide."""
+"""Options from a YAML file, and the precedence of files, checkpoints and the command line."""
 
 import json
 import os
@@ -26,9 +26,9 @@ def config(tmp_path):
     return write
 
 
-def test_a_file_says_what_could_be_typed(config):
+def test_config_equals_the_same_command_line(config):
     text = """
-    # clip-training's names, hyphens, and YAML's own idea of numbers
+    # clip-training's names, hyphens, and numbers that YAML reads as strings
     learning_rate: 5e-4
     eps: 1.0e-08
     weight-decay: 0.1
@@ -50,13 +50,13 @@ def test_a_file_says_what_could_be_typed(config):
     assert read_config(config(text)) == parse(typed.split())
 
 
-def test_values_are_what_is_written(config):
-    """YAML itself reads 010 as 8, 1.10 as 1.1, 12:30:00 as 45000, off as false and the last one as no day at all."""
+def test_values_are_kept_as_written(config):
+    """Plain YAML reads 010 as 8, 1.10 as 1.1, 12:30:00 as 45000, off as false and the last one as an invalid date."""
     for value in ("010", "1.10", "12:30:00", "off", "2024-02-30"):
         assert read_config(config(f"experiments: {value}\n")) == {"experiments": value}
 
 
-def test_no_file_and_an_empty_file_say_nothing(config):
+def test_missing_and_empty_config_have_no_options(config):
     assert read_config(None) == read_config(config("# nothing\n")) == {}
 
 
@@ -82,7 +82,7 @@ def test_no_file_and_an_empty_file_say_nothing(config):
         ("lr: !!python/object/apply:os.system ['true']", ["'true' is not a number"]),
     ],
 )
-def test_what_is_wrong_is_said_with_the_file(config, text, words):
+def test_bad_config_is_one_line_with_the_file(config, text, words):
     path = config(text)
     with pytest.raises(UserError) as error:
         read_config(path)
@@ -90,12 +90,12 @@ def test_what_is_wrong_is_said_with_the_file(config, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_one_line_and_exit_code_2(run, tmp_path):
+def test_missing_file_is_one_line_and_exit_code_2(run, tmp_path):
     code, _, error = run("--config", tmp_path / "none.yaml")
     assert code == 2 and "none.yaml: no such file" in error and error.count("\n") == 1
 
 
-def test_what_is_typed_beats_the_file_and_the_file_the_defaults(arguments, config, run, tmp_path):
+def test_command_line_overrides_config_overrides_defaults(arguments, config, run, tmp_path):
     path = config("lr: 3e-4\nbatch_size: 7\nexperiments: from_file\nseed: 5\n")
     code, _, error = run(*arguments, "--max_steps", "1", "--config", path)
     assert code == 0, error
@@ -104,7 +104,7 @@ def test_what_is_typed_beats_the_file_and_the_file_the_defaults(arguments, confi
     assert settled["config"] == str(path)
 
 
-def test_a_checkpoint_beats_the_file(arguments, config, run, tmp_path):
+def test_checkpoint_overrides_config(arguments, config, run, tmp_path):
     assert run(*arguments, "--max_steps", "2", "--seed", "4")[0] == 0
     last = tmp_path / "logs/ex0/last.pt"
     path = config("seed: 5\nmargin: 0.4\nexperiments: other\neval: true\n")
@@ -114,7 +114,7 @@ def test_a_checkpoint_beats_the_file(arguments, config, run, tmp_path):
     assert settled["seed"] == 4 and settled["margin"] == 0.1
 
 
-def test_the_options_of_a_run_are_a_config_that_repeats_it(arguments, run, tmp_path):
+def test_options_json_is_a_config_that_repeats_the_run(arguments, run, tmp_path):
     assert run(*arguments, "--max_steps", "2", "--seed", "4")[0] == 0
     first = tmp_path / "logs/ex0"
     code, _, error = run("--config", first / "options.json", "--experiments", "again")
@@ -127,7 +127,7 @@ def test_the_options_of_a_run_are_a_config_that_repeats_it(arguments, run, tmp_p
     assert results[0]["i2t"] == results[1]["i2t"] and results[0]["t2i"] == results[1]["t2i"]
 
 
-def test_the_options_of_a_run_that_was_resumed_begin_it_anew(arguments, run, tmp_path):
+def test_options_json_of_a_resumed_run_starts_it_again(arguments, run, tmp_path):
     assert run(*arguments, "--max_steps", "2")[0] == 0
     first = tmp_path / "logs/ex0"
     assert run("--resume", first / "last.pt", "--checkpoint_path", tmp_path / "logs", "--max_steps", "4")[0] == 0
@@ -139,21 +139,21 @@ def test_the_options_of_a_run_that_was_resumed_begin_it_anew(arguments, run, tmp
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_what_a_repeated_command_would_do_again_must_be_typed(arguments, config, run, tmp_path):
+def test_reset_options_in_a_config_are_ignored(arguments, config, run, tmp_path):
     path = config("reset_data_offset: true\nreset_optimizer: true\n")
     assert run(*arguments, "--max_steps", "1")[0] == 0
     code, out, error = run(*arguments, "--max_steps", "2", "--resume", "auto", "--config", path)
     assert code == 0, error
-    assert "going on from" in out and "reset_data_offset counts only where it is typed" in error
+    assert "going on from" in out and "reset_data_offset counts only on the command line" in error
 
 
-def test_a_file_takes_no_run_away(arguments, config, run, tmp_path):
+def test_overwrite_in_a_config_is_ignored(arguments, config, run, tmp_path):
     assert run(*arguments, "--max_steps", "1")[0] == 0
     code, _, error = run(*arguments, "--max_steps", "1", "--config", config("overwrite: true\n"))
     assert code == 2 and "already holds a run" in error
 
 
-def test_a_model_that_the_file_names_counts_as_named(arguments, captioned, config, run, tmp_path):
+def test_model_in_a_config_must_match_the_weights(arguments, captioned, config, run, tmp_path):
     assert run(*arguments, "--max_steps", "1")[0] == 0
     other = config(f"vision_model: {captioned / 'resnet.json'}\npretrained: {tmp_path / 'logs/ex0/last.pt'}\n")
     typed = [a for a in map(str, arguments) if a not in ("--vision_model", str(captioned / "small.json"))]
@@ -161,20 +161,20 @@ def test_a_model_that_the_file_names_counts_as_named(arguments, captioned, confi
     assert code == 2 and "contradicts" in error
 
 
-def test_evaluation_can_be_asked_for_in_the_file(config, tmp_path):
+def test_eval_in_a_config(config, tmp_path):
     path = config("eval: true\n")
     assert settle(read_config(path)).run.eval
 
 
-def test_every_default_survives_the_way_through_options_json(tmp_path):
+def test_every_default_survives_options_json(tmp_path):
     path = tmp_path / "options.json"
     defaults = Options().flat()
     path.write_text(json.dumps(defaults | {"versions": {"torch": "2"}, "device_used": "cpu"}))
     assert settle(read_config(path)).flat() == defaults
 
 
-def test_the_options_of_a_chinese_clip_are_a_config_too(arguments, run, real_data, tmp_path):
-    """The file alone tells its model, which options.json calls by a name that --vision_model has not."""
+def test_options_json_of_a_chinese_clip_is_a_config(arguments, run, real_data, tmp_path):
+    """The weight file determines the model; options.json has a name that --vision_model does not accept."""
     tiny = real_data / "chinese_clip_tiny"
     place = arguments.index("--vision_model")
     given = [*arguments[:place], *arguments[place + 2 :], "--pretrained", tiny / "clip_cn_tiny.pt"]
@@ -185,30 +185,30 @@ def test_the_options_of_a_chinese_clip_are_a_config_too(arguments, run, real_dat
     assert read_json(tmp_path / "logs/again/options.json")["vision_model"] == "Chinese-CLIP"
 
 
-def test_chinese_clips_joint_names_are_two_options():
+def test_joint_chinese_clip_names_are_two_options():
     options, _ = settle_options({"vision_model": "ViT-B-16@RoBERTa-wwm-ext-base-chinese"})
     assert (options.model.vision_model, options.model.text_model) == ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese")
     options, _ = settle_options({"vision_model": "ViT-L/14@336px"})
     assert (options.model.vision_model, options.model.text_model) == ("ViT-L/14@336px", None)
 
 
-def test_data_that_are_typed_leave_nothing_of_the_files_places(config):
+def test_typed_dataset_drops_the_paths_of_the_config(config):
     path = config("dataset: [coco, csv]\ndataset_root: [A, B]\nannotations: [null, x.csv]\ndataset_weights: [1, 2]\n")
     options, _ = settle_options({"config": str(path), "dataset": "coco"})
     data = options.data
     assert (data.dataset_root, data.annotations, data.dataset_weights) == ("datasets", None, None)
 
 
-def test_shards_that_are_typed_for_a_mixture_stay_in_it(config):
+def test_typed_shards_keep_the_mixture_of_the_config(config):
     path = config('dataset: [coco, webdataset]\ndataset_root: A\ntrain_data: [null, "a/{0..9}.tar"]\n')
     options, _ = settle_options({"config": str(path), "train_data": (None, "b/{0..9}.tar")})
-    assert [(part.dataset, part.train_data) for part in options.data.parts()] == [
+    assert [(part.name, part.train_data) for part in options.data.parts()] == [
         ("coco", None),
         ("webdataset", "b/{0..9}.tar"),
     ]
 
 
-def test_a_list_for_one_data_set_is_refused(config):
+def test_list_for_one_dataset_is_refused(config):
     for text in ("train_data: [a/0.tar, a/1.tar]\n", "dataset: csv\ndataset_root: [A, B]\n"):
         with pytest.raises(UserError, match=r"--config .*has 2 values, one for each dataset of a mixture"):
             settle_options({"config": str(config(text))})
@@ -220,27 +220,27 @@ def test_a_list_for_one_data_set_is_refused(config):
     assert [part.dataset_root for part in options.data.parts()] == ["A", "B"]
 
 
-def test_what_is_no_file_is_refused_as_it_would_be_read_twice(tmp_path):
+def test_config_that_is_not_a_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(UserError, match=r"\((not a regular file|Is a directory)\); give a YAML file"):
             read_config(path)
 
 
-def test_characters_that_yaml_has_not_are_one_line(config):
+def test_invalid_yaml_characters_are_one_line(config):
     with pytest.raises(UserError, match=r"^[^\n]*no YAML[^\n]*$"):
         read_config(config("lr: 1\0\n"))
 
 
-def test_yaml_has_other_words_for_true_and_false_and_dashes_are_left_out(config):
+def test_yaml_booleans_and_leading_dashes(config):
     found = read_config(config("--map: yes\nfreeze_text: off\nno-restval: On\n"))
     assert found == {"map": True, "freeze_text": False, "no_restval": True}
 
 
-def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
+def test_missing_shards_keep_the_dataset_of_the_config(config):
     path = config("dataset: webdataset\n")
     options, _ = settle_options({"config": str(path), "train_data": "gone"})
-    assert options.data.dataset == "webdataset"
+    assert options.data.name == "webdataset"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_shards_that_are_missing_do_not_change_the_data_set_of_the_file(config):
     ],
     ids=lambda value: value[:9] if isinstance(value, str) else None,
 )
-def test_large_and_deep_files_take_seconds(config, text, words):
+def test_large_and_deep_files_are_refused_in_seconds(config, text, words):
     path = config(text)
     began = time.process_time()
     with pytest.raises(UserError) as error:
@@ -268,8 +268,8 @@ def test_large_and_deep_files_take_seconds(config, text, words):
     assert all(word in str(error.value) for word in words), str(error.value)[:300]
 
 
-def laughs(last):
-    """Nine to the power of eleven texts, by aliases of aliases, under names of options."""
+def billion_laughs(last):
+    """A billion laughs: 9^11 strings by aliases of aliases, under names of options."""
     names = ("beta1", "beta2", "eps", "warmup", "margin", "seed", "display", "epochs", "max_steps", "batch_size", last)
     lines = [f"{name}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n, name in enumerate(names)]
     return "\n".join(["dataset: &a0 [x, x]", *lines])
@@ -278,8 +278,8 @@ def laughs(last):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (laughs("recall_k"), "beta1 holds no value"),
-        (laughs("eval"), "beta1 holds no value"),
+        (billion_laughs("recall_k"), "beta1 holds no value"),
+        (billion_laughs("eval"), "beta1 holds no value"),
         ("eval: &a [*a]", "recursive"),
         ("a: &a {b: *a}", "recursive"),
         ("? [lr]\n: 1", "line 1: a key is a sequence"),
@@ -305,13 +305,13 @@ def test_aliases_tags_and_keys_are_harmless(config, monkeypatch, tmp_path, text,
 
 @pytest.mark.parametrize("name", ["train_data", "dataset_root", "annotations", "experiments", "vision_model", "resume"])
 @pytest.mark.parametrize("value", ["a\0b*", "\ud800/{0..3}.tar", "x\udfff"])
-def test_texts_that_no_file_can_be_called(config, name, value):
+def test_impossible_file_names_are_refused(config, name, value):
     path = config(f"{name}: {json.dumps(value)}\n")
     with pytest.raises(UserError, match=f"--{name} .*no name of a file"):
         settle(read_config(path), complete=False)
 
 
-def test_names_that_are_not_utf_8_are_possible(tmp_path):
+def test_names_that_are_not_utf_8_are_accepted(tmp_path):
     settle({"dataset_root": os.fsdecode(b"caf\xe9"), "train_data": os.fsdecode(b"\xff.tar")}, complete=False)
 
 

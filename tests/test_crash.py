@@ -1,4 +1,4 @@
-"""A run killed before or after any write of a file is resumed to the same end; no fault of a disk loses anything."""
+"""A run killed before or after any file write resumes to the same result, and disk faults lose nothing."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ CLOCKS = ("seconds", "pairs_per_second", "data_percent")
 
 
 def without_clocks(content):
-    """The content of a checkpoint or a results.json without what a clock measured; tensors as lists."""
+    """The content of a checkpoint or results.json without measured times; tensors as lists."""
     if isinstance(content, dict):
         return {name: without_clocks(value) for name, value in content.items() if name not in CLOCKS}
     if isinstance(content, (list, tuple)):
@@ -23,8 +23,8 @@ def without_clocks(content):
     return content.tolist() if isinstance(content, torch.Tensor) else content
 
 
-def everything(folder):
-    """All that a run leaves, in every field, but for clocks and the names of its folder."""
+def outputs(folder):
+    """All outputs of a run, in every field, except measured times and the name of its folder."""
     content = {}
     for path in sorted(folder.glob("*.pt")):
         content[path.name] = without_clocks(torch.load(path, weights_only=True))
@@ -42,14 +42,14 @@ def command(arguments):
 
 @pytest.fixture
 def whole(run, command, tmp_path):
-    """All that a run leaves that was never stopped."""
+    """The outputs of an undisturbed run."""
     code, _, err = run(*command, "--resume", "auto", "--experiments", "whole")
     assert code == 0, err
-    return everything(tmp_path / "logs" / "whole")
+    return outputs(tmp_path / "logs" / "whole")
 
 
 def replaced_files(run, command, monkeypatch, fail_at=None, before=True, error=None):
-    """Run `command`; the names of the files that were renamed into place. Fails at the one with number `fail_at`."""
+    """Run `command`, failing at rename number `fail_at`; return the names of the renamed files and the result."""
     names = []
     normal = os.replace
 
@@ -72,34 +72,34 @@ def replaced_files(run, command, monkeypatch, fail_at=None, before=True, error=N
 
 
 @pytest.mark.slow
-def test_killed_between_any_two_writes_nothing_differs(run, command, tmp_path, whole, monkeypatch):
+def test_kill_between_any_two_writes_loses_nothing(run, command, tmp_path, whole, monkeypatch):
     command = [*command, "--resume", "auto"]
     names, (code, _, err) = replaced_files(run, command, monkeypatch)
     assert code == 0, err
     json_files = {"results.json", "options.json", "metrics.jsonl"}
     assert set(names) == {"last.pt", "best.pt", "epoch_1.pt", "step_4.pt", *json_files}
-    # After one write is before the next, but for the last.
+    # "After one write" equals "before the next", except for the last.
     for number, before in [*((number, True) for number in range(len(names))), (len(names) - 1, False)]:
         shutil.rmtree(tmp_path / "logs" / "ex0")
         replaced_files(run, command, monkeypatch, number, before)
         code, _, err = run(*command)
         assert code == 0 and "chosen anew" not in err, (names[number], before, err)
-        assert everything(tmp_path / "logs" / "ex0") == whole, (names[number], before)
+        assert outputs(tmp_path / "logs" / "ex0") == whole, (names[number], before)
 
 
-def test_resumed_after_its_last_step_nothing_differs(run, command, tmp_path, whole):
+def test_resume_after_the_last_step_loses_nothing(run, command, tmp_path, whole):
     folder = tmp_path / "logs" / "ex0"
     assert run(*command, "--resume", "auto")[0] == 0
     (folder / "results.json").unlink()
     assert run(*command, "--resume", "auto")[0] == 0
-    assert everything(folder) == whole
+    assert outputs(folder) == whole
     rates = {group["lr"] for group in torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"]}
     assert rates != {1e-3} and read_json(folder / "results.json")["weights"] == "none"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("name", ["options.json", "metrics.jsonl", "last.pt", "best.pt", "epoch_1.pt", "results.json"])
-def test_a_fault_of_the_disk_is_exit_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, name):
+def test_disk_fault_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, name):
     command = [*arguments, "--keep_every", "1", "--no_eval_first", "--max_steps", "3"]
     normal = os.replace
 
@@ -117,8 +117,8 @@ def test_a_fault_of_the_disk_is_exit_3_and_one_line(run, arguments, tmp_path, mo
     assert code == 0, err
 
 
-class FullFile:
-    """A file on a disk that has just become full."""
+class FailingFile:
+    """A file whose disk fails at each write."""
 
     def __init__(self, file, number):
         self._file, self._number = file, number
@@ -132,7 +132,7 @@ class FullFile:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("part", ["log.txt", "metrics.jsonl", "tensorboard"])
-def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
+def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
     from clip_retrieval.log import MetricsLog, log
 
     normal = MetricsLog.write
@@ -140,11 +140,11 @@ def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monke
     def write(self, kind, step, values):
         if step == 2 and part == "log.txt":
             (handler,) = (h for h in log.handlers if getattr(h, "path", None))
-            handler.stream = FullFile(handler.stream, number)
+            handler.stream = FailingFile(handler.stream, number)
         elif step == 2 and part == "metrics.jsonl":
-            self._file = FullFile(self._file, number)
+            self._file = FailingFile(self._file, number)
         elif step == 2:
-            self._tensorboard._records._writer = FullFile(self._tensorboard._file, number)
+            self._tensorboard._records._writer = FailingFile(self._tensorboard._file, number)
         normal(self, kind, step, values)
 
     monkeypatch.setattr(MetricsLog, "write", write)
@@ -152,7 +152,7 @@ def test_a_fault_of_a_log_is_exit_3_and_one_line(run, arguments, tmp_path, monke
     assert code == 3 and err.count("\n") == 1 and part in err and "Traceback" not in err, err
 
 
-def test_a_folder_deleted_during_a_run_is_said_to_be_deleted(run, arguments, tmp_path, monkeypatch):
+def test_folder_deleted_during_a_run_is_reported(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.training.step import Trainer
 
     normal = Trainer.step
@@ -167,8 +167,8 @@ def test_a_folder_deleted_during_a_run_is_said_to_be_deleted(run, arguments, tmp
     assert code == 3 and err.count("\n") == 1 and "was deleted" in err and str(tmp_path / "logs/ex0") in err
 
 
-def test_a_folder_being_deleted_during_a_save_is_said_to_be_deleted(run, arguments, tmp_path, monkeypatch):
-    """Another program has deleted the half-written checkpoint, but not yet the lock."""
+def test_folder_deleted_during_a_save_is_reported(run, arguments, tmp_path, monkeypatch):
+    """Another program has deleted the half-written checkpoint, but not the lock."""
     normal = os.fsync
 
     def fsync(descriptor):
@@ -184,7 +184,7 @@ def test_a_folder_being_deleted_during_a_save_is_said_to_be_deleted(run, argumen
 @pytest.mark.parametrize(
     "damage", [b"{not json}\n", b"\xff\xfe\n", b"[1]\n", b'{"kind": "train"}\n', b'"x"\n', b"[" * 100000 + b"\n", b"\n"]
 )
-def test_a_damaged_line_of_metrics_blocks_no_resume(run, run_killed, arguments, tmp_path, damage):
+def test_damaged_metrics_line_is_skipped_on_resume(run, run_killed, arguments, tmp_path, damage):
     run_killed(5, *arguments, "--save_every", "2", "--no_eval_first")
     path = tmp_path / "logs/ex0/metrics.jsonl"
     first, *rest = path.read_bytes().splitlines(True)
@@ -195,7 +195,7 @@ def test_a_damaged_line_of_metrics_blocks_no_resume(run, run_killed, arguments, 
     assert steps == list(range(1, 7))
 
 
-def test_killed_when_metrics_are_rewritten_the_history_stays(run, run_killed, arguments, tmp_path, monkeypatch):
+def test_kill_while_metrics_are_rewritten_keeps_the_history(run, run_killed, arguments, tmp_path, monkeypatch):
     run_killed(5, *arguments, "--save_every", "2", "--no_eval_first")
     before = (tmp_path / "logs/ex0/metrics.jsonl").read_bytes()
     replaced_files(run, [*arguments, "--save_every", "2", "--no_eval_first", "--resume", "auto"], monkeypatch, 1)
@@ -203,41 +203,40 @@ def test_killed_when_metrics_are_rewritten_the_history_stays(run, run_killed, ar
 
 
 @pytest.mark.parametrize("change", [("thing,train", "other,train"), ("\n0.jpg", "\n1.jpg")], ids=["caption", "image"])
-def test_a_resume_notices_other_captions_and_images(run, arguments, captioned, tmp_path, change):
+def test_resume_with_other_captions_or_images_is_refused(run, arguments, captioned, tmp_path, change):
     from clip_retrieval.data.readers import csv_file
 
     table = tmp_path / "table.csv"
     text = (captioned / "captions.csv").read_text()
     table.write_text(text)
-    if change[1].startswith("\n1"):  # two images exchange their captions
+    if change[1].startswith("\n1"):  # two images swap their captions
         text = text.replace("\n0.jpg", "\nX.jpg").replace("\n1.jpg", "\n0.jpg").replace("\nX.jpg", "\n1.jpg")
     else:
         text = text.replace(*change, 1)
     command = [*arguments, "--annotations", table, "--image_dir", captioned]
     assert run(*command, "--epochs", "1")[0] == 0
     table.write_text(text)
-    csv_file._read_rows.cache_clear()  # as in a process of its own
+    csv_file._read_rows.cache_clear()  # as in a new process
     code, _, err = run(*command, "--resume", "auto")
     assert code == 2 and "other data" in err
 
 
-def test_images_that_moved_to_another_folder_are_the_same_data(run, arguments, captioned, tmp_path):
+def test_resume_with_images_in_another_folder(run, arguments, captioned, tmp_path):
     assert run(*arguments, "--epochs", "1")[0] == 0
     shutil.copytree(captioned, tmp_path / "moved")
     code, _, err = run(*arguments, "--dataset_root", tmp_path / "moved", "--resume", "auto")
     assert code == 0, err
 
 
-def test_a_collapsed_run_is_warned_of_once(run, arguments, monkeypatch):
+def test_collapse_is_warned_about_once(run, arguments, monkeypatch):
     from clip_retrieval.models.towers import RetrievalModel
 
     normal = RetrievalModel.forward
 
     def forward(self, *inputs):
         images, texts = normal(self, *inputs)
-        return torch.ones_like(images) / images.shape[1] ** 0.5 + 0 * images, torch.ones_like(texts) / texts.shape[
-            1
-        ] ** 0.5
+        collapsed = [torch.ones_like(features) / features.shape[1] ** 0.5 for features in (images, texts)]
+        return collapsed[0] + 0 * images, collapsed[1]
 
     monkeypatch.setattr(RetrievalModel, "forward", forward)
     code, _, err = run(*arguments, "--epochs", "4", "--no_eval_first")

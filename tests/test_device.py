@@ -1,3 +1,5 @@
+"""The choice of device and precision."""
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from clip_retrieval.errors import UserError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_the_best_device_there_is(monkeypatch):
+def test_default_device_is_the_best_available(monkeypatch):
     assert choose_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -19,7 +21,7 @@ def test_the_best_device_there_is(monkeypatch):
 
 
 @pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp16")])
-def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, has_bf16, expected):
+def test_auto_precision_is_bf16_if_the_gpu_supports_it(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
     assert choose_precision("auto", CUDA) == expected
     assert choose_precision("auto", CPU) == "fp32"
@@ -34,7 +36,7 @@ def test_fp16_needs_a_gpu_and_a_scaler():
     assert not make_scaler("bf16", CPU).is_enabled()
 
 
-def test_float32_is_float32_whatever_was_set_before():
+def test_disable_tf32_restores_the_settings():
     def settings():
         backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
         return [backend.fp32_precision for backend in backends]

@@ -1,4 +1,4 @@
-"""A run of several processes does what one process does: the same batches, gradients, weights, files and scores."""
+"""A run of several processes equals that of one process: batches, gradients, weights, files and scores."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from tests.torchrun import MINUTE, Torchrun
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads processes from /proc"),
 ]
 
-RESUMED_AT = 4  # the last save before the step that the runs are killed in
+RESUMED_AT = 4  # step of the last save before the kill
 VARIANTS = {
     "resnet": "--vision_model resnet.json --lr 0.01",
     "siglip grad_cache": "--loss siglip --grad_cache 5",
@@ -42,7 +42,7 @@ EVALUATIONS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads that wait for each other on cores that others use as well cost far more than they bring."""
+    """On shared cores, threads that wait for each other cost more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def one_thread():
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(*arguments) starts processes with these arguments of torchrun behind --nproc_per_node."""
+    """torchrun(*arguments) starts processes; `arguments` follow --nproc_per_node."""
     started = []
 
     def start(*arguments, processes=(2,)):
@@ -67,7 +67,7 @@ def finetune(captioned, folder, name, *extra, killed_in_step=None):
     """A finetune of 35 pairs, 6 steps of 10, into folder/name."""
     arguments = [
         *("--dataset", "csv", "--dataset_root", captioned, "--vision_model", captioned / "small.json"),
-        # A large epsilon: an AdamW step does not make rounding as large as a gradient.
+        # A large epsilon keeps AdamW from amplifying rounding errors of small gradients.
         *("--epochs", 2, "--batch_size", 10, "--lr", 0.1, "--warmup", 2, "--eps", 1, "--display", 1),
         *("--num_workers", 0, "--device", "cpu", "--checkpoint_path", folder, "--experiments", name),
         *(captioned / value if str(value).endswith(".json") else value for value in extra),
@@ -80,7 +80,7 @@ SHORT = ("--max_steps", 3, "--no_eval_first", "--eval_every", 0)
 
 
 def commands(captioned, folder):
-    """What one process and two do alike, by name."""
+    """Commands by name, for one process and for two."""
     found = {
         "whole": finetune(captioned, folder, "whole", *WHOLE),
         "killed": finetune(captioned, folder, "killed", *WHOLE, killed_in_step=RESUMED_AT + 1),
@@ -97,7 +97,7 @@ def commands(captioned, folder):
 
 
 def crossed(captioned, folder, other):
-    """The run that goes on from where other processes were killed."""
+    """The run that resumes from the checkpoint of other processes."""
     return finetune(captioned, folder, "crossed", *WHOLE, "--resume", other / "killed/last.pt")
 
 
@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(captioned, folder):
-    """What one process says to each of the commands, and its files in folder/one."""
+    """Exit code and output of each command in one process; its files are in folder/one."""
     return {name: run_alone(c) for name, c in commands(captioned, folder / "one").items()}
 
 
@@ -120,7 +120,7 @@ def run_alone(command):
 
 @pytest.fixture(scope="module")
 def two(captioned, folder, one):
-    """What each of two processes found, and its files in folder/two."""
+    """The content of {rank}.pt of each of two processes; their files are in folder/two."""
     todo = commands(captioned, folder / "two") | {"crossed": crossed(captioned, folder / "two", folder / "one")}
     (folder / "commands.json").write_text(json.dumps(todo))
     run = Torchrun("-m", "tests.distributed_worker", folder, folder / "commands.json", marker=folder)
@@ -134,7 +134,7 @@ def two(captioned, folder, one):
 
 
 def assert_close(a, b, tolerance):
-    """Two dicts of tensors agree to `tolerance` of each tensor's largest entry."""
+    """Assert that two dicts of tensors agree to `tolerance` of each tensor's largest entry."""
     assert a.keys() == b.keys()
     for name, value in b.items():
         largest = value.abs().max().item()
@@ -150,11 +150,11 @@ def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
 
-# The pieces.
+# Single parts.
 
 
 @pytest.mark.parametrize("case", worker.cases())
-def test_steps_of_two_processes_are_those_of_one(two, case):
+def test_steps_equal_those_of_one_process(two, case):
     expected = worker.train_small(SINGLE_PROCESS, **worker.cases()[case])
     for found, other, step in zip(two[0]["steps"][case], two[1]["steps"][case], expected, strict=True):
         assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=1e-12)
@@ -167,15 +167,15 @@ def test_steps_of_two_processes_are_those_of_one(two, case):
     assert len(learning) >= 2 and ("clip.logit_scale" in learning) == ("margin" not in case)
 
 
-def test_bfloat16_values_are_normalised_as_in_one_process(two):
-    expected = worker.normalised_bfloat16(SINGLE_PROCESS)
+def test_bfloat16_batch_norm_equals_that_of_one_process(two):
+    expected = worker.normalise_bfloat16(SINGLE_PROCESS)
     found = torch.cat([found["normalised"]["values"] for found in two])
     torch.testing.assert_close(found, expected["values"], rtol=2**-7, atol=0)
     for name in ("mean", "var"):
         torch.testing.assert_close(two[0]["normalised"][name], expected[name])
 
 
-def test_rows_of_uneven_length_are_gathered_in_the_order_of_the_ranks(two):
+def test_all_gather_rows_of_uneven_length(two):
     expected = {
         "uneven": [[0, 1], [2, 3], [4, 5], [100, 101]],
         "empty": [[100, 101], [102, 103]],
@@ -187,13 +187,13 @@ def test_rows_of_uneven_length_are_gathered_in_the_order_of_the_ranks(two):
         assert all(rows.shape[1:] == (2,) for rows in found["rows"].values())
 
 
-def test_no_process_holds_the_matrix_of_the_batch_nor_its_own_rows_of_it(two):
+def test_no_process_stores_the_logits_of_the_batch(two):
     for found in two:
         assert found["largest"] == {"infonce": 300 * 300, "siglip": 300 * 300, "margin": 300 * 300}
 
 
 def assert_shares_make_the_batches_of_one(found, expected):
-    """Each process's part of the batches, with its positives, together those of one process."""
+    """Assert that the slices of the processes, with their positives, are the batches of one process."""
     for batch, *shares in zip(expected, *found, strict=True):
         for name in ("images", "texts"):
             assert torch.equal(getattr(batch, name), torch.cat([share[name] for share in shares]))
@@ -202,26 +202,27 @@ def assert_shares_make_the_batches_of_one(found, expected):
         assert torch.equal(batch.positives, torch.cat(positives))
 
 
-def test_stand_ins_are_the_same_and_belong_to_the_images_that_they_are(two):
-    expected = worker.with_stand_ins(SINGLE_PROCESS)
-    assert_shares_make_the_batches_of_one([found["stand-ins"] for found in two], expected)
+def test_replaced_samples_equal_those_of_one_process(two):
+    expected = worker.batches_with_replaced_images(SINGLE_PROCESS)
+    assert_shares_make_the_batches_of_one([found["replaced"] for found in two], expected)
     assert any(len(batch.positives) > 8 for batch in expected)
 
 
-def test_what_one_process_met_all_can_say(two):
-    said = "epoch 1, batches 1 to 1: 1 samples could not be used, replaced by others: 0.tar, sample é"
-    assert [found["said"] for found in two] == [[said], [said]]
+def test_skipped_samples_of_one_process_are_logged_by_all(two):
+    message = "epoch 1, batches 1 to 1: 1 samples could not be used, replaced by others: 0.tar, sample é"
+    assert [found["warnings"] for found in two] == [[message], [message]]
 
 
-def test_captions_of_an_image_belong_to_it_in_the_samples_of_other_processes_too(two, folder):
-    expected = worker.of_shards_with_a_sample_for_each_caption(SINGLE_PROCESS, folder)
-    assert_shares_make_the_batches_of_one([found["alike"] for found in two], expected)
+def test_duplicate_images_of_other_processes_are_positives(two, folder):
+    expected = worker.batches_with_duplicate_images(SINGLE_PROCESS, folder)
+    assert_shares_make_the_batches_of_one([found["duplicates"] for found in two], expected)
     for batch in expected:
-        of = [image.numpy().tobytes() for image in batch.images]
-        assert batch.positives.tolist() == [[i, j] for i in range(8) for j in range(8) if of[i] == of[j]]
+        content = [image.numpy().tobytes() for image in batch.images]
+        expected_pairs = [[i, j] for i in range(8) for j in range(8) if content[i] == content[j]]
+        assert batch.positives.tolist() == expected_pairs
 
 
-def test_ranks_are_counted_together_to_the_last_hit(two):
+def test_ranks_equal_those_of_one_process(two):
     expected = worker.ranks_of_many_tiles(SINGLE_PROCESS)
     assert two[0]["ranks"] == two[1]["ranks"] == expected
 
@@ -229,7 +230,7 @@ def test_ranks_are_counted_together_to_the_last_hit(two):
 # The command line.
 
 
-def test_a_finetune_of_two_processes_ends_with_the_weights_of_one(one, two, folder):
+def test_finetune_ends_with_the_weights_of_one_process(one, two, folder):
     assert one["whole"][0] == two[0]["runs"]["whole"][0] == two[1]["runs"]["whole"][0] == 0
     for name in ("last.pt", "best.pt", "epoch_1.pt", "epoch_2.pt"):
         a, b = (torch.load(folder / n / "whole" / name, weights_only=True) for n in ("two", "one"))
@@ -240,7 +241,7 @@ def test_a_finetune_of_two_processes_ends_with_the_weights_of_one(one, two, fold
     assert moved > 1e-3
 
 
-def test_its_numbers_are_those_of_one(two, folder):
+def test_finetune_metrics_equal_those_of_one_process(two, folder):
     lines = [read_lines(folder / n / "whole/metrics.jsonl") for n in ("two", "one")]
     assert len(lines[0]) == 10
     for a, b in zip(*lines, strict=True):
@@ -253,15 +254,15 @@ def test_its_numbers_are_those_of_one(two, folder):
         assert a[name] == b[name]
 
 
-def test_it_writes_each_file_once_and_the_same_files(two, folder):
+def test_finetune_writes_the_same_files_once(two, folder):
     files = [{path.name for path in (folder / n / "whole").iterdir()} for n in ("two", "one")]
     assert files[0] == files[1]
     assert len(list((folder / "two/whole/tensorboard").iterdir())) == 1
 
 
-def test_one_process_speaks(one, two, folder):
-    (_, out, err), (_, *silent) = (found["runs"]["whole"] for found in two)
-    assert silent == ["", ""]
+def test_only_the_main_process_prints(one, two, folder):
+    (_, out, err), (_, *other_output) = (found["runs"]["whole"] for found in two)
+    assert other_output == ["", ""]
     assert "of 10 = 2 x 5 pairs" in out and all(line.endswith("10 = 2 x 5") for line in step_lines(out))
     assert [line.split("  loss")[0] for line in step_lines(out)] == [
         line.split("  loss")[0] for line in step_lines(one["whole"][1])
@@ -277,9 +278,9 @@ def step_lines(out):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_way_to_train_ends_with_the_weights_of_one(one, two, folder, name):
+def test_each_variant_ends_with_the_weights_of_one_process(one, two, folder, name):
     assert one[name][0] == two[0]["runs"][name][0] == 0, two[0]["runs"][name][2]
-    # Batch normalisation of ten values makes rounding larger.
+    # Batch normalisation over ten values amplifies rounding.
     tolerance = 1e-4 if name == "resnet" else 1e-5
     assert_close(last(folder / "two" / name)["model"], last(folder / "one" / name)["model"], tolerance)
     losses = [
@@ -290,7 +291,7 @@ def test_each_way_to_train_ends_with_the_weights_of_one(one, two, folder, name):
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_is_that_of_one_process_to_the_last_hit(one, two, folder, name):
+def test_evaluation_equals_that_of_one_process(one, two, folder, name):
     assert one[name][0] == two[0]["runs"][name][0] == two[1]["runs"][name][0] == 0, two[0]["runs"][name][2]
     a, b = (read_json(folder / n / name / "results.json") for n in ("two", "one"))
     assert a.keys() == b.keys()
@@ -298,7 +299,7 @@ def test_an_evaluation_is_that_of_one_process_to_the_last_hit(one, two, folder, 
     assert two[0]["runs"][name][1].count("i2t R@5") == 1 and two[1]["runs"][name][1:] == ("", "")
 
 
-def test_three_processes_on_two_nodes_evaluate_as_one(torchrun, one, folder):
+def test_evaluation_on_two_nodes_equals_that_of_one_process(torchrun, one, folder):
     place = ("--checkpoint_path", folder / "three", "--device", "cpu", "--experiments", "eval")
     extra = EVALUATIONS["batches that do not divide"].split()
     run = torchrun("main.py", "--eval", "--resume", folder / "one/whole/best.pt", *place, *extra, processes=(2, 1))
@@ -312,7 +313,7 @@ def test_three_processes_on_two_nodes_evaluate_as_one(torchrun, one, folder):
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
-def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
+def test_batch_that_does_not_divide_is_refused_in_one_line(two):
     for rank, found in enumerate(two):
         code, out, err = found["runs"]["does not divide"]
         assert code == 2 and "step" not in out
@@ -321,16 +322,16 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
         ]
 
 
-def test_a_split_smaller_than_the_batch_shrinks_the_batch_to_a_multiple(one, two):
+def test_small_split_shrinks_the_batch_to_a_multiple(one, two):
     assert "--batch_size 256 becomes 35" in one["shrinks"][2]
     code, out, err = two[0]["runs"]["shrinks"]
     assert code == 0 and "--batch_size 256 becomes 34" in err and "34 = 2 x 17" in out
 
 
-# Stopped and resumed.
+# Stop and resume.
 
 
-def test_two_processes_that_were_killed_and_resumed_end_bit_identical(two, folder):
+def test_resume_after_kill_is_bit_identical(two, folder):
     assert [two[0]["runs"][name][0] for name in ("killed", "resumed")] == [None, 0]
     assert last(folder / "two/killed")["step"] == RESUMED_AT
     (weights, moments, lines, result), (weights_b, moments_b, lines_b, result_b) = (
@@ -345,7 +346,7 @@ def test_two_processes_that_were_killed_and_resumed_end_bit_identical(two, folde
     assert result == result_b
 
 
-def test_a_checkpoint_goes_on_in_another_number_of_processes(captioned, two, folder):
+def test_resume_with_another_number_of_processes(captioned, two, folder):
     assert two[0]["runs"]["crossed"][0] == 0, two[0]["runs"]["crossed"][2]
     code, _, err = run_alone(crossed(captioned, folder / "one", folder / "two"))
     assert code == 0, err
@@ -357,7 +358,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(captioned, two, fol
         assert a == b
 
 
-def test_sigterm_to_torchrun_saves_and_one_process_ends_as_if_nothing_had_happened(torchrun, captioned, tmp_path):
+def test_sigterm_to_torchrun_saves_and_one_process_resumes(torchrun, captioned, tmp_path):
     long = ("--batch_size", 4, "--epochs", 8, "--eval_every", 0)
     run = torchrun("main.py", *finetune(captioned, tmp_path, "stopped", *long)["arguments"])
     wait_for_step(tmp_path / "stopped", 5, run.agents[0])
@@ -380,11 +381,11 @@ def test_sigterm_to_torchrun_saves_and_one_process_ends_as_if_nothing_had_happen
     assert steps == list(range(1, 65))
 
 
-def test_a_process_that_is_killed_ends_all_and_the_checkpoint_is_whole(torchrun, captioned, tmp_path):
+def test_killed_process_ends_all_and_keeps_the_checkpoint(torchrun, captioned, tmp_path):
     long = ("--epochs", 20, "--eval_every", 0, "--save_every", 1)
     run = torchrun("main.py", *finetune(captioned, tmp_path, "killed", *long)["arguments"])
     wait_for_step(tmp_path / "killed", 5, run.agents[0])
-    os.kill(run.alive()["0"], signal.SIGKILL)  # the one that writes
+    os.kill(run.alive()["0"], signal.SIGKILL)  # the process that writes the files
     code, _, err = run.end(timeout=MINUTE)
     assert code != 0 and run.alive() == {}
     assert "error (process 1): another process of this run was lost" in err and "--resume auto" in err
@@ -396,13 +397,13 @@ def test_a_process_that_is_killed_ends_all_and_the_checkpoint_is_whole(torchrun,
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-def test_an_image_that_one_process_cannot_read_ends_all_and_is_named(torchrun, captioned, tmp_path):
+def test_unreadable_image_in_one_process_ends_all_and_is_named(torchrun, captioned, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(captioned, broken)
     command = finetune(broken, tmp_path / "logs", "ex0", *SHORT)["arguments"]
     dataset = read_dataset(settle(parse(command)).data, "train")
-    mine, theirs = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
-    image = Path(dataset.images.name(next(i for i in theirs if i not in mine)))
+    first_half, second_half = next(BatchSampler(dataset, 10, seed=99).epoch(0)).images.reshape(2, 5)
+    image = Path(dataset.images.name(next(i for i in second_half if i not in first_half)))
     image.write_bytes(image.read_bytes()[:300])
 
     code, out, err = torchrun("main.py", *command).end(timeout=MINUTE)

@@ -1,4 +1,4 @@
-"""An evaluation from end to end."""
+"""Evaluations from end to end."""
 
 import shutil
 
@@ -20,7 +20,7 @@ def trained(run, arguments, tmp_path):
     return tmp_path / "logs" / "ex0"
 
 
-def test_a_checkpoint_needs_nothing_else_and_the_run_stays_as_it_is(run, trained, tmp_path, monkeypatch):
+def test_checkpoint_alone_is_enough_and_its_run_is_unchanged(run, trained, tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     monkeypatch.chdir(tmp_path)
     code, out, err = run("--eval", "--resume", trained / "best.pt")
@@ -32,7 +32,7 @@ def test_a_checkpoint_needs_nothing_else_and_the_run_stays_as_it_is(run, trained
     assert "i2t R@1" in out and "eval_csv_test" in out
 
 
-def test_the_other_split_and_further_k(run, trained):
+def test_val_split_and_further_recall_k(run, trained):
     code, _, err = run("--eval", "--resume", trained / "best.pt", "--eval_split", "val", "--recall_k", "3", "1")
     assert code == 0, err
     results = read_json(trained / "eval_csv_val" / "results.json")
@@ -41,7 +41,7 @@ def test_the_other_split_and_further_k(run, trained):
     assert results["rsum"] == pytest.approx(sum(results[d][f"R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
-def test_other_data_are_not_looked_for_where_the_checkpoints_were(run, arguments, captioned, tmp_path):
+def test_other_data_ignore_the_paths_of_the_checkpoint(run, arguments, captioned, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(captioned, moved)
     named = ("--annotations", captioned / "captions.csv", "--image_dir", captioned)
@@ -54,7 +54,7 @@ def test_other_data_are_not_looked_for_where_the_checkpoints_were(run, arguments
     assert code == 0 and "shapes test" in (tmp_path / "logs/ex0/eval_shapes_test/log.txt").read_text(), err
 
 
-def test_batch_size_and_workers_change_nothing(run, trained):
+def test_batch_size_and_workers_do_not_change_results(run, trained):
     found = []
     for name, extra in {
         "a": ("--eval_batch_size", "1"),
@@ -74,7 +74,7 @@ def test_batch_size_and_workers_change_nothing(run, trained):
     assert found[0]["i2t"] == found[1]["i2t"] and found[0]["t2i"] == found[1]["t2i"]
 
 
-def test_lower_precision_is_an_option_and_is_recorded(run, trained):
+def test_eval_precision_is_recorded(run, trained):
     code, _, err = run("--eval", "--resume", trained / "best.pt", "--eval_precision", "bf16")
     assert code == 0, err
     assert read_json(trained / "eval_csv_test" / "results.json")["precision"] == "bf16"
@@ -87,7 +87,7 @@ def test_random_weights_warn_loudly(run, arguments, tmp_path):
     assert folder.name.startswith("eval_") and folder.name.endswith("_csv_test")
 
 
-def test_others_weights_are_taken_as_pretrained_takes_them(run, arguments, tmp_path):
+def test_resume_with_foreign_weights_equals_pretrained(run, arguments, tmp_path):
     file = tmp_path / "theirs.pt"
     torch.save({"state_dict": {f"module.{name}": v for name, v in small_clip(seed=3).state_dict().items()}}, file)
     results = []
@@ -100,20 +100,20 @@ def test_others_weights_are_taken_as_pretrained_takes_them(run, arguments, tmp_p
     assert results[0]["i2t"] == results[1]["i2t"]
 
 
-def test_an_evaluation_never_writes_into_a_run(run, trained):
+def test_evaluation_into_a_training_run_is_refused(run, trained):
     command = ("--eval", "--resume", trained / "best.pt", "--checkpoint_path", trained.parent, "--experiments", "ex0")
     code, _, err = run(*command)
     assert code == 2 and "holds a training run" in err
 
 
-def test_a_named_run_is_evaluated_with_auto(run, trained):
+def test_resume_auto_evaluates_the_named_run(run, trained):
     command = ("--eval", "--resume", "auto", "--checkpoint_path", trained.parent, "--experiments", "ex0")
     code, _, err = run(*command)
     assert code == 0, err
     assert (trained / "eval_csv_test" / "results.json").is_file()
 
 
-def test_a_split_that_is_not_there_names_the_data_and_the_option(run, trained, captioned, tmp_path):
+def test_missing_split_is_named_with_the_data_and_the_option(run, trained, captioned, tmp_path):
     rows = [row for row in (captioned / "captions.csv").read_text().splitlines() if not row.endswith(",test")]
     (tmp_path / "no_test.csv").write_text("\n".join(rows) + "\n")
     data = ("--annotations", tmp_path / "no_test.csv", "--image_dir", captioned)
@@ -126,7 +126,7 @@ def test_weights_from_two_places_are_refused(run, trained, tmp_path):
     assert code == 2 and "--resume" in err and "--pretrained" in err
 
 
-def test_a_config_that_moved_or_is_spelled_otherwise_does_not_matter(run, arguments, captioned, tmp_path, monkeypatch):
+def test_model_config_may_move_after_training(run, arguments, captioned, tmp_path, monkeypatch):
     moved = tmp_path / "m.json"
     shutil.copy(captioned / "small.json", moved)
     assert run(*arguments, "--vision_model", moved, "--max_steps", "1")[0] == 0
@@ -139,14 +139,14 @@ def test_a_config_that_moved_or_is_spelled_otherwise_does_not_matter(run, argume
     assert code == 0, err
 
 
-def test_a_typed_model_that_contradicts_the_checkpoint_is_an_error_naming_both(run, trained, captioned):
+def test_contradicting_model_is_refused_with_both_names(run, trained, captioned):
     code, _, err = run("--eval", "--resume", trained / "best.pt", "--vision_model", "ViT-B/16")
     assert code == 2 and "ViT-B/16" in err and "small.json" in err
     code, _, err = run("--eval", "--resume", trained / "best.pt", "--vision_model", captioned / "small.json")
     assert code == 0, err
 
 
-def test_captions_in_the_log_are_one_line_each(tmp_path, capsys):
+def test_logged_captions_are_one_line_each(tmp_path, capsys):
     start_log()
     image = tmp_path / "a\nb.jpg"
     log_samples(RetrievalDataset("x", "test", ImageFiles([str(image)]), ["long " * 10_000], [[0, 0]]))

@@ -1,4 +1,4 @@
-"""A finetune from end to end, on a small model and a small data set."""
+"""Finetunes from end to end, with a small model and a small dataset."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ BLOCK = {"model", "decoder", "dataset", "split", "precision", "images", "caption
 BLOCK |= {"i2t", "t2i", "mean_recall", "rsum", "seconds"}
 
 
-def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
+def test_run_writes_its_documented_files(run, arguments, tmp_path):
     code, out, err = run(*arguments, "--keep_every", "1")
     assert code == 0, err
     folder = tmp_path / "logs" / "ex0"
@@ -21,6 +21,7 @@ def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
     assert files == expected | {"epoch_1.pt", "epoch_2.pt"}
     assert any((folder / "tensorboard").iterdir())
 
+    # results.json
     results = read_json(folder / "results.json")
     assert set(results) >= BLOCK
     assert (results["split"], results["images"], results["captions"]) == ("test", 6, 15)
@@ -33,6 +34,7 @@ def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
         assert block["rsum"] == pytest.approx(sum(recalls))
         assert block["mean_recall"] == pytest.approx(sum(recalls) / 6)
 
+    # options.json, log and metrics.jsonl
     options = read_json(folder / "options.json")
     assert options["batch_size"] == 10 and options["versions"]["torch"] and "cpu" in options["device_used"]
     assert "10 = 1 x 10" in out and "35 captions" in out and "a " in out
@@ -41,7 +43,7 @@ def test_a_run_writes_the_files_of_the_contract(run, arguments, tmp_path):
     assert kinds == [("before", 0), *first, ("val", 3), *second, ("val", 6), ("test", 6)]
 
 
-def test_checkpoints_are_plain_and_hold_what_the_contract_says(run, arguments, tmp_path, captioned):
+def test_checkpoints_have_the_documented_entries(run, arguments, tmp_path, captioned):
     run(*arguments)
     folder = tmp_path / "logs" / "ex0"
     last = torch.load(folder / "last.pt", weights_only=True)
@@ -53,7 +55,7 @@ def test_checkpoints_are_plain_and_hold_what_the_contract_says(run, arguments, t
     assert all(value.dtype == torch.float32 for value in last["model"].values())
 
 
-def test_the_best_epoch_on_val_is_what_is_reported(run, arguments, tmp_path):
+def test_best_epoch_on_val_is_reported(run, arguments, tmp_path):
     run(*arguments, "--epochs", "4")
     folder = tmp_path / "logs" / "ex0"
     results = read_json(folder / "results.json")
@@ -68,7 +70,7 @@ def test_the_best_epoch_on_val_is_what_is_reported(run, arguments, tmp_path):
     }
 
 
-def test_the_log_lines_have_the_numbers_of_a_step(run, arguments, tmp_path):
+def test_log_lines_have_the_metrics_of_a_step(run, arguments, tmp_path):
     _, out, _ = run(*arguments, "--display", "3")
     lines = [line for line in out.splitlines() if " step " in line and "pairs/s" in line]
     assert len(lines) == 2
@@ -102,7 +104,7 @@ def test_the_log_lines_have_the_numbers_of_a_step(run, arguments, tmp_path):
     ],
     ids=" ".join,
 )
-def test_each_way_to_train_changes_the_weights_and_its_checkpoint_evaluates_again(run, arguments, tmp_path, extra):
+def test_each_variant_trains_and_its_checkpoint_evaluates_the_same(run, arguments, tmp_path, extra):
     code, _, err = run(*arguments, *extra, "--max_steps", "3", "--no_eval_first")
     assert code == 0, err
     folder = tmp_path / "logs" / "ex0"
@@ -114,18 +116,18 @@ def test_each_way_to_train_changes_the_weights_and_its_checkpoint_evaluates_agai
 
 
 @pytest.mark.parametrize("model", ["small.json", "resnet.json"])
-def test_recomputing_activations_changes_no_weight(run, arguments, tmp_path, captioned, model):
+def test_grad_checkpointing_does_not_change_the_weights(run, arguments, tmp_path, captioned, model):
     weights = []
     for name, extra in (("plain", ()), ("recomputed", ("--grad_checkpointing",))):
         arguments_of_model = [*arguments, "--vision_model", captioned / model, "--max_steps", "2", "--no_eval_first"]
         assert run(*arguments_of_model, "--experiments", name, *extra)[0] == 0
         weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
     for name, value in weights[0].items():
-        if "running" not in name and "num_batches" not in name:  # batch statistics are taken twice
+        if "running" not in name and "num_batches" not in name:  # batch statistics are updated twice
             torch.testing.assert_close(weights[1][name], value, msg=name)
 
 
-def test_workers_change_nothing(run, arguments, tmp_path):
+def test_workers_do_not_change_the_weights(run, arguments, tmp_path):
     weights = []
     for workers in ("0", "2"):
         extra = ("--augment", "crop", "--num_workers", workers, "--experiments", f"workers{workers}")
@@ -134,7 +136,7 @@ def test_workers_change_nothing(run, arguments, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_seed_decides_everything_random(run, arguments, tmp_path):
+def test_seed_determines_the_weights(run, arguments, tmp_path):
     weights = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run(*arguments, "--seed", seed, "--experiments", name, "--no_eval_first")
@@ -152,19 +154,19 @@ def test_eval_every_and_max_steps(run, arguments, tmp_path):
     assert max(line["step"] for line in lines) == 4
 
 
-def test_a_split_smaller_than_the_batch_shrinks_the_batch_with_a_warning(run, arguments, tmp_path):
+def test_small_split_shrinks_the_batch_with_a_warning(run, arguments, tmp_path):
     code, out, err = run(*arguments, "--batch_size", "256")
     assert code == 0 and "--batch_size 256 becomes 35" in err and "35 = 1 x 35" in out
 
 
-def test_a_warmup_longer_than_the_run_is_clamped_with_one_warning(run, arguments, tmp_path):
+def test_long_warmup_is_clamped_with_one_warning(run, arguments, tmp_path):
     code, _, err = run(*arguments, "--warmup", "500")
     assert code == 0 and err.count("--warmup 500") == 1
     train = [line for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "train"]
     assert [line["lr"] for line in train] == pytest.approx([1e-3 * step / 6 for step in range(1, 7)])
 
 
-def test_without_splits_nothing_is_held_out_and_nothing_pretends_to_be_a_score(run, arguments, tmp_path, captioned):
+def test_data_without_splits_are_trained_on_and_not_scored(run, arguments, tmp_path, captioned):
     rows = (captioned / "captions.csv").read_text().splitlines()
     unsplit = tmp_path / "unsplit.csv"
     unsplit.write_text("\n".join(row.rsplit(",", 1)[0] for row in rows) + "\n")
@@ -180,9 +182,7 @@ def test_without_splits_nothing_is_held_out_and_nothing_pretends_to_be_a_score(r
     assert read_json(folder / "eval_csv_test" / "results.json")["split"] == "all"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    run, arguments, tmp_path, monkeypatch
-):
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.training import step as module
 
     normal = module.Trainer.step
@@ -199,23 +199,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
 
 
-def test_weights_that_diverge_under_a_finite_loss_are_not_saved(run, arguments, tmp_path):
+def test_non_finite_weights_are_not_saved(run, arguments, tmp_path):
     code, _, err = run(*arguments, "--lr", "1e18", "--warmup", "0", "--max_steps", "1")
     assert code == 3 and "not finite" in err and "--resume auto" in err
     assert not (tmp_path / "logs/ex0/last.pt").exists()
 
 
-def test_the_time_of_training_does_not_depend_on_what_is_logged(run, arguments, tmp_path):
+def test_training_seconds_do_not_depend_on_display(run, arguments, tmp_path):
     run(*arguments, "--display", "1000")
     assert read_json(tmp_path / "logs/ex0/results.json")["seconds"]["training"] > 0.05
 
 
-def test_options_of_a_run_are_a_record_of_what_was_typed(run, arguments, tmp_path):
+def test_options_json_has_the_typed_options(run, arguments, tmp_path):
     run(*arguments, "--weight_decay", "0.05", "--max_steps", "1")
     assert json.loads((tmp_path / "logs/ex0/options.json").read_text())["weight_decay"] == 0.05
 
 
-def test_an_image_cache_changes_nothing_but_is_there_for_the_next_run(run, arguments, tmp_path):
+def test_image_cache_is_reused_and_does_not_change_results(run, arguments, tmp_path):
     cache = tmp_path / "cache"
     weights, results = [], []
     for name, extra in (("plain", ()), ("cached", ("--image_cache", cache)), ("again", ("--image_cache", cache))):
@@ -229,7 +229,7 @@ def test_an_image_cache_changes_nothing_but_is_there_for_the_next_run(run, argum
         assert all(torch.equal(value, other[key]) for key, value in weights[0].items())
 
 
-def test_the_decoder_is_recorded_and_goes_with_the_checkpoint(run, arguments, tmp_path):
+def test_decoder_is_recorded_in_results_and_checkpoint(run, arguments, tmp_path):
     code, _, err = run(*arguments, "--decoder", "fast", "--max_steps", "1", "--no_eval_first")
     assert code == 0, err
     assert read_json(tmp_path / "logs/ex0/results.json")["decoder"] == "fast"
@@ -238,7 +238,7 @@ def test_the_decoder_is_recorded_and_goes_with_the_checkpoint(run, arguments, tm
     assert read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")["decoder"] == "fast"
 
 
-def test_intervals_of_steps(run, arguments, tmp_path):
+def test_eval_steps_and_keep_steps(run, arguments, tmp_path):
     code, _, err = run(*arguments, "--eval_steps", "2", "--keep_steps", "4", "--eval_every", "0")
     assert code == 0, err
     folder = tmp_path / "logs/ex0"
@@ -249,7 +249,7 @@ def test_intervals_of_steps(run, arguments, tmp_path):
     assert torch.load(folder / "step_4.pt", weights_only=True)["step"] == 4
 
 
-def test_chinese_clips_intervals_switched_off(run, arguments, tmp_path):
+def test_chinese_clip_intervals_of_minus_one_are_off(run, arguments, tmp_path):
     off = ("--valid-step-interval", "--valid-epoch-interval", "--save-step-frequency", "--save-epoch-frequency")
     code, _, err = run(*arguments, *(word for name in off for word in (name, "-1")))
     assert code == 0, err
@@ -258,7 +258,7 @@ def test_chinese_clips_intervals_switched_off(run, arguments, tmp_path):
     assert not list(folder.glob("*_*.pt"))
 
 
-def test_the_in_batch_accuracy_can_be_left_out(run, arguments, tmp_path):
+def test_in_batch_accuracy_is_optional(run, arguments, tmp_path):
     lines = {}
     for name, extra in (("with", ["--report-training-batch-acc"]), ("without", ["--no_report_training_batch_acc"])):
         code, out, err = run(*arguments, *extra, "--experiments", name, "--max_steps", "2", "--no_eval_first")
@@ -268,14 +268,14 @@ def test_the_in_batch_accuracy_can_be_left_out(run, arguments, tmp_path):
     assert "i2t_accuracy" in lines["with"] and "i2t_accuracy" not in lines["without"]
 
 
-@pytest.mark.parametrize("spoil", [False, True])
-def test_a_run_with_loading_processes_ends(start, captioned, arguments, tmp_path, spoil):
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_run_with_loader_processes_ends(start, captioned, arguments, tmp_path, is_broken):
     data = captioned
-    if spoil:
+    if is_broken:
         data = tmp_path / "data"
         shutil.copytree(captioned, data)
         (data / "13.jpg").write_bytes(b"no image")
     process = start(*arguments, "--dataset_root", data, "--num_workers", "2", "--max_steps", "4", "--no_eval_first")
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (2 if spoil else 0), err
-    assert ("13.jpg" in err) == spoil
+    assert process.returncode == (2 if is_broken else 0), err
+    assert ("13.jpg" in err) == is_broken

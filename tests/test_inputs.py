@@ -1,4 +1,4 @@
-"""Whatever is given in place of a text input: a pipe, a device, a folder. One line, exit code 2, and no waiting."""
+"""Pipes, devices and folders in place of text inputs: one line, exit code 2, and no blocking."""
 
 import os
 import socket
@@ -45,7 +45,7 @@ KINDS = [fifo, unix_socket, device, terminal, folder, loop, dangling, memory_of_
 
 @pytest.fixture
 def inputs(tmp_path, captioned):
-    """A script and its arguments for each text input; `X` is the place of the input."""
+    """The script and its arguments for each text input; `X` is replaced by the input."""
     np.save(tmp_path / "a.npy", np.eye(3, dtype=np.float32))
     (tmp_path / "gold_texts.jsonl").write_text('{"text_id": 1, "image_ids": [1]}\n')
     for name in ("classes/cat", "classes/dog"):
@@ -78,7 +78,7 @@ def inputs(tmp_path, captioned):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", KINDS)
-def test_every_input_that_is_no_file(script, inputs, tmp_path, make):
+def test_input_that_is_not_a_file_is_refused(script, inputs, tmp_path, make):
     for name, (program, *arguments) in inputs.items():
         path = tmp_path / name
         make(path)
@@ -89,14 +89,14 @@ def test_every_input_that_is_no_file(script, inputs, tmp_path, make):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", KINDS)
-def test_config_that_is_no_file(run, tmp_path, monkeypatch, make):
+def test_config_that_is_not_a_file_is_refused(run, tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "run.yaml")
     code, _, err = run("--config", tmp_path / "run.yaml")
     assert code == 2 and err.count("\n") == 1 and "run.yaml" in err
 
 
-def test_names_that_are_too_long(script, inputs):
+def test_names_that_are_too_long_are_refused(script, inputs):
     for name, (program, *arguments) in inputs.items():
         long = "x" * 300 + name
         code, _, err = script(program, *(long if argument == "X" else argument for argument in arguments))

@@ -1,3 +1,5 @@
+"""Log lines, metrics and TensorBoard."""
+
 import json
 import os
 
@@ -7,7 +9,7 @@ from clip_retrieval import log as module
 from clip_retrieval.log import MetricsLog, log, log_to_file, progress_bar, start_log
 
 
-def test_what_was_said_before_the_folder_is_known_is_in_the_file_too(tmp_path, capsys):
+def test_early_messages_are_in_the_log_file(tmp_path, capsys):
     start_log()
     log.info("early")
     log_to_file(tmp_path)
@@ -19,7 +21,7 @@ def test_what_was_said_before_the_folder_is_known_is_in_the_file_too(tmp_path, c
     start_log()
 
 
-def test_a_run_that_goes_on_takes_back_what_was_written_after_its_checkpoint(tmp_path):
+def test_resume_removes_metrics_after_the_checkpoint(tmp_path):
     first = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         first.write("train", step, {"loss": 1.0 / step})
@@ -38,7 +40,7 @@ def test_a_run_that_goes_on_takes_back_what_was_written_after_its_checkpoint(tmp
     ]
 
 
-def test_tensorboard_has_the_same_numbers(tmp_path):
+def test_tensorboard_has_the_same_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = MetricsLog(tmp_path)
@@ -55,7 +57,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 @pytest.mark.parametrize("level", [log.info, log.warning])
 def test_control_characters_reach_neither_terminal_nor_file(tmp_path, capsys, level):
-    """A caption may hold the escapes that rename a window, or delete what was printed."""
+    """A caption may contain escapes that rename a window or clear the terminal."""
     start_log()
     level("a.jpg: \x1b]0;owned\x07\x1b[2Jred\x9b31m \x00 \r \u2028 " + os.fsdecode(b"caf\xe9") + " 狗\tcafé")
     log_to_file(tmp_path)

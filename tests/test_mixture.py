@@ -1,4 +1,4 @@
-"""Finetuning on several data sets at once, and on Hugging Face's: what is read, trained on, scored, and resumed."""
+"""Finetuning on mixtures of datasets and on Hugging Face datasets: reading, training, scoring and resuming."""
 
 import os
 import shutil
@@ -23,10 +23,10 @@ from tests.test_resume import assert_same_ending
 
 @pytest.fixture
 def halves(captioned, tmp_path):
-    """The small data set as two: 8 train images with val and test, and the other 6 train images."""
+    """The small dataset as two: 8 train images with val and test, and the other 6 train images."""
     header, *rows = (captioned / "captions.csv").read_text().splitlines()
-    of_second = [row for row in rows if row.endswith(",train") and int(row.split(".")[0]) >= 8]
-    parts = [row for row in rows if row not in of_second], of_second
+    second = [row for row in rows if row.endswith(",train") and int(row.split(".")[0]) >= 8]
+    parts = [row for row in rows if row not in second], second
     for number, part in enumerate(parts):
         folder = tmp_path / f"half{number}"
         folder.mkdir()
@@ -38,7 +38,7 @@ def halves(captioned, tmp_path):
 
 @pytest.fixture
 def settings(captioned, tmp_path):
-    """What a small finetune needs besides its data."""
+    """Arguments of a small finetune, without its data."""
     return [
         *("--vision_model", captioned / "small.json", "--epochs", "2", "--batch_size", "10", "--lr", "1e-3"),
         *("--warmup", "2", "--display", "1", "--num_workers", "0", "--device", "cpu"),
@@ -53,7 +53,7 @@ def both(halves):
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch):
-    """The root of a few drawn shapes."""
+    """The root of a small `shapes` dataset."""
     monkeypatch.setattr(shapes, "SIZES", {"train": 12, "val": 2, "test": 2})
     return tmp_path / "drawings"
 
@@ -66,11 +66,11 @@ def assert_same_weights(a, b):
     assert all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
 
 
-def test_two_halves_train_to_the_same_weights_as_the_whole(run, settings, both, captioned, tmp_path):
+def test_two_halves_train_to_the_weights_of_the_whole(run, settings, both, captioned, tmp_path):
     code, out, err = run(*settings, *both, "--augment", "crop", "--experiments", "halves")
     assert code == 0, err
     assert "csv+csv train: 14 images, 35 captions" in out and "  csv: 8 images, 20 captions" in out
-    assert "val: that of csv, the first of the data sets that has one" in out
+    assert "val split: from csv, the first data set that has one" in out
     whole = ("--dataset", "csv", "--dataset_root", captioned)
     assert run(*settings, *whole, "--augment", "crop", "--experiments", "whole")[0] == 0
     halves, whole = tmp_path / "logs" / "halves", tmp_path / "logs" / "whole"
@@ -78,7 +78,7 @@ def test_two_halves_train_to_the_same_weights_as_the_whole(run, settings, both, 
     assert read_json(halves / "results.json")["images"] == 6
 
 
-def test_weights_decide_what_an_epoch_holds(run, settings, both, tmp_path):
+def test_dataset_weights_set_the_pairs_of_an_epoch(run, settings, both, tmp_path):
     settings += ["--max_steps", "2", "--no_eval_first"]
     code, out, err = run(*settings, *both, "--dataset_weights", "1", "4", "--experiments", "weighted")
     assert code == 0, err
@@ -93,9 +93,7 @@ def test_weights_decide_what_an_epoch_holds(run, settings, both, tmp_path):
 
 
 @pytest.mark.parametrize("sampling", ["all", "one"])
-def test_a_weighted_mixture_that_was_killed_and_resumed_ends_bit_identical(
-    run, run_killed, settings, both, tmp_path, sampling
-):
+def test_resume_of_a_weighted_mixture_is_bit_identical(run, run_killed, settings, both, tmp_path, sampling):
     command = [*settings, *both, "--dataset_weights", "1", "3", "--caption_sampling", sampling, "--batch_size", "7"]
     command += ["--augment", "crop", "--save_every", "1", "--resume", "auto"]
     assert run(*command, "--experiments", "whole")[0] == 0
@@ -105,7 +103,7 @@ def test_a_weighted_mixture_that_was_killed_and_resumed_ends_bit_identical(
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
-def test_a_resume_with_other_weights_or_other_data_is_refused(run, settings, both, halves, tmp_path):
+def test_resume_with_other_weights_or_data_is_refused(run, settings, both, halves, tmp_path):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
     resumed = [*settings, *both, "--resume", "auto", "--max_steps", "4"]
     code, _, err = run(*resumed, "--dataset_weights", "1", "2")
@@ -115,10 +113,10 @@ def test_a_resume_with_other_weights_or_other_data_is_refused(run, settings, bot
         *settings, *both[:4], *turned, "--resume", "auto", "--dataset_weights", "1", "3", "--max_steps", "4"
     )
     assert code == 2 and is_one_line(err) and "other data" in err
-    assert run(*resumed)[0] == 0, "the weights are the checkpoint's where none are typed"
+    assert run(*resumed)[0] == 0, "without --dataset_weights, those of the checkpoint are used"
 
 
-def test_a_checkpoint_finds_its_data_sets_from_any_folder(run, settings, halves, tmp_path, monkeypatch):
+def test_checkpoint_finds_its_datasets_from_any_folder(run, settings, halves, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     relative = ("--dataset", "csv", "--dataset", "csv", "--dataset_root", "half0", "--dataset_root", "half1")
     assert run(*settings, *relative, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
@@ -136,7 +134,7 @@ def test_a_checkpoint_finds_its_data_sets_from_any_folder(run, settings, halves,
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 4
 
 
-def test_a_model_of_a_mixture_is_scored_on_one_data_set_and_goes_on_where_the_data_moved(
+def test_mixture_model_is_scored_on_one_dataset_and_resumes_moved_data(
     run, settings, both, halves, captioned, tmp_path
 ):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2")[0] == 0
@@ -153,7 +151,7 @@ def test_a_model_of_a_mixture_is_scored_on_one_data_set_and_goes_on_where_the_da
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_its_options_json_is_a_config(run, settings, both, tmp_path):
+def test_options_json_of_a_mixture_is_a_config(run, settings, both, tmp_path):
     assert run(*settings, *both, "--dataset_weights", "1", "3", "--max_steps", "2", "--experiments", "first")[0] == 0
     config = tmp_path / "logs" / "first" / "options.json"
     code, _, err = run("--config", config, "--checkpoint_path", tmp_path / "logs", "--experiments", "second")
@@ -161,40 +159,40 @@ def test_its_options_json_is_a_config(run, settings, both, tmp_path):
     assert_same_weights(tmp_path / "logs" / "first", tmp_path / "logs" / "second")
 
 
-def test_the_image_cache_is_that_of_each_data_set_and_changes_nothing(run, settings, both, drawings, tmp_path):
+def test_image_cache_is_per_dataset_and_does_not_change_results(run, settings, both, drawings, tmp_path):
     mixture = (*both, "--dataset", "shapes", "--dataset_root", drawings, "--max_steps", "3")
     cache = ("--image_cache", tmp_path / "cache")
     assert run(*settings, *mixture, "--experiments", "plain")[0] == 0
     code, _, err = run(*settings, *mixture, *cache, "--experiments", "cached")
     assert code == 0, err
     assert_same_ending(tmp_path / "logs" / "plain", tmp_path / "logs" / "cached")
-    assert len(list((tmp_path / "cache").glob("csv_train_*.pixels"))) == 2  # drawings are in memory
+    assert len(list((tmp_path / "cache").glob("csv_train_*.pixels"))) == 2  # shapes are in memory
     code, out, _ = run(*settings, *both[:2], *both[4:6], *cache, "--max_steps", "1", "--experiments", "alone")
-    assert code == 0 and "building" not in out, "alone, a data set reads the cache that the mixture made"
+    assert code == 0 and "building" not in out, "alone, a dataset reads the cache of the mixture"
 
 
-def test_loading_processes_read_a_mixture(run, settings, both, tmp_path):
+def test_loader_processes_read_a_mixture(run, settings, both, tmp_path):
     for name, workers in (("none", "0"), ("two", "2")):
         assert run(*settings, *both, "--max_steps", "2", "--num_workers", workers, "--experiments", name)[0] == 0
     assert_same_ending(tmp_path / "logs" / "none", tmp_path / "logs" / "two")
 
 
-def test_a_broken_image_in_a_shard_is_passed_over_and_counted_in_a_mixture_too(run, settings, halves, tmp_path):
+def test_broken_image_in_a_shard_is_skipped_and_counted(run, settings, halves, tmp_path):
     write_shard(tmp_path / "s/train-0.tar", [*numbered(0, 9), ("broken", {"jpg": jpeg(9)[:300], "txt": "x"})])
     mixture = ("--dataset", "csv", "--dataset", "webdataset", "--dataset_root", halves[0], "--dataset_root")
     code, _, err = run(*settings, *mixture, tmp_path / "s", "--no_eval_first")
     assert code == 0, err
-    said = [line for line in err.splitlines() if "could not be used" in line]
-    assert len(said) == 2  # once in each epoch, which drops none of the 30 pairs
-    for line in said:
+    warnings = [line for line in err.splitlines() if "could not be used" in line]
+    assert len(warnings) == 2  # one per epoch, which drops none of the 30 pairs
+    for line in warnings:
         assert "1 images could not be used, replaced by others" in line and "train-0.tar, broken.jpg" in line
-    # A file of one's own is mended instead.
+    # An unreadable image file stops the run instead.
     (halves[0] / "0.jpg").write_bytes(b"no image")
     code, _, err = run(*settings, "--dataset", "csv", "--dataset_root", halves[0], "--experiments", "own")
     assert code == 2 and "0.jpg: not a readable image" in err
 
 
-def test_every_process_sees_its_part_of_the_same_batches(halves):
+def test_each_process_gets_its_slice_of_the_same_batches(halves):
     def sampler():
         options = DataOptions(dataset=("csv", "csv"), dataset_root=tuple(map(str, halves)))
         return BatchSampler(read_dataset(options, "train"), 8, weights=(1, 3))
@@ -206,7 +204,7 @@ def test_every_process_sees_its_part_of_the_same_batches(halves):
             assert (batch.captions[share] == other.captions[share]).all()
 
 
-def test_a_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp_path):
+def test_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp_path):
     options = DataOptions(dataset=("csv", "shapes"), dataset_root=(str(halves[1]), str(drawings)))
     export(options, tmp_path / "out", ["train"])
     source = read_dataset(options, "train")
@@ -216,7 +214,7 @@ def test_a_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp
     assert np.array_equal(np.asarray(found.images[10]), np.asarray(source.images[10]))
 
 
-def test_a_saved_data_set_trains_to_the_same_weights_as_its_files(run, settings, captioned, tmp_path):
+def test_saved_dataset_trains_to_the_weights_of_its_files(run, settings, captioned, tmp_path):
     datasets = pytest.importorskip("datasets")
     splits = {}
     for row in csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split")[0]:
@@ -287,8 +285,9 @@ datasets.load_dataset = load_dataset
 
 
 @pytest.mark.slow
-def test_what_the_recipe_fetches_is_what_combined_reads_and_the_other_recipe_trains_on(captioned, tmp_path):
-    """With a hub of this machine's own: the rows are like those of M3IT and SBU, three and four of them."""
+def test_recipes_fetch_and_train_on_combined(captioned, tmp_path):
+    """With a local replacement of the hub, which has three rows of M3IT and four of SBU."""
+    # the local hub
     pytest.importorskip("datasets")
     photos = tmp_path / "photos"
     shutil.copytree(captioned, photos)
@@ -301,6 +300,7 @@ def test_what_the_recipe_fetches_is_what_combined_reads_and_the_other_recipe_tra
         command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, env=environment | extra, capture_output=True, text=True)
 
+    # fetch and read
     result = recipe("get_simple_clip_data.sh", tmp_path / "DATA", PYTHONPATH=str(tmp_path / "hub"))
     assert result.returncode == 0, result.stderr
     train = read_dataset(DataOptions(dataset="combined", dataset_root=str(tmp_path / "DATA")), "train")
@@ -308,6 +308,7 @@ def test_what_the_recipe_fetches_is_what_combined_reads_and_the_other_recipe_tra
     assert (train.captions[:3], train.captions[6:]) == (["a", "b", "c"], ["a thing 0", "a thing 1", "a thing 2"])
     assert train.images[4].size == (24, 20) and train.images[6].size == (512, 256)
 
+    # train
     short = ["--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none"]
     short += ["--image_size", "16", "--precision", "fp32", "--max_steps", "2", "--batch_size", "4", "--device", "cpu"]
     result = recipe("combined_from_scratch_simple_clip.sh", tmp_path / "DATA", *short)

@@ -1,4 +1,4 @@
-"""Folders, images, classes and outputs whose names are not UTF-8, or hold line breaks and escapes: all of it works."""
+"""Names of folders, images, classes and outputs that are not UTF-8, or contain line breaks and escapes, work."""
 
 import json
 import os
@@ -22,13 +22,13 @@ def picture(path, seed):
 
 
 def is_clean(text):
-    """What is printed has no character that a terminal obeys."""
+    """Whether `text` has no control characters."""
     return all(character.isprintable() or character in "\n\t" for character in text)
 
 
 @pytest.fixture
 def strange(tmp_path, captioned):
-    """A folder with such a name: classes, images, and a COCO file that lists them."""
+    """A folder with a strange name: classes, images, and a COCO file that lists them."""
     root = tmp_path / STRANGE
     for number, name in enumerate(("cat", STRANGE, os.fsdecode(b"\xfe"))):
         for image in range(2):
@@ -48,7 +48,7 @@ def arguments(strange):
     return [*("--vision_model", strange / "small.json"), *data, *TINY]
 
 
-def test_classes_and_images_are_classified(script, strange):
+def test_zero_shot_with_strange_names(script, strange):
     model = ("--vision_model", strange / "small.json", *TINY)
     data = ("--data", strange / "classes", "--template", os.fsdecode(b"a \xff photo of {}"))
     code, out, err = script("zero_shot", *model, *data, "--output", strange / "out")
@@ -60,7 +60,7 @@ def test_classes_and_images_are_classified(script, strange):
     assert json.loads((strange / "out" / "options.json").read_bytes())["zero_shot_eval"] == str(strange / "classes")
 
 
-def test_predictions_are_drawn(script, strange):
+def test_zero_shot_demo_with_strange_names(script, strange):
     model = ("--vision_model", strange / "small.json", *TINY)
     labels = ("--labels", os.fsdecode(b"c\xe9t,dog"), "--show_prediction", "--output", strange / "figures")
     code, out, err = script("zero_shot_demo", *model, "--img_dir", strange / "classes" / STRANGE, *labels)
@@ -69,7 +69,7 @@ def test_predictions_are_drawn(script, strange):
         assert figure.width > 500
 
 
-def test_results_and_options_of_an_evaluation(run, arguments, strange):
+def test_evaluation_with_strange_names(run, arguments, strange):
     code, out, err = run("--eval", *arguments, "--checkpoint_path", strange / "logs", "--experiments", STRANGE)
     assert code == 0 and is_clean(out + err), err
     folder = strange / "logs" / STRANGE
@@ -80,7 +80,7 @@ def test_results_and_options_of_an_evaluation(run, arguments, strange):
     assert code == 0, err
 
 
-def test_finetune_in_such_a_folder(run, arguments, strange):
+def test_finetune_with_strange_names(run, arguments, strange):
     training = ("--batch_size", "4", "--epochs", "1", "--checkpoint_path", strange / "logs", "--experiments", STRANGE)
     code, out, err = run(*arguments, *training)
     assert code == 0 and is_clean(out + err), err
@@ -89,7 +89,7 @@ def test_finetune_in_such_a_folder(run, arguments, strange):
     assert list((folder / "tensorboard").iterdir()) and str(parse(["--name", STRANGE])["experiments"]) == STRANGE
 
 
-def test_features_predictions_and_scores(script, arguments, strange):
+def test_feature_files_with_strange_names(script, arguments, strange):
     names = {name: strange / f"{name}{STRANGE}" for name in ("f", "p.jsonl", "scores.json", "e.json", "table.md")}
     code, out, err = script("extract_features", *arguments, "--output", names["f"])
     assert code == 0 and is_clean(out + err), err
@@ -108,7 +108,7 @@ def test_features_predictions_and_scores(script, arguments, strange):
     assert code == 0 and names["table.md"].read_text() == out, err
 
 
-def test_data_sets_are_written(script, arguments, strange):
+def test_exports_with_strange_names(script, arguments, strange):
     data = arguments[2:8]
     code, out, err = script("export_tsv", *data, "--ids", "name", "--output", strange / "tsv")
     assert code == 0 and is_clean(out + err), err
@@ -118,8 +118,8 @@ def test_data_sets_are_written(script, arguments, strange):
     assert code == 0 and (strange / "shards" / "train-00000.tar").is_file(), err
 
 
-def test_errors_in_a_plain_terminal(strange):
-    """Without UTF-8: neither a message nor a name that is printed may raise."""
+def test_errors_in_an_ascii_terminal(strange):
+    """Messages and names are printed without UTF-8 support."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     gold = strange / "gold_texts.jsonl"
     gold.write_text('{"text_id": 1, "image_ids": ["\\udcff"]}')

@@ -1,4 +1,4 @@
-"""The command line is a contract: every spelling of the five systems stays valid."""
+"""The command line is a contract: every spelling of the five systems is accepted."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name, spelling", [(n, s) for n, all_of in SPELLINGS.items() for s in all_of])
+@pytest.mark.parametrize("name, spelling", [(n, s) for n, spellings in SPELLINGS.items() for s in spellings])
 def test_every_spelling_with_underscores_or_hyphens(name, spelling):
     default = options()[name]
     value = VALUES.get(name, "3" if not isinstance(default, str) else "other")
@@ -89,14 +89,14 @@ def test_flags_and_their_inverses():
     assert options("--fp16_precision")["precision"] == "fp16"
 
 
-def test_values_that_the_systems_spell_in_their_own_way():
+def test_values_in_the_spelling_of_the_systems():
     assert options("--loss", "cross_entropy")["loss"] == "infonce"
     assert options("--loss", "cos_embedd")["loss"] == "margin"
     assert options("--num_workers", "auto")["num_workers"] is None
     assert options("--device", "auto")["device"] is None
 
 
-def test_the_defaults_of_the_contract():
+def test_documented_defaults():
     expected = {
         "vision_model": "ViT-B/32",
         "pretrained": None,
@@ -207,18 +207,18 @@ def test_bad_values_are_refused_by_name(command, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_what_was_typed_beats_the_checkpoint_and_the_checkpoint_the_defaults():
+def test_command_line_overrides_checkpoint_overrides_defaults():
     stored = select_for_resume(
         options("--lr", "5e-4", "--epochs", "3", "--device", "cuda", "--experiments", "old", "--num_workers", "7")
         | {"an_option_of_tomorrow": 1}
     )
     settled = settle(stored, parse(["--epochs", "5"])).flat()
     assert settled["lr"] == 5e-4 and settled["epochs"] == 5
-    # A run's place and its machine are never taken from a checkpoint.
+    # The output folder and the machine are never taken from a checkpoint.
     assert settled["device"] is None and settled["experiments"] == "ex0" and settled["num_workers"] is None
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['main.py', '--help']\n"
         "import runpy\n"
@@ -234,11 +234,11 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert "(default: ViT-B/32)" in result.stdout
 
 
-def test_a_mixture_gives_each_data_set_its_own_options():
+def test_mixture_has_options_for_each_dataset():
     typed = ["--dataset", "coco", "--dataset", "csv", "--annotations", "auto", "--annotations", "photos.csv"]
     settled = settle(parse([*typed, "--dataset_root", "DATA", "--dataset_weights", "3", "1"])).data
     assert settled.name == "coco+csv" and settled.dataset_weights == (3.0, 1.0)
-    assert [(part.dataset, part.dataset_root, part.annotations) for part in settled.parts()] == [
+    assert [(part.name, part.dataset_root, part.annotations) for part in settled.parts()] == [
         ("coco", "DATA", None),
         ("csv", "DATA", "photos.csv"),
     ]
@@ -246,11 +246,11 @@ def test_a_mixture_gives_each_data_set_its_own_options():
     assert alone.parts() == [alone]
 
 
-def test_shards_and_chinese_files_tell_their_data_set():
+def test_dataset_is_inferred_from_train_data():
     assert options("--train_data", "shards/{0..9}.tar")["dataset"] == "webdataset"
     assert options("--train_data", "lmdb/train")["dataset"] == "chinese"
     assert options("--train_data", "lmdb/train", "--dataset", "webdataset")["dataset"] == "webdataset"
 
 
-def test_of_a_place_typed_twice_for_one_data_set_the_last_counts():
+def test_last_value_wins_for_one_dataset():
     assert options("--dataset_root", "A", "--dataset_root", "B")["dataset_root"] == "B"

@@ -1,4 +1,4 @@
-"""The shell recipes run: on COCO photographs, shortened, with a small model in the place of the large one."""
+"""The shell recipes run on COCO images, shortened and with a small model."""
 
 import os
 import shutil
@@ -54,18 +54,18 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, says",
+    "name, text",
     [
         ("coco_from_scratch_rn50", "vision_model: RN50-text6\n"),
         ("coco_from_scratch_simple_clip", "--vision_model resnet50 "),
     ],
 )
-def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, says):
+def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, text):
     scripts = ROOT / "scripts"
-    assert says in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
+    assert text in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
     short = ("--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none")
-    on_a_cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
-    result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *on_a_cpu, "--image_size", 16)
+    cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
+    result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *cpu, "--image_size", 16)
     assert result.returncode == 0, result.stderr
     options = read_json(tmp_path / "logs" / name / "options.json")
     assert (options["caption_sampling"], options["beta2"], options["eps"]) == ("one", 0.999, 1e-8)
@@ -83,7 +83,7 @@ def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, says
         ),
     ],
 )
-def test_recipes_of_several_processes(recipe, real_data, captioned, name, words, place):
+def test_distributed_recipes(recipe, real_data, captioned, name, words, place):
     short = (
         "--vision_model",
         captioned / "small.json",
@@ -115,20 +115,20 @@ def test_chinese_recipes(recipe, real_data, captioned, tmp_path, name, folder):
 
 
 def write_chinese(folder, captioned):
-    """The train and valid splits of the small data set as Chinese-CLIP's tsv and jsonl."""
+    """Write the train and valid splits of the small dataset as Chinese-CLIP's tsv and jsonl."""
     command = [sys.executable, str(ROOT / "scripts" / "export_tsv.py"), "--dataset", "csv", "--dataset_root"]
     command += [str(captioned), "--output", str(folder), "--splits", "train,valid"]
     subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.slow
-def test_the_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
+def test_flickr30k_recipe_reads_flickr30k(recipe, captioned, tmp_path):
     result = recipe("flickr30k_finetune_vit-b-32.sh", tmp_path, "--vision_model", captioned / "small.json")
     assert result.returncode == 2 and str(tmp_path) in result.stderr
 
 
 @pytest.mark.slow
-def test_the_zero_shot_table_has_a_line_for_each_model(recipe, real_data, captioned, tmp_path):
+def test_zero_shot_table_has_a_row_per_model(recipe, real_data, captioned, tmp_path):
     for name in ("small.json", "resnet.json"):
         shutil.copy(captioned / name, tmp_path)
     result = recipe("coco_zero_shot_table.sh", real_data / "coco_mini", MODELS="small.json resnet.json", OUTPUT="table")
@@ -138,6 +138,6 @@ def test_the_zero_shot_table_has_a_line_for_each_model(recipe, real_data, captio
     assert table.count("| coco test |") == 2 and "i2t R@1" in table
 
 
-def test_a_recipe_without_data_says_what_is_missing(recipe):
+def test_recipe_without_data_names_the_missing_argument(recipe):
     result = recipe("coco_finetune_vit-b-32.sh")
     assert result.returncode != 0 and "give the folder of the data" in result.stderr

@@ -1,4 +1,4 @@
-"""A run that was stopped, however it was stopped, ends as if it had not been."""
+"""A stopped run resumes to the results of an undisturbed run."""
 
 import os
 import shutil
@@ -36,13 +36,13 @@ def assert_same_ending(a, b):
 
 @pytest.fixture
 def whole(run, arguments, tmp_path):
-    """The folder of a run that was never stopped."""
+    """The folder of an undisturbed run."""
     assert run(*arguments, "--augment", "crop", "--experiments", "whole")[0] == 0
     return tmp_path / "logs" / "whole"
 
 
 @pytest.mark.parametrize("killed_in_step", range(1, 7))
-def test_killed_in_any_step_and_resumed_ends_bit_identical(run, run_killed, arguments, tmp_path, whole, killed_in_step):
+def test_resume_after_kill_in_any_step_is_bit_identical(run, run_killed, arguments, tmp_path, whole, killed_in_step):
     command = [*arguments, "--augment", "crop", "--save_every", "2", "--resume", "auto"]
     run_killed(killed_in_step, *command)
     code, _, err = run(*command)
@@ -68,7 +68,7 @@ def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, ca
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
-def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
+def test_resume_after_kill_in_an_evaluation_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
     import clip_retrieval.finetune as module
 
     normal, calls = module.score, []
@@ -86,12 +86,12 @@ def test_killed_in_an_evaluation_and_resumed_loses_no_step(run, arguments, tmp_p
     assert torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["step"] == 3
     code, out, err = run(*command)
     assert code == 0, err
-    assert "step 3/6" not in out  # the steps of the first epoch are not done again
+    assert "step 3/6" not in out  # the steps of the first epoch are not repeated
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
 
 
 @pytest.mark.parametrize("max_steps", [4, 6])
-def test_killed_in_the_last_evaluation_and_resumed_still_evaluates_it(run, arguments, tmp_path, monkeypatch, max_steps):
+def test_resume_after_kill_in_the_last_evaluation_evaluates_again(run, arguments, tmp_path, monkeypatch, max_steps):
     import clip_retrieval.finetune as module
 
     command = [*arguments, "--max_steps", max_steps, "--resume", "auto"]
@@ -113,7 +113,7 @@ def test_killed_in_the_last_evaluation_and_resumed_still_evaluates_it(run, argum
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
-def test_killed_before_the_evaluation_is_saved_writes_it_once(run, arguments, tmp_path, whole, monkeypatch):
+def test_resume_after_kill_before_save_writes_the_evaluation_once(run, arguments, tmp_path, whole, monkeypatch):
     import clip_retrieval.finetune as module
 
     normal = module.save_checkpoint
@@ -139,11 +139,11 @@ def wait_for_step(folder, step, process):
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    raise AssertionError("the run did not get there")
+    raise AssertionError(f"the run did not reach step {step}")
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_and_started_again_ends_bit_identical(run, start, arguments, tmp_path):
+def test_resume_after_sigkill_is_bit_identical(run, start, arguments, tmp_path):
     command = [*arguments, "--epochs", "40", "--eval_every", "20", "--save_every", "7", "--resume", "auto"]
     assert run(*command, "--experiments", "whole")[0] == 0
     process = start(*command)
@@ -158,12 +158,12 @@ def test_a_process_that_is_killed_and_started_again_ends_bit_identical(run, star
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_resume(run, start, arguments, tmp_path, number):
+def test_signal_saves_and_prints_the_resume_command(run, start, arguments, tmp_path, number):
     command = [*arguments, "--epochs", "400", "--eval_every", "0", "--num_workers", "2"]
     folder = tmp_path / "logs" / "ex0"
     process = start(*command)
     wait_for_step(folder, 5, process)
-    os.killpg(process.pid, number)  # as a terminal or a scheduler does: its workers get it too
+    os.killpg(process.pid, number)  # a terminal or scheduler signals the workers too
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("error: interrupted at step") and "last.pt" in err
@@ -175,7 +175,7 @@ def test_a_signal_saves_and_says_how_to_resume(run, start, arguments, tmp_path, 
     assert f"going on from {folder / 'last.pt'}, step {stopped_at}" in out
 
 
-def test_a_finished_run_that_is_resumed_evaluates_and_writes_the_results(run, arguments, tmp_path):
+def test_resume_of_a_finished_run_writes_the_results(run, arguments, tmp_path):
     run(*arguments)
     folder = tmp_path / "logs" / "ex0"
     first = results(folder)
@@ -185,9 +185,10 @@ def test_a_finished_run_that_is_resumed_evaluates_and_writes_the_results(run, ar
     assert results(folder) == first
 
 
-def test_the_same_command_goes_on_also_where_it_names_the_weights_it_began_with(run, arguments, tmp_path):
-    for begin in ("none", tmp_path / "weights.pt"):
-        command = [*arguments, "--pretrained", begin, "--resume", "auto", "--experiments", f"from {Path(begin).name}"]
+def test_same_command_resumes_with_its_initial_weights_named(run, arguments, tmp_path):
+    for weights in ("none", tmp_path / "weights.pt"):
+        name = f"from {Path(weights).name}"
+        command = [*arguments, "--pretrained", weights, "--resume", "auto", "--experiments", name]
         assert run(*command, "--max_steps", "1", "--no_eval_first")[0] == 0
         code, out, err = run(*command, "--max_steps", "2")
         assert code == 0 and "going on from" in out, err
@@ -196,7 +197,7 @@ def test_the_same_command_goes_on_also_where_it_names_the_weights_it_began_with(
     assert code == 2 and "--pretrained none both give weights" in err
 
 
-def test_more_epochs_go_on_from_a_finished_run(run, arguments, tmp_path):
+def test_more_epochs_resume_a_finished_run(run, arguments, tmp_path):
     run(*arguments)
     code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--epochs", "3")
     assert code == 0, err
@@ -204,7 +205,7 @@ def test_more_epochs_go_on_from_a_finished_run(run, arguments, tmp_path):
     assert steps == list(range(1, 10))
 
 
-def test_resume_needs_nothing_else_and_takes_the_checkpoints_options(run, arguments, tmp_path):
+def test_resume_alone_uses_the_options_of_the_checkpoint(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1", "--weight_decay", "0.03")
     command = ["--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2"]
     code, _, err = run(*command, "--device", "cpu")
@@ -213,7 +214,7 @@ def test_resume_needs_nothing_else_and_takes_the_checkpoints_options(run, argume
     assert options["weight_decay"] == 0.03 and options["batch_size"] == 10 and options["epochs"] == 2
 
 
-def test_resuming_elsewhere_leaves_the_first_run_alone(run, arguments, tmp_path):
+def test_resume_into_another_folder_keeps_the_first_run(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1")
     before = (tmp_path / "logs/ex0/last.pt").read_bytes()
     code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--experiments", "second")
@@ -222,7 +223,7 @@ def test_resuming_elsewhere_leaves_the_first_run_alone(run, arguments, tmp_path)
     assert torch.load(tmp_path / "logs/second/last.pt", weights_only=True)["step"] == 6
 
 
-def test_another_batch_cannot_go_on_in_the_middle_of_an_epoch(run, arguments, tmp_path):
+def test_resume_with_another_batch_size_is_refused(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1")
     code, _, err = run(*arguments, "--resume", "auto", "--batch_size", "7")
     assert code == 2 and "--batch_size 10" in err and "--reset_data_offset" in err
@@ -230,7 +231,7 @@ def test_another_batch_cannot_go_on_in_the_middle_of_an_epoch(run, arguments, tm
     assert code == 0, err
 
 
-def test_other_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
+def test_other_trainable_parameters_need_reset_optimizer(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1")
     code, _, err = run(*arguments, "--resume", "auto", "--freeze_text")
     assert code == 2 and "--reset_optimizer" in err
@@ -239,7 +240,7 @@ def test_other_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [("--image_size", "32"), ("--context_length", "12")], ids=" ".join)
-def test_parameters_of_another_size_need_a_fresh_optimizer(run, arguments, tmp_path, extra):
+def test_parameters_of_another_size_need_reset_optimizer(run, arguments, tmp_path, extra):
     run(*arguments, "--epochs", "1")
     code, _, err = run(*arguments, "--resume", "auto", *extra)
     assert code == 2 and "of other sizes" in err and "--reset_optimizer" in err
@@ -247,13 +248,13 @@ def test_parameters_of_another_size_need_a_fresh_optimizer(run, arguments, tmp_p
     assert code == 0, err
 
 
-def test_other_parts_of_as_many_parameters_need_a_fresh_optimizer(run, arguments, tmp_path):
+def test_other_parameters_of_equal_number_need_reset_optimizer(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1", "--trainable", "linear_projection")
     code, _, err = run(*arguments, "--resume", "auto", "--trainable", "adaptor")
     assert code == 2 and "--reset_optimizer" in err
 
 
-def test_what_was_typed_decides_the_optimizers_settings_and_the_length(run, arguments, tmp_path):
+def test_command_line_sets_optimizer_and_length_on_resume(run, arguments, tmp_path):
     run(*arguments, "--max_steps", "3")
     settings = ("--weight_decay", "0.77", "--beta1", "0.5", "--eps", "0.1")
     code, _, err = run(
@@ -267,25 +268,25 @@ def test_what_was_typed_decides_the_optimizers_settings_and_the_length(run, argu
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.98), 0.1)}
 
 
-def test_options_are_checked_together_with_the_checkpoints(run, arguments, tmp_path):
+def test_options_are_checked_with_those_of_the_checkpoint(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1", "--grad_cache", "4")
     command = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2")
     code, _, err = run(*command, "--accum_freq", "5")
     assert code == 2 and "--grad_cache" in err and "--accum_freq" in err
 
 
-def test_other_data_cannot_go_on_in_the_middle_of_an_epoch(run, arguments, captioned, tmp_path):
+def test_resume_with_other_data_is_refused(run, arguments, captioned, tmp_path):
     grown = tmp_path / "grown.csv"
     shutil.copy(captioned / "captions.csv", grown)
     command = [*arguments, "--annotations", grown, "--image_dir", captioned]
     run(*command, "--epochs", "1")
     grown.write_text(grown.read_text() + "0.jpg,one more caption,train\n")
-    csv_file._read_rows.cache_clear()  # as in a process of its own
+    csv_file._read_rows.cache_clear()  # as in a new process
     code, _, err = run(*command, "--resume", "auto")
     assert code == 2 and "other data" in err
 
 
-def test_a_run_resumed_elsewhere_takes_its_best_along(run, arguments, tmp_path):
+def test_resume_into_another_folder_copies_the_best(run, arguments, tmp_path):
     run(*arguments, "--epochs", "3")
     first = tmp_path / "logs" / "ex0"
     code, _, err = run(*arguments, "--epochs", "3", "--resume", first / "last.pt", "--experiments", "copy")
@@ -297,7 +298,7 @@ def test_a_run_resumed_elsewhere_takes_its_best_along(run, arguments, tmp_path):
     assert steps[0] == steps[1] == results(first)["step"]
 
 
-def test_a_lost_best_is_not_claimed(run, arguments, tmp_path):
+def test_missing_best_checkpoint_is_not_reported(run, arguments, tmp_path):
     run(*arguments)
     (tmp_path / "logs/ex0/best.pt").unlink()
     code, out, err = run(*arguments, "--resume", "auto")
@@ -305,7 +306,7 @@ def test_a_lost_best_is_not_claimed(run, arguments, tmp_path):
     assert "val" not in read_json(tmp_path / "logs/ex0/results.json")
 
 
-def test_reset_data_offset_starts_at_the_first_step_and_reset_optimizer_forgets_the_moments(run, arguments, tmp_path):
+def test_reset_data_offset_and_reset_optimizer(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1")
     last = tmp_path / "logs/ex0/last.pt"
     run(*arguments, "--resume", last, "--reset_data_offset", "--epochs", "1", "--experiments", "again")
@@ -319,7 +320,7 @@ def test_reset_data_offset_starts_at_the_first_step_and_reset_optimizer_forgets_
     assert moments == [{4}, {1}]
 
 
-def test_a_best_checkpoint_has_no_optimizer_and_starts_a_new_run(run, arguments, tmp_path):
+def test_best_checkpoint_starts_a_new_run(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1")
     best = tmp_path / "logs/ex0/best.pt"
     code, out, err = run(*arguments, "--resume", best, "--experiments", "next", "--epochs", "1", "--lr", "1e-12")

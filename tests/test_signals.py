@@ -1,3 +1,5 @@
+"""SIGINT and SIGTERM in a run."""
+
 import os
 import signal
 
@@ -8,7 +10,7 @@ from clip_retrieval.signals import StopSignal, ignore_first_signal
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers of the test program come back."""
+    """Restore the handlers of the test program."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -16,31 +18,31 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted_and_interrupts_at_the_next_point_that_asks(number):
+def test_signal_interrupts_at_the_next_check(number):
     with StopSignal().listening() as stop:
         stop.check()
         os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
             stop.check()
         with pytest.raises(KeyboardInterrupt), stop.interruptible():
-            raise AssertionError("work that has to be interrupted must not begin")
-    os.kill(os.getpid(), number)  # ignored: a run that was stopped only ends
+            raise AssertionError("interruptible work must not start after a signal")
+    os.kill(os.getpid(), number)  # ignored: a stopped run is only ending
 
 
-def test_without_a_signal_the_handlers_come_back():
+def test_handlers_are_restored_without_a_signal():
     before = signal.getsignal(signal.SIGINT)
     with StopSignal().listening():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_what_can_be_broken_off_is_interrupted_at_once():
+def test_interruptible_block_is_interrupted_at_once():
     with StopSignal().listening() as stop, pytest.raises(KeyboardInterrupt), stop.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal must interrupt")
 
 
-def test_a_loader_process_outlives_the_first_signal_only():
+def test_loader_process_survives_only_the_first_signal():
     child = os.fork()
     if child == 0:
         ignore_first_signal(0)

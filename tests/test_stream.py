@@ -17,13 +17,13 @@ from tests.torchrun import MINUTE, Torchrun
 
 @pytest.fixture
 def shards(captioned, tmp_path):
-    """The images of `captioned` in shards of five: 14 to train on in three of them, 6 of val, 6 of test."""
+    """The images of `captioned` in shards of five: 14 train images in three shards, 6 val and 6 test images."""
     return shards_of_csv(captioned / "captions.csv", tmp_path / "shards")
 
 
 @pytest.fixture
 def settings(arguments):
-    """Arguments of a small finetune, without those that name its data: two epochs, in batches of 4."""
+    """Arguments of a small finetune without its data: two epochs, in batches of 4."""
     return [*arguments[arguments.index("--vision_model") :], "--batch_size", "4"]
 
 
@@ -41,7 +41,7 @@ def steps_of(tmp_path, name="ex0"):
     return [line["step"] for line in read_lines(tmp_path / "logs" / name / "metrics.jsonl") if line["kind"] == "train"]
 
 
-def test_run_logs_its_shards_and_evaluates_the_other_splits(run, on_shards, tmp_path):
+def test_run_on_shards_is_scored_on_val_and_test(run, on_shards, tmp_path):
     code, out, err = run(*on_shards)
     assert code == 0, err
     assert "webdataset train: 3 shards, 14 pairs an epoch" in out and "  00000: a " in out
@@ -51,7 +51,7 @@ def test_run_logs_its_shards_and_evaluates_the_other_splits(run, on_shards, tmp_
     assert results["val"]["images"] == 6
 
 
-def test_patterns_imply_webdataset_and_work_from_any_folder(run, settings, shards, tmp_path, monkeypatch):
+def test_patterns_imply_the_dataset_from_any_folder(run, settings, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--train_data", "shards/train-{000..001}.tar shards/train-002.tar", "--val_data", "shards/val-*.tar"]
     code, out, err = run(*settings, *data, "--dataset_root", "nowhere", "--max_steps", "1")
@@ -68,7 +68,7 @@ def test_patterns_imply_webdataset_and_work_from_any_folder(run, settings, shard
     assert code == 2 and is_one_line(err) and "has no test split; choose another --eval_split" in err
 
 
-def test_patterns_in_a_checkpoint_work_in_a_folder_with_blanks(run, settings, shards, tmp_path, monkeypatch):
+def test_patterns_in_a_folder_with_blanks_survive_a_checkpoint(run, settings, shards, tmp_path, monkeypatch):
     (tmp_path / "a b").mkdir()
     shards.rename(tmp_path / "a b/s")
     monkeypatch.chdir(tmp_path / "a b")
@@ -80,7 +80,7 @@ def test_patterns_in_a_checkpoint_work_in_a_folder_with_blanks(run, settings, sh
     assert code == 0 and "webdataset val: 6 images" in out, err
 
 
-def test_folder_of_tars_implies_webdataset_and_gzip_is_refused(run, settings, shards, tmp_path):
+def test_folder_of_tars_implies_the_dataset_and_gzip_is_refused(run, settings, shards, tmp_path):
     code, out, err = run(*settings, "--train_data", shards, "--max_steps", "1", "--no_eval_first")
     assert code == 0 and "webdataset train: 7 shards" in out, err
     for name in ("x.tgz", "x.tar.gz"):
@@ -89,7 +89,7 @@ def test_folder_of_tars_implies_webdataset_and_gzip_is_refused(run, settings, sh
         assert code == 2 and is_one_line(err) and f"{name}: not a tar; decompress it" in err
 
 
-def test_shards_of_val_data_are_not_trained_on(run, settings, tmp_path):
+def test_val_shards_are_not_trained_on(run, settings, tmp_path):
     root = tmp_path / "leak"
     write_shards(root, [6, 6, 6], prefix="0")
     data = ["--dataset", "webdataset", "--dataset_root", root, "--val_data", root / "0-002.tar"]
@@ -97,7 +97,7 @@ def test_shards_of_val_data_are_not_trained_on(run, settings, tmp_path):
     assert code == 0 and "webdataset train: 2 shards, 12 pairs" in out and "webdataset val: 6 images" in out, err
 
 
-def test_yfcc7m_is_read_in_simple_clips_layout(run, settings, tmp_path):
+def test_yfcc7m_in_the_layout_of_simple_clip(run, settings, tmp_path):
     write_shards(tmp_path / "data/yfcc7m", [6, 6], prefix="0")
     code, out, err = run(*settings, "--dataset", "yfcc7m", "--dataset_root", tmp_path / "data")
     assert code == 0, err
@@ -105,8 +105,8 @@ def test_yfcc7m_is_read_in_simple_clips_layout(run, settings, tmp_path):
 
 
 @pytest.fixture
-def damaged(shards):
-    """The shards with two more samples, both unusable, in the second one."""
+def broken_shards(shards):
+    """`shards` with two further samples in the second shard that cannot be used."""
     from clip_retrieval.data.shards.samples import read_samples
 
     path = shards / "train-001.tar"
@@ -116,7 +116,7 @@ def damaged(shards):
     return shards
 
 
-def test_run_that_ends_within_an_epoch_logs_skipped_samples(run, on_shards, damaged):
+def test_skipped_samples_are_logged_if_a_run_ends_within_an_epoch(run, on_shards, broken_shards):
     code, _, err = run(*on_shards, "--max_steps", "3", "--eval_every", "0")  # of 4 per epoch
     assert code == 0 and "epoch 1, batches 1 to 3: 2 samples could not be used" in err
     code, _, err = run(*on_shards, "--max_steps", "8", "--eval_every", "0", "--resume", "auto")
@@ -124,7 +124,7 @@ def test_run_that_ends_within_an_epoch_logs_skipped_samples(run, on_shards, dama
     assert "epoch 1, batches 1" not in err
 
 
-def test_unusable_first_shard_does_not_stop_a_run(run, on_shards, shards):
+def test_first_shard_without_usable_samples_is_skipped(run, on_shards, shards):
     write_shard(shards / "train-000.tar", [(f"{i}", {"jpg": b"none", "txt": "x"}) for i in range(5)])
     code, out, err = run(*on_shards, "--max_steps", "3")
     assert code == 0 and "  00005: a " in out, err
@@ -133,7 +133,7 @@ def test_unusable_first_shard_does_not_stop_a_run(run, on_shards, shards):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("extra", [(), ("--train_num_samples", "14")], ids=["counted", "given"])
 def test_resume_after_kill_within_a_shard_is_bit_identical(
-    run, run_killed, on_shards, damaged, tmp_path, num_workers, extra
+    run, run_killed, on_shards, broken_shards, tmp_path, num_workers, extra
 ):
     command = [*on_shards, "--augment", "crop", "--shuffle_buffer", "8", *extra]
     code, _, err = run(*command, "--experiments", "whole")
@@ -146,7 +146,7 @@ def test_resume_after_kill_within_a_shard_is_bit_identical(
     assert_same_ending(tmp_path / "logs/whole", tmp_path / "logs/ex0")
 
 
-def test_evaluations_within_an_epoch_do_not_change_training(run, on_shards, tmp_path):
+def test_evaluations_within_an_epoch_do_not_change_batches(run, on_shards, tmp_path):
     for name, steps in (("whole", "0"), ("ex0", "1")):
         code, _, err = run(*on_shards, "--augment", "crop", "--eval_steps", steps, "--experiments", name)
         assert code == 0, err
@@ -166,7 +166,7 @@ def test_each_option_changes_the_stream(run, on_shards, tmp_path):
     assert len(set(losses)) == len(options)
 
 
-def test_samples_with_several_captions_are_logged(run, on_shards, shards):
+def test_one_caption_per_epoch_is_logged_for_several_captions(run, on_shards, shards):
     command = [*on_shards, "--max_steps", "1", "--no_eval_first", "--eval_every", "0", "--overwrite"]
     message = "shards: one random caption per image and epoch"
     assert message in run(*command)[1] and message not in run(*command, "--caption_sampling", "one")[1]
@@ -175,7 +175,7 @@ def test_samples_with_several_captions_are_logged(run, on_shards, shards):
     assert message not in run(*command)[1]
 
 
-def test_epoch_of_given_length_is_not_counted_at_the_start(run, on_shards, tmp_path, monkeypatch):
+def test_train_num_samples_avoids_counting(run, on_shards, tmp_path, monkeypatch):
     counted = []
     normal = order.count_samples
     monkeypatch.setattr(order, "count_samples", lambda path: counted.append(path) or normal(path))
@@ -185,7 +185,7 @@ def test_epoch_of_given_length_is_not_counted_at_the_start(run, on_shards, tmp_p
     assert "3 shards, 9 pairs an epoch" in out and "1 steps, 2 an epoch" in out and len(counted) < 3
 
 
-def test_sizes_json_replaces_counting(run, on_shards, shards, monkeypatch):
+def test_sizes_json_avoids_counting(run, on_shards, shards, monkeypatch):
     (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "train-001.tar": 5, "train-002.tar": 4}))
     monkeypatch.setattr("clip_retrieval.data.shards.train_split.count_samples", lambda path: 1 / 0)
     code, out, err = run(*on_shards)
@@ -195,12 +195,12 @@ def test_sizes_json_replaces_counting(run, on_shards, shards, monkeypatch):
     assert code == 2 and is_one_line(err) and "train-002.tar: holds fewer samples than the 7" in err
 
 
-def test_train_split_smaller_than_the_batch_shrinks_the_batch(run, on_shards):
+def test_small_train_split_shrinks_the_batch(run, on_shards):
     code, _, err = run(*on_shards, "--batch_size", "256", "--max_steps", "1")
     assert code == 0 and "the train split has 14 pairs an epoch: --batch_size 256 becomes 14" in err
 
 
-def test_frozen_tower_is_unchanged_and_the_other_learns(run, on_shards, tmp_path):
+def test_frozen_tower_is_unchanged_and_the_other_is_trained(run, on_shards, tmp_path):
     code, out, err = run(*on_shards, "--freeze_vision", "--eval_every", "0", "--keep_steps", "1")
     assert code == 0 and "encoded once" not in out, err
     before, after = (
@@ -210,7 +210,7 @@ def test_frozen_tower_is_unchanged_and_the_other_learns(run, on_shards, tmp_path
     assert moved and not any(name.startswith("visual.") for name in moved)
 
 
-def test_resume_refuses_changed_order_and_data(run, on_shards, shards, arguments):
+def test_resume_with_another_order_is_refused(run, on_shards, shards, arguments):
     assert run(*on_shards, "--epochs", "1")[0] == 0
     code, _, err = run(*on_shards, "--resume", "auto", "--shuffle_buffer", "5")
     assert code == 2 and is_one_line(err) and "--shuffle_buffer 4096" in err
@@ -225,12 +225,8 @@ def test_resume_refuses_changed_order_and_data(run, on_shards, shards, arguments
     assert code == 0, err
 
 
-def spoil(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-
 @pytest.mark.parametrize(
-    "spoil, extra, words",
+    "damage, extra, words",
     [
         (None, ("--train_data", "{}/train-{000..003}.tar"), ["--train_data", "train-003.tar is missing"]),
         (None, ("--train_data", "{}/none-*.tar"), ["--train_data", "no shards in", "none-*.tar"]),
@@ -245,31 +241,31 @@ def spoil(path, change):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_a_one_line_error_before_training(run, on_shards, shards, spoil, extra, words):
-    if spoil:
+def test_bad_input_is_one_line_before_training(run, on_shards, shards, damage, extra, words):
+    if damage:
         path = shards / "train-001.tar"
-        path.write_bytes(spoil(path.read_bytes()))
+        path.write_bytes(damage(path.read_bytes()))
     code, out, err = run(*on_shards, *(value.replace("{}", str(shards)) for value in extra))
     assert code == 2 and is_one_line(err) and "step 1" not in out, err
     assert all(word in err for word in words), err
 
 
-def test_stream_options_are_refused_for_other_data(run, arguments, settings, tmp_path):
+def test_stream_options_are_refused_for_other_datasets(run, arguments, settings, tmp_path):
     code, _, err = run(*arguments, "--train_num_samples", "9")
     assert code == 2 and is_one_line(err) and "--train_num_samples is for --dataset webdataset" in err
     code, _, err = run("--dataset", "webdataset", "--dataset_root", tmp_path / "nowhere", *settings)
     assert code == 2 and is_one_line(err) and "nowhere: no such folder" in err
 
 
-def test_shards_are_part_of_a_mixture(run, arguments, shards):
+def test_shards_in_a_mixture(run, arguments, shards):
     code, out, err = run(*arguments, "--dataset", "webdataset", "--dataset_root", shards, "--max_steps", "1")
     assert code == 0, err
     assert "csv: 14 images, 35 captions" in out and "webdataset: 14 images, 35 captions" in out
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-def test_two_processes_train_like_one(run, on_shards, damaged, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads processes from /proc")
+def test_two_processes_equal_one(run, on_shards, broken_shards, tmp_path):
     command = [*on_shards, "--augment", "crop", "--eps", "1", "--lr", "0.1"]
     code, _, err = run(*command, "--experiments", "one")
     assert code == 0 and "2 samples could not be used" in err

@@ -1,4 +1,4 @@
-"""The finetuning and evaluation commands of CLIP_ITM's and Clip_crossmodal_retrieval's READMEs run, shortened."""
+"""The commands of CLIP_ITM's, Clip_crossmodal_retrieval's and clip-training's READMEs run, shortened."""
 
 import shlex
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import read_json
 
-# What shortens a run and makes do without downloaded weights; ViT-B/32 keeps its widths and depth.
+# Shorten a run without downloaded weights; ViT-B/32 keeps its widths and depth.
 SHORT = ("--max_steps", "1", "--batch_size", "8", "--no_eval_first", "--device", "cpu", "--num_workers", "0")
 
 
@@ -44,7 +44,7 @@ def test_clip_crossmodal_retrieval_trains_an_adaptor(run, real_data, captioned, 
     assert (options["trainable"], options["dataset"], options["epochs"]) == ("adaptor", "coco", 1)
 
 
-def test_clip_training_names_images_and_captions_itself(run, real_data, captioned, tmp_path):
+def test_clip_training_names_images_and_captions(run, real_data, captioned, tmp_path):
     data = real_data / "coco_mini"
     command = f"--train_img_dir {data / 'images'} --train_annotation_file {data / 'annotations/captions_val2014.json'}"
     code, out, err = run(

@@ -1,4 +1,4 @@
-"""Runs that torchrun starts, and what is alive of them."""
+"""Runs started by torchrun, and their living processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MINUTE = 60
 
 
 class Torchrun:
-    """Processes that torchrun starts, on one or several "nodes" of this machine; all of them are ended in the end."""
+    """Processes started by torchrun on one or several "nodes" of this machine."""
 
     def __init__(self, *arguments, processes=(2,), marker):
         self.marker = f"TEST_OF_PROCESSES={marker}"
@@ -46,14 +46,14 @@ class Torchrun:
             )
 
     def end(self, timeout=3 * MINUTE):
-        """Wait until all have ended: exit code, standard output and standard error (of the first node)."""
+        """Wait for the end; return exit code, standard output and standard error of the first node."""
         for agent in self.agents[1:]:
             agent.communicate(timeout=timeout)
         out, err = self.agents[0].communicate(timeout=timeout)
         return self.agents[0].returncode, out, err
 
     def alive(self):
-        """Process numbers of what is alive of it, by rank (the agents: None)."""
+        """Ids of the living processes by rank (None for the agents)."""
         found = {}
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -65,6 +65,7 @@ class Torchrun:
         return found
 
     def kill(self):
+        """Kill all living processes and wait for their end."""
         while alive := self.alive():
             for number in alive.values():
                 with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""From captions to token ids."""
+"""Cleaning of captions, and their token ids."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
-HF_CHUNK = 8192
-LONGEST_TOKEN = 40  # bytes; CLIP's longest has 32
+from clip_retrieval.errors import UserError, describe
+
+if TYPE_CHECKING:  # the readers need `clean_caption` only, without torch
+    import torch
+    from open_clip.tokenizer import SimpleTokenizer
+
+HF_CHUNK = 8192  # captions per call
+LONGEST_TOKEN = 40  # bytes; CLIP's longest token has 32
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,9 @@ class Tokens:
 
     Attributes:
         ids: int32 (captions, context_length).
-        lengths: int64 (captions,), number of ids up to and including the end token; what follows is padding. Ids
-            cannot tell: the "!" of CLIP's vocabulary has the id of the padding, 0.
-        cut: number of captions that were longer than the context, and lost words; the end token is kept.
+        lengths: int64 (captions,), number of ids up to and including the end token; the rest is padding. The ids alone
+            are ambiguous: "!" in CLIP's vocabulary has the id of the padding, 0.
+        cut: number of captions truncated to the context; their end token is kept.
     """
 
     ids: torch.Tensor
@@ -32,75 +37,98 @@ class Tokens:
 
 
 def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
-    """Token ids of `captions`, equal to what `tokenizer` gives, each distinct caption computed once.
+    """Tokenize captions, with the ids of `tokenizer`, each distinct caption once.
 
     Args:
         captions: the captions.
-        tokenizer: one of open_clip's, or models.word_pieces'; it knows its context length.
+        tokenizer: a tokenizer of open_clip or of models.tokenizers; it has a context length.
+
+    Raises:
+        UserError: a Hugging Face tokenizer fails.
     """
+    import torch
+    from open_clip.tokenizer import SimpleTokenizer
+
     index_of: dict[str, int] = {}
     rows = np.fromiter((index_of.setdefault(c, len(index_of)) for c in captions), np.int64, len(captions))
     distinct = list(index_of)
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
-        ids, lengths, cut = _pack(_byte_pairs(distinct, tokenizer), tokenizer.context_length, 0)
-    elif _pads_on_the_right(tokenizer):
-        pad = tokenizer.tokenizer.pad_token_id
-        ids, lengths, cut = _pack(_pieces(distinct, tokenizer), tokenizer.context_length, pad)
+        ids, lengths, cut = _pack(_encode_clip(distinct, tokenizer), tokenizer.context_length, 0)
     else:
-        ids = tokenizer(distinct).numpy().astype(np.int32)
-        lengths, cut = np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
+        # a Hugging Face tokenizer is made from a user's files, and may fail in any way at any caption
+        try:
+            ids, lengths, cut = _tokenize_hugging_face(distinct, tokenizer)
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer cannot read the captions ({describe(error)}); give a complete one as --tokenizer"
+            ) from error
     return Tokens(torch.from_numpy(ids[rows]), torch.from_numpy(lengths[rows]), int(cut[rows].sum()))
 
 
 def _pack(
     encoded: Iterator[tuple[list[int], bool]], context_length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, int32 (rows, context_length), lengths, and which are cut, of rows that fit into the context."""
+    """Pad ids to the context: int32 (rows, context_length), their lengths, and whether each row is cut."""
     flat, lengths, cut = array("i"), array("q"), array("b")
-    for ids, was_cut in encoded:
+    for ids, is_cut in encoded:
         flat.extend(ids)
         lengths.append(len(ids))
-        cut.append(was_cut)
+        cut.append(is_cut)
     lengths = np.asarray(lengths, np.int64)
     packed = np.full((len(lengths), context_length), pad, np.int32)
     packed[np.arange(context_length) < lengths[:, None]] = np.asarray(flat, np.int32)
     return packed, lengths, np.asarray(cut, bool)
 
 
-def _byte_pairs(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Ids of `tokenizer.encode` between start and end token; four times faster, as each word is looked up once."""
+def _encode_clip(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterator[tuple[list[int], bool]]:
+    """Yield the ids of `tokenizer.encode` between start and end token; four times faster, as it caches words."""
+    from open_clip.tokenizer import get_clean_fn
+
     start, end, limit = tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.context_length
     lowers = tokenizer.clean_fn is get_clean_fn("lower")
     ids_of: dict[str, list[int]] = {}
     for caption in captions:
-        # The cleaning (ftfy, HTML entities) is the slow part, and does nothing to plain ASCII.
+        # clean: ftfy and HTML entities are slow, and do not change plain ASCII
         plain = lowers and caption.isascii() and caption.isprintable() and "&" not in caption
         clean = " ".join(caption.split()).lower() if plain else tokenizer.clean_fn(caption)
+
+        # look up each word
         ids = [start]
         for word in tokenizer.pat.findall(clean):
-            if len(ids) > limit:  # the rest is cut off
+            if len(ids) > limit:  # the rest is truncated
                 break
             known = ids_of.get(word)
             if known is None:
-                # The time for a word grows faster than its length, and no more of it can count.
-                counted = word.encode("utf-8")[: limit * LONGEST_TOKEN]
-                symbols = "".join(tokenizer.byte_encoder[b] for b in counted)
+                # BPE is slower than linear in the length of a word; bytes beyond the context cannot matter.
+                used = word.encode("utf-8")[: limit * LONGEST_TOKEN]
+                symbols = "".join(tokenizer.byte_encoder[b] for b in used)
                 known = ids_of[word] = [tokenizer.encoder[pair] for pair in tokenizer.bpe(symbols).split(" ")]
             ids += known
+
+        # truncate to the context
         ids.append(end)
-        was_cut = len(ids) > limit
-        yield ([*ids[: limit - 1], end] if was_cut else ids), was_cut
+        is_cut = len(ids) > limit
+        yield ([*ids[: limit - 1], end] if is_cut else ids), is_cut
 
 
-def _pads_on_the_right(tokenizer: Callable) -> bool:
-    """Whether a Hugging Face tokenizer gives the ids, then the end token, then padding only."""
+def _tokenize_hugging_face(captions: Sequence[str], tokenizer: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenize captions: ids, lengths, and whether they are cut, as `_pack` returns them."""
+    if _pads_right(tokenizer):
+        pad = tokenizer.tokenizer.pad_token_id
+        return _pack(_encode_hugging_face(captions, tokenizer), tokenizer.context_length, pad)
+    ids = tokenizer(captions).numpy().astype(np.int32)
+    return ids, np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
+
+
+def _pads_right(tokenizer: Callable) -> bool:
+    """Whether a Hugging Face tokenizer returns the ids, then the end token, then only padding."""
     return (
         not tokenizer.tokenizer_mode and not tokenizer.strip_sep_token and tokenizer.tokenizer.padding_side == "right"
     )
 
 
-def _pieces(captions: Sequence[str], tokenizer: Callable) -> Iterator[tuple[list[int], bool]]:
-    """Ids of a Hugging Face tokenizer, special tokens included."""
+def _encode_hugging_face(captions: Sequence[str], tokenizer: Callable) -> Iterator[tuple[list[int], bool]]:
+    """Yield the ids of a Hugging Face tokenizer, with special tokens, and whether they are cut."""
     limit = tokenizer.context_length
     for begin in range(0, len(captions), HF_CHUNK):
         clean = [tokenizer.clean_fn(caption) for caption in captions[begin : begin + HF_CHUNK]]
@@ -112,20 +140,20 @@ def _pieces(captions: Sequence[str], tokenizer: Callable) -> Iterator[tuple[list
                 yield ids, False
 
 
-HALVES = re.compile("[\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean_caption(text: str) -> str:
-    """The caption without blanks around it and on one line, in characters that can be written and tokenised."""
+    """Strip a caption, join its lines, and replace characters that cannot be written or tokenized."""
     text = mend_characters(text.strip())
     return " ".join(text.splitlines()) if "\n" in text or "\r" in text else text
 
 
 def mend_characters(text: str) -> str:
-    """The text with U+FFFD for half surrogate pairs, which no tokenizer takes; two halves of one pair are joined.
+    """Replace half surrogate pairs, which no tokenizer accepts, by U+FFFD; join the two halves of a pair.
 
-    They come from JSON that was cut within an emoji (`"\\ud83d"`), and from names of files that are not UTF-8.
+    They come from JSON that was truncated within an emoji (`"\\ud83d"`), and from file names that are not UTF-8.
     """
-    if text.isascii() or not HALVES.search(text):
+    if text.isascii() or not SURROGATES.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

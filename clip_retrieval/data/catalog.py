@@ -18,7 +18,7 @@ SHARDED = ("webdataset", "yfcc7m")
 PACKED = (*SHARDED, "huggingface", "textcap", "sbucaptions", "combined")
 """Data sets whose images are packed together, so that a user cannot repair a single one."""
 
-# The module below `readers` that reads each; imported when asked for.
+# Module of each data set in `readers`, imported on use.
 READERS = {
     "coco": "coco",
     "flickr30k": "karpathy",
@@ -35,8 +35,8 @@ READERS = {
     "shapes": "shapes",
 }
 
-# (images, captions) of the splits that published numbers are about. COCO's id lists have five captions an image,
-# Karpathy's JSON all of them; train may do without restval.
+# (images, captions) of the splits of published numbers. COCO's id lists have five captions per image, Karpathy's JSON
+# has all of them; train may lack restval.
 KNOWN_SIZES = {
     ("coco", "train"): ((113_287, 566_435), (113_287, 566_747), (82_783, 413_915), (82_783, 414_113)),
     ("coco", "val"): ((5_000, 25_000), (5_000, 25_010)),
@@ -51,10 +51,10 @@ KNOWN_SIZES = {
 
 
 def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """Read the "train", "val" or "test" split; None where the data set has no such split.
+    """Read the "train", "val" or "test" split; None if the data set has no such split.
 
-    Of several data sets that is a mixture of their train splits, and what the first of them holds out. Images are
-    located, not opened. Raises UserError where a data set is unknown, or its files are not as they should be.
+    Several data sets are read as a mixture: all train splits, and the val and test split of the first one that has it.
+    Images are located, not opened. Raises UserError if a data set is unknown, or its files are missing or invalid.
     """
     parts = options.parts()
     if len(parts) > 1:
@@ -76,22 +76,22 @@ def _read_one(options: DataOptions, split: str) -> RetrievalDataset | None:
 
 
 def count_broken(dataset: RetrievalDataset) -> None:
-    """Log how many captions hold U+FFFD, which readers put in place of half surrogate pairs."""
+    """Warn of captions with U+FFFD, by which readers replace half surrogate pairs."""
     broken = sum("\ufffd" in caption for caption in dataset.captions if not caption.isascii())
     if broken:
         log.warning(f"{dataset.name} {dataset.split}: {broken:,} captions hold U+FFFD in place of broken characters")
 
 
 def size_warning(dataset: RetrievalDataset) -> str | None:
-    """A warning where a known data set has other than its known sizes, else None."""
+    """Return a warning if a known data set has unusual sizes, else None."""
     known = KNOWN_SIZES.get((dataset.name, dataset.split))
     found = (len(dataset.images), len(dataset.captions))
     if known is None or found in known:
         return None
     usual = known[0]
     return (
-        f"{dataset.name} {dataset.split} has {found[0]:,} images and {found[1]:,} captions here; usual are "
-        f"{usual[0]:,} and {usual[1]:,}. Its numbers do not compare with published ones"
+        f"{dataset.name} {dataset.split}: {found[0]:,} images and {found[1]:,} captions instead of the usual "
+        f"{usual[0]:,} and {usual[1]:,}; its results do not compare with published ones"
     )
 
 

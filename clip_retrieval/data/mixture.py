@@ -1,7 +1,7 @@
-"""Several data sets as one to train on.
+"""Several data sets as one train split.
 
-What is scored is no mixture: val and test are those of the first data set that holds such a split out, as simple-clip
-scores a model on COCO's whatever it learns from. Name the one to be compared on first.
+The val and test splits are not mixed: they are those of the first data set that has one, as simple-clip evaluates on
+COCO for any training data. The user names the data set for evaluation first.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ Read = Callable[[DataOptions, str], "RetrievalDataset | None"]
 
 @dataclass(frozen=True)
 class Mixture(RetrievalDataset):
-    """The images, captions and pairs of several data sets, one after the other. The ids they have are not kept.
+    """The concatenated images, captions and pairs of several data sets, without their ids.
 
     Attributes:
-        parts: the data sets, in their order. Without a common beginning: image 0 of the second is not image 0 here.
+        parts: the data sets in order. Their own indices begin at 0.
     """
 
     parts: tuple[RetrievalDataset, ...] = ()
 
     @cached_property
     def first_image(self) -> np.ndarray:
-        """int64 (parts + 1,): the images of part i are first_image[i] to first_image[i + 1]."""
-        return _bounds([len(part.images) for part in self.parts])
+        """int64 (parts + 1,): part i has the images first_image[i] to first_image[i + 1] - 1."""
+        return _cumulate([len(part.images) for part in self.parts])
 
 
 class MixedImages:
-    """The images of several data sets, one after the other, each read by its own."""
+    """The concatenated images of several data sets."""
 
     def __init__(self, parts: Sequence[Images]):
         self.parts = parts
-        self._first = _bounds([len(part) for part in parts]).tolist()
+        self._first = _cumulate([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -57,20 +57,20 @@ class MixedImages:
         return images.name(own)
 
     def find(self, index: int) -> tuple[Images, int]:
-        """The images of the data set that holds an image, and its index there."""
+        """Find the images of the data set of an image, and its index there."""
         part = bisect_right(self._first, index) - 1
         return self.parts[part], int(index) - self._first[part]
 
 
 def mix(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
-    """Train splits as one. Its split is UNSPLIT where none of them holds anything out.
+    """Concatenate train splits. The result's split is UNSPLIT if all of theirs are.
 
-    Raises UserError, naming it, where no image of one has a caption.
+    Raises UserError, naming the data set, if one has no pairs.
     """
     for part in parts:
         part.require_pairs()
-    first_image = _bounds([len(part.images) for part in parts])
-    first_caption = _bounds([len(part.captions) for part in parts])
+    first_image = _cumulate([len(part.images) for part in parts])
+    first_caption = _cumulate([len(part.captions) for part in parts])
     pairs = [part.pairs + offsets for part, *offsets in zip(parts, first_image, first_caption)]
     return Mixture(
         name=name,
@@ -83,16 +83,16 @@ def mix(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
 
 
 def read_mixture(name: str, parts: Sequence[DataOptions], split: str, read: Read) -> RetrievalDataset | None:
-    """The train splits as one; of "val" or "test", that of the first data set with such a split.
+    """Read the mixture of the train splits, or the val or test split of the first data set that has it.
 
-    A data set without splits is all to train on and holds nothing out. A mixture of nothing but such ones is scored as
-    the first of them would be.
+    A data set without splits is only used for training. If no data set has splits, the first one is scored as it would
+    be alone.
 
     Args:
-        name: what the mixture is called.
+        name: name of the mixture.
         parts: the options of each data set.
         split: "train", "val" or "test".
-        read: reads a split of one data set, None where there is none.
+        read: reads a split of one data set, None if it has no such split.
 
     Raises:
         UserError: a data set has no train split, or `read` fails.
@@ -109,7 +109,7 @@ def _read_train_split(part: DataOptions, read: Read) -> RetrievalDataset:
     dataset = read(part, "train")
     if dataset is None:
         raise UserError(
-            f"{part.name} in {part.place} has no train split; take it out of the mixture, or give its data to train on"
+            f"{part.name} in {part.place} has no train split; remove it from the mixture, or give its train data"
         )
     return dataset
 
@@ -119,12 +119,12 @@ def _read_held_out(parts: Sequence[DataOptions], split: str, read: Read) -> Retr
     for part in parts:
         dataset = read(part, split)
         if dataset is not None and dataset.split != UNSPLIT and len(dataset.pairs):
-            log.info(f"{split}: that of {dataset.name}, the first of the data sets that has one")
+            log.info(f"{split} split: from {dataset.name}, the first data set that has one")
             return dataset
         found.append(dataset)
-    whole = all(dataset is not None and dataset.split == UNSPLIT for dataset in found)
-    return found[0] if whole else None
+    none_has_splits = all(dataset is not None and dataset.split == UNSPLIT for dataset in found)
+    return found[0] if none_has_splits else None
 
 
-def _bounds(sizes: Sequence[int]) -> np.ndarray:
+def _cumulate(sizes: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *sizes])

@@ -1,4 +1,4 @@
-"""Tensors in memory that loader processes share with the main one."""
+"""Tensors in memory that loader processes share with the main process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def share(value: Any) -> Any:
-    """The value with its tensors, also those in tuples, copied to memory that another process can map.
+    """Copy the tensors of a value, also those in tuples, to memory that another process can map.
 
-    torch would copy them to a file in /dev/shm, of which a Docker container has 64 MB, and would drop a batch that does
-    not fit without a word. Linux has anonymous memory files (`memfd_create`), which no mount limits; elsewhere torch's
-    way is taken, whose error is noticed here.
+    torch would copy them to a file in /dev/shm, which has 64 MB in a Docker container, and would silently drop a batch
+    that does not fit. Linux has anonymous memory files (`memfd_create`) without that limit; on other systems torch's
+    way is the fallback.
 
-    Raises RunError if there is no room or there are too many open files.
+    Raises RunError if the memory is full, or too many files are open.
     """
     if isinstance(value, tuple):
         parts = map(share, value)
@@ -34,7 +34,7 @@ def share(value: Any) -> Any:
         return _copy_to_shared_memory(value)
     except OSError as error:
         raise make_loading_error(error) from None
-    except RuntimeError as error:  # torch's word for a full /dev/shm
+    except RuntimeError as error:  # raised by torch if /dev/shm is full
         if "shared memory" not in str(error) and "mmap" not in str(error):
             raise
         raise make_loading_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
@@ -47,14 +47,14 @@ def _copy_to_shared_memory(tensor: Tensor) -> Tensor:
         return tensor.share_memory_()
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        while rest:  # written, not copied to a mapping: no page faults, and an error if there is no room
+        while rest:  # write() instead of a mapping: no page faults, and an error if the memory is full
             rest = rest[file.write(rest) :]
-        storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), tensor.nbytes)  # has its own descriptor
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), tensor.nbytes)  # duplicates the descriptor
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
 
 
 def _open_memory_file() -> int | None:
-    """The descriptor of an anonymous file in memory; None on systems without them, or that forbid them."""
+    """Open an anonymous file in memory; None if the system lacks or forbids them."""
     try:
         return os.memfd_create("clip_retrieval")
     except AttributeError:
@@ -66,7 +66,7 @@ def _open_memory_file() -> int | None:
 
 
 def make_loading_error(error: OSError) -> RunError:
-    """The error for loader processes that cannot be started, or cannot hand over their results."""
+    """Return the error for loader processes that cannot start, or cannot send their results."""
     if error.errno == errno.EMFILE:
         return RunError("too many open files; raise the limit (ulimit -n 65536), or choose fewer --num_workers")
     if error.errno in (errno.EAGAIN, errno.ENOMEM):

@@ -1,4 +1,4 @@
-"""Processes that load data ahead, and how many of them there are."""
+"""Processes that load data ahead, and their default number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +24,11 @@ from clip_retrieval.data.shared_memory import make_loading_error, share
 from clip_retrieval.errors import LOST_WORKER, RunError, UserError
 from clip_retrieval.signals import STOP_SIGNALS, ignore_first_signal
 
-warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as they were asked for
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if the user asks for them
 
 
 class _Failed:
-    """An error from a worker, carried to the main process whole (the loader would bury it in a traceback)."""
+    """An error of a worker, for the main process to raise (the loader would hide it in a traceback)."""
 
     def __init__(self, error: UserError | RunError):
         self.kind = RunError if isinstance(error, RunError) else UserError
@@ -50,21 +51,21 @@ class _Fetch(Dataset):
 
 
 class _Requests:
-    """What the workers are asked for next."""
+    """The next requests to the workers, as a sampler."""
 
-    now: Iterable[Any] = ()
+    current: Iterable[Any] = ()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.now)
+        return iter(self.current)
 
 
 class Workers:
-    """Processes that compute fetch(request), in order and ahead, for one list of requests after another.
+    """Processes that compute fetch(request) ahead and in order, for one list of requests after another.
 
     Args:
-        fetch: what they compute; a UserError or RunError in it is raised when the result is asked for.
-        num_workers: how many; with 0 the calling process computes.
-        pin_memory: prepare tensors for quick copies to a GPU.
+        fetch: the function to compute; its UserError or RunError is raised when the result is read.
+        num_workers: number of processes; with 0 the calling process computes.
+        pin_memory: copy tensors to pinned memory, for quick copies to a GPU.
         stay: keep the processes for the next list of requests.
     """
 
@@ -76,21 +77,21 @@ class Workers:
             _Fetch(fetch),
             sampler=self._requests,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=stay and num_workers > 0,
             worker_init_fn=partial(_begin_worker, pixels=image_pixels_limit()),
-            generator=torch.Generator(),  # its own: loading must not move the random state that training uses
+            generator=torch.Generator(),  # its own: loading must not change the random state of training
         )
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """The results, in the order of the requests. Raises RunError if a worker is lost or cannot be started."""
-        self._requests.now = requests
-        guard = _notice_lost_workers if self._loader.num_workers else contextlib.nullcontext
+        """Yield the results, in the order of the requests. Raises RunError if a worker is lost or cannot start."""
+        self._requests.current = requests
+        guard = _report_lost_workers if self._loader.num_workers else contextlib.nullcontext
         with guard():
             try:
-                with _hold_signals():  # until a new process can handle them
+                with _hold_signals():  # until new processes can handle them
                     results = iter(self._loader)
             except OSError as error:  # of the semaphores and pipes between the processes
                 _abandon_iterator(error)
@@ -106,15 +107,15 @@ class Workers:
 
 
 _END = object()
-_NO_DESCRIPTORS = ("Too many open files", "items of ancdata")  # how torch and multiprocessing put it
+_NO_DESCRIPTORS = ("Too many open files", "items of ancdata")  # messages of torch and multiprocessing
 
 
 @contextlib.contextmanager
-def _notice_lost_workers() -> Iterator[None]:
-    """A block that waits for workers: a lost one is a RunError in it, and only in it.
+def _report_lost_workers() -> Iterator[None]:
+    """Raise RunError for a lost worker within this block, and only there.
 
-    torch's handler of SIGCHLD raises wherever the main process is, in the middle of writing a checkpoint too. Here it
-    is called in such blocks only: at the beginning, for a worker that was lost since the last one, and by the signal.
+    torch's handler of SIGCHLD raises anywhere in the main process, even while it writes a checkpoint. Here it runs in
+    such blocks only: at the beginning, for a worker that was lost since the last block, and at the signal.
     """
     global _waiting
     _waiting = True
@@ -131,19 +132,19 @@ def _notice_lost_workers() -> Iterator[None]:
         raise
     finally:
         _waiting = False
-        _take_over_handler()
+        _replace_torch_handler()
 
 
 _waiting = False
-_torchs_handler: Callable[[int, FrameType | None], None] | None = None
+_torch_handler: Callable[[int, FrameType | None], None] | None = None
 
 
-def _take_over_handler() -> None:
-    """Put `_on_child_exit` in the place of torch's handler, which torch sets when it first starts workers."""
-    global _torchs_handler
+def _replace_torch_handler() -> None:
+    """Replace torch's handler, which torch sets when it first starts workers, by `_on_child_exit`."""
+    global _torch_handler
     current = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if callable(current) and current is not _on_child_exit and "torch" in getattr(current, "__module__", ""):
-        _torchs_handler = current
+        _torch_handler = current
         signal.signal(signal.SIGCHLD, _on_child_exit)
 
 
@@ -153,22 +154,32 @@ def _on_child_exit(number: int, frame: FrameType | None) -> None:
 
 
 def _check_workers() -> None:
-    if _torchs_handler is not None:
-        _torchs_handler(signal.SIGCHLD, None)
+    if _torch_handler is not None:
+        _torch_handler(signal.SIGCHLD, None)
 
 
 @contextlib.contextmanager
 def _hold_signals() -> Iterator[None]:
-    """A block after which SIGINT and SIGTERM are delivered; processes that start in it begin with both held."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Ignore SIGINT and SIGTERM in processes that start in this block; in this one, deliver them after it.
+
+    (A blocked signal would go to another thread, and be handled in the main one at once.)
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _abandon_iterator(error: OSError) -> None:
-    """Mark torch's iterator whose construction raised this error as shut down: its __del__ needs a complete one."""
+    """Mark torch's iterator as shut down if its constructor raised this error: __del__ needs a complete one."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         iterator = frame.f_locals.get("self")
         if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
@@ -177,36 +188,32 @@ def _abandon_iterator(error: OSError) -> None:
 
 def _begin_worker(worker: int, pixels: int) -> None:
     ignore_first_signal(worker)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    limit_image_pixels(pixels)  # a process that was not forked has the default
+    limit_image_pixels(pixels)  # a spawned process has the default
 
 
 def _end_children() -> None:
-    """Ends the loading processes that are left when this one ends.
+    """Kill the remaining loader processes at the end of this one.
 
-    Python itself would ask each to end, which `ignore_first_signal` is deaf to, and then wait for it for ever.
+    Python would send each a signal that `ignore_first_signal` ignores, and then wait forever.
     """
     for child in multiprocessing.active_children():
         child.kill()
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
 def in_workers(
     fetch: Callable[[Any], Any], requests: Iterable[Any], *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """fetch(request) for each request, in order, computed ahead in worker processes.
-
-    A UserError of a worker is raised here, whole.
-    """
+    """Yield fetch(request) for each request, in order, computed ahead in worker processes; see `Workers`."""
     return Workers(fetch, num_workers=num_workers, pin_memory=pin_memory, stay=False)(requests)
 
 
 def usual_num_workers(device: torch.device) -> int:
-    """Processes that load images, in each of the training processes on this machine."""
+    """Return the default number of loader processes for each training process on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of each process that torchrun started here
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # cores per process of torchrun
     # On a CPU, loading and computing share the cores.
     return min(16, cores) if device.type != "cpu" else min(8, max(1, cores // 2))

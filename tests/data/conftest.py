@@ -32,7 +32,7 @@ def read():
 
 @pytest.fixture
 def described():
-    """described(dataset) is {image's file name: its captions in order}, in the order of the images."""
+    """described(dataset) returns {file name of an image: its captions in order}, in the order of the images."""
 
     def of(dataset) -> dict[str, list[str]]:
         result = {Path(dataset.images.name(i)).name: [] for i in range(len(dataset.images))}

@@ -1,4 +1,4 @@
-"""Small data sets in Chinese-CLIP's formats, and what a reader finds in one."""
+"""Small data sets in Chinese-CLIP's formats, and the content of a data set by ids."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def write_sample(folder, name="test", **options):
 
 
 def content(dataset):
-    """Images and captions by their ids, and the pairs of ids."""
+    """Return images and captions by their ids, and the pairs of ids."""
     image_ids, text_ids = list(dataset.image_ids), list(dataset.text_ids)
     images = {image_id: dataset.images.encoded(i) for i, image_id in enumerate(image_ids)}
     pairs = sorted(((image_ids[i], text_ids[j]) for i, j in dataset.pairs.tolist()), key=repr)

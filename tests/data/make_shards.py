@@ -13,7 +13,7 @@ from PIL import Image
 
 @functools.cache
 def jpeg(seed: int, height: int = 20, width: int = 24) -> bytes:
-    """A small JPEG, another one for each seed."""
+    """A small JPEG, different for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "jpeg")
@@ -30,7 +30,7 @@ def numbered(first: int, number: int) -> list[tuple[str, dict[str, bytes | str]]
 
 
 def write_shard(path: Path, samples) -> Path:
-    """A tar of (key, {ending: content}) samples."""
+    """Write a tar of (key, {ending: content}) samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, parts in samples:
@@ -43,7 +43,7 @@ def write_shard(path: Path, samples) -> Path:
 
 
 def write_shards(folder: Path, counts, prefix: str = "train", first: int = 0) -> list[Path]:
-    """Shards {prefix}-000.tar, ... of so many numbered samples each."""
+    """Write shards {prefix}-000.tar, ... of so many numbered samples each."""
     paths = []
     for shard, count in enumerate(counts):
         paths.append(write_shard(folder / f"{prefix}-{shard:03}.tar", numbered(first, count)))
@@ -52,7 +52,7 @@ def write_shards(folder: Path, counts, prefix: str = "train", first: int = 0) ->
 
 
 def shards_of_csv(table: Path, folder: Path, a_shard: int = 5) -> Path:
-    """The images of a CSV, all captions of each in its .json, as {split}-000.tar, ... of a few images each."""
+    """Write the images of a CSV, with their captions in a .json, as {split}-000.tar, ... of a few images each."""
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for split in ("train", "val", "test"):

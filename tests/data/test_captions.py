@@ -1,8 +1,11 @@
+"""Token ids of captions, against the tokenizers themselves."""
+
 import gzip
 import json
 import random
 import string
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from clip_retrieval.data.captions import tokenize
+from clip_retrieval.errors import UserError
 
 TOKENIZER = SimpleTokenizer()
 
@@ -53,7 +57,7 @@ def test_ids_are_clips_on_real_captions(data_set, real_data):
     with gzip.open(real_data / f"{data_set}.json.gz") as file:
         images = json.load(file)["images"]
     captions = [s["raw"] for image in images for s in image["sentences"]]
-    # All that could take the slow way, and a sample of the rest.
+    # All captions that need the slow cleaning, and a sample of the rest.
     chosen = [c for c in captions if not c.isascii() or not c.isprintable() or "&" in c] + captions[::25]
     tokens = tokenize(chosen, TOKENIZER)
     assert torch.equal(tokens.ids, reference(chosen))
@@ -77,7 +81,7 @@ def test_long_captions_keep_the_end_token_and_are_counted():
     assert tokens.cut == 3
 
 
-def test_a_caption_is_tokenised_once(monkeypatch):
+def test_duplicate_captions_are_tokenized_once(monkeypatch):
     seen = []
     tokenizer = SimpleTokenizer(clean="whitespace")
     clean = tokenizer.clean_fn
@@ -113,8 +117,30 @@ def test_ids_are_those_of_a_hugging_face_tokenizer(bert_folder):
     assert tokens.cut == 1
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model_max_length", [1]),  # TypeError
+        ("vocab", {"[PAD]": 2**31, "[UNK]": 2**31 + 1, "[CLS]": 2**31 + 2, "[SEP]": 2**31 + 3}),  # OverflowError
+        ("vocab", {"[PAD]": 0, "[CLS]": 2, "[SEP]": 3, "a": 4}),  # the library's own error: no [UNK] for "dog"
+    ],
+)
+def test_a_damaged_hugging_face_tokenizer_is_named(part, value, bert_folder):
+    folder = Path(bert_folder)
+    if part == "vocab":
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["model"]["vocab"] = value
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = HFTokenizer(bert_folder, context_length=5)
+    if part != "vocab":
+        setattr(tokenizer.tokenizer, part, value)
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the captions .*--tokenizer") as error:
+        tokenize(["a dog", "a cat"], tokenizer)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("odd", [{"strip_sep_token": True}, {"tokenizer_mode": "clips"}])
-def test_where_padding_is_not_at_the_end_nothing_is_called_padding(odd, bert_folder):
+def test_padding_on_the_left_counts_as_ids(odd, bert_folder):
     tokenizer = HFTokenizer(bert_folder, context_length=8, **odd)
     tokenizer.tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
     captions = ["a dog runs", "a dog"]

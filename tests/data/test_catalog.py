@@ -20,13 +20,13 @@ def dataset(name, split, images, captions):
 @pytest.mark.parametrize(
     ("name", "hint"), [("flickr30", "did you mean flickr30k"), ("COCO", "coco"), ("imagenet", "choose from coco, ")]
 )
-def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, read, name, hint):
+def test_an_unknown_name_suggests_the_nearest(tmp_path, read, name, hint):
     with pytest.raises(UserError, match=f"--dataset {name}: .*{hint}"):
         read(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_each_reader_answers(tmp_path, read, name):
+def test_each_reader_is_available(tmp_path, read, name):
     if name == "shapes":
         assert len(read(name, tmp_path).images) > 0
         return
@@ -61,11 +61,11 @@ print([name for name in ("pycocotools", "torch") if name in sys.modules])
         ("csv", "test", 3, 4),
     ],
 )
-def test_usual_sizes_are_silent(name, split, images, captions):
+def test_usual_sizes_give_no_warning(name, split, images, captions):
     assert size_warning(dataset(name, split, images, captions)) is None
 
 
-def test_unusual_sizes_are_said():
+def test_unusual_sizes_give_a_warning():
     warning = size_warning(dataset("coco", "test", 1_000, 5_000))
     assert "coco test" in warning and "\n" not in warning
     assert "1,000 images and 5,000 captions" in warning and "5,000 and 25,000" in warning

@@ -1,4 +1,4 @@
-"""Half surrogate pairs, NULs and bytes that are not UTF-8, in captions, ids and names of files."""
+"""Half surrogate pairs, NULs and bytes that are not UTF-8, in captions, ids and file names."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ from tests.data.make_chinese import photo, write_split
 from tests.data.make_shards import jpeg, write_shard
 
 CAPTIONS = ["a dog", "half an emoji \ud83d", "\udc36 the other half", "café\ud800!", "whole 🐶"]
-MENDED = ["a dog", "half an emoji \ufffd", "\ufffd the other half", "café\ufffd!", "whole 🐶"]
+FIXED = ["a dog", "half an emoji \ufffd", "\ufffd the other half", "café\ufffd!", "whole 🐶"]
 BROKEN = 3
 
 
@@ -62,7 +62,7 @@ def write_chinese(folder):
 
 
 def write_surrogates_as_bytes(folder):
-    """As Java's "modified UTF-8" has them: three bytes for each half."""
+    """As in Java's "modified UTF-8": three bytes for each half."""
     options = write_chinese(folder)
     lines = [
         json.dumps({"text_id": n, "text": text, "image_ids": [n]}, ensure_ascii=False) + "\n"
@@ -73,7 +73,7 @@ def write_surrogates_as_bytes(folder):
 
 
 def write_lmdb(folder):
-    """As Chinese-CLIP's own script builds it, which takes any text."""
+    """As Chinese-CLIP's own script builds it, with any text."""
     options = write_chinese(folder)
     build_lmdb(folder, ["train"])
     with lmdb.open(str(folder / "lmdb/train/pairs")) as env, env.begin(write=True) as transaction:
@@ -106,36 +106,36 @@ def read(options):
     return read_dataset(options, "train")
 
 
-def test_captions_of_every_reader_are_mended_and_counted(options, warnings):
+def test_captions_of_every_reader_are_fixed_and_counted(options, warnings):
     warnings.clear()
     dataset = read(options)
-    assert list(dataset.captions) == MENDED
+    assert list(dataset.captions) == FIXED
     assert len(warnings) == 1 and f"{BROKEN} captions hold U+FFFD" in warnings[0]
     assert len(tokenize(dataset.captions, open_clip.get_tokenizer("ViT-B-32")).ids) == 5
 
 
-def test_every_writer_takes_them_and_is_read_back(options, tmp_path):
+def test_fixed_captions_are_exported_and_read_back(options, tmp_path):
     export(options, tmp_path / "tsv", ["train"])
     export_shards(options, tmp_path / "shards", ["train"])
     tsv = DataOptions(dataset="chinese", dataset_root=str(tmp_path / "tsv"))
-    assert list(read(tsv).captions) == MENDED
+    assert list(read(tsv).captions) == FIXED
     build_lmdb(tmp_path / "tsv", ["train"])
-    assert list(read(tsv).captions) == MENDED
+    assert list(read(tsv).captions) == FIXED
     shards = DataOptions(dataset="webdataset", dataset_root=str(tmp_path / "shards"))
-    assert list(read(shards).captions) == MENDED
+    assert list(read(shards).captions) == FIXED
 
 
-def test_whole_captions_are_not_warned_of(tmp_path, warnings):
+def test_valid_captions_give_no_warning(tmp_path, warnings):
     write_shard(tmp_path / "train-0.tar", [("a", {"jpg": jpeg(0), "json": json.dumps({"caption": "a 🐶, 狗"})})])
     read(DataOptions(dataset="webdataset", dataset_root=str(tmp_path)))
     assert warnings == []
 
 
-def test_streamed_captions_are_mended():
-    assert read_captions(json.dumps({"caption": CAPTIONS}).encode(), "json", None) == MENDED
+def test_streamed_captions_are_fixed():
+    assert read_captions(json.dumps({"caption": CAPTIONS}).encode(), "json", None) == FIXED
 
 
-def test_texts_without_images_go_into_an_lmdb(tmp_path):
+def test_texts_without_images_are_stored_in_an_lmdb(tmp_path):
     write_split(tmp_path, "test", {1: photo(1)}, [])
     lines = [{"text_id": 1, "text": "x", "image_ids": [1]}, {"text_id": "\ud83d", "text": "\ud83d", "image_ids": []}]
     (tmp_path / "test_texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -147,7 +147,7 @@ def test_texts_without_images_go_into_an_lmdb(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
-def test_ids_of_features_and_predictions_come_back(tmp_path, ending):
+def test_ids_of_features_and_predictions_are_read_back(tmp_path, ending):
     ids = ["\ud83d", os.fsdecode(b"\xff.jpg"), "a\0b", "狗", -7, 10**30]
     vectors = np.eye(6, dtype=np.float32)
     paths = {kind: tmp_path / f"{kind}_features.{ending}" for kind in ("image", "text")}
@@ -177,7 +177,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:9]))
 @pytest.mark.parametrize("layout", ["coco", "karpathy"])
-def test_names_that_no_image_can_have(tmp_path, name, layout):
+def test_invalid_image_names(tmp_path, name, layout):
     content = {
         "coco": {
             "images": [{"id": 1, "file_name": name}],
@@ -186,20 +186,20 @@ def test_names_that_no_image_can_have(tmp_path, name, layout):
         "karpathy": {"images": [{"filename": name, "split": "train", "sentences": [{"raw": "a dog"}]}]},
     }[layout]
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 of the 1 images are not there"):
+    with pytest.raises(UserError, match="1 of the 1 images are missing"):
         read(DataOptions(dataset=layout, annotations=str(tmp_path / "a.json"), image_dir=str(tmp_path)))
 
 
 def test_folder_loops_hold_no_images(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.csv").write_text("image,caption\nloop/a.jpg,a dog\na.csv/b.jpg,a cat\n")
-    with pytest.raises(UserError, match="2 of the 2 images are not there"):
+    with pytest.raises(UserError, match="2 of the 2 images are missing"):
         read(DataOptions(dataset="csv", annotations=str(tmp_path / "a.csv")))
 
 
 @pytest.mark.parametrize("ids", ["number", "name"])
-def test_images_whose_names_are_not_utf_8(tmp_path, ids):
-    """JSON can name them: os.fsdecode writes a byte as half a surrogate pair."""
+def test_image_names_that_are_not_utf_8(tmp_path, ids):
+    """JSON can hold such names: os.fsdecode turns a byte into half a surrogate pair."""
     names = [os.fsdecode(name) for name in (b"\xff.jpg", b"\xfe.jpg", b"caf\xe9/\xff\xfe.jpg", b"tab\there.jpg")]
     for number, name in enumerate(names):
         path = tmp_path / "images" / name
@@ -216,7 +216,7 @@ def test_images_whose_names_are_not_utf_8(tmp_path, ids):
     assert [again.images.encoded(n) for n in range(4)] == [jpeg(n) for n in range(4)]
 
 
-def test_ids_that_a_tsv_cannot_tell_apart_are_refused(tmp_path):
+def test_ids_that_are_equal_in_a_tsv_are_refused(tmp_path):
     samples = [("a\tb", {"jpg": jpeg(1), "txt": "one"}), ("a b", {"jpg": jpeg(2), "txt": "two"})]
     write_shard(tmp_path / "train-0.tar", samples)
     options = DataOptions(dataset="webdataset", dataset_root=str(tmp_path))

@@ -1,4 +1,4 @@
-"""RetrievalDataset: pairs in order, and positives against looking up every pair in a set."""
+"""RetrievalDataset: sorted pairs, and positives against brute force."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_positives_are_the_pairs(case, draw):
     assert sorted(map(tuple, found.tolist())) == expected
 
 
-def test_a_data_set_without_pairs_can_be_read_but_not_used():
+def test_a_data_set_without_pairs_cannot_be_scored():
     data = dataset(2, 2, np.empty((0, 2)))
     assert data.pairs.shape == (0, 2) and data.first_pair.tolist() == [0, 0, 0]
     assert len(data.positives(np.array([0, 1]), np.array([1]))) == 0
@@ -61,7 +61,7 @@ def test_a_data_set_without_pairs_can_be_read_but_not_used():
     dataset(1, 1, [[0, 0]]).require_pairs()
 
 
-def test_there_is_an_id_for_each_image_and_caption_or_none():
+def test_ids_are_one_for_each_image_and_caption_or_none():
     images, pairs = ImageFiles(["a.jpg", "b.jpg"]), np.array([[0, 0]])
     data = RetrievalDataset("csv", "train", images, ["a"], pairs, image_ids=[7, "x"], text_ids=[1])
     assert (data.image_ids, data.text_ids) == ([7, "x"], [1])

@@ -1,4 +1,4 @@
-"""Several data sets as one: what stands where, what is scored, and how it is weighted."""
+"""Several data sets as one: their order, the scored splits, and the weights."""
 
 import itertools
 import logging
@@ -23,8 +23,8 @@ from tests.data.batches.test_sampler import epoch_pairs
 from tests.models.small import small_preprocess
 
 
-def drawn(sizes, name="drawn", side=8, split="train"):
-    """A data set of images with so many captions each; the pixels of image i are i, the captions carry its name."""
+def make_dataset(sizes, name="drawn", side=8, split="train"):
+    """A data set of images with so many captions each; image i has pixels i, its captions name it."""
     owners = np.repeat(np.arange(len(sizes)), sizes)
     pixels = np.arange(len(sizes), dtype=np.uint8)[:, None, None, None] + np.zeros((1, side, side, 3), np.uint8)
     captions = [f"{name} {image} {number}" for number, image in enumerate(owners)]
@@ -33,14 +33,14 @@ def drawn(sizes, name="drawn", side=8, split="train"):
 
 
 def mixture(*captions_per_image):
-    return mix([drawn(sizes, name) for name, sizes in zip("abc", captions_per_image)], "mixture")
+    return mix([make_dataset(sizes, name) for name, sizes in zip("abc", captions_per_image)], "mixture")
 
 
 # One data set of several
 
 
-def test_images_captions_and_pairs_stand_one_after_the_other():
-    parts = [drawn([2, 1], "a"), drawn([0, 3], "b", side=12), drawn([1], "c")]
+def test_images_captions_and_pairs_are_concatenated():
+    parts = [make_dataset([2, 1], "a"), make_dataset([0, 3], "b", side=12), make_dataset([1], "c")]
     whole = mix(parts, "a+b+c")
     assert (whole.name, whole.split, len(whole.images)) == ("a+b+c", "train", 5)
     assert whole.captions == [caption for part in parts for caption in part.captions]
@@ -54,17 +54,17 @@ def test_images_captions_and_pairs_stand_one_after_the_other():
 
 
 def test_an_image_outside_is_an_index_error():
-    images = MixedImages([drawn([1, 1]).images, drawn([1]).images])
+    images = MixedImages([make_dataset([1, 1]).images, make_dataset([1]).images])
     with pytest.raises(IndexError):
         images[3]
 
 
-def test_nothing_is_opened_before_it_is_asked_for():
+def test_images_are_opened_on_access():
     class Closed(list):
         def __getitem__(self, index):
             raise AssertionError("opened")
 
-    images = MixedImages([Closed([0, 0]), drawn([1]).images])
+    images = MixedImages([Closed([0, 0]), make_dataset([1]).images])
     assert len(images) == 3 and images[2].size == (8, 8)
     with pytest.raises(AssertionError):
         images[1]
@@ -72,12 +72,13 @@ def test_nothing_is_opened_before_it_is_asked_for():
 
 def test_a_part_without_pairs_is_named():
     with pytest.raises(UserError, match="b, train split: no image has a caption"):
-        mix([drawn([1], "a"), drawn([0, 0], "b")], "a+b")
+        mix([make_dataset([1], "a"), make_dataset([0, 0], "b")], "a+b")
 
 
-def test_pixels_are_those_of_the_parts_in_any_order():
+def test_pixels_equal_those_of_the_parts_in_any_order():
     parts = [
-        make_pixels(drawn([1] * n, side=side).images, small_preprocess()) for n, side in ((3, 8), (2, 40), (4, 16))
+        make_pixels(make_dataset([1] * n, side=side).images, small_preprocess())
+        for n, side in ((3, 8), (2, 40), (4, 16))
     ]
     pixels = MixedPixels(parts)
     assert len(pixels) == 9 and pixels.in_memory
@@ -88,7 +89,7 @@ def test_pixels_are_those_of_the_parts_in_any_order():
     assert torch.equal(pickle.loads(pickle.dumps(pixels))(7), alone[7])
 
 
-def test_each_crop_follows_its_own_seed():
+def test_each_crop_has_its_own_seed():
     noise = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
     parts = [make_pixels(ImageArray(half, "x"), small_preprocess(), augment="crop") for half in (noise[:2], noise[2:])]
     indices, seeds = [3, 0, 2, 0], [5, 6, 7, 8]
@@ -97,49 +98,49 @@ def test_each_crop_follows_its_own_seed():
     assert not torch.equal(expected[1], expected[3])
 
 
-def test_a_mixture_with_files_in_it_needs_worker_processes():
+def test_a_mixture_with_files_needs_worker_processes():
     class Files(list):
         pass
 
-    drawings = make_pixels(drawn([1]).images, small_preprocess())
+    drawings = make_pixels(make_dataset([1]).images, small_preprocess())
     assert not MixedPixels([drawings, make_pixels(Files([1]), small_preprocess())]).in_memory
 
 
-# What is scored
+# Scored splits
 
 
 @pytest.fixture
 def read_some():
-    """read_some(a={"train", "val"}, b=UNSPLIT) is a reader of data sets with these splits."""
+    """read_some(a={"train", "val"}, b=UNSPLIT) returns a reader of data sets with these splits."""
 
     def reader(**splits):
         def read(options, split):
             has = splits[options.dataset]
             if has == UNSPLIT:
-                return None if split == "val" else drawn([1, 2], options.dataset, split=UNSPLIT)
-            return drawn([1, 2], options.dataset, split=split) if split in has else None
+                return None if split == "val" else make_dataset([1, 2], options.dataset, split=UNSPLIT)
+            return make_dataset([1, 2], options.dataset, split=split) if split in has else None
 
         return lambda split: read_mixture("mix", [DataOptions(dataset=name) for name in splits], split, read)
 
     return reader
 
 
-def test_val_and_test_are_those_of_the_first_data_set_that_has_them(read_some, caplog, monkeypatch):
+def test_val_and_test_come_from_the_first_data_set_with_them(read_some, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, "clip_retrieval")
     read = read_some(a={"train"}, b={"train", "test"}, c={"train", "val", "test"})
     assert (read("val").name, read("val").split) == ("c", "val")
     assert (read("test").name, read("test").split) == ("b", "test")
-    assert "test: that of b, the first" in caplog.text
+    assert "test split: from b, the first" in caplog.text
     assert (read("train").split, len(read("train").images)) == ("train", 6)
 
 
-def test_what_all_is_trained_on_is_not_scored_as_if_held_out(read_some):
+def test_a_data_set_without_splits_is_not_scored_as_held_out(read_some):
     assert read_some(a=UNSPLIT, b={"train", "test"})("test").name == "b"
     assert read_some(a=UNSPLIT, b={"train", "val"})("test") is None
 
 
-def test_data_sets_without_splits_are_scored_as_the_first_of_them(read_some):
+def test_data_sets_without_splits_are_scored_on_the_first(read_some):
     read = read_some(a=UNSPLIT, b=UNSPLIT)
     assert read("train").split == UNSPLIT and read("val") is None
     assert (read("test").name, read("test").split) == ("a", UNSPLIT)
@@ -153,7 +154,7 @@ def test_a_data_set_without_a_train_split_is_named(read_some):
 # Weights
 
 
-def test_without_weights_a_mixture_is_sampled_as_any_data_set():
+def test_without_weights_a_mixture_is_sampled_as_one_data_set():
     sizes = [2, 3, 5, 1, 4, 5, 5, 2]
     for sampling in ("all", "one"):
         whole = BatchSampler(mixture(sizes[:3], sizes[3:]), 3, sampling, seed=7)
@@ -164,7 +165,7 @@ def test_without_weights_a_mixture_is_sampled_as_any_data_set():
     total=st.integers(0, 1000),
     weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6),
 )
-def test_shares_are_the_nearest_whole_numbers_that_add_up(total, weights):
+def test_shares_are_rounded_and_sum_to_the_total(total, weights):
     shares = proportional(total, weights)
     assert sum(shares) == total
     for share, weight in zip(shares, weights):
@@ -177,8 +178,8 @@ def test_the_largest_remainders_are_rounded_up():
     assert proportional(7, [0.1, 0.2, 0.4]) == [1, 2, 4]
 
 
-def counted(sampler, epoch=0):
-    """How often each pair comes in an epoch."""
+def count_pairs(sampler, epoch=0):
+    """Count the occurrences of each pair in an epoch."""
     return np.bincount(
         [caption for batch in epoch_pairs(sampler, epoch) for _, caption in batch],
         minlength=len(sampler.dataset.captions),
@@ -191,15 +192,15 @@ def test_an_epoch_has_each_part_in_proportion(weights, sampling):
     data = mixture([2] * 20, [1] * 40)  # 40 pairs each; 20 and 40 images
     samples = number_of_samples(data, sampling)
     sampler = BatchSampler(data, samples, sampling, weights=weights)  # a batch of all: no remainder
-    count = counted(sampler)
+    count = count_pairs(sampler)
     of_parts = [int(count[:40].sum()), int(count[40:].sum())]
     assert sum(of_parts) == samples
     assert of_parts == sampler.shares == proportional(samples, weights)
 
 
-def test_a_part_that_gives_more_than_it_has_is_gone_through_evenly_and_less_is_another_choice_each_epoch():
+def test_oversampling_is_even_and_undersampling_changes_each_epoch():
     sampler = BatchSampler(mixture([2] * 10, [5] * 20), 120, weights=(3, 1))
-    counts = [counted(sampler, epoch) for epoch in range(3)]
+    counts = [count_pairs(sampler, epoch) for epoch in range(3)]
     for count in counts:
         assert sorted(count[:20]) == [4] * 10 + [5] * 10  # 90 of 20 pairs
         assert sorted(count[20:]) == [0] * 70 + [1] * 30
@@ -207,7 +208,7 @@ def test_a_part_that_gives_more_than_it_has_is_gone_through_evenly_and_less_is_a
         assert (a[:20] != b[:20]).any() and (a[20:] != b[20:]).any()
 
 
-def test_with_one_caption_per_image_the_images_are_gone_through_evenly():
+def test_one_caption_per_image_samples_the_images_evenly():
     data = mixture([3] * 10, [4] * 30)
     sampler = BatchSampler(data, 40, "one", weights=(3, 1))
     images = np.bincount([image for batch in epoch_pairs(sampler) for image, _ in batch], minlength=40)
@@ -223,9 +224,7 @@ def test_with_one_caption_per_image_the_images_are_gone_through_evenly():
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)
-def test_no_image_repeats_in_a_batch_unless_it_comes_more_often_than_there_are_batches(
-    counts, batch_size, sampling, data
-):
+def test_no_image_repeats_in_a_batch_unless_it_exceeds_the_batches(counts, batch_size, sampling, data):
     whole = mixture(*counts)
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
     batch_size = min(batch_size, number_of_samples(whole, sampling))
@@ -239,7 +238,7 @@ def test_no_image_repeats_in_a_batch_unless_it_comes_more_often_than_there_are_b
 
 
 @pytest.mark.parametrize("sampling", ["all", "one"])
-def test_a_weighted_epoch_is_a_pure_function_of_seed_and_epoch_and_can_start_anywhere(sampling):
+def test_a_weighted_epoch_depends_on_seed_and_epoch_only(sampling):
     data = mixture([2, 3, 5], [1, 4, 5, 5, 2])
     sampler = BatchSampler(data, 3, sampling, seed=7, weights=(2, 1))
     whole = epoch_pairs(sampler, 4)
@@ -249,8 +248,8 @@ def test_a_weighted_epoch_is_a_pure_function_of_seed_and_epoch_and_can_start_any
     assert epoch_pairs(BatchSampler(data, 3, sampling, seed=8, weights=(2, 1)), 4) != whole
 
 
-def test_the_fingerprint_tells_data_sets_that_changed_places():
-    parts = drawn([2, 1], "a"), drawn([2, 1], "b"), drawn([2], "a"), drawn([1, 2, 1], "b")
+def test_the_fingerprint_depends_on_the_order_of_data_sets():
+    parts = make_dataset([2, 1], "a"), make_dataset([2, 1], "b"), make_dataset([2], "a"), make_dataset([1, 2, 1], "b")
     prints = {
         BatchSampler(data, 2).fingerprint
         for data in (parts[0], mix(parts[:2], "x"), mix(parts[1::-1], "x"), mix(parts[2:], "x"))

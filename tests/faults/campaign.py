@@ -1,4 +1,4 @@
-"""Shared by the campaigns of crashes: undisturbed runs to compare with, counts, and a row of the table for each."""
+"""The parts that crash campaigns share: undisturbed runs to compare with, counts, and the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Count:
     """The row of a campaign.
 
     Attributes:
-        name: of it.
+        name: name of the campaign.
         tried: injected faults.
         met: faults that hit the run; the others came after its end.
         lost: runs whose outputs differ from the undisturbed run's, or that do not resume.
@@ -49,7 +49,7 @@ class Count:
 
 
 class Undisturbed:
-    """A run of each kind that nothing disturbs: its folder, its seconds, and its file operations by group."""
+    """An undisturbed run of a kind: its folder, its seconds, and its file operations by group."""
 
     def __init__(self, folder: Path, data: Path, kind: Kind):
         self.kind = kind
@@ -62,7 +62,7 @@ class Undisturbed:
 
     @cached_property
     def operations(self) -> dict[tuple[str, str], int]:
-        """How many operations there are of each kind on each file, in the run's folder and its cache."""
+        """The number of operations of each kind on each file, in the run's folder and its cache."""
         place = Place(self.place.folder.with_name(f"recorded {self.kind.name}"), self.data)
         record = place.folder.with_name(f"record {self.kind.name}.txt")
         ended = place.start(self.kind, before=hooks.install, arguments=(place.folder, None, record)).wait()
@@ -77,21 +77,21 @@ class Undisturbed:
 
 
 def finish_again(place: Place, kind: Kind) -> float:
-    """Repeat the run, now that the server is warm, and return its seconds."""
+    """Repeat the run with a warm server, and return its seconds."""
     shutil.rmtree(place.folder)
     return finish(place, kind).seconds
 
 
 @contextmanager
 def inputs(*, in_memory: bool = True) -> Iterator[tuple[Path, Path]]:
-    """A folder, and the data in it."""
+    """A temporary folder, and the data in it."""
     place = IN_MEMORY if in_memory and Path(IN_MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(dir=place, prefix="campaign-") as folder:
         yield Path(folder), write_inputs(Path(folder))
 
 
 class Campaign:
-    """Makes places for runs, and undisturbed runs of each kind on demand."""
+    """Creates places for runs, and undisturbed runs of each kind on demand."""
 
     def __init__(self, folder: Path, data: Path, seed: int = 0, kinds: Sequence[Kind] = KINDS):
         self.folder = folder
@@ -102,7 +102,7 @@ class Campaign:
         self._number = 0
 
     def kind(self, number: int) -> Kind:
-        """One kind of run after the other."""
+        """The kind of run `number`: one kind after the other."""
         return self.kinds[number % len(self.kinds)]
 
     def rng(self, name: str, number: int) -> random.Random:
@@ -114,7 +114,7 @@ class Campaign:
         return self._undisturbed[kind.name]
 
     def place(self) -> Place:
-        """A place for a new run."""
+        """Create a place for a new run."""
         self._number += 1
         return Place(self.folder / f"run {self._number}", self.data)
 
@@ -141,7 +141,7 @@ class Campaign:
 
 
 def table(counts: list[Count]) -> str:
-    """A row for each campaign."""
+    """A table with a row for each campaign."""
     rows = [["campaign", "tried", "met", "lost", "wrong end"]]
     rows += [[c.name, str(c.tried), str(c.met), str(c.lost), str(c.wrong)] for c in counts]
     widths = [max(map(len, column)) for column in zip(*rows)]

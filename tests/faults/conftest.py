@@ -1,4 +1,4 @@
 import sys
 
-# Forks, signals, limits and /proc, as Linux has them.
+# The tests need Linux: forks, signals, limits and /proc.
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]

@@ -1,7 +1,7 @@
-"""Changes inside containers whose checksums, lengths and compression would hide them from a reader.
+"""Changes inside containers, whose checksums, lengths and compression would otherwise reject a damaged part.
 
-Each function takes a container's bytes, lets `change` alter the bytes of one part, and gives a container that is valid
-around that part. A document that cannot be taken apart is changed as a whole.
+Each function takes a container's bytes, changes the bytes of one part with `change`, and returns a container that is
+valid around that part.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from random import Random
 Change = Callable[[bytes], bytes]
 Container = Callable[[bytes, Random, Change], bytes]
 
-PICKLES = 0.6  # share of the changes in a zip that meet a pickle: tensors take most of the bytes
+PICKLES = 0.6  # share of the changes in a zip that hit a pickle: tensors are most of the bytes
 ALIGNMENT = 64  # torch maps the tensors of a checkpoint into memory
 TAR_BLOCK, TAR_CHECKSUM = 512, slice(148, 156)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def in_gzip(document: bytes, rng: Random, change: Change) -> bytes:
+def change_gzip(document: bytes, rng: Random, change: Change) -> bytes:
     """Change the content of a gzip file."""
     return gzip.compress(change(gzip.decompress(document)), compresslevel=1, mtime=0)
 
 
-def in_zip(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change one entry of a zip, mostly one that is a pickle; its checksum is right again."""
+def change_zip(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change one entry of a zip, usually a pickle, and correct its checksum."""
     with zipfile.ZipFile(io.BytesIO(document)) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     pickles = [i for i, (name, _) in enumerate(entries) if name.endswith(".pkl")]
@@ -43,7 +43,7 @@ def in_zip(document: bytes, rng: Random, change: Change) -> bytes:
 
 
 def write_zip(entries: list[tuple[str, bytes]], *, compressed: bool = False) -> bytes:
-    """A zip as torch writes it: nothing is compressed, and each entry begins at a multiple of 64 bytes."""
+    """Write a zip as torch does: uncompressed, each entry aligned to 64 bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
         for name, content in entries:
@@ -56,8 +56,8 @@ def write_zip(entries: list[tuple[str, bytes]], *, compressed: bool = False) -> 
     return file.getvalue()
 
 
-def in_png(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change a chunk of a PNG: its type and data, of an IDAT also the pixels before they are compressed."""
+def change_png(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change the type and data of a PNG chunk, or the uncompressed pixels of an IDAT chunk."""
     chunks, at = [], len(PNG_SIGNATURE)
     while at < len(document):
         (size,) = struct.unpack_from(">I", document, at)
@@ -73,8 +73,8 @@ def in_png(document: bytes, rng: Random, change: Change) -> bytes:
     return PNG_SIGNATURE + b"".join(packed)
 
 
-def in_tar(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change the header of a member of a tar, or its content within its blocks."""
+def change_tar(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change the header of a tar member, or its content within its blocks."""
     headers, at = [], 0
     while at + TAR_BLOCK <= len(document) and document[at]:
         headers.append(at)
@@ -90,14 +90,14 @@ def in_tar(document: bytes, rng: Random, change: Change) -> bytes:
     return document[: begin + TAR_BLOCK] + change(content)[: len(content)].ljust(len(content), b"\0") + document[end:]
 
 
-def in_safetensors(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change the header of a safetensors file; its length is right again."""
+def change_safetensors(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change the header of a safetensors file, and correct its length."""
     (size,) = struct.unpack_from("<Q", document)
     header = change(document[8 : 8 + size])
     return struct.pack("<Q", len(header)) + header + document[8 + size :]
 
 
-def in_base64_lines(document: bytes, rng: Random, change: Change) -> bytes:
+def change_base64_lines(document: bytes, rng: Random, change: Change) -> bytes:
     """Change the content of one line of `key <tab> base64`."""
     lines = document.splitlines()
     chosen = rng.randrange(len(lines))
@@ -106,8 +106,8 @@ def in_base64_lines(document: bytes, rng: Random, change: Change) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
-def in_lmdb(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change a value of an LMDB, or (one of ten) a key; its pages are whole."""
+def change_lmdb(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change a value of an LMDB, or in one of ten cases a key; its pages stay valid."""
     with tempfile.TemporaryDirectory() as name:
         before, after = Path(name, "before"), Path(name, "after")
         before.mkdir()

@@ -1,4 +1,4 @@
-"""Disks that are full, broken, read-only or gone: the run ends with code 3 and one line, and resumes afterwards."""
+"""Full, broken, read-only or deleted disks: the run ends with code 3 and one line, and resumes afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPERATIONS = ("open", "write", "flush", "fsync", "rename", "mkdir")
 
 
 def break_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Let `count` file operations fail, each kind of them on each file in turn, once or for good."""
+    """Make `count` file operations fail, each kind on each file in turn, once or permanently."""
     row = Count("an operation fails")
     for number in range(first, first + count):
         kind, rng = campaign.kind(number), campaign.rng("disk", number)
@@ -34,7 +34,7 @@ def break_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
         ended = place.start(kind, before=hooks.install, arguments=(place.folder, fault)).wait(120)
         row.met += ended.code != 0
         what = f"number {number}, {kind.name}, {errno.errorcode[error]} at {operation} {at} of {file}"
-        # Before anything is there, a place that cannot be written is a wrong option; a run may do without some files.
+        # At the start, an unwritable folder is a wrong option (code 2). A run does not need all of its files.
         codes = (2, 3) if not (place.output / "log.txt").exists() else (3,)
         campaign.check_message(row, ended, codes if ended.code else (0, 3), _words(file, ended.code), what)
         campaign.check_end(row, place, kind, what)
@@ -42,12 +42,12 @@ def break_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
 
 
 def _words(file: str, code: int | None) -> tuple[str, ...]:
-    """Words that the message has to contain."""
+    """Words that the message must contain."""
     return (file,) if code == 3 and file.endswith((".pt", ".json", ".jsonl", ".txt")) else ()
 
 
 def limit_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Let no file grow beyond a size (EFBIG), as a quota does."""
+    """Limit the size of files (EFBIG), as a quota does."""
     row = Count("a limit on files")
     for number in range(first, first + count):
         kind, rng = campaign.kind(number), campaign.rng("limit", number)
@@ -64,7 +64,7 @@ def limit_files(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
 
 
 def delete_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Take the output folder away while the run writes to it."""
+    """Delete the output folder while the run writes to it."""
     row = Count("the folder is deleted")
     for number in range(first, first + count):
         kind, rng = campaign.kind(number), campaign.rng("delete", number)
@@ -87,7 +87,7 @@ def delete_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count
 
 
 def can_mount() -> bool:
-    """Whether this process may mount a file system that no other process sees."""
+    """Whether this process may mount a private file system."""
     if os.geteuid() or shutil.which("unshare") is None:
         return False
     command = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
@@ -95,7 +95,7 @@ def can_mount() -> bool:
 
 
 def fill_disks(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Real file systems that are too small or become read-only; this process has to run under `unshare -m`."""
+    """Use real file systems that are too small or become read-only; this process must run under `unshare -m`."""
     full, read_only = Count("a full disk"), Count("a read-only disk")
     for number in range(first, first + count):
         kind, rng = campaign.kind(number), campaign.rng("full", number)
@@ -126,7 +126,7 @@ def _fill(campaign: Campaign, row: Count, kind: Kind, place: Place, what: str) -
 
 
 def _make_read_only(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
-    """A run is killed, its disk becomes read-only, and becomes writable again."""
+    """Kill a run, make its disk read-only, then writable again."""
     place, rng = campaign.place(), campaign.rng("read-only", number)
     logs, what = place.folder / "logs", f"number {number}, {kind.name}, read-only"
     logs.mkdir(parents=True)
@@ -161,7 +161,7 @@ def _mount(*words: object) -> None:
 
 
 def small_shared_memory(campaign: Campaign, sizes: tuple[str, ...] = ("4k", "16k", "64m")) -> list[Count]:
-    """A /dev/shm of its own: Docker's 64 MB work, smaller ones end with a line that names it."""
+    """Mount a small /dev/shm: Docker's 64 MB suffice, smaller ones end with a line that names it."""
     row = Count("a small /dev/shm")
     for size in sizes:
         place = campaign.place()

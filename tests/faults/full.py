@@ -1,4 +1,4 @@
-"""All campaigns, counted: python -m tests.faults.full
+"""Run all campaigns and count: python -m tests.faults.full
 
 python -m tests.faults.full --only kills --kills 20 --seed 3
 """
@@ -22,10 +22,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help=", ".join(ALL))
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--others", type=int, default=60, help="faults of each other campaign")
-    parser.add_argument("--mutations", type=int, default=5000, help="of each reader")
+    parser.add_argument("--others", type=int, default=60, help="faults in each of the other campaigns")
+    parser.add_argument("--mutations", type=int, default=5000, help="mutations of each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the files that a reader did not refuse properly")
+    parser.add_argument("--keep", type=Path, help="folder for the files that caused a fault")
     args = parser.parse_args()
     wanted = args.only or ALL
     counts = _crashes(args, wanted)
@@ -33,15 +33,15 @@ def main() -> int:
     if counts:
         print(table(counts), flush=True)
     if FILL in wanted:
-        failed |= _in_own_mounts(args)
+        failed |= _run_in_private_mounts(args)
     for name, module in (("hostile", "tests.faults.hostile"), ("fuzz", "tests.faults.fuzz")):
         if name in wanted:
-            failed |= _module(module, args)
+            failed |= _run_module(module, args)
     return int(failed)
 
 
 def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
-    """The campaigns of runs that are disturbed."""
+    """Run the campaigns with disturbed runs."""
     run: dict[str, Callable[[Campaign], list[Count]]] = {
         "kills": lambda campaign: kills.kill_runs(campaign, args.kills),
         "disks": lambda campaign: [
@@ -57,6 +57,8 @@ def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
             *disks.small_shared_memory(campaign),
         ],
     }
+
+    # run the wanted ones, and print their notes
     counts: list[Count] = []
     with inputs(in_memory=MOUNTED not in wanted) as (folder, data):
         campaign = Campaign(folder, data, args.seed)
@@ -69,18 +71,18 @@ def _crashes(args: argparse.Namespace, wanted: Sequence[str]) -> list[Count]:
     return counts
 
 
-def _in_own_mounts(args: argparse.Namespace) -> bool:
-    """Fill small file systems, in a process that sees mounts of its own; whether anything failed."""
+def _run_in_private_mounts(args: argparse.Namespace) -> bool:
+    """Fill small file systems in a process with private mounts; return whether anything failed."""
     if not disks.can_mount():
         print("full disks: skipped, as this user may not mount file systems")
         return False
     command = [sys.executable, "-m", "tests.faults.full", "--only", MOUNTED]
     command += ["--others", str(args.others), "--seed", str(args.seed)]
-    # The server of the runs must be started within: it is not there yet, as the process is a new one.
+    # A new process, because the server of the runs must start within the private mounts.
     return subprocess.run(["unshare", "-m", *command]).returncode != 0
 
 
-def _module(module: str, args: argparse.Namespace) -> bool:
+def _run_module(module: str, args: argparse.Namespace) -> bool:
     command = [sys.executable, "-m", module]
     if module.endswith("fuzz"):
         command += ["--count", str(args.mutations), "--seed", str(args.seed)]

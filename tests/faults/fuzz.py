@@ -1,7 +1,7 @@
-"""Mutations of valid files, given to every reader of the package.
+"""Feed mutations of valid files to every reader of the package.
 
 python -m tests.faults.fuzz --count 5000                        # a row for each reader
-python -m tests.faults.fuzz --count 300 --reader png --keep failed/     # those with "png" in their names
+python -m tests.faults.fuzz --count 300 --reader png --keep failed/     # readers with "png" in their names
 
 A document is accepted, or refused with one line and exit code 2 or 3. Everything else is a fault: an uncaught
 error, a signal, more than ten seconds, more than 4 GB.
@@ -25,16 +25,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch is imported: a forked process has none of the threads of the one that it is from.
+# Set before torch is imported: a forked process does not inherit the threads of its parent.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 from tests.faults.readers import READERS
 from tests.faults.readers.reader import Reader
 from tests.faults.worker import ACCEPTED, MEMORY_OUT, REFUSED, UNCAUGHT, Documents, Outcome, start
 
-DEADLINE = 10.0  # seconds of computing that a document may take
-PATIENCE = 6  # times as long may pass by the clock
-SETUP = 60.0  # seconds of computing until the first document
+DEADLINE = 10.0  # CPU seconds per document
+PATIENCE = 6  # times as many seconds of wall time
+SETUP = 60.0  # CPU seconds until the first document
 CRASHED, HUNG = "crashed", "hung"
 KINDS = (ACCEPTED, REFUSED, UNCAUGHT, CRASHED, HUNG, MEMORY_OUT)
 FAULTS = KINDS[2:]
@@ -46,11 +46,11 @@ class Report:
     """The outcomes of the mutations of a reader.
 
     Attributes:
-        reader: its name.
-        counts: by kind.
+        reader: name of the reader.
+        counts: number of outcomes by kind.
         roots: the first outcome of each distinct fault.
-        times: how often each was met.
-        seconds: that they took.
+        times: number of occurrences of each distinct fault.
+        seconds: wall time.
     """
 
     reader: str
@@ -84,8 +84,9 @@ def fuzz(reader: Reader, count: int, seed: int = 0, first: int = 0) -> Report:
 
 
 def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> Iterator[Outcome]:
-    """One for each mutation; a process that is lost is followed by another one."""
+    """Yield the outcome of each mutation; a lost process is replaced by a new one."""
     while first < end:
+        # read the reports of a process until it ends or hangs
         child, pipe = start(reader, folder, seed, first, end)
         lost = UNCAUGHT
         number = None
@@ -99,6 +100,8 @@ def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> 
             yield Outcome(**json.loads(line))
             number = None
             first += 1
+
+        # report the mutation that it did not survive
         os.close(pipe)
         if lost == HUNG:
             os.kill(child, signal.SIGKILL)
@@ -117,15 +120,15 @@ def _outcomes(reader: Reader, folder: Path, seed: int, first: int, end: int) -> 
 
 
 def _lines(pipe: int, child: int) -> Iterator[str | None]:
-    """The lines that a process writes to a pipe, until it is closed; None if the next one takes too long.
+    """Yield the lines that a process writes to a pipe, until it is closed; None if the next line takes too long.
 
-    Too long is more than DEADLINE of computing, or PATIENCE times as long by the clock: a busy machine is no fault.
+    The limit is DEADLINE of CPU time, or PATIENCE times as much wall time, because a busy machine is not a fault.
     """
     rest, deadline = b"", SETUP  # the documents are written first
     while True:
-        began, computed = time.monotonic(), _computed(child)
+        began, cpu_began = time.monotonic(), _cpu_seconds(child)
         while not select.select([pipe], [], [], min(1.0, deadline / 4))[0]:
-            if _computed(child) - computed > deadline or time.monotonic() - began > PATIENCE * deadline:
+            if _cpu_seconds(child) - cpu_began > deadline or time.monotonic() - began > PATIENCE * deadline:
                 yield None
                 return
         read = os.read(pipe, 1 << 16)
@@ -137,14 +140,14 @@ def _lines(pipe: int, child: int) -> Iterator[str | None]:
         deadline = DEADLINE
 
 
-def _computed(process: int) -> float:
-    """Seconds that a process has computed for."""
+def _cpu_seconds(process: int) -> float:
+    """CPU seconds of a process."""
     times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def table(reports: Iterable[Report]) -> str:
-    """A row of counts for each reader, and their sum."""
+    """A table with the counts of each reader, and their sums."""
     rows = [[r.reader, *(str(r.counts[kind]) for kind in KINDS), f"{r.seconds:.0f}"] for r in reports]
     sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(KINDS) + 2)]
     lines = [["reader", *KINDS, "seconds"], *rows, ["all", *sums]]
@@ -158,9 +161,9 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def keep(reader: Reader, report: Report, folder: Path, seed: int) -> None:
-    """Write the first document of each distinct fault into `folder`, with its traceback beside it."""
-    with tempfile.TemporaryDirectory() as made:
-        documents = Documents(reader, Path(made), seed)
+    """Write the first document of each distinct fault to `folder`, with its traceback."""
+    with tempfile.TemporaryDirectory() as temporary:
+        documents = Documents(reader, Path(temporary), seed)
         for (kind, root), outcome in report.roots.items():
             chosen, content = documents.mutation(outcome.number)
             name = f"{reader.name.replace(' ', '-').replace(',', '')}-{kind}-{outcome.number}"
@@ -182,11 +185,11 @@ def _fuzz_and_keep(job: tuple[str, argparse.Namespace]) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=5000, help="mutations of each reader")
-    parser.add_argument("--reader", default="", help="only readers with this in their names")
+    parser.add_argument("--reader", default="", help="only readers with this text in their names")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first mutation, to repeat one")
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
     parser.add_argument("--keep", type=Path, help="folder for a document of each distinct fault")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="readers at a time")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel readers")
     args = parser.parse_args()
     jobs = [(name, args) for name in READERS if args.reader in name]
     reports = []

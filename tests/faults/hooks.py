@@ -1,7 +1,7 @@
 """Faults in the file operations of a run: operations are counted, and a chosen one kills the process or fails.
 
-`install` is called in the process of the program, before the program starts. Counted are open (for writing), write,
-flush, fsync, rename, remove and mkdir of files below one folder.
+Call `install` in the process of the program, before the program starts. Counted operations are open (for writing),
+write, flush, fsync, rename, remove and mkdir of files below one folder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Fault:
     """A fault at one operation.
 
     Attributes:
-        at: number of the operation, from 0; with `file` or `kind`, among those that match.
-        action: KILL, KILL_CHILDREN (the loaders), WAIT (a second), or the number of an error that is raised.
-        when: BEFORE the operation, or AFTER it; errors are raised in its place.
-        file: only operations on this file, by its `group`.
-        kind: only operations of this kind.
-        lasting: the error comes at all that follow as well.
+        at: number of the operation, from 0, among those that match `file` and `kind`.
+        action: KILL, KILL_CHILDREN (the loaders), WAIT (a second), or the number of an error to raise.
+        when: BEFORE or AFTER the operation; an error is raised instead of it.
+        file: match only operations on this file, by its `group`.
+        kind: match only operations of this kind.
+        lasting: raise the error at all later operations too.
     """
 
     at: int
@@ -42,7 +42,7 @@ class Fault:
 
 
 class _Watch:
-    """Counts operations, and writes each to `record` if that is given."""
+    """Counts operations, and writes each to `record` if it is given."""
 
     def __init__(self, folder: Path, fault: Fault | None, record: Path | None):
         self.folder = str(folder)
@@ -63,7 +63,7 @@ class _Watch:
         number, self.count = self.count, self.count + 1
         met = number == fault.at or (fault.lasting and number > fault.at)
         if met and isinstance(fault.action, int):
-            raise OSError(fault.action, os.strerror(fault.action), *self._named(kind, path))
+            raise OSError(fault.action, os.strerror(fault.action), *self._error_names(kind, path))
         if met and fault.when == BEFORE:
             _act(fault.action)
         result = operation()
@@ -72,12 +72,12 @@ class _Watch:
         return result
 
     @staticmethod
-    def _named(kind: str, path: Any) -> tuple[str, ...]:
-        """The name that an error of this kind carries: a write or an fsync has none."""
+    def _error_names(kind: str, path: Any) -> tuple[str, ...]:
+        """The file name in an error of this kind: a write or an fsync has none."""
         return () if kind in ("write", "flush", "fsync") else (os.fspath(path),)
 
     def _name(self, path: Any) -> str:
-        """The path within the folder that is watched; empty if it is elsewhere."""
+        """The path within the watched folder; empty if it is outside."""
         try:
             if isinstance(path, int):
                 path = Path(f"/proc/self/fd/{path}").readlink()
@@ -90,7 +90,7 @@ class _Watch:
 
 
 def group(path: str) -> str:
-    """The name of a file, without the number of the process that writes it, nor the ending of a half-written one."""
+    """The name of a file, without the id of the process that writes it and the suffix of a half-written file."""
     last = path.rpartition("/")[2]
     if "tfevents" in last:
         return "tfevents"
@@ -110,7 +110,7 @@ def _act(action: str) -> None:
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process has started, but not the helpers of multiprocessing."""
+    """The child processes of a process, without the helpers of multiprocessing."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split()]
@@ -164,10 +164,11 @@ def install(folder: Path, fault: Fault | None = None, record: Path | None = None
             return open_descriptor(path, flags, *arguments, **options)
         return watch("open", path, lambda: open_descriptor(path, flags, *arguments, **options))
 
-    def watched(name: str, kind: str, which: int = 0) -> Callable:
+    def watch_operation(name: str, kind: str, which: int = 0) -> Callable:
         operation = getattr(os, name)
         return lambda *arguments, **options: watch(kind, arguments[which], lambda: operation(*arguments, **options))
 
+    # replace the functions of the standard library
     builtins.open = io.open = watched_open
     os.open = watched_descriptor
     for name, kind, which in (
@@ -175,7 +176,7 @@ def install(folder: Path, fault: Fault | None = None, record: Path | None = None
         *(("fsync", "fsync", 0), ("fdatasync", "fsync", 0), ("mkdir", "mkdir", 0), ("truncate", "write", 0)),
         *(("ftruncate", "write", 0), ("write", "write", 0)),
     ):
-        setattr(os, name, watched(name, kind, which))
+        setattr(os, name, watch_operation(name, kind, which))
 
 
 def limit_files(size: int) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and before and after the file operations of a run; then the same command resumes."""
+"""SIGKILL at random moments, and before and after file operations of a run; then the same command resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECOND_KILL = 0.4  # share of the runs that are killed again after they resume
 
 
 def kill_runs(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Kill `count` runs, half of them at moments and half at file operations, and see that nothing is lost."""
+    """Kill `count` runs, half of them at moments and half at file operations, and check that nothing is lost."""
     at_moments, at_operations = Count("SIGKILL at a moment"), Count("SIGKILL at a file operation")
     for number in range(first, first + count):
         kind, rng = campaign.kind(number), campaign.rng("kill", number)

@@ -1,4 +1,4 @@
-"""Loading processes that are killed: while the run waits for them, computes, evaluates, or writes a checkpoint."""
+"""Loader processes are killed while the run waits for them, computes, evaluates or writes a checkpoint."""
 
 from __future__ import annotations
 

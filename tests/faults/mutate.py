@@ -1,4 +1,4 @@
-"""Damaged copies of a document: the same seed gives the same bytes, on any machine.
+"""Damaged copies of a document; the same seed gives the same bytes on any machine.
 
 mutate(b'{"id": 12}', random.Random(3), tokens=(b"null", b"[")) -> b'{"id": 9223372036854775808}'
 """
@@ -10,34 +10,34 @@ import re
 from collections.abc import Callable, Sequence
 
 ROUNDS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 5)
-"""How many changes a document gets, drawn from these."""
-BLOCK = 64  # bytes of a block at most, mostly
-ENDS = 256  # bytes at either end of a document, which its headers are in
+"""Numbers of changes to a document, one of which is drawn."""
+BLOCK = 64  # usual maximum length of a block in bytes
+ENDS = 256  # bytes at both ends of a document, where its headers are
 REPEATS = (1, 1, 1, 1, 2, 40, 2000)
-LONGEST = 1 << 17  # bytes that a document may grow by
+LONGEST = 1 << 17  # largest growth of a document in bytes
 
 WIDTHS = (1, 2, 4, 8)
 EXTREMES = (0, -1, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
-"""Values for an integer field; it keeps the lowest bytes of those that are too large for it."""
+"""Values for an integer field, truncated to its lowest bytes."""
 NUMBERS = (
     *(b"0", b"-1", b"-0", b"1e999", b"-1e999", b"NaN", b"Infinity", b"1.5", b"null", b'"7"', b"true"),
     *(b"2147483647", b"-2147483649", b"9223372036854775807", b"9223372036854775808", b"18446744073709551616"),
     *(b"1" * 5000, b"0.0000000000000000001", b"1000000000000"),
 )
-"""Texts for a number in a text."""
+"""Replacements for a number in a text."""
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?")
 
 Random = random.Random
 
 
 def mutate(document: bytes, rng: Random, *, others: Sequence[bytes] = (), tokens: Sequence[bytes] = ()) -> bytes:
-    """A copy of `document` with one to five changes.
+    """Return a copy of `document` with one to five changes.
 
     Args:
         document: the bytes.
-        rng: decides everything.
+        rng: the only source of randomness.
         others: valid documents of the same format, to splice with.
-        tokens: words of the format, to insert or to put in the place of bytes.
+        tokens: words of the format, to insert or to write over bytes.
     """
     data = document
     for _ in range(rng.choice(ROUNDS)):
@@ -46,7 +46,7 @@ def mutate(document: bytes, rng: Random, *, others: Sequence[bytes] = (), tokens
 
 
 def _place(rng: Random, length: int) -> int:
-    """A position from 0 to `length`; half of them near the beginning or the end."""
+    """A position from 0 to `length`, in half of the cases near the beginning or the end."""
     kind = rng.random()
     if kind < 0.35:
         return rng.randint(0, min(length, ENDS))
@@ -56,7 +56,7 @@ def _place(rng: Random, length: int) -> int:
 
 
 def _block(rng: Random, length: int) -> tuple[int, int]:
-    """Begin and end of a block; one of ten is as long as the document allows."""
+    """Begin and end of a block; in one of ten cases of any length that the document allows."""
     begin = _place(rng, length)
     longest = length - begin if rng.random() < 0.1 else min(BLOCK, length - begin)
     return begin, begin + rng.randint(0, longest)
@@ -98,7 +98,7 @@ def _swap(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[by
 
 
 def _splice(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """The beginning of one document and the end of another one, or a block of it in the middle."""
+    """Join the beginning of one document and the end of another, or insert a block of the other."""
     other = rng.choice(others) if others else data
     if rng.random() < 0.5:
         return data[: _place(rng, len(data))] + other[_place(rng, len(other)) :]
@@ -115,7 +115,7 @@ def _set_integer(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequ
 
 
 def _set_number(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """A number that is written in digits becomes another one."""
+    """Replace a number in digits by another one."""
     near = _place(rng, len(data))
     found = _NUMBER.search(data, near, near + 4096) or _NUMBER.search(data[:4096])
     if found is None:
@@ -131,7 +131,7 @@ def _insert_token(data: bytes, rng: Random, others: Sequence[bytes], tokens: Seq
 
 
 def _overwrite_token(data: bytes, rng: Random, others: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """A token in the place of as many bytes, or of another token that is there."""
+    """Write a token over as many bytes, or over another token of the document."""
     if not tokens:
         return _set_range(data, rng, others, tokens)
     token, old = rng.choice(tokens), rng.choice(tokens)

@@ -1,20 +1,17 @@
-"""Import all modules that a run needs, before it is forked."""
+"""Import all modules of a run before it is forked."""
 
 import importlib
 
-NAMES = (
-    *(
-        "classification.archives",
-        "data.image_cache",
-        "data.readers.chinese",
-        "data.readers.coco",
-        "data.readers.csv_file",
-    ),
-    *("data.readers.huggingface", "data.readers.karpathy", "data.readers.webdataset", "evaluate", "finetune"),
-    *("retrieval.predictions", "evaluation.features", "zero_shot"),
+READERS = ("chinese", "coco", "csv_file", "huggingface", "karpathy", "webdataset")
+MODULES = (
+    *("clip_retrieval.evaluate", "clip_retrieval.finetune", "clip_retrieval.zero_shot"),
+    *("clip_retrieval.classification.archives", "clip_retrieval.data.pixels.cache"),
+    *("clip_retrieval.retrieval.features", "clip_retrieval.retrieval.predictions"),
+    *(f"clip_retrieval.data.readers.{name}" for name in READERS),
+    *("torch.utils.tensorboard", "tests.faults.fuzz"),
 )
-for name in (*(f"clip_retrieval.{name}" for name in NAMES), "torch.utils.tensorboard", "tests.faults.fuzz"):
-    importlib.import_module(name)
+for module in MODULES:
+    importlib.import_module(module)
 # transformers imports lazily.
 for name in ("AutoTokenizer", "BertConfig", "BertModel", "BertTokenizer", "DistilBertModel"):
     getattr(importlib.import_module("transformers"), name)

@@ -1,7 +1,7 @@
-"""The program in a process of its own that starts in a fraction of a second, because its imports are done.
+"""Run the program in a separate process that starts in a fraction of a second, because its imports are done.
 
 A server process imports the package once and forks for each run (multiprocessing's forkserver). The forked process can
-be killed, stopped by a signal, run out of memory, or hang, as any other.
+be killed, interrupted, run out of memory or hang like any other.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFL
 
 @dataclass(frozen=True)
 class Settings:
-    """How a process is set up before the program starts.
+    """Settings of a process before the program starts.
 
     Attributes:
         folder: its working directory.
-        memory: bytes that it may take beyond the address space that it starts with.
-        environment: variables that are set.
-        before: called with `arguments` in the process, before the program: it may inject faults.
-        arguments: for `before`.
+        memory: limit in bytes, beyond the initial address space.
+        environment: environment variables to set.
+        before: called with `arguments` in the process, before the program; may inject faults.
+        arguments: arguments of `before`.
     """
 
     folder: Path
@@ -51,9 +51,9 @@ class Ended:
     """A program that has ended.
 
     Attributes:
-        code: its exit code; that of a signal is negative; None if it was still running at the deadline.
-        out, err: its standard output and standard error.
-        seconds: how long it took.
+        code: exit code; negative for a signal; None if the program was still running at the deadline.
+        out, err: standard output and standard error.
+        seconds: wall time.
     """
 
     code: int | None
@@ -63,7 +63,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines on standard error that are no warnings."""
+        """The lines on standard error that are not warnings."""
         return [line for line in self.err.splitlines() if not line.startswith("WARNING")]
 
 
@@ -72,15 +72,15 @@ class Program:
 
     Args:
         typed: the arguments of the command line.
-        settings: see there.
-        script: the program, from the project's folder.
+        settings: settings of the process.
+        script: path of the program, relative to the project.
     """
 
     _number = 0
 
     def __init__(self, typed: Sequence[object], settings: Settings, script: str = "main.py"):
         Program._number += 1
-        # Beside the folder, not in it: a run may fill its disk, or list it.
+        # Outside of the folder, because a run may fill its disk or list its files.
         self._files = [settings.folder.parent / f".{os.getpid()}-{Program._number}.{name}" for name in ("out", "err")]
         for file in self._files:
             file.touch()
@@ -103,7 +103,7 @@ class Program:
             (os.killpg if to_group else os.kill)(self.pid, number)
 
     def wait(self, deadline: float = 60.0) -> Ended:
-        """Wait for its end; kill it and its children at the deadline (seconds)."""
+        """Wait for the end; kill the process and its children at the deadline (seconds)."""
         self._process.join(deadline)
         code = self._process.exitcode
         if code is None:
@@ -122,7 +122,7 @@ def run(typed: Sequence[object], settings: Settings, script: str = "main.py", de
 
 
 def call(function: Callable[..., Any], *arguments: Any, deadline: float = 300.0) -> Any:
-    """Call a function in a process of its own and return its result.
+    """Call a function in a separate process and return its result.
 
     Raises RuntimeError if there is none before the deadline (seconds).
     """
@@ -156,8 +156,9 @@ def _server() -> Any:
 
 
 def _run(script: str, words: list[str], files: list[Path], settings: Settings) -> None:
-    """The forked process: set it up, run the program, end."""
-    multiprocessing.set_start_method(None, force=True)  # loaders start as in a run of its own
+    """The forked process: set it up, run the program, exit."""
+    # standard streams, folder and environment
+    multiprocessing.set_start_method(None, force=True)  # loaders start as in a normal run
     with contextlib.suppress(OSError):
         os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -165,6 +166,8 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(settings.folder)
     os.environ.update(QUIET | settings.environment)
+
+    # limits and faults
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if settings.memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -172,6 +175,8 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if settings.before is not None:
         settings.before(*settings.arguments)
+
+    # the program
     path = ROOT / script
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(path.parent))
@@ -187,7 +192,7 @@ def _run(script: str, words: list[str], files: list[Path], settings: Settings) -
 
 
 def _end(code: int) -> NoReturn:
-    """End as the interpreter does: a process of multiprocessing would skip the functions of atexit."""
+    """Exit as the interpreter does, because a process of multiprocessing would skip the functions of atexit."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -17,9 +17,9 @@ from tests.faults.program import Ended, Program, Settings
 from tests.faults.readers.reader import CAPTIONS, write_images
 
 CLOCK = ("pairs_per_second", "data_percent", "seconds")
-"""Measured times, in metrics.jsonl, results.json and checkpoints: they may differ."""
+"""Measured times in metrics.jsonl, results.json and checkpoints; they may differ."""
 PLACES = ("checkpoint_path", "experiments", "resume", "image_cache")
-"""Paths of a run, which may differ as well."""
+"""Paths of a run; they may differ too."""
 Options = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ class Kind:
     """A kind of run.
 
     Attributes:
-        name: of it.
+        name: name of the kind.
         options: its command line.
     """
 
@@ -67,7 +67,7 @@ LOADERS = next(kind for kind in KINDS if kind.name == "two loaders")
 
 
 def write_inputs(folder: Path) -> Path:
-    """The data and the model of all kinds: 18 pairs to train on, 6 each to choose by and to test."""
+    """Write the data and the model of all kinds: 18 train pairs, 6 val pairs and 6 test pairs."""
     data = folder / "data"
     data.mkdir(parents=True)
     write_images(data, [f"{i}.jpg" for i in range(15)])
@@ -91,7 +91,7 @@ class Place:
         return self.folder / "logs" / "run"
 
     def typed(self, kind: Kind, *more: object, resume: bool = True) -> list[object]:
-        """The command line; with `resume`, the same one starts a run and resumes it."""
+        """The command line; with `resume`, it starts a run or resumes it."""
         words: list[object] = ["--checkpoint_path", self.folder / "logs", "--experiments", "run"]
         for name, value in kind.options.items():
             text = str(value).replace("DATA", str(self.data)).replace("OWN", str(self.folder))
@@ -113,7 +113,7 @@ def finish(place: Place, kind: Kind, deadline: float = 120.0) -> Ended:
 
 
 def differences(output: Path, undisturbed: Path) -> list[str]:
-    """The differences between the outputs of a run and of an undisturbed one; empty if there are none."""
+    """The differences between the outputs of a run and those of an undisturbed run; empty if there are none."""
     found = []
     names = [{path.name for path in folder.iterdir() if path.is_file()} for folder in (undisturbed, output)]
     kept = [{name for name in each if name.endswith((".pt", ".json", ".jsonl", ".txt"))} for each in names]
@@ -126,7 +126,7 @@ def differences(output: Path, undisturbed: Path) -> list[str]:
             continue
         read = _read_checkpoint if name.endswith(".pt") else _read_lines
         before, after = read(undisturbed / name), read(output / name)
-        found += [f"{name}: {where}" for where in _compare(before, after, "")][:5]
+        found += [f"{name}: {difference}" for difference in _compare(before, after, "")][:5]
     return found
 
 
@@ -139,22 +139,22 @@ def _read_lines(path: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def _compare(before: Any, after: Any, where: str) -> Iterator[str]:
-    """Paths within two nested structures at which their values differ."""
+def _compare(before: Any, after: Any, path: str) -> Iterator[str]:
+    """Yield the paths at which the values of two nested structures differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}, key=str):
             if key in CLOCK or key in PLACES:
                 continue
             if key not in before or key not in after:
-                yield f"{where}/{key} is {'missing' if key in before else 'more'}"
+                yield f"{path}/{key} is {'missing' if key in before else 'more'}"
             else:
-                yield from _compare(before[key], after[key], f"{where}/{key}")
+                yield from _compare(before[key], after[key], f"{path}/{key}")
     elif isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and len(before) == len(after):
         for number, pair in enumerate(zip(before, after)):
-            yield from _compare(*pair, f"{where}/{number}")
+            yield from _compare(*pair, f"{path}/{number}")
     elif isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
         same = before.dtype == after.dtype and before.shape == after.shape
         if not same or before.numpy().tobytes() != after.numpy().tobytes():
-            yield f"{where}: other numbers"
+            yield f"{path}: other numbers"
     elif before != after and not (isinstance(before, float) and math.isnan(before) and math.isnan(after)):
-        yield f"{where}: {str(before)[:40]} and {str(after)[:40]}"
+        yield f"{path}: {str(before)[:40]} and {str(after)[:40]}"

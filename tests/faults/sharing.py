@@ -1,4 +1,4 @@
-"""Two runs in one folder, at the same time and one after the other was killed."""
+"""Several runs in one folder: at the same time, and after a killed run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from tests.faults.campaign import Campaign, Count
 from tests.faults.runs import Kind, Place, differences
 
-SECONDS = 20.0  # that a run may take to begin
+SECONDS = 20.0  # longest start of a run
 
 
 def share_folders(campaign: Campaign, count: int, first: int = 0) -> list[Count]:
-    """Start a second run beside a first one, several at once, and one in the folder of a run that was killed."""
+    """Start a second run beside a first, several runs at once, and a run in the folder of a killed one."""
     second, at_once, killed = Count("a second run"), Count("runs at once"), Count("after a killed run")
     for number in range(first, first + count):
         kind = campaign.kind(number)
@@ -33,11 +33,11 @@ def _wait_for(place: Place, name: str) -> bool:
 
 
 def _second(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
-    """A second run is refused, however it was typed, and the first ends as if it had been alone."""
+    """Check that a second run is refused with any options, and that the first one is unaffected."""
     place, rng = campaign.place(), campaign.rng("second", number)
     first = place.start(kind)
     _wait_for(place, rng.choice(("log.txt", "metrics.jsonl", "last.pt")))
-    first.send(signal.SIGSTOP)  # it must not end while the other one starts
+    first.send(signal.SIGSTOP)  # it must not end while the second starts
     how, resume = rng.choice((((), True), (("--overwrite",), False), ((), False)))
     row.tried += 1
     ended = place.start(kind, *how, resume=resume).wait(60)
@@ -54,7 +54,7 @@ def _second(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
 
 
 def _at_once(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
-    """Of three runs that start at the same moment one works, or one after the other does; none mixes with another."""
+    """Check that of three simultaneous runs only one at a time works in the folder."""
     place = campaign.place()
     row.tried += 1
     programs = [place.start(kind) for _ in range(3)]
@@ -64,12 +64,12 @@ def _at_once(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
     for ended in ends:
         campaign.check_message(row, ended, (0, 2), (str(place.output),) if ended.code == 2 else (), what)
     if not any(ended.code == 0 for ended in ends):
-        row.note_lost(f"{what}: none came to its end")
+        row.note_lost(f"{what}: no run finished")
     campaign.check_end(row, place, kind, what)
 
 
 def _after_kill(campaign: Campaign, row: Count, kind: Kind, number: int) -> None:
-    """The lock of a killed run holds nobody up, also if its loaders live on for a while."""
+    """Check that the lock of a killed run does not block another run, even if its loaders still live."""
     place, rng = campaign.place(), campaign.rng("after kill", number)
     row.tried += 1
     program = place.start(kind)

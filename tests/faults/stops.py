@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at random moments: once, twice, to the whole group; then the same command resumes."""
+"""SIGTERM and SIGINT at random moments, once, twice or to the whole group; then the same command resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _stop(program: Program, sent: signal.Signals, twice: bool, to_group: bool, r
 
 
 def _check(campaign: Campaign, row: Count, ended: Ended, sent: signal.Signals, what: str, *, saved: bool) -> None:
-    """130 and one line with the remedy; the signal itself before the run handles it; 0 after the end of the run."""
+    """Check for 130 and one line with the remedy, the signal itself before the run handles it, or 0 after the end."""
     if (ended.code == -sent or not (ended.out or ended.err)) and not saved:
         return
     words = ("--resume",) if ended.code == INTERRUPTED and saved else ()

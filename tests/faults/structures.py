@@ -1,6 +1,6 @@
-"""Changes of the values in a document that stays well-formed: they get past the parser, and into the reader.
+"""Changes of values in a document that stays well-formed, so that they pass the parser and reach the reader.
 
-The functions are containers, as those of `containers` are.
+The functions have the signature of those in `containers`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.faults.containers import Change
 
-DEEP = 3000  # lists in each other
+DEEP = 3000  # nested lists
 STRANGE_TEXTS = (
     *("", " ", "\0", "a\0b", "\ud800", "x\udfff.jpg", "a" * 5000, "/", "..", "../x", "/dev/zero", "~", "\n", "\u2028"),
     *("é", "e\u0301", "C:\\a.jpg", "%s", "{}", "-1", "9" * 5000, "nan", "true", "null", "train", "val", "0.jpg"),
@@ -30,7 +30,7 @@ Value = Any
 
 
 def strange_value(rng: Random) -> Value:
-    """A value that a JSON file can hold, of any type."""
+    """A JSON value of any type."""
     kind = rng.randrange(8)
     if kind < 3:
         return rng.choice(STRANGE_NUMBERS)
@@ -43,14 +43,14 @@ def strange_value(rng: Random) -> Value:
 
 
 def _nodes(value: Value) -> Iterator[tuple[Any, Any]]:
-    """(dict or list, key) of every value within `value`."""
+    """Yield (dict or list, key) of every value within `value`."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _nodes(value[key])
 
 
 def _alter(content: Value, rng: Random, strange: Callable[[Random], Value]) -> Value:
-    """Change one value somewhere in `content`: another one, none, twice, or under another key."""
+    """Replace, delete, copy, repeat or rename one value somewhere in `content`."""
     nodes = list(_nodes(content))
     if not nodes or rng.random() < 0.02:
         return strange(rng)
@@ -70,7 +70,7 @@ def _alter(content: Value, rng: Random, strange: Callable[[Random], Value]) -> V
     return content
 
 
-def in_json(document: bytes, rng: Random, change: Change) -> bytes:
+def change_json(document: bytes, rng: Random, change: Change) -> bytes:
     """Change a value of a JSON document, or of one line of JSON lines."""
     lines = document.splitlines()
     try:
@@ -90,8 +90,8 @@ def in_json(document: bytes, rng: Random, change: Change) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
-def in_cells(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change a cell of a table; it stays a table."""
+def change_cells(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change a cell of a table, which stays well-formed."""
     text = document.decode()
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
     rows = list(csv.reader(io.StringIO(text), delimiter=delimiter))
@@ -104,7 +104,7 @@ def in_cells(document: bytes, rng: Random, change: Change) -> bytes:
 
 
 def strange_tensor(rng: Random) -> Any:
-    """A tensor, or another thing that a checkpoint may hold."""
+    """A tensor or another value that a checkpoint may hold."""
     import torch
 
     shape = rng.choice(((), (0,), (1,), (3,), (2, 3), (8, 8), (1, 1, 1, 1), (1000,)))
@@ -131,8 +131,8 @@ def strange_tensor(rng: Random) -> Any:
         return tensor
 
 
-def in_checkpoint(document: bytes, rng: Random, change: Change) -> bytes:
-    """Change a value of a torch.save file: a tensor becomes another one, a number a text, a key is missing."""
+def change_checkpoint(document: bytes, rng: Random, change: Change) -> bytes:
+    """Change a value of a torch.save file: replace a tensor or a number, or delete a key."""
     import torch
 
     with warnings.catch_warnings():

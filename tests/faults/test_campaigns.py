@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or of loaders go on and lose nothing: a few of each.
+"""Runs that are killed, stopped, or lose their disk or loaders resume and lose nothing; a few of each.
 
 `scripts/test.sh --full` tries hundreds.
 """
@@ -24,11 +24,11 @@ def assert_nothing_lost(counts, tried):
     assert sum(count.tried for count in counts) >= tried
 
 
-def test_killed_runs_go_on_and_lose_nothing(campaign):
+def test_killed_runs_resume_and_lose_nothing(campaign):
     assert_nothing_lost(kills.kill_runs(campaign, 10), 10)
 
 
-def test_stopped_runs_go_on_and_lose_nothing(campaign):
+def test_stopped_runs_resume_and_lose_nothing(campaign):
     assert_nothing_lost(stops.stop_runs(campaign, 3), 3)
 
 
@@ -36,11 +36,11 @@ def test_failed_file_operations_end_with_one_line(campaign):
     assert_nothing_lost(disks.break_files(campaign, 8), 8)
 
 
-def test_files_that_may_not_grow_end_with_one_line(campaign):
+def test_file_size_limit_ends_with_one_line(campaign):
     assert_nothing_lost(disks.limit_files(campaign, 2), 2)
 
 
-def test_a_deleted_folder_is_said_to_be_deleted(campaign):
+def test_deleted_folder_is_reported(campaign):
     assert_nothing_lost(disks.delete_folders(campaign, 1), 1)
 
 
@@ -52,10 +52,10 @@ def test_killed_loaders_are_named(campaign):
     assert_nothing_lost(loaders.kill_loaders(campaign, 2), 2)
 
 
-# The campaigns themselves
+# The campaigns themselves.
 
 
-def test_a_difference_is_noticed(campaign):
+def test_differences_are_detected(campaign):
     twin = campaign.undisturbed(KINDS[0]).place.output
     copy = campaign.folder / "copy"
     shutil.copytree(twin, copy)
@@ -67,7 +67,7 @@ def test_a_difference_is_noticed(campaign):
     assert any("results.json: /step" in each for each in found) and any("epoch_1.pt" in each for each in found)
 
 
-def test_operations_are_counted_and_fail_where_they_should(tmp_path):
+def test_chosen_operations_fail(tmp_path):
     from tests.faults.program import call
 
     assert call(_write_with_faults, tmp_path) == ["EIO at write 2 of a.txt", "ENOSPC at rename 0 of b.txt"]

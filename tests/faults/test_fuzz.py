@@ -1,6 +1,6 @@
 """Every reader refuses damaged files with one line.
 
-A few mutations of each are tried here, thousands with `scripts/test.sh --full`.
+A few mutations of each reader are tried here; `scripts/test.sh --full` tries thousands.
 """
 
 import signal
@@ -17,7 +17,7 @@ from tests.faults.readers.reader import Reader
 from tests.faults.worker import ACCEPTED, MEMORY_OUT, REFUSED, UNCAUGHT
 
 COUNT, COUNT_OF_RUNS = 30, 8
-"""Mutations of each reader; fewer of those that a whole run reads."""
+"""Mutations of each reader, and of each reader that needs a whole run."""
 
 
 def fuzz_by_name(name, count):
@@ -38,13 +38,13 @@ def test_damaged_files_are_refused(name):
     assert sum(report.counts.values()) == count
 
 
-def make_one(folder: Path):
+def make_document(folder: Path):
     (folder / "a.txt").write_text("valid")
     return [folder / "a.txt"]
 
 
-def read_badly(path):
-    """A reader with every fault; the bytes of the document choose one."""
+def read_with_faults(path):
+    """A reader with every kind of fault; the bytes of the document choose one."""
     import ctypes
     import os
 
@@ -68,13 +68,13 @@ def read_badly(path):
         os._exit(7)
 
 
-def fuzz_badly(count):
+def fuzz_with_faults(count):
     module.DEADLINE, module.PATIENCE = 0.5, 1
-    return fuzz(Reader("bad", make_one, read_badly), count)
+    return fuzz(Reader("bad", make_document, read_with_faults), count)
 
 
-def test_each_fault_is_counted_as_what_it_is():
-    report = call(fuzz_badly, 40)
+def test_each_fault_is_counted_by_kind():
+    report = call(fuzz_with_faults, 40)
     assert sum(report.counts.values()) == 40
     assert all(report.counts[kind] for kind in (ACCEPTED, REFUSED, UNCAUGHT, CRASHED, HUNG, MEMORY_OUT)), report.counts
     roots = {root for _, root in report.roots}

@@ -1,4 +1,4 @@
-"""Hostile files are refused, and nothing of them runs; `scripts/test.sh --full` tries all of them."""
+"""Hostile files are refused and run no code; `scripts/test.sh --full` tries all of them."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.faults.hostile.case import judge
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
-def test_a_hostile_file(tmp_path, name):
+def test_hostile_file_is_refused_or_harmless(tmp_path, name):
     ended, problems = judge(CASES[name], tmp_path / "case")
     assert not problems, f"{problems}\n{ended.err[-3000:]}"

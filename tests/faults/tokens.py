@@ -1,4 +1,4 @@
-"""Words of the formats that the readers read: a mutation that inserts one gets deeper than one that inserts noise."""
+"""Words of the file formats: a mutation that inserts one reaches deeper into a reader than random bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ YAML = (
     *(b"<<: *a\n", b"[", b"]", b"{", b"}", b"|\n", b">\n", b"%TAG ! tag:\n", b"---\n", b"...\n", b"null", b"0x10"),
     *(b"1_000", b"1e999", b"batch_size: ", b"dataset: ", b"config: ", b"seed: ", b"versions: ", *TEXT, *PATHS),
 )
-_WORD = b"".join
 PICKLE = (
     *(bytes([code]) for code in b"().0123NMKJGLIFTVUXBCcsabdelopqrtuhjgPQRSi]}"),
     *(bytes([code]) for code in range(0x80, 0x99)),

@@ -1,7 +1,7 @@
-"""Reads mutated documents in a process of its own, which may be killed, hang, or run out of memory.
+"""Reads mutated documents in a separate process, which may be killed, hang, or run out of memory.
 
-The process is forked from one that has imported everything, so that a new one after a crash costs nothing. It reports
-each document before and after it is read.
+The process is forked from one that has imported everything, so a new one after a crash starts at once. It reports each
+document before and after reading it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 from tests.faults.mutate import mutate
 from tests.faults.readers.reader import Reader
 
-MEMORY = 4 * 2**30  # bytes that a reader may take, beyond the address space of the process that it starts in
+MEMORY = 4 * 2**30  # limit of a reader in bytes, beyond the initial address space
 LONGEST_MESSAGE = 500  # characters, without "error: "
-IN_CONTAINER = 0.6  # share of the mutations that are made within a container
+IN_CONTAINER = 0.6  # share of the mutations within a container
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 ACCEPTED, REFUSED, UNCAUGHT, MEMORY_OUT = "accepted", "refused", "uncaught", "memory"
@@ -38,9 +38,9 @@ class Outcome:
     """The outcome of reading a document.
 
     Attributes:
-        number: of the mutation.
-        kind: ACCEPTED, REFUSED, UNCAUGHT or MEMORY_OUT; the parent adds those that the process did not survive.
-        root: identifies the cause: the error's type, and the functions of the package and of a library that raised it.
+        number: number of the mutation.
+        kind: ACCEPTED, REFUSED, UNCAUGHT or MEMORY_OUT; the parent adds the kinds that end the process.
+        root: the cause: the type of the error, and the functions of the package and of a library that raised it.
         text: the traceback, or the message.
     """
 
@@ -60,7 +60,7 @@ class Documents:
         self.contents = [path.read_bytes() for path in self.paths]
 
     def mutation(self, number: int) -> tuple[int, bytes]:
-        """Which document is changed, and its changed bytes."""
+        """The index of the changed document, and its changed bytes."""
         rng = random.Random(f"{self.reader.name} {self.seed} {number}")
         chosen = rng.randrange(len(self.paths))
         document, suffix = self.contents[chosen], self.paths[chosen].suffix
@@ -75,7 +75,7 @@ class Documents:
             return chosen, mutate(document, rng, **settings)
 
     def read(self, number: int) -> Outcome:
-        """Read a mutation as a run would; the document is whole again afterwards."""
+        """Read a mutation as a run would, then restore the document."""
         chosen, content = self.mutation(number)
         _replace(self.paths[chosen], content)
         try:
@@ -87,7 +87,7 @@ class Documents:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a new file at `path`: an old one may still be memory-mapped, and must not change."""
+    """Put a new file at `path`: an old one may still be memory-mapped and must not change."""
     temporary = path.with_name(f"{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -95,12 +95,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def judge(read: Callable[[], Any]) -> Outcome:
-    """Run `read` as a program would, and judge its exit code and message."""
+    """Run `read` as a program would, and classify its exit code and message."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
     from clip_retrieval.errors import run_and_exit
     from clip_retrieval.log import start_log
 
-    _forget()
+    _clear_caches()
     start_log()
     out, err = io.StringIO(), io.StringIO()
     code: object = None
@@ -113,6 +113,8 @@ def judge(read: Callable[[], Any]) -> Outcome:
     except BaseException as error:
         kind = MEMORY_OUT if _is_memory(error) else UNCAUGHT
         return Outcome(0, kind, _root(error), "".join(traceback.format_exception(error))[-6000:])
+
+    # classify the exit code and the message
     message = [line for line in err.getvalue().splitlines() if not line.startswith("WARNING")]
     if code == 0:
         return Outcome(0, ACCEPTED)
@@ -124,8 +126,8 @@ def judge(read: Callable[[], Any]) -> Outcome:
     return Outcome(0, REFUSED, text=text)
 
 
-def _forget() -> None:
-    """Empty the caches of the package: each document is read in a run of its own."""
+def _clear_caches() -> None:
+    """Clear the caches of the readers, because each document is read as in a new run."""
     for name, module in list(sys.modules.items()):
         if name.startswith("clip_retrieval.data.readers"):
             for value in vars(module).values():
@@ -138,7 +140,7 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> str:
-    """The error's type, and the innermost functions of the package and of a library in its traceback."""
+    """The type of the error, and the innermost functions of the package and of a library in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "clip_retrieval" in frame.filename]
     places = [ours[-1]] if ours else []
@@ -156,7 +158,7 @@ def _short(file: str) -> str:
 
 
 def start(reader: Reader, folder: Path, seed: int, first: int, count: int) -> tuple[int, int]:
-    """Fork a process that reads the mutations from `first` to `count` - 1: its id, and the pipe that it reports to."""
+    """Fork a process that reads the mutations from `first` to `count` - 1; return its id and its pipe."""
     ours, theirs = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -173,7 +175,7 @@ def start(reader: Reader, folder: Path, seed: int, first: int, count: int) -> tu
 
 
 def _serve(reader: Reader, folder: Path, seed: int, numbers: range, pipe: int) -> None:
-    # C libraries print warnings of their own: discard them.
+    # discard the warnings of C libraries
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

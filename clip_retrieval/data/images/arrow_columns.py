@@ -1,10 +1,9 @@
-"""Columns of a Hugging Face data set that `save_to_disk` wrote: a folder of Arrow files, memory-mapped.
+"""Columns of a Hugging Face data set saved by `save_to_disk`: a folder of Arrow files, memory-mapped.
 
     DIR/state.json, DIR/data-00000-of-00004.arrow, ...
 
-The Arrow files alone are read, by pyarrow: nothing in the folder is run, and nothing is fetched. An image is in them as
-the library keeps it (its bytes, or its path), as plain bytes, as a base64 text, as a list with one of these, or as a
-path.
+pyarrow reads the Arrow files; no code in the folder runs, and nothing is downloaded. An image column holds structs of
+the library (bytes or path), plain bytes, base64, paths, or lists with one of these.
 """
 
 from __future__ import annotations
@@ -25,38 +24,38 @@ from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular, read_json
 
 STATE = "state.json"
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # what an Arrow stream ends with when all of it was written
-SMALLEST_ROW = 4  # bytes of a row at least: where its image ends
-SAFE_PYARROW = 15  # earlier versions ran pickles that are in the schema
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of a complete Arrow stream
+SMALLEST_ROW = 4  # bytes; each row has at least the offset of its image
+SAFE_PYARROW = 15  # earlier versions run pickles in the schema
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether a data set, or one split of it, was saved in `folder`."""
+    """Whether `folder` holds a saved data set, or one split of it."""
     return (folder / STATE).is_file()
 
 
 def open_columns(folder: Path) -> Any:
-    """The table of a saved data set, a `pyarrow.Table` that is read from the disk when it is used.
+    """Open a saved data set as a `pyarrow.Table` that is read from disk on access.
 
-    Raises UserError if pyarrow is not installed, or a file is missing, damaged, compressed or no Arrow stream.
+    Raises UserError if pyarrow is missing or too old, or a file is missing, damaged, compressed or not an Arrow stream.
     """
-    pyarrow = _library()
-    files = data_files(folder)
+    pyarrow = _import_pyarrow()
+    files = list_data_files(folder)
     for file in files:
-        _check_whole(file)
+        _check_complete(file)
     try:
         tables = [_read_stream(file, pyarrow) for file in files]
         table = pyarrow.concat_tables(tables, promote_options="default")
         table.validate()
         table.column_names  # noqa: B018  they may not be UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({describe(error)}); save it anew") from None
+        raise UserError(f"{folder}: not a data set of save_to_disk ({describe(error)}); save it again") from None
     if table.num_rows * SMALLEST_ROW > sum(file.stat().st_size for file in files):
-        raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it anew")
+        raise UserError(f"{folder}: {table.num_rows:,} rows are more than its files can hold; save it again")
     return table
 
 
-def _library() -> Any:
+def _import_pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
@@ -67,8 +66,8 @@ def _library() -> Any:
     return pyarrow
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The Arrow files of a saved data set. Raises UserError if its state.json does not name files in the folder."""
+def list_data_files(folder: Path) -> list[Path]:
+    """List the Arrow files of a saved data set. Raises UserError if state.json is invalid or names other folders."""
     state = read_json(folder / STATE)
     try:
         names = [file["filename"] for file in state["_data_files"]]
@@ -76,17 +75,17 @@ def data_files(folder: Path) -> list[Path]:
     except (AttributeError, KeyError, TypeError):
         names, whole = [], False
     if not whole or not all(isinstance(name, str) and _is_file_name(name) for name in names):
-        raise UserError(f"{folder / STATE}: not as save_to_disk writes it; save the data set anew")
+        raise UserError(f"{folder / STATE}: not a state.json of save_to_disk; save the data set again")
     return [folder / name for name in names]
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether it is the name of a file in the folder itself."""
+    """Whether a name refers to a file in the folder itself."""
     return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
 
 
 def _read_stream(file: Path, pyarrow: Any) -> Any:
-    """The table in an Arrow file, of which nothing is copied to memory."""
+    """Read the table in an Arrow file without copying it to memory."""
     for message in pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(file))):
         if _is_compressed(message.metadata.to_pybytes()):
             raise ValueError(f"{file.name} is compressed, which save_to_disk never does")
@@ -96,8 +95,8 @@ def _read_stream(file: Path, pyarrow: Any) -> Any:
 def _is_compressed(metadata: bytes) -> bool:
     """Whether the buffers of an Arrow message are compressed: a small file could unpack to any size.
 
-    The metadata are a flatbuffer, format/Message.fbs of Arrow: a Message with a Schema (1), DictionaryBatch (2) or
-    RecordBatch (3). Raises ValueError if they are damaged.
+    The metadata is a flatbuffer (Arrow's format/Message.fbs): a Message with a Schema (1), DictionaryBatch (2) or
+    RecordBatch (3). Raises ValueError if it is damaged.
     """
     try:
         message = _follow(metadata, 0)
@@ -116,12 +115,12 @@ def _is_compressed(metadata: bytes) -> bool:
 
 
 def _follow(buffer: bytes, at: int) -> int:
-    """What an offset in a flatbuffer refers to."""
+    """Return the target of an offset in a flatbuffer."""
     return at + struct.unpack_from("<I", buffer, at)[0]
 
 
 def _find_field(buffer: bytes, table: int, number: int) -> int | None:
-    """The place of a field of a table in a flatbuffer; None if it has the default."""
+    """Return the position of a field of a table in a flatbuffer; None if it has the default."""
     vtable = table - struct.unpack_from("<i", buffer, table)[0]
     if vtable < 0 or 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
         return None
@@ -129,20 +128,20 @@ def _find_field(buffer: bytes, table: int, number: int) -> int | None:
     return table + place if place else None
 
 
-def _check_whole(file: Path) -> None:
-    # Without its last batches a stream is read without an error.
+def _check_complete(file: Path) -> None:
+    # pyarrow reads a stream that lacks its last batches without an error.
     try:
         with open_regular(file) as stream:
             stream.seek(max(0, stream.seek(0, io.SEEK_END) - len(END_OF_STREAM)))
-            whole = stream.read() == END_OF_STREAM
+            is_complete = stream.read() == END_OF_STREAM
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); fetch the data set again") from None
-    if not whole:
+    if not is_complete:
         raise UserError(f"{file}: cut short, or damaged; fetch it again")
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type is a text, or a list of texts, each kept once: others may be many times their file."""
+    """Whether an Arrow type is text or a list of text. Types with shared values may grow to many times their file."""
     from pyarrow import types
 
     if types.is_list(kind) or types.is_large_list(kind):
@@ -151,15 +150,15 @@ def is_text(kind: Any) -> bool:
 
 
 class ArrowImages:
-    """Images in a column of a saved data set, read when asked for.
+    """Images in a column of a saved data set, read on access.
 
     Args:
-        folder: where the data set was saved.
-        column: the column.
-        contents: what it holds. Forked processes share it, others open the files when they first read.
+        folder: folder of the data set.
+        column: name of the column.
+        contents: the column. Forked processes share it; others open the files at their first read.
         rows: int64 (images,), the row of each image.
-        sizes: int64 (images,), bytes that it takes there.
-        is_base64: they stand there as base64.
+        sizes: int64 (images,), bytes of each image in its row.
+        is_base64: whether the rows hold base64.
     """
 
     def __init__(
@@ -171,7 +170,7 @@ class ArrowImages:
         self.sizes = sizes
         self.is_base64 = is_base64
         self._contents: Contents | None = contents
-        self._changed = max(file.stat().st_mtime_ns for file in data_files(folder))
+        self._changed = max(file.stat().st_mtime_ns for file in list_data_files(folder))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_contents": None}
@@ -183,7 +182,7 @@ class ArrowImages:
         return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of the image file. Raises UserError, naming the row, where they are no base64."""
+        """The bytes of the image file. Raises UserError, naming the row, if its base64 is invalid."""
         if self._contents is None:
             self._contents = Contents(open_columns(self.folder).column(self.column))
         content = self._contents[int(self.rows[index])]
@@ -195,24 +194,24 @@ class ArrowImages:
         return f"{self.folder}, row {self.rows[index]}"
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Size in bytes of what stands in the row, and time of the files' last change (ns)."""
+        """Size of the row's content in bytes, and time of the files' last change in ns."""
         return int(self.sizes[index]), self._changed
 
 
 class Contents:
-    """The bytes, or the text as UTF-8, in each row of a column: memoryviews that are read where they are looked at.
+    """The bytes, or UTF-8 text, in each row of a column, as memoryviews that are read from disk on access.
 
     Args:
-        column: a `pyarrow.ChunkedArray` of bytes or texts, structs with a field of these, or lists of either.
-        field: the field of structs.
+        column: a `pyarrow.ChunkedArray` of bytes or texts, of structs with such a field, or of lists of either.
+        field: the field to read from structs.
 
     Attributes:
-        field: the field that is looked at; None where there are no structs.
-        is_text: these are texts.
+        field: the field that is read; None if the column has no structs.
+        is_text: whether the rows are texts.
 
     Raises:
-        TypeError: the column is none of this.
-        ValueError: it is damaged: reading it could end the process.
+        TypeError: the column has another type.
+        ValueError: the column is damaged; reading it could end the process.
     """
 
     def __init__(self, column: Any, field: str = "bytes"):
@@ -230,23 +229,23 @@ class Contents:
         self._first = np.cumsum([0, *(len(rows) for _, rows in self._parts)]).tolist()
 
     def _find_leaf(self, chunk: Any) -> tuple[Any, np.ndarray]:
-        """The bytes or texts of a chunk, and int64 (rows,): which of them each row has, -1 if none or several.
+        """Return the bytes or texts of a chunk, and int64 (rows,): the index of each row's one, -1 if none or several.
 
-        Raises ValueError if one lies outside the chunk. A struct's other fields may be damaged: rows of a list or a
-        struct are never made, which would read them.
+        Raises ValueError if one lies outside the chunk. Rows of a list or a struct are never built: that would read
+        the struct's other fields, which may be damaged.
         """
         import pyarrow
 
         rows = np.where(_is_null(chunk), -1, np.arange(len(chunk)))
         if self._is_list:
-            # Lists of nothing, as long as these are: all of a list of images would be read.
+            # Validate the same lists of nulls: validating the lists themselves would read all images.
             lists = pyarrow.LargeListArray if pyarrow.types.is_large_list(chunk.type) else pyarrow.ListArray
             lists.from_arrays(chunk.offsets, pyarrow.nulls(len(chunk.values))).validate(full=True)
             offsets = chunk.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
             rows = np.where((rows >= 0) & (np.diff(offsets) == 1), offsets[:-1], -1)
             chunk = chunk.values
         if self.field:
-            null = np.append(_is_null(chunk), True)  # the last is that of row -1
+            null = np.append(_is_null(chunk), True)  # the last one is for row -1
             rows = np.where(null[rows], -1, rows)
             chunk = chunk.field(self.field)
         if not pyarrow.types.is_null(chunk.type):
@@ -258,7 +257,7 @@ class Contents:
         return self._first[-1]
 
     def __getitem__(self, row: int) -> memoryview:
-        """Empty if there is nothing, or several."""
+        """The content of a row; empty if it has none, or several."""
         part = bisect_right(self._first, row) - 1
         leaf, rows = self._parts[part]
         return _read_content(leaf, int(rows[row - self._first[part]]))
@@ -275,6 +274,6 @@ def _is_null(chunk: Any) -> np.ndarray:
 
 
 def _read_content(leaf: Any, row: int) -> memoryview:
-    """The bytes of a row, not copied; empty for row -1 and for one without a value."""
+    """Return the bytes of a row without copying; empty for row -1 and for a null."""
     scalar = leaf[row] if row >= 0 else None
     return memoryview(scalar.as_buffer() if scalar is not None and scalar.is_valid else b"")

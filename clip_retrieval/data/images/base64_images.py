@@ -1,6 +1,6 @@
-"""Images that stand as base64 in one file, as Chinese-CLIP keeps them: `image id <tab> base64` on each line.
+"""Base64 images in one file, as Chinese-CLIP stores them: `image id <tab> base64` on each line.
 
-Both alphabets of base64 are read (`+/` and `-_`), with and without the padding at the end.
+Both base64 alphabets are read (`+/` and `-_`), with and without the padding at the end.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from clip_retrieval.files import open_regular
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _BOM = b"\xef\xbb\xbf"
-_BUFFER = 2**20  # a line is a whole photograph
+_BUFFER = 2**20  # bytes; a line holds a whole photograph
 LONGEST_LINE = 2**29  # bytes
 MOST_DIGITS = 2000  # of an id that is a number; int() refuses more than 4,300
 
 
 class Base64Images:
-    """Images by index, decoded from base64 when asked for. Subclasses say where the base64 of an image stands.
+    """Images by index, decoded from base64 on access. Subclasses locate the base64 of each image.
 
     Attributes:
-        path: the file or folder that they are in.
-        keys: the id of each as it is written there.
+        path: file or folder of the images.
+        keys: the ids as texts.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]):
@@ -47,44 +47,41 @@ class Base64Images:
         return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of the image file. Raises UserError, naming the image, where they are no base64."""
+        """Return the bytes of the image file. Raises UserError, naming the image, if its base64 is invalid."""
         return decode_base64(self.base64(index), self.name(index))
 
     def base64(self, index: int) -> bytes:
-        """What stands in the file."""
+        """Return the base64 of an image."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Where the image stands, and its id."""
+        """Return file, place in it and id of an image, for messages."""
         raise NotImplementedError
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Size of what stands in the file, and time of the file's last change (ns)."""
+        """Return the size of the base64 in bytes and the time of the file's last change in ns."""
         raise NotImplementedError
 
 
 class TsvImages(Base64Images):
-    """The images of a `{split}_imgs.tsv`. One pass over the file notes where each of them begins.
+    """The images of a `{split}_imgs.tsv`, located in one pass over the file.
 
-    Raises UserError, naming file and line, where a line is not an id and base64, or an id stands there twice.
+    Raises UserError as `read_tsv` does.
     """
 
     def __init__(self, path: Path):
-        keys: dict[str, int] = {}
+        keys: list[str] = []
         begins, sizes, lines = array("q"), array("q"), array("q")
         for record in read_tsv(path):
-            if (first := keys.setdefault(record.key, record.line)) != record.line:
-                raise UserError(f"{path}, line {record.line}: image {record.key} is on line {first} already; keep one")
+            keys.append(record.key)
             begins.append(record.begin)
             sizes.append(len(record.base64))
             lines.append(record.line)
-        if not keys:
-            raise UserError(f"{path}: holds no images")
-        super().__init__(path, list(keys))
+        super().__init__(path, keys)
         self._begins, self._sizes, self._lines = (np.asarray(column) for column in (begins, sizes, lines))
 
     def base64(self, index: int) -> bytes:
-        # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
+        # Opening the file each time costs a hundredth of decoding, and leaves processes and threads nothing to share.
         try:
             with open_regular(self.path) as file:
                 file.seek(self._begins[index])
@@ -100,48 +97,55 @@ class TsvImages(Base64Images):
 
 
 class TsvRecord(NamedTuple):
-    """A line of a `{split}_imgs.tsv`: where in the file its base64 begins, and where the next line does."""
+    """A line of a `{split}_imgs.tsv`: image id, base64, line number, and the byte at which the base64 begins."""
 
     key: str
     base64: bytes
     line: int
     begin: int
-    end: int
 
 
-def read_tsv(path: Path, begin: int = 0, line: int = 0) -> Iterator[TsvRecord]:
-    """The records of a `{split}_imgs.tsv`, from byte `begin` on, after line number `line`. Empty lines are left out.
+def read_tsv(path: Path) -> Iterator[TsvRecord]:
+    """Yield the records of a `{split}_imgs.tsv`; empty lines are skipped.
 
-    Raises UserError, naming file and line, where a line is not one id, a tab and base64.
+    Raises UserError, naming file and line, if a line is not an id, a tab and base64, an id is repeated, or the file
+    holds no images.
     """
+    line_of: dict[str, int] = {}
+    number = end = 0
     try:
         with io.BufferedReader(open_regular(path).detach(), _BUFFER) as file:
-            file.seek(begin)
-            while text := file.readline(LONGEST_LINE + 1):
-                line += 1
-                if len(text) > LONGEST_LINE:
-                    raise UserError(f"{path}, line {line}: longer than {LONGEST_LINE:,} bytes, as no image is")
-                key, tab, content = text.partition(b"\t")
-                first, begin = begin + len(key) + 1, begin + len(text)
-                if not tab and not text.strip():
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, as no image is")
+
+                # parse the line
+                key, tab, content = line.partition(b"\t")
+                begin, end = end + len(key) + 1, end + len(line)
+                if not tab and not line.strip():
                     continue
-                if problem := _problem(key, tab, content):
-                    raise UserError(f"{path}, line {line}: {problem}")
-                yield TsvRecord(_key(path, line, key), content.rstrip(), line, first, begin)
+                if problem := _find_problem(key, tab, content):
+                    raise UserError(f"{path}, line {number}: {problem}")
+
+                # refuse a duplicate id
+                image_id = _decode_key(path, number, key)
+                if (first := line_of.setdefault(image_id, number)) != number:
+                    raise UserError(f"{path}, line {number}: image {image_id} is on line {first} already; keep one")
+                yield TsvRecord(image_id, content.rstrip(), number, begin)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
+    if not line_of:
+        raise UserError(f"{path}: holds no images")
 
 
-def _problem(key: bytes, tab: bytes, content: bytes) -> str | None:
-    """What is wrong with a line; None where nothing is."""
+def _find_problem(key: bytes, tab: bytes, content: bytes) -> str | None:
+    """Return the problem of a line, or None if it is valid."""
     shown = key[:40].decode(errors="replace")
     if not tab:
         return f"not an image id, a tab and base64 (it begins {shown!r})"
     if b"\t" in content:
-        return (
-            f"several records are glued together (a line break is missing after image {shown}?); each stands on a "
-            "line of its own"
-        )
+        return f"holds several records (a line break is missing after image {shown}?); write one record per line"
     if not key.strip():
         return "the image has no id"
     if not content.strip():
@@ -149,7 +153,7 @@ def _problem(key: bytes, tab: bytes, content: bytes) -> str | None:
     return None
 
 
-def _key(path: Path, number: int, key: bytes) -> str:
+def _decode_key(path: Path, number: int, key: bytes) -> str:
     try:
         return key.removeprefix(_BOM if number == 1 else b"").strip().decode()
     except UnicodeDecodeError:
@@ -157,32 +161,34 @@ def _key(path: Path, number: int, key: bytes) -> str:
 
 
 def decode_base64(text: bytes, name: str) -> bytes:
-    """What base64 stands for. Raises UserError, with `name`, where it is none."""
+    """Decode base64. Raises UserError, with `name`, if it is invalid."""
     try:
         return base64.b64decode(pad_base64(text).translate(_STANDARD), validate=True)
     except binascii.Error as error:
-        raise UserError(f"{name}: not base64 ({error}); write it anew or take it out") from None
+        raise UserError(f"{name}: not base64 ({error}); write it again or delete it") from None
 
 
 def pad_base64(text: bytes) -> bytes:
-    """Base64 with the padding that Chinese-CLIP's reader needs."""
+    """Add the padding that Chinese-CLIP's reader needs to base64."""
     return text + b"=" * (-len(text) % 4)
 
 
 def is_number(key: str) -> bool:
-    """Whether an id is what a whole number is written as: 7 or -7, not 007."""
+    """Whether an id is a whole number in its usual form: 7 or -7, not 007."""
     digits = key.removeprefix("-")
     return key == "0" or (len(digits) <= MOST_DIGITS and digits.isascii() and digits.isdecimal() and digits[0] != "0")
 
 
 def infer_id_types(keys: Sequence[str], named: Iterable[int | str] = ()) -> list[int | str]:
-    """Image ids as numbers or texts, which a tsv and an LMDB do not tell apart.
+    """Turn image ids into numbers or texts; a tsv and an LMDB do not distinguish them.
 
-    An id is as `named` has it, the ids by which texts name their images. Others are numbers if they are written as
-    such, unless the texts name images by numbers in quotes.
+    Args:
+        keys: the ids as texts.
+        named: the ids by which the captions refer to images; their types decide. Any other id is a number if it has
+            the form of one, unless the captions refer to images by numbers in quotes.
     """
-    written: dict[str, int | str] = {}
+    typed: dict[str, int | str] = {}
     for image_id in named:
-        written.setdefault(str(image_id), image_id)
-    quoted = any(isinstance(image_id, str) and is_number(image_id) for image_id in written.values())
-    return [written[k] if k in written else int(k) if is_number(k) and not quoted else k for k in keys]
+        typed.setdefault(str(image_id), image_id)
+    quoted = any(isinstance(image_id, str) and is_number(image_id) for image_id in typed.values())
+    return [typed[key] if key in typed else int(key) if is_number(key) and not quoted else key for key in keys]

@@ -1,4 +1,4 @@
-"""Images on disk."""
+"""Images in files, found in the folders that may hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_retrieval.data.images.decode import decode_rgb, no_such_image, read_encoded
+from clip_retrieval.data.images.decode import decode_rgb, make_missing_error, read_encoded
 from clip_retrieval.errors import UserError, describe
 
 
@@ -30,11 +30,11 @@ class ImageFiles:
         return self.paths[index]
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Size in bytes and time of the last change (ns) of the file: they differ where its content does."""
+        """Size in bytes and time of the last change (ns) of the file; they differ if its content does."""
         try:
             found = os.stat(self.paths[index])  # noqa: PTH116  a Path for each of 100,000 files takes longer than this
         except FileNotFoundError:
-            raise no_such_image(self.paths[index]) from None
+            raise make_missing_error(self.paths[index]) from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise UserError(f"{self.paths[index]}: not a readable image ({describe(error)})") from None
         return found.st_size, found.st_mtime_ns
@@ -45,7 +45,7 @@ class ImageFiles:
 
 
 class ImageArray:
-    """Images that are already decoded: uint8 (images, height, width, 3), in memory or memory-mapped."""
+    """Decoded images: uint8 (images, height, width, 3), in memory or memory-mapped."""
 
     def __init__(self, pixels: np.ndarray, name: str):
         self.pixels = pixels
@@ -61,68 +61,71 @@ class ImageArray:
         return f"{self._name} image {index}"
 
 
-def image_files(places: Iterable[tuple[str | Path, Sequence[str]]], source: str | Path) -> ImageFiles:
+def find_image_files(places: Iterable[tuple[str | Path, Sequence[str]]], source: str | Path) -> ImageFiles:
     """Find the image files of a data set, each in the first place that holds it.
 
-    Folders are listed, a listing per folder, instead of asking for each file: a hundred thousand images take
-    a fraction of a second, also on a network drive. A later place is only looked at for what is still missing.
+    Each folder is listed once instead of checking each file: a hundred thousand images take a fraction of a second,
+    also on a network drive. Later places are searched only for images that are still missing.
 
     Args:
-        places: (folder, names) for each way the same images may be stored; image i is names[i] everywhere. A
-            name may have subfolders, and an absolute one stands for itself.
-        source: the file that the images are named in, for the message.
+        places: (folder, names) for each way in which the images may be stored; image i is names[i] everywhere. A name
+            may contain subfolders, or be absolute.
+        source: the file that names the images, for messages.
 
     Raises:
-        UserError: an image is in none of the places; so a run stops at its start and not hours later.
+        UserError: an image is missing in all places.
     """
+    # search the places in turn
     listings: dict[str, frozenset[str]] = {}
-    looked: list[tuple[str, Sequence[str]]] = []
+    searched: list[tuple[str, Sequence[str]]] = []
     paths: list[str] = []
     missing: Sequence[int] = ()
     for place, names in places:
         folder = os.fspath(place)
-        if not looked:
+        if not searched:
             paths, missing = [""] * len(names), range(len(names))
-        looked.append((folder, names))
-        missing = _look_in(folder, names, listings, paths, missing)
+        searched.append((folder, names))
+        missing = _find_in_folder(folder, names, listings, paths, missing)
         if not missing:
             return ImageFiles(paths)
-    present = [(folder, names) for folder, names in looked if Path(folder).is_dir()]
-    folder, names = (present or looked)[0]
+
+    # report the missing images, with the existing folders if there are any
+    existing = [(folder, names) for folder, names in searched if Path(folder).is_dir()] or searched
+    folder, names = existing[0]
     first = Path(folder, names[missing[0]])
-    folders = ", ".join(dict.fromkeys(folder for folder, _ in present or looked))
+    folders = ", ".join(dict.fromkeys(folder for folder, _ in existing))
     raise UserError(
-        f"{source}: {len(missing):,} of the {len(paths):,} images are not there, the first is {first} (looked in "
+        f"{source}: {len(missing):,} of the {len(paths):,} images are missing, the first is {first} (searched in "
         f"{folders}); give their folder as --image_dir"
     )
 
 
-def _look_in(
+def _find_in_folder(
     folder: str,
     names: Sequence[str],
     listings: dict[str, frozenset[str]],
     paths: list[str],
     missing: Sequence[int],
 ) -> list[int]:
-    """Fill in the paths of the missing images that `folder` holds; return those it does not."""
-    still: list[int] = []
-    parents: dict[str, str] = {}  # a Path per folder, not one per image
+    """Set the paths of the missing images that `folder` holds; return the indices of the others."""
+    still_missing: list[int] = []
+    parents: dict[str, str] = {}  # one Path per folder, not per image
     for i in missing:
         subfolder, file = os.path.split(names[i])
         if subfolder not in parents:
             parent = parents[subfolder] = str(Path(folder, subfolder))
             if parent not in listings:
-                listings[parent] = _listing(parent)
+                listings[parent] = _list_names(parent)
         parent = parents[subfolder]
         if file in listings[parent]:
             paths[i] = f"{parent}{os.sep}{file}"
         else:
-            still.append(i)
-    return still
+            still_missing.append(i)
+    return still_missing
 
 
-def _listing(folder: str) -> frozenset[str]:
-    """The names in a folder; none if there is no such folder, or can be none of this name."""
+def _list_names(folder: str) -> frozenset[str]:
+    """List the names in a folder; none if it is missing, or its name is invalid."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries)

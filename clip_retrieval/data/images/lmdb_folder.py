@@ -1,6 +1,6 @@
-"""Chinese-CLIP's LMDB folders, read: `imgs` (image id -> base64), `pairs` (number -> image id, text id, text, pickled).
+"""Readers of Chinese-CLIP's LMDB folders: `imgs` (id -> base64) and `pairs` (number -> pickled ids and text).
 
-Neither liblmdb nor an unpickler touches them: see `lmdb_reader` and `pair_pickle`.
+They use neither liblmdb nor an unpickler: see `lmdb_reader` and `pair_pickle`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from clip_retrieval.errors import UserError
 
 NUM_IMAGES = b"num_images"
 NUM_SAMPLES = b"num_samples"
-# Keys of ours in `pairs`, which Chinese-CLIP does not look at: the lines of texts that no image answers.
+# Prefix of our own keys in `pairs`, which Chinese-CLIP ignores: the lines of texts without an image.
 TEXT_WITHOUT_IMAGE = b"text:"
 LARGEST_PAIR = 2**28  # bytes
-_Found = TypeVar("_Found")
+_Value = TypeVar("_Value")
 
 
 def read_count(reader: LmdbReader, key: bytes) -> int:
-    """The number of images or pairs, which is written at the very end. Raises UserError if it is missing."""
+    """Read the number of images or pairs, which is written last. Raises UserError if it is missing."""
     value = reader.get(key)
     if value is None or not value.isdigit() or len(value) > 18:
-        raise UserError(f"{reader.path.parent}: not a whole LMDB of Chinese-CLIP's (no {key.decode()}); build it anew")
+        raise UserError(
+            f"{reader.path.parent}: not a complete LMDB of Chinese-CLIP (no {key.decode()}); build it again"
+        )
     return int(value)
 
 
 class LmdbImages(Base64Images):
-    """The images of an `imgs` folder, in the order of their keys. A process that was not forked opens it anew."""
+    """The images of an `imgs` folder, in the order of their keys. A spawned process opens the folder again."""
 
     def __init__(self, folder: Path):
         self._reader: LmdbReader | None = LmdbReader(folder, LARGEST_FILE)
@@ -42,7 +44,7 @@ class LmdbImages(Base64Images):
         try:
             super().__init__(folder, [key.decode() for key in keys])
         except UnicodeDecodeError as error:
-            raise UserError(f"{folder}: the image id {error.object[:40]!r} is not UTF-8 text; build it anew") from None
+            raise UserError(f"{folder}: the image id {error.object[:40]!r} is not UTF-8 text; build it again") from None
         if not keys:
             raise UserError(f"{folder}: holds no images")
 
@@ -60,10 +62,10 @@ class LmdbImages(Base64Images):
             self._reader = LmdbReader(self.path, LARGEST_FILE)
         return self._reader
 
-    def _require(self, found: _Found | None, index: int) -> _Found:
-        if found is None:
-            raise UserError(f"{self.name(index)}: no longer there; start again")
-        return found
+    def _require(self, value: _Value | None, index: int) -> _Value:
+        if value is None:
+            raise UserError(f"{self.name(index)}: deleted during the run; start again")
+        return value
 
     def name(self, index: int) -> str:
         return f"{self.path}, key {self.keys[index]}"
@@ -74,18 +76,18 @@ class LmdbImages(Base64Images):
 
 
 def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, str]]]:
-    """(key, (image id, text id, text)) of each pair of a `pairs` folder, in order.
+    """Yield (key, (image id, text id, text)) of each pair of a `pairs` folder, in order.
 
-    Raises UserError, naming the folder and the key, if one is missing or something else.
+    Raises UserError, naming the folder and the key, if a pair is missing or invalid.
     """
     reader = LmdbReader(folder, LARGEST_PAIR)
     number_of_pairs = read_count(reader, NUM_SAMPLES)
-    pickled = dict(reader.items())  # an order of magnitude faster than asking for each
+    pickled = dict(reader.items())  # an order of magnitude faster than single look-ups
     for number in range(number_of_pairs):
         try:
             yield number, read_pair(pickled.pop(b"%d" % number))
         except KeyError:
-            raise UserError(f"{folder}, key {number}: missing; build it anew") from None
+            raise UserError(f"{folder}, key {number}: missing; build it again") from None
         except ValueError as error:
             raise UserError(
                 f"{folder}, key {number}: refused ({error}); a pair holds an image id, a text id and a text only"
@@ -93,7 +95,7 @@ def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, 
 
 
 def read_texts_without_image(folder: Path) -> list[dict]:
-    """The texts in a `pairs` folder of ours that no image answers, as their lines had them."""
+    """Read the texts without an image from a `pairs` folder that we wrote, as records of the jsonl."""
     texts: list[dict] = []
     for key, line in LmdbReader(folder, LARGEST_PAIR).items(TEXT_WITHOUT_IMAGE):
         if not key.startswith(TEXT_WITHOUT_IMAGE):
@@ -103,6 +105,6 @@ def read_texts_without_image(folder: Path) -> list[dict]:
         except (ValueError, RecursionError):
             text = None
         if not isinstance(text, dict):
-            raise UserError(f"{folder}, key {key.decode(errors='replace')}: broken JSON; build it anew")
+            raise UserError(f"{folder}, key {key.decode(errors='replace')}: broken JSON; build it again")
         texts.append(text)
     return texts

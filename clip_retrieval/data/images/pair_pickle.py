@@ -1,7 +1,7 @@
-"""A pickled pair of Chinese-CLIP's, (image id, text id, text), read without an unpickler.
+"""Reader of Chinese-CLIP's pickled pairs, (image id, text id, text), without an unpickler.
 
-An unpickler makes any object, and 20 bytes can ask it for gigabytes. The operations here make whole numbers, texts and
-one tuple; everything else is refused. Pickles of all protocols, 0 to 5, that hold such a pair need no others.
+An unpickler builds any object, and 20 bytes can make it allocate gigabytes. This reader supports whole numbers, texts
+and one tuple, in all protocols from 0 to 5; everything else is refused.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 
 MOST_DIGITS, MOST_BYTES = 2500, 2**10  # of an id
 MOST_OPERATIONS = 50  # protocol 0 needs 9
-DEEPEST = 4  # values on the stack: a mark and three others
-NOT_AN_ID = "it holds a number that is no id"
+DEEPEST = 4  # values on the stack: a mark and three values
+NOT_AN_ID = "it holds a number that is not an id"
 NO_PAIR = "it is not an image id, a text id and a text"
 
 
-def _make_forms(operations: Sequence[bytes], letters: str) -> dict[int, struct.Struct]:
-    """The form of each operation's argument."""
+def _make_formats(operations: Sequence[bytes], letters: str) -> dict[int, struct.Struct]:
+    """Return the format of each operation's argument."""
     return {operation[0]: struct.Struct(f"<{letter}") for operation, letter in zip(operations, letters)}
 
 
-_SKIPPED = {pickle.PROTO[0]: 1, pickle.FRAME[0]: 8}  # and the bytes that follow
-_NUMBERS = _make_forms((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")
-_TEXTS = _make_forms((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
-_LONGS = _make_forms((pickle.LONG1, pickle.LONG4), "BI")
-_PUTS = _make_forms((pickle.BINPUT, pickle.LONG_BINPUT), "BI")
-_GETS = _make_forms((pickle.BINGET, pickle.LONG_BINGET), "BI")
+_SKIPPED = {pickle.PROTO[0]: 1, pickle.FRAME[0]: 8}  # operation: bytes of its argument
+_NUMBERS = _make_formats((pickle.BININT, pickle.BININT1, pickle.BININT2), "iBH")
+_TEXTS = _make_formats((pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), "BIQ")
+_LONGS = _make_formats((pickle.LONG1, pickle.LONG4), "BI")
+_PUTS = _make_formats((pickle.BINPUT, pickle.LONG_BINPUT), "BI")
+_GETS = _make_formats((pickle.BINGET, pickle.LONG_BINGET), "BI")
 _LINES = {op[0] for op in (pickle.INT, pickle.LONG, pickle.UNICODE, pickle.PUT, pickle.GET)}
 _MEMOIZE, _MARK = pickle.MEMOIZE[0], pickle.MARK[0]
 _TUPLE, _TUPLE3, _STOP = pickle.TUPLE[0], pickle.TUPLE3[0], pickle.STOP[0]
@@ -35,11 +35,11 @@ _THE_MARK = object()
 
 
 def read_pair(pickled: bytes) -> tuple[int | str, int | str, str]:
-    """The image id, the text id and the text. Raises ValueError, with the reason, if it is anything else."""
+    """Read image id, text id and text. Raises ValueError, with the reason, for anything else."""
     try:
         pair = _run(pickled)
     except (IndexError, KeyError, struct.error, UnicodeDecodeError):
-        raise ValueError("it is no whole pickle") from None
+        raise ValueError("it is not a complete pickle") from None
     if type(pair) is not tuple or len(pair) != 3:
         raise ValueError(NO_PAIR)
     if not isinstance(pair[0], (int, str)) or not isinstance(pair[1], (int, str)) or not isinstance(pair[2], str):
@@ -48,7 +48,7 @@ def read_pair(pickled: bytes) -> tuple[int | str, int | str, str]:
 
 
 def _run(pickled: bytes) -> object:
-    """What the operations make."""
+    """Run the operations and return their result."""
     stack: list[object] = []
     memo: dict[int, object] = {}
     at = 0
@@ -59,31 +59,31 @@ def _run(pickled: bytes) -> object:
         at += 1
         # values
         if operation in _TEXTS:
-            form = _TEXTS[operation]
-            size, at = form.unpack_from(pickled, at)[0], at + form.size
+            layout = _TEXTS[operation]
+            size, at = layout.unpack_from(pickled, at)[0], at + layout.size
             stack.append(_take(pickled, at, size).decode("utf-8", "surrogatepass"))
             at += size
         elif operation in _NUMBERS:
-            form = _NUMBERS[operation]
-            stack.append(form.unpack_from(pickled, at)[0])
-            at += form.size
+            layout = _NUMBERS[operation]
+            stack.append(layout.unpack_from(pickled, at)[0])
+            at += layout.size
         elif operation in _LONGS:
-            form = _LONGS[operation]
-            size, at = form.unpack_from(pickled, at)[0], at + form.size
+            layout = _LONGS[operation]
+            size, at = layout.unpack_from(pickled, at)[0], at + layout.size
             if size > MOST_BYTES:
                 raise ValueError(NOT_AN_ID)
             stack.append(int.from_bytes(_take(pickled, at, size), "little", signed=True))
             at += size
-        # values that were there before
+        # memo
         elif operation == _MEMOIZE:
             memo[len(memo)] = stack[-1]
         elif operation in _PUTS:
-            memo[_check_place(_PUTS[operation].unpack_from(pickled, at)[0])] = stack[-1]
+            memo[_check_memo_index(_PUTS[operation].unpack_from(pickled, at)[0])] = stack[-1]
             at += _PUTS[operation].size
         elif operation in _GETS:
             stack.append(memo[_GETS[operation].unpack_from(pickled, at)[0]])
             at += _GETS[operation].size
-        # the tuple, and the end
+        # tuple, skipped operations and stop
         elif operation in _SKIPPED:
             at += _SKIPPED[operation]
         elif operation == _MARK:
@@ -114,15 +114,15 @@ def _make_tuple(parts: list[object]) -> tuple[object, ...]:
     return tuple(parts)
 
 
-def _check_place(number: int) -> int:
-    """A place in the memo; picklers number them from 0 or 1 on."""
+def _check_memo_index(number: int) -> int:
+    """Check an index of the memo; picklers count from 0 or 1."""
     if number > MOST_OPERATIONS:
-        raise ValueError(f"it asks for a memo of {number:,} places")
+        raise ValueError(f"it asks for a memo of {number:,} entries")
     return number
 
 
 def _run_line(operation: int, pickled: bytes, at: int, stack: list[object], memo: dict[int, object]) -> int:
-    """Run an operation of protocol 0, whose argument is a line of text; returns where the next one begins."""
+    """Run an operation of protocol 0, whose argument is a line of text; return the position of the next operation."""
     if (end := pickled.find(b"\n", at)) < 0:
         raise IndexError
     line = pickled[at:end]
@@ -134,7 +134,7 @@ def _run_line(operation: int, pickled: bytes, at: int, stack: list[object], memo
         raise ValueError(NOT_AN_ID)
     number = int(digits)
     if operation == pickle.PUT[0]:
-        memo[_check_place(number)] = stack[-1]
+        memo[_check_memo_index(number)] = stack[-1]
     elif operation == pickle.GET[0]:
         stack.append(memo[number])
     else:

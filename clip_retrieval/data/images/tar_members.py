@@ -1,4 +1,4 @@
-"""Images read from tar shards at their offsets."""
+"""Images in tar shards, read at their offsets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ShardImages:
     Args:
         paths: the shards.
         places: int64 (images, 3): shard, first byte and size of each image.
-        members: what each is called in its shard.
+        members: name of each image in its shard.
     """
 
     def __init__(self, paths: Sequence[Path], places: np.ndarray, members: Sequence[str]):
@@ -38,10 +38,10 @@ class ShardImages:
         return decode_rgb(io.BytesIO(self.encoded(index)), self.name(index))
 
     def encoded(self, index: int, part: slice = WHOLE) -> bytes:
-        """The bytes of the image file, or a part of them."""
+        """Return the bytes of the image file, or a slice of them."""
         shard, begin, size = self.places[index].tolist()
         first, end, _ = part.indices(size)
-        # Opened each time, at a hundredth of what decoding costs: nothing to share between processes or threads.
+        # Opening the file each time costs a hundredth of decoding, and leaves processes and threads nothing to share.
         try:
             with open_regular(self.paths[shard]) as file:
                 file.seek(begin + first)
@@ -53,6 +53,6 @@ class ShardImages:
         return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Size in bytes of the image, and time of the shard's last change (ns)."""
+        """Size of the image in bytes, and time of the shard's last change in ns."""
         shard, _, size = self.places[index].tolist()
         return size, os.stat(self.paths[shard]).st_mtime_ns  # noqa: PTH116  a hundred thousand times

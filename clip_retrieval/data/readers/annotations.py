@@ -1,4 +1,4 @@
-"""Id lists of the splits, and how readers find a captions file in a folder."""
+"""Id lists of the splits, and the search for a captions file in a folder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ ANNOTATIONS = Path(__file__).resolve().parents[3] / "datasets" / "annotations"
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """The ids in a .npy file as int64 (ids,). Raises UserError, naming the file, if it holds something else."""
+    """Read the ids in a .npy file, int64 (ids,). Raises UserError, naming the file, if it holds anything else."""
     ids = read_npy(path)
     if ids.dtype.kind not in "iu" or ids.ndim != 1 or (len(ids) and ids.max() > np.iinfo(np.int64).max):
         raise UserError(f"{path}: not a .npy file of whole numbers in one row; write it with numpy.save")
     return ids.astype(np.int64)
 
 
-def first_file(candidates: Iterable[Path]) -> Path | None:
-    """The first of the candidates that is a file."""
+def find_file(candidates: Iterable[Path]) -> Path | None:
+    """Return the first of the candidates that is a file."""
     return next((path for path in candidates if path.is_file()), None)
 
 
-def only_file(root: Path, patterns: Sequence[str]) -> Path:
-    """The one file in `root` that matches a pattern; UserError where there are none or several."""
+def find_only_file(root: Path, patterns: Sequence[str]) -> Path:
+    """Return the one file in `root` that matches a pattern. Raises UserError if there is none, or several."""
     check_root(root)
-    # Archives made on macOS bring a ._file along with every file.
+    # Archives made on macOS hold a ._file beside every file.
     found = sorted(path for pattern in patterns for path in root.glob(pattern) if not path.name.startswith("."))
     if not found:
         raise UserError(f"{root}: holds no {' or '.join(patterns)}; name the captions file with --annotations")

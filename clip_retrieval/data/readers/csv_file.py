@@ -1,8 +1,8 @@
-"""A CSV or TSV of one's own: a column of image paths, one of captions, optionally one of splits.
+"""Reader of a CSV or TSV: a column of image paths, one of captions, optionally one of splits.
 
-Without a split column all rows are to train on (train) and all rows are what `--eval` scores (test); there is no
-val. An image path in several rows is one image; the same caption for the same image again counts once; the same
-caption for different images stays several captions, each a query of its own, as in COCO.
+Without a split column all rows are the train split and all rows are the test split for `--eval`; there is no val
+split. An image path in several rows is one image. A duplicate caption of the same image counts once; the same caption
+of different images is several captions, each a query of its own, as in COCO.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import annotations
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_text
@@ -32,16 +32,16 @@ DELIMITERS = ",;\t|"
 class Row(NamedTuple):
     image: str
     caption: str
-    split: str | None  # as written; None where there is no split column
+    split: str | None  # None if there is no split column
     line: int
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """Read one split; None where the file has no such split."""
+    """Read one split; None if the file has no such split."""
     if options.annotations:
         path = Path(options.annotations)
     else:
-        path = annotations.only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
+        path = annotations.find_only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
     rows, has_splits = _read_rows(path, options.image_column, options.caption_column, options.split_column)
     if has_splits:
         rows = [row for row in rows if row.split == split]
@@ -55,7 +55,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         captions.setdefault((image, row.caption), len(captions))
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
     folder = Path(options.image_dir) if options.image_dir else path.parent
-    found = image_files([(folder, list(images))], path)
+    found = find_image_files([(folder, list(images))], path)
     return RetrievalDataset(
         options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )
@@ -63,15 +63,15 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
 
 @functools.lru_cache(maxsize=1)
 def _read_rows(path: Path, image_column: str, caption_column: str, split_column: str) -> tuple[list[Row], bool]:
-    """All rows, captions clean and splits in our words, and whether there is a split column."""
-    # A split column that was asked for by name must be there.
+    """Read all rows, with cleaned captions and our names of splits, and whether there is a split column."""
+    # A split column that the user names must exist.
     required = split_column != DataOptions.split_column
     rows = []
     for row in read_table(path, (image_column,), (caption_column,), split_column, required):
         caption = clean_caption(row.caption)
         if not row.image or not caption:
             empty = image_column if not row.image else caption_column
-            raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or take the line out")
+            raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or delete the line")
         split = row.split
         if split is not None and (split := SPLITS.get(row.split.lower())) is None:
             raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(SPLITS)}")
@@ -88,30 +88,42 @@ def read_table(
     split_column: str | None = None,
     split_required: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a CSV or TSV with a header, cells stripped, empty lines left out.
+    """Yield the rows of a CSV or TSV with a header; cells are stripped, empty lines skipped.
 
-    The image and caption columns are the first of the given ones that the header has. Raises UserError, naming
-    the line, where a row has other than the header's columns.
+    Args:
+        path: the file.
+        image_columns: names of the image column; the first one in the header counts.
+        caption_columns: the same for the caption column.
+        split_column: name of the split column.
+        split_required: whether the split column must exist.
+
+    Raises:
+        UserError: a column is missing, or, naming the line, a row has another number of columns than the header.
     """
+    # choose the delimiter
     text = read_text(path)
     header_line = re.match(r"[^\r\n]*", text.lstrip())[0]
-    delimiter = _delimiter(path, header_line, image_columns, caption_columns)
-    # strict: a stray quote is an error, where it would swallow the lines up to the next one.
+    delimiter = _choose_delimiter(path, header_line, image_columns, caption_columns)
+
+    # strict: a stray quote is an error; otherwise it would swallow the lines up to the next quote.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows = ([cell.strip() for cell in cells] for cells in reader)
     rows = (cells for cells in rows if any(cells))
     try:
+        # find the columns in the header
         header = next(rows, [])
-        image = _column(path, header, image_columns, "image_column")
-        caption = _column(path, header, caption_columns, "caption_column")
+        image = _find_column(path, header, image_columns, "image_column")
+        caption = _find_column(path, header, caption_columns, "caption_column")
         split = None
         if split_required or split_column in header:
-            split = _column(path, header, (split_column,), "split_column")
+            split = _find_column(path, header, (split_column,), "split_column")
+
+        # yield the rows
         for cells in rows:
-            if not (cells := _fit(cells, len(header), caption, delimiter)):
+            if not (cells := _fit_cells(cells, len(header), caption, delimiter)):
                 raise UserError(
-                    f"{path}, line {reader.line_num}: not the {len(header)} columns of the header; a caption that "
-                    f"holds a {delimiter!r} goes in double quotes"
+                    f"{path}, line {reader.line_num}: not the {len(header)} columns of the header; put a caption that "
+                    f"holds a {delimiter!r} in double quotes"
                 )
             yield Row(cells[image], cells[caption], None if split is None else cells[split], reader.line_num)
     except csv.Error as error:
@@ -121,8 +133,8 @@ def read_table(
         ) from None
 
 
-def _delimiter(path: Path, header: str, image_columns: Sequence[str], caption_columns: Sequence[str]) -> str:
-    """The delimiter: a tab in a .tsv, else the one that brings out the columns, else the most frequent one."""
+def _choose_delimiter(path: Path, header: str, image_columns: Sequence[str], caption_columns: Sequence[str]) -> str:
+    """Return a tab for a .tsv, else the delimiter that yields the columns, else the most frequent one."""
     if path.name.endswith((".tsv", ".tsv.gz")):
         return "\t"
     for delimiter in DELIMITERS:
@@ -132,24 +144,24 @@ def _delimiter(path: Path, header: str, image_columns: Sequence[str], caption_co
     return max(DELIMITERS, key=header.count)
 
 
-def _column(path: Path, header: list[str], names: Sequence[str], option: str) -> int:
+def _find_column(path: Path, header: list[str], names: Sequence[str], option: str) -> int:
     for name in names:
         if name in header:
             return header.index(name)
     found = ", ".join(header) or "none"
     raise UserError(
-        f"{path}: no column {' or '.join(names)} (the columns found: {found}); --dataset csv with --{option} names it"
+        f"{path}: no column {' or '.join(names)} (columns found: {found}); name it with --dataset csv and --{option}"
     )
 
 
-def _fit(cells: list[str], columns: int, caption: int, delimiter: str) -> list[str] | None:
-    """The cells as `columns` many; None where that cannot be told."""
+def _fit_cells(cells: list[str], columns: int, caption: int, delimiter: str) -> list[str] | None:
+    """Return the cells as a row of `columns` cells, or None if they do not fit."""
     end = len(cells)
     while end > columns and not cells[end - 1]:
         end -= 1
     cells = cells[:end]
     if len(cells) > columns == 2 and caption == 1:
-        # An unquoted comma in the last of two columns can only be the caption's own.
+        # An unquoted comma in the last of two columns belongs to the caption.
         space = " " if delimiter == "," else ""
         cells = [cells[0], (delimiter + space).join(cells[1:])]
     return cells if len(cells) == columns else None

@@ -1,10 +1,10 @@
-"""Hugging Face data sets, and simple-clip's: what `save_to_disk` of a Dataset or a DatasetDict wrote.
+"""Reader of Hugging Face data sets, and simple-clip's: a Dataset or a DatasetDict saved by `save_to_disk`.
 
     DATA/dataset_dict.json, DATA/train/, DATA/validation/, DATA/test/     a DatasetDict: splits
-    DATA/state.json, DATA/data-00000-of-00004.arrow                       a Dataset: all of it is to train on
+    DATA/state.json, DATA/data-00000-of-00004.arrow                       a Dataset: all of it is the train split
 
-A row is an image (see `data.saved_columns`) and its caption or a list of them; without the one or the other it is left
-out, with a warning. Rows with the same image, byte for byte, are one image with the captions of all of them.
+A row holds an image (see `data.images.arrow_columns`) and its caption or a list of captions; rows without one of them
+are skipped, with a warning. Rows with the same image, byte for byte, are one image with the captions of all of them.
 
     huggingface     --image_column, --caption_column
     sbucaptions     {root}/sbu_captions_images, or the root itself: image, caption
@@ -25,7 +25,7 @@ from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.images.arrow_columns import ArrowImages, Contents, is_saved_dataset, is_text, open_columns
 from clip_retrieval.data.images.duplicates import merge_duplicates
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import check_root, read_json
@@ -33,14 +33,14 @@ from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
 
 SPLITS_FILE = "dataset_dict.json"
-# Where simple-clip keeps its data sets.
+# simple-clip's folders.
 FOLDERS = {"coco": "coco", "textcap": "textcap", "sbucaptions": "sbu_captions_images"}
-# Columns that the named sets have where M3IT's are not renamed.
+# Columns of the named data sets: renamed, or M3IT's own.
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_base64_str"), ("caption", "outputs")
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """Read one split; None where the data set has no such split."""
+    """Read one split; None if the data set has no such split."""
     root = Path(options.dataset_root)
     check_root(root)
     if options.name == "combined":
@@ -57,79 +57,84 @@ def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
     root = Path(options.dataset_root)
     check_root(root)
     if is_saved_dataset(root):
-        return None if split == "val" else _dataset(options, UNSPLIT, root)
+        return None if split == "val" else _build_dataset(options, UNSPLIT, root)
     if not (root / SPLITS_FILE).is_file():
         raise UserError(
-            f"{root}: holds neither a {SPLITS_FILE} nor a state.json, as save_to_disk of a Hugging Face data set "
-            "writes them; give such a folder as --dataset_root"
+            f"{root}: holds neither {SPLITS_FILE} nor state.json; give a folder that save_to_disk of a Hugging Face "
+            "data set wrote as --dataset_root"
         )
-    names = _split_names(root / SPLITS_FILE)
+    names = _read_split_names(root / SPLITS_FILE)
     if split not in names:
         return None
-    return _dataset(options, split, root / names[split])
+    return _build_dataset(options, split, root / names[split])
 
 
-def _split_names(path: Path) -> dict[str, str]:
-    """The folder of each split."""
+def _read_split_names(path: Path) -> dict[str, str]:
+    """Read the folder name of each split."""
     content = read_json(path)
     found = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f'{path}: names no "splits"; save the data set anew')
+        raise UserError(f'{path}: no list "splits"; save the data set again')
     names = {SPLITS[name]: name for name in found if name in SPLITS}
     if not names:
         raise UserError(f"{path}: none of its splits ({', '.join(found)}) is one of {', '.join(SPLITS)}")
     return names
 
 
-def _dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset:
+def _build_dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset:
+    # open the columns
     table = open_columns(folder)
-    image_column = _column(options, "image_column", IMAGE_COLUMNS, table, folder)
-    caption_column = _column(options, "caption_column", CAPTION_COLUMNS, table, folder)
-    captions = _captions(table.column(caption_column), f"{folder}, column {caption_column}")
-    contents = _contents(table.column(image_column), f"{folder}, column {image_column}")
+    image_column = _find_column(options, "image_column", IMAGE_COLUMNS, table, folder)
+    caption_column = _find_column(options, "caption_column", CAPTION_COLUMNS, table, folder)
+    captions = _read_captions(table.column(caption_column), f"{folder}, column {caption_column}")
+    contents = _open_contents(table.column(image_column), f"{folder}, column {image_column}")
+
+    # select the rows with an image and a caption
     description = f"{options.name} {split}"
     sizes = np.fromiter(
         (len(content) for content in progress_bar(contents, total=len(contents), desc=description, leave=False)),
         np.int64,
         count=len(contents),
     )
-    described = np.array([bool(texts) for texts in captions], dtype=bool)
-    rows = np.flatnonzero((sizes > 0) & described)
+    has_caption = np.array([bool(texts) for texts in captions], dtype=bool)
+    rows = np.flatnonzero((sizes > 0) & has_caption)
     if len(rows) == 0:
         raise UserError(f"{folder}: no row has one image in {image_column} and a caption in {caption_column}")
     if len(rows) < len(sizes):
         log.warning(
-            f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are left out: "
-            f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~described):,} without a caption"
+            f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are skipped: "
+            f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~has_caption):,} without a caption"
         )
+
+    # merge duplicate images
     captions = [captions[row] for row in rows]
     firsts, texts, pairs = merge_duplicates(
         lambda row, part: contents[row][part], rows, sizes[rows], captions, description
     )
-    images = _images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
+    images = _open_images(options, folder, image_column, contents, rows[firsts], sizes[rows[firsts]])
     return RetrievalDataset(options.name, split, images, texts, pairs)
 
 
-def _column(options: DataOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
-    """The column that was asked for; of a data set that has a name here, else the first of the known ones."""
-    asked = getattr(options, option)
-    known = (asked,) if options.name == "huggingface" else tuple(dict.fromkeys((asked, *known)))
+def _find_column(options: DataOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
+    """Find the column given by the option; for a named data set, else the first of the known ones."""
+    chosen = getattr(options, option)
+    known = (chosen,) if options.name == "huggingface" else tuple(dict.fromkeys((chosen, *known)))
     for name in known:
         if name in table.column_names:
             return name
     found = ", ".join(table.column_names) or "none"
-    raise UserError(f"{folder}: no column {' or '.join(known)} (the columns found: {found}); name it with --{option}")
+    raise UserError(f"{folder}: no column {' or '.join(known)} (columns found: {found}); name it with --{option}")
 
 
-def _captions(column: Any, where: str) -> list[list[str]]:
-    """The captions of each row, without empty ones."""
+def _read_captions(column: Any, place: str) -> list[list[str]]:
+    """Read the captions of each row, without empty ones."""
     if not is_text(column.type):
-        raise UserError(f"{where}: holds {column.type}, not texts; name another with --caption_column")
+        raise UserError(f"{place}: holds {column.type}, not texts; name another with --caption_column")
     try:
         column.validate(full=True)
         values = column.to_pylist()
     except (ValueError, OSError, MemoryError) as error:  # pyarrow's errors are these
-        raise UserError(f"{where}: damaged ({describe(error)}); fetch the data set again") from None
+        raise UserError(f"{place}: damaged ({describe(error)}); fetch the data set again") from None
     captions = []
     for value in values:
         texts = value if isinstance(value, list) else [value]
@@ -137,23 +142,23 @@ def _captions(column: Any, where: str) -> list[list[str]]:
     return captions
 
 
-def _contents(column: Any, where: str) -> Contents:
-    """The bytes, base64 or path of the image in each row."""
+def _open_contents(column: Any, place: str) -> Contents:
+    """Open the bytes, base64 or path of the image in each row."""
     try:
         contents = Contents(column)
         if not any(len(content) for content in contents):
             return Contents(column, "path")
         return contents
     except TypeError as error:
-        raise UserError(f"{where}: {error}, not images; name another with --image_column") from None
+        raise UserError(f"{place}: {error}, not images; name another with --image_column") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}: damaged ({describe(error)}); fetch the data set again") from None
+        raise UserError(f"{place}: damaged ({describe(error)}); fetch the data set again") from None
 
 
-def _images(
+def _open_images(
     options: DataOptions, folder: Path, column: str, contents: Contents, rows: np.ndarray, sizes: np.ndarray
 ) -> Images:
     if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
-        places = options.image_dir or folder
-        return image_files([(places, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
+        image_folder = options.image_dir or folder
+        return find_image_files([(image_folder, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
     return ArrowImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)

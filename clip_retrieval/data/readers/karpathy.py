@@ -1,10 +1,10 @@
-"""Flickr30K, Flickr8K and everything else in Karpathy's JSON; the Flickr sets also as captions annotations.
+"""Reader of Karpathy's JSON (Flickr30K, Flickr8K and others), and of the Flickr captions files.
 
 Karpathy's JSON ({root}/dataset_{name}.json, also .json.gz; any single dataset_*.json for `--dataset karpathy`) lists
-images with file name, split and sentences. restval belongs to train unless --no_restval. An image without sentences
-stays: it is one that no caption describes.
+images with file name, split and sentences. restval belongs to train unless --no_restval. Images without sentences stay,
+as images to be retrieved.
 
-Where there is none, Flickr8K and Flickr30K are read from the captions files that are passed around instead:
+Without a JSON, Flickr8K and Flickr30K are read from one of the captions files in circulation:
 `image_name| comment_number| comment` (results.csv), `image,caption` (captions.txt) and the authors' own
 `name.jpg#0<tab>caption` (*.token), with Karpathy's split from the project's datasets/annotations.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
-from clip_retrieval.data.images.image_files import image_files
+from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import annotations, csv_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json, read_text
@@ -31,7 +31,7 @@ from clip_retrieval.options import DataOptions
 
 FLICKR = ("flickr8k", "flickr30k")
 
-# Where the archives of the data sets put the images, below the root.
+# Folders of the images in the archives of the data sets.
 IMAGE_FOLDERS = {
     "flickr8k": ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset"),
     "flickr30k": ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "Images"),
@@ -48,9 +48,9 @@ class Part:
 
     Attributes:
         names: file names.
-        folders: the folder each image is said to be in, "" where none is.
+        folders: the folder of each image as the file gives it, or "".
         texts: the captions.
-        owners: index of the image that each caption describes.
+        owners: image index of each caption.
     """
 
     names: list[str] = field(default_factory=list)
@@ -66,14 +66,16 @@ class Part:
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """Read one split; None where the data set has no such split."""
-    path = _find(options)
+    """Read one split; None if the data set has no such split."""
+    # read the file
+    path = _find_file(options)
     if path.name.endswith((".json", ".json.gz")):
         parts = read_karpathy_json(path)
     elif options.name in FLICKR:
         parts = read_captions(path, options.name)
     else:
         raise UserError(f"{path}: not a .json or .json.gz file, as --dataset {options.name} needs")
+    # join the parts of the split
     names = ("train", "restval") if split == "train" and not options.no_restval else (split,)
     chosen = Part()
     for part in (parts[name] for name in names if name in parts):
@@ -85,23 +87,23 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
-    images = image_files(_places(options, path, chosen), path)
+    images = find_image_files(_iter_places(options, path, chosen), path)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
     return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
 
 
-def _find(options: DataOptions) -> Path:
-    """The file that lists the images."""
+def _find_file(options: DataOptions) -> Path:
+    """Find the file that lists the images."""
     if options.annotations:
         return Path(options.annotations)
     root, name = Path(options.dataset_root), options.name
     if name == "karpathy":
-        return annotations.only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
+        return annotations.find_only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
     check_root(root)
     found = find_json(root, name)
     folders = [root, *(root / folder for folder in IMAGE_FOLDERS.get(name, ()))]
     usual = CAPTIONS_FILES.get(name, ())
-    found = found or annotations.first_file(folder / file for folder in folders for file in usual)
+    found = found or annotations.find_file(folder / file for folder in folders for file in usual)
     if not found:
         others = f" (nor {', '.join(usual)})" if usual else ""
         raise UserError(f"{root / f'dataset_{name}.json'}: no such file{others}; name it with --annotations")
@@ -109,12 +111,12 @@ def _find(options: DataOptions) -> Path:
 
 
 def find_json(root: Path, name: str) -> Path | None:
-    """The Karpathy JSON of a data set."""
-    return annotations.first_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
+    """Find the Karpathy JSON of a data set."""
+    return annotations.find_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
 
 
-def _places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
-    """Where the images may be, and under which names there."""
+def _iter_places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders that may hold the images, with the names there."""
     root = Path(options.dataset_root)
     if options.image_dir:
         folders = [Path(options.image_dir)]
@@ -128,38 +130,40 @@ def _places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path
             yield folder, part.names
 
 
-# Karpathy's COCO file takes gigabytes as parsed; what is kept for the other splits is a few plain lists.
+# Parsed, Karpathy's COCO file takes gigabytes; plain lists of it are cached for the other splits.
 @functools.lru_cache(maxsize=1)
 def read_karpathy_json(path: Path) -> dict[str, Part]:
-    """Read a Karpathy JSON: its images by split (train, restval, val, test). Raises UserError where it is not one."""
+    """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid."""
     data = read_json(path)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise UserError(f'{path}: not a Karpathy JSON (no list "images")')
     if not images:
         raise UserError(f"{path}: lists no images")
+
+    # check each image and add it to its split
     parts: dict[str, Part] = {}
     for number, image in enumerate(images):
-        where = f"{path}: not a Karpathy JSON (images[{number}]"
+        prefix = f"{path}: not a Karpathy JSON (images[{number}]"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str) or not image["filename"]:
-            raise UserError(f'{where} has no "filename")')
-        named = image.get("split")
-        split = {"restval": "restval", **SPLITS}.get(named) if isinstance(named, str) else None
+            raise UserError(f'{prefix} has no "filename")')
+        name = image.get("split")
+        split = {"restval": "restval", **SPLITS}.get(name) if isinstance(name, str) else None
         if split is None:
             raise UserError(
-                f"{where}, {image['filename']}, has the split {reprlib.repr(named)}, not one of train, restval, val, "
+                f"{prefix}, {image['filename']}, has the split {reprlib.repr(name)}, not one of train, restval, val, "
                 "test)"
             )
-        texts = _sentences(image.get("sentences"))
+        texts = _read_sentences(image.get("sentences"))
         if texts is None:
-            raise UserError(f'{where}, {image["filename"]}, has no "sentences", each with a "raw" text)')
+            raise UserError(f'{prefix}, {image["filename"]}, has no "sentences", each with a "raw" text)')
         folder = image.get("filepath")
         parts.setdefault(split, Part()).add(image["filename"], folder if isinstance(folder, str) else "", texts)
     return parts
 
 
-def _sentences(sentences: Any) -> list[str] | None:
-    """The texts; None where the sentences are not as Karpathy's."""
+def _read_sentences(sentences: Any) -> list[str] | None:
+    """Return the captions, or None if the sentences are not in Karpathy's format."""
     if not isinstance(sentences, list):
         return None
     if not all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences):
@@ -169,9 +173,9 @@ def _sentences(sentences: Any) -> list[str] | None:
 
 @functools.lru_cache(maxsize=1)
 def read_captions(path: Path, name: str) -> dict[str, Part]:
-    """Read a captions file of Flickr8K or Flickr30K, split by the project's lists, images in their order."""
+    """Read a captions file of Flickr8K or Flickr30K; the project's lists give the splits and the order of images."""
     captions: dict[str, list[str]] = {}
-    for image, text in _image_captions(path):
+    for image, text in _iter_captions(path):
         captions.setdefault(image, []).append(text)
     if not captions:
         raise UserError(f"{path}: holds no captions")
@@ -184,27 +188,29 @@ def read_captions(path: Path, name: str) -> dict[str, Part]:
         if part.names:
             parts[split] = part
     if not parts:
-        raise UserError(f"{path}: none of its images is in the split of {name}; a file of your own is --dataset csv")
+        raise UserError(f"{path}: none of its images is in the split of {name}; read your own file with --dataset csv")
     return parts
 
 
-def _image_captions(path: Path) -> Iterator[tuple[str, str]]:
-    """(image, caption) for each line of the file, in whichever of the three forms it has."""
+def _iter_captions(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) for each line of the file, in any of the three formats."""
+    # detect the format
     lines = read_text(path).split("\n")
     header = lines[0]
     if re.match(r"[^|,\t]+#\d+\t", header):
-        form, skip = re.compile(r"([^\t]+)#\d+\t(.*)"), 0
+        pattern, skip = re.compile(r"([^\t]+)#\d+\t(.*)"), 0
     elif "|" in header:
-        # Image 2199200615.jpg, comment 4, of results.csv lacks its second bar.
-        form, skip = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)"), 1
+        # In results.csv, comment 4 of image 2199200615.jpg lacks its second bar.
+        pattern, skip = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)"), 1
     else:
         for row in csv_file.read_table(path, ("image", "image_name"), ("caption", "comment")):
             yield row.image, clean_caption(row.caption)
         return
+    # parse the lines
     for number, line in enumerate(lines[skip:], 1 + skip):
         if not line.strip():
             continue
-        match = form.fullmatch(line.strip(" \r"))
+        match = pattern.fullmatch(line.strip(" \r"))
         if not match or not match[1].strip() or not match[2].strip():
             raise UserError(f"{path}, line {number}: not an image and a caption: {line[:60]!r}")
         yield match[1].strip(), clean_caption(match[2])

@@ -1,8 +1,8 @@
-"""The built-in data set: drawn scenes of two objects, described in words. Needs no files.
+"""The built-in data set: drawn scenes of two objects and their captions. Needs no files.
 
-A scene has two objects, each with a shape, a colour and a size, side by side or one above the other. Every scene is
-another one, in all splits together, and many share an object or a word: to find the right caption, both sides have to
-be understood. The pictures and captions are a pure function of the seed.
+A scene has two objects, each with a shape, a colour and a size, side by side or one above the other. Scenes are unique
+over all splits, and many share an object or a word, so retrieval needs both objects. Images and captions are a pure
+function of the seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {"train": 4000, "val": 500, "test": 500}
 CAPTIONS_PER_IMAGE = 5
 SIDE = 64  # pixels
 SEED = 2022
-OVERSAMPLING = 4  # drawn larger and reduced, for smooth edges
+OVERSAMPLING = 4  # images are drawn larger and reduced, for smooth edges
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -65,32 +65,34 @@ class Scene(NamedTuple):
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """A split of the built-in data set. The pictures are kept in {dataset_root}/shapes/ where that can be written."""
-    begin, size = _range_of(split)
-    scenes = _scenes()[begin : begin + size]
-    pixels = _cached_pixels(Path(options.dataset_root) / "shapes", split, scenes, begin)
+    """Read a split. Images are cached in {dataset_root}/shapes/ if that folder is writable."""
+    begin, size = _find_range(split)
+    scenes = _make_scenes()[begin : begin + size]
+    pixels = _load_pixels(Path(options.dataset_root) / "shapes", split, scenes, begin)
     captions = [
-        caption for index, scene in enumerate(scenes, begin) for caption in describe(scene, _generator("words", index))
+        caption
+        for index, scene in enumerate(scenes, begin)
+        for caption in make_captions(scene, _make_generator("words", index))
     ]
     images = np.repeat(np.arange(size), CAPTIONS_PER_IMAGE)
     pairs = np.stack([images, np.arange(len(captions))], axis=1)
     return RetrievalDataset("shapes", split, ImageArray(pixels, f"shapes {split}"), captions, pairs)
 
 
-def _range_of(split: str) -> tuple[int, int]:
+def _find_range(split: str) -> tuple[int, int]:
     names = list(SIZES)
     return sum(SIZES[name] for name in names[: names.index(split)]), SIZES[split]
 
 
-def _generator(purpose: str, index: int = 0) -> np.random.Generator:
+def _make_generator(purpose: str, index: int = 0) -> np.random.Generator:
     return np.random.default_rng((SEED, ("scenes", "words", "pixels").index(purpose), index))
 
 
-def _scenes() -> list[Scene]:
-    """The scenes of all splits, no two alike."""
+def _make_scenes() -> list[Scene]:
+    """Make the scenes of all splits, without duplicates."""
     things = [Thing(s, c, z) for s in SHAPES for c in COLOURS for z in RADII]
     number = len(things) ** 2 * len(AXES)
-    chosen = _generator("scenes").choice(number, size=sum(SIZES.values()), replace=False)
+    chosen = _make_generator("scenes").choice(number, size=sum(SIZES.values()), replace=False)
     axes = list(AXES)
     scenes = []
     for code in chosen:
@@ -100,20 +102,20 @@ def _scenes() -> list[Scene]:
     return scenes
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five captions of a scene, no two alike."""
+def make_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Make five different captions of a scene."""
     captions: dict[str, None] = {}
     while len(captions) < CAPTIONS_PER_IMAGE:
-        captions[_sentence(scene, rng)] = None
+        captions[_make_sentence(scene, rng)] = None
     return list(captions)
 
 
-def _sentence(scene: Scene, rng: np.random.Generator) -> str:
+def _make_sentence(scene: Scene, rng: np.random.Generator) -> str:
     forward, backward = AXES[scene.axis]
     one, other, relation = scene.first, scene.second, forward
     if rng.random() < 0.5:
         one, other, relation = scene.second, scene.first, backward
-    a, b = _phrase(one, rng), _phrase(other, rng)
+    a, b = _make_phrase(one, rng), _make_phrase(other, rng)
     forms = (
         f"{a} {relation} {b}",
         f"there is {a} {relation} {b}",
@@ -123,7 +125,7 @@ def _sentence(scene: Scene, rng: np.random.Generator) -> str:
     return str(rng.choice(forms))
 
 
-def _phrase(thing: Thing, rng: np.random.Generator) -> str:
+def _make_phrase(thing: Thing, rng: np.random.Generator) -> str:
     words = [thing.colour, str(rng.choice(SHAPES[thing.shape]))]
     if rng.random() < 0.75:
         words.insert(0, str(rng.choice(SIZE_WORDS[thing.size])))
@@ -132,7 +134,7 @@ def _phrase(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (SIDE, SIDE, 3)."""
+    """Draw a scene, uint8 (SIDE, SIDE, 3)."""
     side = SIDE * OVERSAMPLING
     grey = int(rng.integers(20, 110))
     image = Image.new("RGB", (side, side), (grey, grey, grey))
@@ -169,8 +171,8 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r
         canvas.regular_polygon((x, y, radius), 3, fill=colour)
 
 
-def _cached_pixels(folder: Path, split: str, scenes: list[Scene], begin: int) -> np.ndarray:
-    """The pictures of a split, uint8 (scenes, SIDE, SIDE, 3): from the cache, or drawn and cached."""
+def _load_pixels(folder: Path, split: str, scenes: list[Scene], begin: int) -> np.ndarray:
+    """Load the images of a split from the cache, or draw and cache them, uint8 (scenes, SIDE, SIDE, 3)."""
     path = folder / f"{split}_{SIDE}_{SEED}.npy"
     shape = (len(scenes), SIDE, SIDE, 3)
     try:
@@ -178,9 +180,9 @@ def _cached_pixels(folder: Path, split: str, scenes: list[Scene], begin: int) ->
         if cached.shape == shape and cached.dtype == np.uint8:
             return cached
     except UserError:
-        pass  # not there yet, or half of one: draw it
-    pixels = np.stack([draw(scene, _generator("pixels", index)) for index, scene in enumerate(scenes, begin)])
-    with contextlib.suppress(OSError):  # in a place that cannot be written, the pictures stay in memory
+        pass  # missing or incomplete
+    pixels = np.stack([draw(scene, _make_generator("pixels", index)) for index, scene in enumerate(scenes, begin)])
+    with contextlib.suppress(OSError):  # in an unwritable folder, the images stay in memory
         folder.mkdir(parents=True, exist_ok=True)
         with write_atomic(path) as file:
             np.save(file, pixels)

@@ -1,8 +1,8 @@
-"""Tar shards as a data set: captions in memory, images read from where they stand in the shard when asked for.
+"""Reader of tar shards as a data set: captions in memory, images read from their offsets in the shards on access.
 
-Its val and test splits are read so, what `--eval` scores, and its train split in a mixture with others; alone, the
-train split is a stream (`data.shard_stream`). Samples without an image or a caption are left out, with a warning;
-those with the same image, byte for byte, are one image with the captions of all of them.
+It reads val and test splits, and train splits of a mixture; a single train split is a stream (`data.shards.stream`).
+Samples without an image or a caption are skipped, with a warning; samples with the same image, byte for byte, are one
+image with the captions of all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from clip_retrieval.options import DataOptions
 
 
 def read(options: DataOptions, split: str) -> RetrievalDataset | None:
-    """Read one split; None where there are no shards of it."""
+    """Read one split; None if it has no shards."""
+    # read captions and places of the images
     found = find_shards(options, split)
     if found is None:
         return None
@@ -41,20 +42,22 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     keys: list[str] = []
     members: list[str] = []
     captions: list[list[str]] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for shard, path in enumerate(progress_bar(found.paths, desc=f"{options.name} {split}", leave=False)):
-        for sample in _samples(path, options.caption_key):
+        for sample in _read_samples(path, options.caption_key):
             if isinstance(sample, str):
-                left_out.append(sample)
+                skipped.append(sample)
                 continue
             captions.append(sample.captions)
             places.extend((shard, sample.image.begin, sample.image.size))
             keys.append(sample.image.key)
             members.append(f"{sample.image.key}.{sample.image.ending}")
     if not keys:
-        raise UserError(left_out[0] if left_out else f"{found.paths[0]}: holds no images with captions")
-    if left_out:
-        log.warning(f"{len(left_out):,} of {len(keys) + len(left_out):,} samples are left out; {left_out[0]}")
+        raise UserError(skipped[0] if skipped else f"{found.paths[0]}: holds no images with captions")
+    if skipped:
+        log.warning(f"{len(skipped):,} of {len(keys) + len(skipped):,} samples are skipped; {skipped[0]}")
+
+    # merge duplicate images
     images = ShardImages(found.paths, np.array(places).reshape(-1, 3), members)
     description = f"{options.name} {split}"
     firsts, texts, pairs = merge_duplicates(
@@ -70,14 +73,16 @@ class _Sample(NamedTuple):
     captions: list[str]
 
 
-def _samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str]:
-    """The samples of a shard; of one that cannot be used, its name and why."""
+def _read_samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str]:
+    """Yield the samples of a shard; for an unusable one, its name and the problem."""
     try:
         with open_regular(path) as file:
             for members in read_members(path):
-                of = {member.ending: member for member in reversed(members)}  # of two of the same name the first
+                # the first of two members of the same name counts
+                by_ending = {member.ending: member for member in reversed(members)}
                 try:
-                    image, text = of[image_ending(of)], of[caption_ending(of, caption_key)]
+                    image = by_ending[image_ending(by_ending)]
+                    text = by_ending[caption_ending(by_ending, caption_key)]
                     file.seek(text.begin)
                     yield _Sample(image, read_captions(file.read(text.size), text.ending, caption_key))
                 except Unusable as problem:

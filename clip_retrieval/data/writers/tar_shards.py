@@ -1,4 +1,4 @@
-"""Any data set, written as the tar shards that `--dataset webdataset` reads."""
+"""Export of any data set to the tar shards that `--dataset webdataset` reads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 
 
 def export_shards(options: DataOptions, output: Path, splits: Sequence[str] = (), shard_size: int = 1000) -> None:
-    """Write the splits of a data set to `output` as shards, and how many images each holds as sizes.json.
+    """Write the splits of a data set to `output` as shards, and the number of images in each shard to sizes.json.
 
-    Raises UserError where there is no such split, shards of it are there already, the sizes.json that is there is no
-    table, an image cannot be read, or the folder cannot be written.
+    Raises UserError if a split is missing, its shards exist already, an existing sizes.json is not a table, an image
+    cannot be read, or the folder cannot be written.
     """
     table = output / SIZES
     sizes = read_sizes(table)
@@ -35,32 +35,32 @@ def export_shards(options: DataOptions, output: Path, splits: Sequence[str] = ()
 
 
 def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int) -> dict[str, int]:
-    """Write `output`/{name}-00000.tar and so on, and return how many images each holds; those without a caption none.
+    """Write `output`/{name}-00000.tar and so on; return the number of images in each.
 
-    Images are the bytes of their files, not encoded again unless their format is none that shards have. One caption is
-    a .txt, several are a list in a .json.
+    Images without a caption are skipped. Images keep the bytes of their files; only a format that shards lack is
+    encoded again. One caption is a .txt, several are a list in a .json.
     """
-    if there := next(output.glob(f"{name}-*.tar"), None):
-        raise UserError(f"--output {output}: holds {there.name} already; take it away, or choose another folder")
+    if existing := next(output.glob(f"{name}-*.tar"), None):
+        raise UserError(f"--output {output}: holds {existing.name} already; delete it, or choose another folder")
     first = dataset.first_pair
-    described = np.flatnonzero(first[1:] > first[:-1]).tolist()
+    images_with_captions = np.flatnonzero(first[1:] > first[:-1]).tolist()
     sizes: dict[str, int] = {}
-    with progress_bar(total=len(described), desc=name) as bar:
-        for number, start in enumerate(range(0, len(described), shard_size)):
-            images = described[start : start + shard_size]
+    with progress_bar(total=len(images_with_captions), desc=name) as bar:
+        for number, start in enumerate(range(0, len(images_with_captions), shard_size)):
+            batch = images_with_captions[start : start + shard_size]
             shard = output / f"{name}-{number:05}.tar"
             with write_atomic(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
-                for image in images:
+                for image in batch:
                     captions = [dataset.captions[i] for i in dataset.pairs[first[image] : first[image + 1], 1]]
-                    _add_sample(tar, f"{image:09}", *_as_shards_have_it(dataset, image), captions)
+                    _add_sample(tar, f"{image:09}", *_encode(dataset, image), captions)
                     bar.update()
-            sizes[shard.name] = len(images)
-    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(described):,} images")
+            sizes[shard.name] = len(batch)
+    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(images_with_captions):,} images")
     return sizes
 
 
-def _as_shards_have_it(dataset: RetrievalDataset, image: int) -> tuple[str, bytes]:
-    """The ending and the bytes of an image."""
+def _encode(dataset: RetrievalDataset, image: int) -> tuple[str, bytes]:
+    """Return ending and bytes of an image, in a format that shards have."""
     content = read_image_bytes(dataset.images, image)
     ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
     if ending is not None:

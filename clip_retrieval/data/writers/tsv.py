@@ -1,4 +1,4 @@
-"""Any data set, written as Chinese-CLIP's `{split}_imgs.tsv` and `{split}_texts.jsonl`."""
+"""Export of any data set to Chinese-CLIP's `{split}_imgs.tsv` and `{split}_texts.jsonl`."""
 
 from __future__ import annotations
 
@@ -29,50 +29,51 @@ def export(options: DataOptions, output: Path, splits: Sequence[str] = (), ids: 
 def export_each(
     options: DataOptions, output: Path, splits: Sequence[str], write: Callable[[RetrievalDataset, str], None]
 ) -> None:
-    """Write the splits of a data set to `output`; without `splits`, those that it has, as train, valid and test.
-
-    A data set that has no splits is written as train, or as whatever it is asked for as.
+    """Write the splits of a data set to `output`.
 
     Args:
         options: the data set.
-        output: folder that they are written to; made if need be.
-        splits: what they are called there.
-        write: writes one split under a name.
+        output: the folder to write to; created if it is missing.
+        splits: names of the splits, in the data set and in the files; by default train, valid and test as far as they
+            exist. A data set without splits is written as train, or under the names in `splits`.
+        write: function that writes one split under a name.
 
     Raises:
-        UserError: there is no such split, an image cannot be read, or the folder cannot be written.
+        UserError: a split is missing, an image cannot be read, or the folder cannot be written.
     """
+    # check the options
     for name in splits:
         if name not in SPLITS:
             raise UserError(f"--splits {name}: no such split; choose from {', '.join(SPLITS)}")
     limit_image_pixels(options.max_image_pixels)
-    written = 0
+
+    # write each split
+    count = 0
     for name in splits or CHINESE_CLIP_SPLITS:
         dataset = read_dataset(options, SPLITS[name])
         if dataset is None:
             if splits:
-                raise UserError(f"{options.name} in {options.place} has no {name} split; take it out of --splits")
+                raise UserError(f"{options.name} in {options.place} has no {name} split; remove it from --splits")
             continue
         try:
             output.mkdir(parents=True, exist_ok=True)
             write(dataset, name)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
-        written += 1
+        count += 1
         if not splits and dataset.split == UNSPLIT:
             break
-    if not written:
+    if not count:
         raise UserError(f"{options.name} in {options.place} has no split; give other data")
 
 
 def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = "number") -> None:
     """Write `output`/{name}_imgs.tsv and {name}_texts.jsonl.
 
-    Images are the bytes of their files, not encoded again; pictures that are no files become PNG. Each has the id that
-    the data set gives it; else its number in the split, or with ids "name" the name of its file without the ending.
-    Texts have the data set's ids, or their numbers.
+    Images keep the bytes of their files; images without a file become PNG. Ids are those of the data set; if it has
+    none, texts get their number in the split, images too, or with ids="name" the name of the file without its ending.
     """
-    image_ids = _image_ids(dataset, ids)
+    image_ids = _choose_image_ids(dataset, ids)
     images: list[list[int | str]] = [[] for _ in dataset.captions]
     for image, caption in dataset.pairs.tolist():
         images[caption].append(image_ids[image])
@@ -87,14 +88,14 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     log.info(f"{output / name}{IMAGES} and {TEXTS}: {len(image_ids):,} images, {len(dataset.captions):,} texts")
 
 
-def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
-    """The ids to write. Raises UserError if two images have the same."""
+def _choose_image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
+    """Return the ids to write. Raises UserError if two images have the same one."""
     images = dataset.images
     if dataset.image_ids is None and ids == "number":
         return range(len(images))
-    given = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
+    names = dataset.image_ids or [Path(images.name(index)).stem for index in range(len(images))]
     rows: dict[str, int] = {}
-    for row, image_id in enumerate(map(_tsv_id, given)):
+    for row, image_id in enumerate(map(_format_id, names)):
         if (first := rows.setdefault(image_id, row)) != row:
             remedy = ", or use --ids number" if dataset.image_ids is None else ""
             raise UserError(
@@ -103,13 +104,13 @@ def _image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:
     return infer_id_types(list(rows), () if dataset.image_ids is None else dataset.image_ids)
 
 
-def _tsv_id(image_id: int | str) -> str:
-    """The id as a tsv can hold it: without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
+def _format_id(image_id: int | str) -> str:
+    """Return the id without tabs and line breaks, and with escapes for bytes that are not UTF-8."""
     return " ".join(str(image_id).split()).encode(errors="backslashreplace").decode()
 
 
 def read_image_bytes(images: Images, index: int) -> bytes:
-    """The bytes of an image's file; a picture that is no file becomes PNG."""
+    """Return the bytes of an image file; an image without a file becomes PNG."""
     if isinstance(images, MixedImages):
         return read_image_bytes(*images.find(index))
     if isinstance(images, EncodedImages):

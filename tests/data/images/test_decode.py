@@ -1,4 +1,4 @@
-"""Images from anywhere: the formats that people have are read, everything else is one line, and nothing is run."""
+"""Untrusted images: common formats are read, everything else is a one-line error, and no program is started."""
 
 import io
 import os
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from clip_retrieval.data.images.decode import FORMATS, LARGEST_FILE, decode_rgb, image_pixels_limit, limit_image_pixels
-from clip_retrieval.data.images.image_files import ImageFiles, image_files
+from clip_retrieval.data.images.image_files import ImageFiles, find_image_files
 from clip_retrieval.data.pixels.transforms import CropTransform, evaluation_transform
 from clip_retrieval.errors import RunError, UserError
 from tests.conftest import read_json
@@ -40,7 +40,7 @@ def decoded(content):
 
 
 def fails(source, *parts):
-    """The message for a path, or for the bytes of a file that is called a.jpg."""
+    """Return the message for a path, or for the bytes of a file."""
     with pytest.raises(UserError) as error:
         decode_rgb(io.BytesIO(source) if isinstance(source, bytes) else str(source), str(source)[:300])
     message = str(error.value)
@@ -54,14 +54,14 @@ def fails(source, *parts):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_each_format_is_read_whatever_its_name(format):
+def test_each_format_is_read_under_any_name(format):
     content = encoded(format)
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     np.testing.assert_array_equal(decoded(content), expected)
 
 
 @pytest.mark.parametrize("format", ["PCX", "TGA", "ICO", "SGI", "IM", "MSP", "DDS", "PDF", "SPIDER", "BLP", "ICNS"])
-def test_other_formats_are_one_line_with_the_remedy(format):
+def test_other_formats_are_one_line_with_a_remedy(format):
     file = io.BytesIO()
     modes = {"MSP": "1", "SPIDER": "F", "BLP": "P"}
     Image.fromarray(PIXELS).resize((16, 16)).convert(modes.get(format, "RGB")).save(file, format)
@@ -70,7 +70,7 @@ def test_other_formats_are_one_line_with_the_remedy(format):
 
 @pytest.mark.parametrize("name", ["a.eps", "a.jpg", "a.png", "a"])
 @pytest.mark.parametrize("binary_header", [False, True])
-def test_an_eps_of_any_name_starts_no_program(tmp_path, monkeypatch, name, binary_header):
+def test_an_eps_under_any_name_starts_no_program(tmp_path, monkeypatch, name, binary_header):
     gs = tmp_path / "bin" / "gs"
     gs.parent.mkdir()
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
@@ -85,7 +85,7 @@ def test_an_eps_of_any_name_starts_no_program(tmp_path, monkeypatch, name, binar
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
-def test_of_several_frames_the_first_is_read(format):
+def test_the_first_of_several_frames_is_read(format):
     frames = [np.full((12, 16, 3), value, np.uint8) for value in (10, 200, 90)]
     more = [Image.fromarray(frame) for frame in frames[1:]]
     assert abs(decoded(encoded(format, frames[0], save_all=True, append_images=more)).astype(int) - 10).max() <= 2
@@ -95,7 +95,7 @@ def test_of_several_frames_the_first_is_read(format):
 
 
 def text_png(kind, place="before", megabytes=2):
-    """A PNG with so much text, before or after its pixels."""
+    """A PNG with long text before or after its pixels."""
     text = b"x" * (megabytes << 20)
     packed = zlib.compress(text)
     chunks = {
@@ -141,7 +141,7 @@ def test_scans_and_maps_are_within_the_default_limit(size):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_image_above_the_limit_names_the_option_that_raises_it(pixels_limit, format):
+def test_an_image_above_the_limit_names_the_option(pixels_limit, format):
     content = encoded(format)
     pixels_limit(16 * 12 - 1)
     fails(content, "192 pixels are more than --max_image_pixels 191", "raise it")
@@ -150,7 +150,7 @@ def test_an_image_above_the_limit_names_the_option_that_raises_it(pixels_limit, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_option_reaches_the_loaders_and_is_recorded(run, arguments, tmp_path, workers, pixels_limit):
+def test_the_limit_reaches_loaders_and_is_recorded(run, arguments, tmp_path, workers, pixels_limit):
     command = [*arguments, "--max_steps", "1", "--no_eval_first", "--num_workers", workers, "--max_image_pixels"]
     code, _, err = run(*command, "479")  # they have 24 x 20
     assert code == 2 and "480 pixels are more than --max_image_pixels 479" in err, err
@@ -167,9 +167,9 @@ def png_header(width, height):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_small_file_that_asks_for_gigabytes_is_refused():
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused():
     fails(png_header(100_000, 100_000), "10,000,000,000 pixels", "--max_image_pixels 500000000")
-    fails(png_header(1, 2**28), "268,435,456 pixels are no picture")  # its rows alone would take 2 GB
+    fails(png_header(1, 2**28), "268,435,456 pixels are too long for an image")  # its rows alone would take 2 GB
     fails(b"BM" + struct.pack("<IIIIiiHHIIiiII", 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0), "3,600,000,000")
     fails(b"P6 70000 70000 255\n", "4,900,000,000")
     gif = encoded("GIF")
@@ -200,7 +200,7 @@ def test_long_thin_images_are_read_and_resized(size, mode, decoder):
     assert (CropTransform(small_preprocess(), decoder)(image, 5) == 77).all()
 
 
-def test_only_what_no_model_sees_is_cut_off():
+def test_long_images_are_cropped_to_their_middle():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2000, 3), dtype=np.uint8)
     np.testing.assert_array_equal(decoded(encoded(pixels=pixels)), pixels[:, 744:1256])
     np.testing.assert_array_equal(decoded(encoded(pixels=pixels[:, :512])), pixels[:, :512])
@@ -208,27 +208,27 @@ def test_only_what_no_model_sees_is_cut_off():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
-def test_a_damaged_tiff_prints_nothing_of_its_own(capfd, caplog, compression):
+def test_a_damaged_tiff_prints_nothing(capfd, caplog, compression):
     file = io.BytesIO()
     image = Image.fromarray(PIXELS)
     (image.convert("1") if compression == "group4" else image).save(file, "tiff", compression=compression)
     content = file.getvalue()
-    printed = 0
+    refused = 0
     for at in range(8, len(content) - 1, max(1, len(content) // 60)):
         damaged = content[:at] + bytes([content[at] ^ 0xFF, content[at + 1] ^ 0x10]) + content[at + 2 :]
         try:
             decoded(damaged)
         except UserError:
-            printed += 1
-    assert printed > 5 and capfd.readouterr() == ("", "") and not caplog.records
+            refused += 1
+    assert refused > 5 and capfd.readouterr() == ("", "") and not caplog.records
 
 
-# Paths that are no files
+# Paths that are not files
 
 
 @pytest.fixture
 def odd_paths(tmp_path):
-    """Paths that are no regular files, or that no file can have."""
+    """Paths of no regular file, and invalid paths."""
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
@@ -241,7 +241,7 @@ def odd_paths(tmp_path):
     listener.close()
 
 
-def test_what_is_no_regular_file_is_one_line_and_never_waited_for(odd_paths):
+def test_only_regular_files_are_read_without_waiting(odd_paths):
     images = ImageFiles(odd_paths)
     failed = []
 
@@ -258,22 +258,22 @@ def test_what_is_no_regular_file_is_one_line_and_never_waited_for(odd_paths):
     assert failed == list(range(len(odd_paths)))
 
 
-def test_a_file_whose_name_is_not_utf8_is_read(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n.png")
     with open(path, "wb") as file:  # noqa: PTH123
         file.write(encoded())
-    images = image_files([(tmp_path, [os.path.basename(path)])], "captions.csv")  # noqa: PTH119
+    images = find_image_files([(tmp_path, [os.path.basename(path)])], "captions.csv")  # noqa: PTH119
     assert images[0].size == (16, 12) and images.encoded(0) == encoded()
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "sub\0dir/a.jpg", "\ud800/a.jpg", "x" * 5000 + "/a.jpg", "loop/a.jpg"])
-def test_names_that_no_file_has_are_missing_images(tmp_path, name):
+def test_invalid_names_are_missing_images(tmp_path, name):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(UserError, match="1 of the 1 images are not there"):
-        image_files([(tmp_path, [name])], "captions.csv")
+    with pytest.raises(UserError, match="1 of the 1 images are missing"):
+        find_image_files([(tmp_path, [name])], "captions.csv")
 
 
-def test_a_file_too_large_for_an_image_is_not_read_into_memory(tmp_path):
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.truncate(LARGEST_FILE + 1)  # a hole
     with pytest.raises(UserError, match="more than 2 GiB"):
@@ -281,9 +281,9 @@ def test_a_file_too_large_for_an_image_is_not_read_into_memory(tmp_path):
     fails(tmp_path / "a.jpg", "not a readable image")
 
 
-def test_an_image_that_the_memory_cannot_hold_is_code_3(monkeypatch):
+def test_an_image_larger_than_the_memory_is_code_3(monkeypatch):
     def convert(image):
         raise MemoryError
 
-    with pytest.raises(RunError, match=r"a\.jpg: the memory does not suffice to decode this image"):
+    with pytest.raises(RunError, match=r"a\.jpg: the memory is too small to decode this image"):
         decode_rgb(io.BytesIO(encoded()), "a.jpg", convert)

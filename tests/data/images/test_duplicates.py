@@ -1,12 +1,12 @@
-"""Which rows hold the same bytes."""
+"""Rows with the same bytes."""
 
 import numpy as np
 
 from clip_retrieval.data.images.duplicates import PROBE_BYTES, find_duplicates, image_key, merge_duplicates
 
 
-def test_images_are_told_apart_by_their_last_byte_and_by_nothing_else():
-    """Against the plain way: first_alike of random contents, many of them equal, of equal sizes, or nearly equal."""
+def test_duplicates_are_those_of_comparing_all_bytes():
+    """Random contents, many of them equal, of equal size, or different in one byte, against brute force."""
     rng = np.random.default_rng(0)
     base = [bytes(rng.integers(0, 256, size, dtype=np.uint8)) for size in (1, 10, 5 * PROBE_BYTES, 5 * PROBE_BYTES)]
     changed = [content[:position] + b"?" + content[position + 1 :] for content in base for position in (0, -1)]
@@ -14,11 +14,11 @@ def test_images_are_told_apart_by_their_last_byte_and_by_nothing_else():
     rows = np.flatnonzero(rng.random(60) < 0.8)
     sizes = np.array([len(contents[row]) for row in rows])
     found = find_duplicates(lambda row, part: contents[row][part], rows, sizes, "test")
-    plain = [next(i for i, r in enumerate(rows) if contents[r] == contents[row]) for row in rows]
-    assert found.tolist() == plain
+    expected = [next(i for i, r in enumerate(rows) if contents[r] == contents[row]) for row in rows]
+    assert found.tolist() == expected
 
 
-def test_alike_images_are_one_with_the_captions_of_all():
+def test_duplicates_are_merged_with_all_captions():
     contents = [b"dog", b"cat", b"dog", b"cow", b"dog"]
     captions = [["a dog", "an animal"], ["an animal"], ["a pet", "a dog"], ["a cow"], ["a dog"]]
     rows = np.array([0, 1, 2, 4])
@@ -35,7 +35,7 @@ def test_alike_images_are_one_with_the_captions_of_all():
     ]
 
 
-def test_keys_are_those_of_the_content():
+def test_keys_depend_on_the_content_only():
     keys = {image_key(bytes([number % 256, number // 256])) for number in range(5000)}
     assert len(keys) == 5000 and all(-(2**63) <= key < 2**63 for key in keys)
     assert image_key(b"dog") == image_key(memoryview(b"a dog")[2:])

@@ -1,10 +1,10 @@
-"""Images of every kind load as Pillow's own conversion does; broken ones are named."""
+"""Images of every mode load as Pillow converts them; broken and missing ones are named."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_retrieval.data.images.image_files import ImageArray, ImageFiles, image_files
+from clip_retrieval.data.images.image_files import ImageArray, ImageFiles, find_image_files
 from clip_retrieval.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_a_truncated_image_is_named(tmp_path, suffix, share):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_bytes_raise_nothing_but_a_user_error(tmp_path):
+def test_damaged_bytes_raise_a_user_error(tmp_path):
     random = np.random.default_rng(0)
     for suffix in (".jpg", ".png", ".tif"):
         path = tmp_path / f"x{suffix}"
@@ -88,7 +88,7 @@ def test_damaged_bytes_raise_nothing_but_a_user_error(tmp_path):
                 assert str(path) in str(error)
 
 
-def test_what_is_not_an_image_is_named(tmp_path):
+def test_a_file_that_is_not_an_image_is_named(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     fails(tmp_path / "page.jpg", "none of the formats JPEG, PNG")
     (tmp_path / "empty.jpg").write_bytes(b"")
@@ -112,27 +112,27 @@ def test_an_image_comes_from_the_first_place_that_has_it(tmp_path, photos):
         (tmp_path / "one", names),
         (tmp_path / "two", ["a_2.jpg", "b_2.jpg", "c_2.jpg", "d_2.jpg"]),
     ]
-    found = image_files(places, "captions.json")
+    found = find_image_files(places, "captions.json")
     expected = [tmp_path / "one" / "a.jpg", tmp_path / "one" / "sub" / "b.jpg", tmp_path / "two" / "c_2.jpg", absolute]
     assert found.paths == [str(path) for path in expected]
     assert found[3].size == (8, 8)
 
 
-def test_later_places_are_not_looked_at_in_vain(tmp_path, photos):
+def test_later_places_are_searched_only_if_needed(tmp_path, photos):
     photos(tmp_path, "a.jpg")
 
     def places():
         yield tmp_path, ["a.jpg"]
-        raise AssertionError("looked further")
+        raise AssertionError("searched")
 
-    assert len(image_files(places(), "captions.json")) == 1
+    assert len(find_image_files(places(), "captions.json")) == 1
 
 
-def test_missing_images_are_counted_and_the_first_is_named(tmp_path, photos):
+def test_missing_images_are_counted_and_the_first_named(tmp_path, photos):
     photos(tmp_path / "images", "a.jpg")
     names = ["a.jpg", "b.jpg", "c.jpg"]
     with pytest.raises(UserError) as error:
-        image_files([(tmp_path / "nowhere", names), (tmp_path / "images", names)], "captions.json")
+        find_image_files([(tmp_path / "nowhere", names), (tmp_path / "images", names)], "captions.json")
     message = str(error.value)
     assert message.startswith("captions.json: 2 of the 3 images")
     assert str(tmp_path / "images" / "b.jpg") in message and "--image_dir" in message

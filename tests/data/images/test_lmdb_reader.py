@@ -1,4 +1,4 @@
-"""LMDB files: the keys and values that liblmdb reads, and a message, never a crash, whatever is damaged."""
+"""LMDB files: the keys and values of liblmdb, and an error instead of a crash for any damage."""
 
 import os
 import pickle
@@ -65,7 +65,7 @@ def test_keys_and_values_are_those_of_liblmdb(tmp_path, shape):
         assert list(reader.items(key)) == after
 
 
-def test_a_forked_process_reads_on(tmp_path):
+def test_a_forked_process_can_read(tmp_path):
     write(tmp_path, [{b"a": b"1"}])
     reader = LmdbReader(tmp_path, 100)
     assert list(in_workers(reader.get, [b"a", b"b"] * 20, num_workers=2)) == [b"1", None] * 20
@@ -80,7 +80,7 @@ def test_a_value_that_is_too_large_is_refused(tmp_path):
 
 
 def meta_of(content):
-    """Where the newer of the two first pages begins."""
+    """Return the begin of the newer one of the first two pages."""
     first, second = (struct.unpack_from("<Q", content, begin + 144)[0] for begin in (0, 4096))
     return 0 if first > second else 4096
 
@@ -92,7 +92,7 @@ def test_named_databases_are_one_line(tmp_path):
         list(LmdbReader(tmp_path, 100).items())
 
 
-@pytest.mark.parametrize("flag", [2, 4, 8])  # keys from behind, duplicates, whole numbers
+@pytest.mark.parametrize("flag", [2, 4, 8])  # reversed keys, duplicates, integer keys
 def test_other_kinds_of_keys_are_one_line(tmp_path, flag):
     path = write(tmp_path, [{b"a": b"1"}]) / "data.mdb"
     content = bytearray(path.read_bytes())
@@ -103,7 +103,7 @@ def test_other_kinds_of_keys_are_one_line(tmp_path, flag):
 
 
 def read_all(folder):
-    """Everything there is to read; a UserError that names the file is as good."""
+    """Read everything and return its size, or None after a UserError that names the file."""
     read = 0
     try:
         reader = LmdbReader(folder, 2**22)
@@ -125,10 +125,10 @@ def test_damaged_pages_end_in_a_message(tmp_path, shape):
     for _ in range(60 if len(whole) > 2**22 else 150):
         damaged = bytearray(whole)
         kind = draw.randrange(4)
-        if kind == 0:  # some bits, most of them where the structure is
+        if kind == 0:  # some bits, most of them in the structure
             for _ in range(draw.randint(1, 20)):
                 damaged[draw.randrange(pages) * 4096 + draw.randrange(100)] ^= 1 << draw.randrange(8)
-        elif kind == 1:  # a page in another's place
+        elif kind == 1:  # a page in the place of another
             source, target = draw.randrange(pages) * 4096, draw.randrange(pages) * 4096
             damaged[target : target + 4096] = whole[source : source + 4096]
         elif kind == 2:  # numbers of any size
@@ -158,12 +158,12 @@ def branch(number, children):
 
 @pytest.mark.parametrize("depth", [2, 5, 30, 33, 60000])
 @pytest.mark.parametrize("to_itself", [False, True])
-def test_a_tree_that_visits_its_pages_again_ends(tmp_path, depth, to_itself):
+def test_a_tree_with_repeated_pages_ends(tmp_path, depth, to_itself):
     path = write(tmp_path, [{b"a": b"1"}]) / "data.mdb"
     whole = bytearray(path.read_bytes())
     begin = meta_of(whole)
     leaf = struct.unpack_from("<Q", whole, begin + 128)[0]
-    # Each level has a hundred children, which are all the next page: 100 ** (depth - 1) leaves, of one.
+    # Each level has a hundred children, all of them the next page: 100 ** (depth - 1) visits of one leaf.
     first = len(whole) // 4096
     levels = min(depth, 40)
     for level in range(levels - 1):
@@ -176,7 +176,7 @@ def test_a_tree_that_visits_its_pages_again_ends(tmp_path, depth, to_itself):
 
 
 def test_keys_that_share_a_large_value_are_refused(tmp_path):
-    """A file of a megabyte that would give fifty."""
+    """A file of a megabyte would unpack to fifty."""
     content = {b"big": b"x" * 10**6} | {b"k%02d" % i: b"12345678" for i in range(50)}
     path = write(tmp_path, [content]) / "data.mdb"
     page = LmdbReader(tmp_path, 2**20)._find(b"big")
@@ -194,7 +194,7 @@ def test_keys_that_share_a_large_value_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "gone", "empty", "device"])
-def test_what_is_no_lmdb_is_named(tmp_path, kind):
+def test_a_path_that_is_not_an_lmdb_is_named(tmp_path, kind):
     path = tmp_path / "data.mdb"
     if kind == "fifo":
         os.mkfifo(path)
@@ -230,10 +230,10 @@ def test_pairs_of_every_protocol_are_read(protocol, pair):
     same = pair[0]
     pair = (same, same, same) if pair == ("same",) * 3 else pair
     assert read_pair(pickle.dumps(pair, protocol)) == pair
-    assert read_pair(pickle._dumps(pair, protocol)) == pair  # Python's own, which writes some otherwise
+    assert read_pair(pickle._dumps(pair, protocol)) == pair  # the Python version, which writes some of them differently
 
 
-def laughs():
+def nested_lists():
     lists = ["x" * 10]
     for _ in range(12):
         lists = [lists] * 10
@@ -248,7 +248,7 @@ def nested(depth):
 
 
 HOSTILE = {
-    "list of lists": pickle.dumps(laughs()),
+    "list of lists": pickle.dumps(nested_lists()),
     "memo of 4 GB": b"\x80\x02K\x01r" + struct.pack("<I", 2**28) + b"K\x02X\x01\0\0\0x\x87.",
     "bytes of 8 EB": b"\x80\x05\x96" + struct.pack("<Q", 2**63) + b".",
     "text of 8 EB": b"\x80\x04K\x01K\x02\x8d" + struct.pack("<Q", 2**63) + b"x\x87.",
@@ -279,7 +279,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_anything_else_in_a_pickle_is_refused_at_once(name):
+def test_any_other_pickle_is_refused(name):
     with pytest.raises(ValueError, match=r"^it .{4,80}$"):
         read_pair(HOSTILE[name])
 

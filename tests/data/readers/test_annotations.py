@@ -1,14 +1,14 @@
-"""datasets/annotations is what its script writes, and holds the sizes everybody reports."""
+"""datasets/annotations equals the output of its script, and has the published sizes."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from clip_retrieval.data.readers import annotations
+from tests.conftest import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "write_annotations.py"
+SCRIPT = ROOT / "scripts" / "write_annotations.py"
 
 
 def test_coco_lists():
@@ -22,7 +22,7 @@ def test_coco_lists():
         "test": 25_000,
     }
     assert all(ids.dtype == np.int32 for ids in lists.values())
-    # No caption twice, within a list or between them.
+    # No duplicate caption, within a list or between lists.
     assert len(np.unique(np.concatenate(list(lists.values())))) == 616_435
 
 
@@ -35,7 +35,7 @@ def test_flickr_lists():
         assert len({image for images in lists for image in images}) == sum(sizes)
 
 
-def test_the_script_writes_what_is_there(real_data, tmp_path):
+def test_the_script_writes_the_same_files(real_data, tmp_path):
     subprocess.run([sys.executable, SCRIPT, real_data, "--output", tmp_path], check=True, capture_output=True)
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == sorted(path.name for path in annotations.ANNOTATIONS.iterdir() if path.suffix != ".md")

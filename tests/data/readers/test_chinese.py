@@ -36,7 +36,7 @@ def sample(request, tmp_path):
     return tmp_path / "built"
 
 
-# What is read
+# Content
 
 
 def test_images_texts_and_pairs(sample, read):
@@ -79,7 +79,7 @@ def test_both_alphabets_with_and_without_padding(tmp_path, read, alphabet, is_pa
     assert content(read("chinese", tmp_path))[0] == images
 
 
-def test_line_ends_empty_lines_and_a_byte_order_mark_do_not_matter(tmp_path, read):
+def test_line_ends_empty_lines_and_byte_order_marks_are_ignored(tmp_path, read):
     write_sample(tmp_path)
     plain = content(read("chinese", tmp_path))
     for path in tmp_path.iterdir():
@@ -97,7 +97,7 @@ def test_line_ends_empty_lines_and_a_byte_order_mark_do_not_matter(tmp_path, rea
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_stay_what_they_are(tmp_path, read, image_ids, kind):
+def test_ids_keep_their_types(tmp_path, read, image_ids, kind):
     images = {image_id: photo(number) for number, image_id in enumerate(image_ids)}
     texts = [(image_id, f"text {image_id}", [image_id]) for image_id in image_ids]
     write_split(tmp_path, "test", images, texts)
@@ -108,13 +108,13 @@ def test_ids_stay_what_they_are(tmp_path, read, image_ids, kind):
     assert found == (images, {i: f"text {i}" for i in image_ids}, sorted(zip(image_ids, image_ids), key=repr))
 
 
-def test_ids_that_no_text_names_are_numbers_where_texts_name_numbers():
+def test_types_of_ids_without_texts_follow_the_named_ids():
     assert infer_id_types(["1", "2", "x", "03", "-4", "-", "0"], [1]) == [1, 2, "x", "03", -4, "-", 0]
     assert infer_id_types(["1", "2"], ["1"]) == ["1", "2"]
     assert infer_id_types(["1", "2", "x"], ["x"]) == [1, 2, "x"]
 
 
-def test_the_same_text_on_several_lines_is_one_text(tmp_path, read):
+def test_lines_with_the_same_text_are_one_text(tmp_path, read):
     write_split(tmp_path, "test", {1: photo(1), 2: photo(2)}, [(7, "a", [1, 1]), (7, "a", [2])])
     dataset = read("chinese", tmp_path)
     assert dataset.captions == ["a"] and dataset.pairs.tolist() == [[0, 0], [1, 0]]
@@ -125,7 +125,7 @@ def test_a_text_that_is_a_number(tmp_path, read):
     assert read("chinese", tmp_path).captions == ["2022"]
 
 
-# Where it is
+# Places
 
 
 def test_splits_and_their_names(tmp_path, read):
@@ -141,7 +141,7 @@ def test_splits_and_their_names(tmp_path, read):
     assert read("chinese", tmp_path, "test") is None
 
 
-def test_the_lmdb_goes_before_the_files(tmp_path, read):
+def test_the_lmdb_takes_precedence(tmp_path, read):
     write_sample(tmp_path, "valid")
     build_lmdb(tmp_path, ["valid"])
     assert read("chinese", tmp_path, "val").images.path == tmp_path / "lmdb" / "valid" / "imgs"
@@ -162,21 +162,21 @@ def test_places_by_option(tmp_path, read):
     for place in places:
         assert content(read("chinese", "nowhere", "val", val_data=place)) == expected
         assert content(read("chinese", "nowhere", "train", train_data=place if place != data else data / "valid"))
-    # What is not named comes from the root, where it is there.
+    # A split without an option comes from the root, if it has one.
     assert read("chinese", "nowhere", "train", val_data=data) is None
     assert content(read("chinese", data, "val", train_data=data / "valid")) == expected
 
 
-def test_naming_the_data_names_the_data_set():
-    def settled(*layers):
+def test_train_data_implies_the_data_set():
+    def dataset_of(*layers):
         return settle(*layers).data.dataset
 
     typed = parse(["--train-data=DATA/lmdb/train", "--val-data=DATA/lmdb/valid"])
     assert typed == {"train_data": "DATA/lmdb/train", "val_data": "DATA/lmdb/valid"}
-    assert settled(typed) == "chinese"
-    assert settled({"dataset": "csv"}, typed) == "chinese", "a checkpoint's data set gives way"
+    assert dataset_of(typed) == "chinese"
+    assert dataset_of({"dataset": "csv"}, typed) == "chinese", "a checkpoint's data set is overridden"
     with pytest.raises(UserError, match="--val_data is for --dataset chinese"):
-        settled(parse(["--dataset", "coco", "--val_data", "DATA"]))
+        dataset_of(parse(["--dataset", "coco", "--val_data", "DATA"]))
 
 
 # Texts without images
@@ -223,7 +223,7 @@ def test_a_finetune_and_an_evaluation(run, arguments, tmp_path, kind):
     assert again["i2t"] == results["val"]["i2t"] and again["t2i"] == results["val"]["t2i"]
 
 
-def test_a_checkpoint_finds_the_data_it_was_trained_on(run, arguments, tmp_path, monkeypatch):
+def test_a_checkpoint_finds_its_training_data(run, arguments, tmp_path, monkeypatch):
     write_run(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     named = [*arguments[4:], "--train_data", "data/train", "--val_data", "data/valid"]
@@ -240,7 +240,7 @@ def test_a_checkpoint_finds_the_data_it_was_trained_on(run, arguments, tmp_path,
     assert code == 2 and f"chinese in {tmp_path / 'data/train'} has no test split" in err
 
 
-def test_a_checkpoint_of_other_data_is_evaluated_on_a_named_split(run, arguments, tmp_path):
+def test_another_checkpoint_is_evaluated_on_a_named_split(run, arguments, tmp_path):
     assert run(*arguments, "--max_steps", "1")[0] == 0
     data = write_run(tmp_path / "data")
     evaluation = ("--eval", "--resume", tmp_path / "logs/ex0/best.pt", "--device", "cpu", "--num_workers", "0")
@@ -249,7 +249,7 @@ def test_a_checkpoint_of_other_data_is_evaluated_on_a_named_split(run, arguments
     assert read_json(tmp_path / "logs/ex0/eval_chinese_val/results.json")["captions"] == 8
 
 
-def test_a_test_split_without_answers_is_not_scored_and_hinders_no_finetune(run, arguments, tmp_path):
+def test_a_test_split_without_answers_is_not_scored(run, arguments, tmp_path):
     data = write_run(tmp_path / "data", test_answers=False)
     code, _, err = run(*arguments[4:], "--dataset", "chinese", "--dataset_root", data)
     assert code == 0 and "cannot be scored" in err, err
@@ -259,19 +259,19 @@ def test_a_test_split_without_answers_is_not_scored_and_hinders_no_finetune(run,
 
 
 @pytest.mark.parametrize("name", ["train", "valid"])
-def test_nothing_is_trained_without_answers(run, arguments, tmp_path, name):
+def test_training_needs_answers(run, arguments, tmp_path, name):
     data = write_run(tmp_path / "data")
     write_split(data, name, {1: photo(1)}, [(5, "一", [])])
     code, _, err = run(*arguments[4:], "--dataset", "chinese", "--dataset_root", data)
     assert code == 2 and err.count("\n") == 1 and "no image has a caption" in err
 
 
-# Files that are none, lines that are none
+# Invalid files and lines
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling"])
-def test_a_tsv_that_is_no_file_is_not_waited_for(tmp_path, kind):
+def test_only_a_regular_tsv_is_read_without_waiting(tmp_path, kind):
     path = tmp_path / "test_imgs.tsv"
     if kind == "fifo":
         os.mkfifo(path)
@@ -283,7 +283,7 @@ def test_a_tsv_that_is_no_file_is_not_waited_for(tmp_path, kind):
         TsvImages(path)
 
 
-def test_a_line_longer_than_any_image_is_not_read_into_memory(tmp_path, monkeypatch):
+def test_a_line_longer_than_any_image_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(base64_images, "LONGEST_LINE", 1000)
     (tmp_path / "a.tsv").write_bytes(b"1\t" + b"A" * 900 + b"\n" + b"xy\t" + b"A" * 2000)
     with pytest.raises(UserError, match=r"a\.tsv, line 2: longer than 1,000 bytes"):
@@ -296,7 +296,7 @@ def test_an_image_id_of_thousands_of_digits_is_a_text(tmp_path, read):
     assert read("chinese", tmp_path).image_ids == [digits, 7]
 
 
-# In other processes, and kept as pixels
+# Other processes, and cached pixels
 
 
 def test_other_processes_read_the_same(sample, read):
@@ -309,13 +309,13 @@ def test_other_processes_read_the_same(sample, read):
         assert pool.map(images.encoded, range(3)) == [images.encoded(i) for i in range(3)]
 
 
-def test_only_places_are_kept_of_a_tsv(tmp_path):
+def test_tsv_images_keep_only_offsets(tmp_path):
     write_split(tmp_path, "test", {i: photo(i, side=100) for i in range(10)}, [])
     size = (tmp_path / "test_imgs.tsv").stat().st_size
     assert len(pickle.dumps(TsvImages(tmp_path / "test_imgs.tsv"))) < 1500 < size / 50
 
 
-def test_the_image_cache_keeps_them_and_notices_a_change(sample, tmp_path, read):
+def test_the_image_cache_detects_a_change(sample, tmp_path, read):
     def cached():
         dataset = read("chinese", sample)
         return open_cached_pixels(dataset.images, small_preprocess(), tmp_path / "cache", "test", num_workers=0)
@@ -336,7 +336,7 @@ def _encoded(seed):
     return ALPHABETS["standard"](photo(seed)).decode()
 
 
-# What is wrong: one line that names the file and the line
+# Errors: one line that names the file and the line
 
 
 def fails(read, root, *parts, **options):
@@ -352,11 +352,11 @@ GOOD = b"1\t" + ALPHABETS["standard"](photo(1)) + b"\n"
 
 
 @pytest.mark.parametrize(
-    ("tsv", "says"),
+    ("tsv", "message"),
     [
         (
             GOOD + b"2\tAAAA3\tBBBB\n",
-            "line 2: several records are glued together (a line break is missing after image 2",
+            "line 2: holds several records (a line break is missing after image 2",
         ),
         (GOOD + b"\n2 AAAA\n", "line 3: not an image id, a tab and base64"),
         (GOOD + b"\tAAAA\n", "line 2: the image has no id"),
@@ -367,17 +367,17 @@ GOOD = b"1\t" + ALPHABETS["standard"](photo(1)) + b"\n"
         (bytes(1000), "line 1: not an image id"),
     ],
 )
-def test_bad_lines_of_a_tsv(tmp_path, read, tsv, says):
+def test_bad_lines_of_a_tsv(tmp_path, read, tsv, message):
     write_sample(tmp_path)
     (tmp_path / "test_imgs.tsv").write_bytes(tsv)
-    fails(read, tmp_path, tmp_path / "test_imgs.tsv", says)
+    fails(read, tmp_path, tmp_path / "test_imgs.tsv", message)
 
 
 LINE = b'{"text_id": 1, "text": "a", "image_ids": [1]}'
 
 
 @pytest.mark.parametrize(
-    ("jsonl", "says"),
+    ("jsonl", "message"),
     [
         (LINE + LINE, "line 1: several records are glued together"),
         (LINE + b"\n\n{]\n", "line 3: broken JSON"),
@@ -393,18 +393,18 @@ LINE = b'{"text_id": 1, "text": "a", "image_ids": [1]}'
         (b'{"text_id": 1, "text": "a", "image_ids": [null]}', 'line 1: "image_ids" is not a list'),
         (b'{"image_id": 1, "text_ids": [1]}', 'line 1: no "text_id"'),
         (LINE + b'\n{"text_id": 2, "text": "b", "image_ids": [1, 77]}', "line 2: there is no image 77 in"),
-        (LINE + b'\n{"text_id": 1, "text": "b"}', "line 2: text 1 is another one on line 1"),
+        (LINE + b'\n{"text_id": 1, "text": "b"}', "line 2: text 1 differs from line 1"),
         (b"", "holds no texts"),
     ],
 )
-def test_bad_lines_of_a_jsonl(tmp_path, read, jsonl, says):
+def test_bad_lines_of_a_jsonl(tmp_path, read, jsonl, message):
     (tmp_path / "test_imgs.tsv").write_bytes(GOOD)
     (tmp_path / "test_texts.jsonl").write_bytes(jsonl)
-    fails(read, tmp_path, tmp_path / "test_texts.jsonl", says)
+    fails(read, tmp_path, tmp_path / "test_texts.jsonl", message)
 
 
 @pytest.mark.parametrize(
-    ("encoded", "says"),
+    ("encoded", "message"),
     [
         (b"AAAA", "not a readable image (none of the formats JPEG, PNG"),
         (b"AAAAA", "not base64"),
@@ -413,18 +413,18 @@ def test_bad_lines_of_a_jsonl(tmp_path, read, jsonl, says):
         (ALPHABETS["standard"](photo(1)[:300]), "not a readable image"),
     ],
 )
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path, read, encoded, says):
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, read, encoded, message):
     (tmp_path / "test_imgs.tsv").write_bytes(b"\n" + GOOD + b"xy\t" + encoded + b"\n")
     (tmp_path / "test_texts.jsonl").write_bytes(LINE)
-    where = f"{tmp_path / 'test_imgs.tsv'}, line 3, image xy: "
+    place = f"{tmp_path / 'test_imgs.tsv'}, line 3, image xy: "
     for _ in KINDS:
         images = read("chinese", tmp_path).images
         images[0]
         with pytest.raises(UserError) as error:
             images[1]
-        assert str(error.value).startswith(where + says) and "\n" not in str(error.value)
+        assert str(error.value).startswith(place + message) and "\n" not in str(error.value)
         build_lmdb(tmp_path, ["test"])
-        where = f"{tmp_path / 'lmdb/test/imgs'}, key xy: "
+        place = f"{tmp_path / 'lmdb/test/imgs'}, key xy: "
 
 
 def test_missing_files(tmp_path, read):
@@ -439,7 +439,7 @@ def test_missing_files(tmp_path, read):
 
 
 def test_flickr8k_cn(real_data, tmp_path, read):
-    """Real captions and photographs: what is written is what is read."""
+    """Real captions and photographs are read back unchanged."""
     root = real_data / "flickr8k"
     source = json.loads((root / "dataset_flickr8kcn.json").read_text())["images"]
     chosen = [image for image in source if image["split"] == "val"][:100]

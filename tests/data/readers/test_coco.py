@@ -1,4 +1,4 @@
-"""The coco reader: three layouts of the same images, the split by id lists, captions files of one's own."""
+"""The coco reader: three layouts of the same images, splits by id lists, captions files of the user."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from clip_retrieval.data.readers.coco import is_coco, read_captions
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_json
 
-# list -> image id -> its annotation ids; 30 has a caption that no list names.
+# list -> image id -> annotation ids; image 30 has another caption, which is in no list.
 SPLIT = {
     "train": {10: [7, 3], 11: [5]},
     "restval": {20: [21, 20]},
@@ -31,7 +31,7 @@ def image_names(style=2014):
 
 
 def captions_json(image_ids, style=2014):
-    """A captions file of those images; captions in no particular order."""
+    """A captions file of these images, captions in any order."""
     names = image_names(style)
     owner = {a: i for images in SPLIT.values() for i, ids in images.items() for a in ids}
     owner |= {a: i for i, a in UNLISTED.items()}
@@ -84,12 +84,12 @@ def test_clip_itm_layout_in_the_order_of_the_id_lists(clip_itm, read, described,
     assert dataset.images[0].size == (8, 8)
 
 
-def test_no_restval_leaves_train_to_the_train_images(clip_itm, read, described):
+def test_no_restval_limits_train_to_the_train_list(clip_itm, read, described):
     assert len(read("coco", clip_itm, "train", no_restval=True).images) == 2
     assert len(read("coco", clip_itm, "val", no_restval=True).images) == 1
 
 
-def test_captions_may_lie_in_the_root(clip_itm, read, described):
+def test_captions_may_be_in_the_root(clip_itm, read, described):
     for path in list((clip_itm / "annotations").iterdir()):
         path.rename(clip_itm / path.name)
     assert described(read("coco", clip_itm)) == expected("test")
@@ -131,7 +131,7 @@ def test_image_dir_replaces_the_folders_of_the_root(clip_itm, tmp_path, read, de
     assert described(dataset) == expected("test")
 
 
-def test_ids_come_from_the_project_where_the_root_has_none(clip_itm, tmp_path, read, described, monkeypatch):
+def test_missing_id_lists_come_from_the_project(clip_itm, tmp_path, read, described, monkeypatch):
     write_ids(tmp_path / "project")
     for path in (clip_itm / "annotations").glob("*.npy"):
         path.unlink()
@@ -146,7 +146,7 @@ def test_only_the_captions_of_the_split_are_parsed(clip_itm, read):
         read("coco", clip_itm, "train")
 
 
-def test_karpathy_json_where_there_are_no_captions_files(tmp_path, photos, read, described):
+def test_karpathy_json_is_the_fallback(tmp_path, photos, read, described):
     name = image_names()[40]
     image = {"filepath": "val2014", "filename": name, "split": "test", "sentences": [{"raw": "a cat"}]}
     write_json(tmp_path / "dataset_coco.json", {"images": [image]})
@@ -160,7 +160,7 @@ def test_karpathy_json_where_there_are_no_captions_files(tmp_path, photos, read,
 
 
 def test_own_annotations_have_no_splits(tmp_path, photos, read, described):
-    # The ids are some of COCO's, as low ids of anybody's are.
+    # The ids are valid in COCO too, as low ids often are.
     own = {
         "images": [
             {"id": 5, "file_name": "x.png"},
@@ -175,25 +175,25 @@ def test_own_annotations_have_no_splits(tmp_path, photos, read, described):
     }
     write_json(tmp_path / "own.json", own)
     photos(tmp_path / "pictures", "x.png", "sub/y.jpg", "z.jpg")
-    where = {"annotations": tmp_path / "own.json", "image_dir": tmp_path / "pictures"}
+    files = {"annotations": tmp_path / "own.json", "image_dir": tmp_path / "pictures"}
     for split in ("train", "test"):
-        dataset = read("coco", "nowhere", split, **where)
+        dataset = read("coco", "nowhere", split, **files)
         assert described(dataset) == {"x.png": ["second"], "y.jpg": ["first", "first"], "z.jpg": []}
-    assert read("coco", "nowhere", "val", **where) is None
+    assert read("coco", "nowhere", "val", **files) is None
     # Images beside the captions file need no --image_dir.
     (tmp_path / "pictures").rename(tmp_path / "images")
     assert len(read("coco", "nowhere", annotations=tmp_path / "own.json").images) == 3
 
 
-def test_annotations_that_are_cocos_are_split_by_the_lists(real_data, read):
+def test_annotations_of_coco_are_split_by_the_lists(real_data, read):
     root = real_data / "coco_mini"
-    where = {"annotations": root / "annotations" / "captions_val2014.json", "image_dir": root / "images"}
-    sizes = {split: len(read("coco", "nowhere", split, **where).images) for split in EXPECTED}
+    files = {"annotations": root / "annotations" / "captions_val2014.json", "image_dir": root / "images"}
+    sizes = {split: len(read("coco", "nowhere", split, **files).images) for split in EXPECTED}
     assert sizes == {"train": 234, "val": 36, "test": 42}
-    assert read("coco", "nowhere", "train", no_restval=True, **where) is None
+    assert read("coco", "nowhere", "train", no_restval=True, **files) is None
 
 
-def test_other_captions_of_cocos_photographs_are_not_cocos(real_data, tmp_path):
+def test_other_captions_of_coco_images_are_not_coco(real_data, tmp_path):
     data = json.loads((real_data / "coco_mini" / "annotations" / "captions_val2014.json").read_text())
     assert is_coco(read_captions(real_data / "coco_mini" / "annotations" / "captions_val2014.json"))
     for number, annotation in enumerate(data["annotations"]):
@@ -217,11 +217,11 @@ def test_coco_mini(real_data, read):
 
 
 def letters(text):
-    """The two differ in blanks and marks."""
+    """Keep letters and digits: the two sources differ in blanks and punctuation."""
     return "".join(c for c in text.lower() if c.isalnum())
 
 
-def test_coco_mini_test_split_agrees_with_karpathys_captions(real_data, read):
+def test_coco_mini_agrees_with_karpathys_captions(real_data, read):
     karpathy = read_json(real_data / "coco_text" / "dataset_coco_karpathy_test.json.gz")
     texts = {s["sentid"]: letters(s["raw"]) for image in karpathy["images"] for s in image["sentences"]}
     dataset = read("coco", real_data / "coco_mini")
@@ -266,7 +266,7 @@ def test_broken_json_names_the_line(clip_itm, read):
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         ([1, 2], "list"),
         ({"images": [], "categories": []}, '"annotations"'),
@@ -290,13 +290,13 @@ def test_broken_json_names_the_line(clip_itm, read):
         ),
     ],
 )
-def test_json_of_another_kind(clip_itm, read, data, says):
+def test_json_of_another_kind(clip_itm, read, data, message):
     path = clip_itm / "annotations" / "captions_val2014.json"
     write_json(path, data)
-    fails(read, clip_itm, path, says)
+    fails(read, clip_itm, path, message)
 
 
-def test_ids_that_are_not_in_the_captions_file(clip_itm, read):
+def test_ids_missing_in_the_captions_file(clip_itm, read):
     write_ids(clip_itm / "annotations", {"test": {40: [40, 123456, 123457]}})
     folder = clip_itm / "annotations"
     fails(read, clip_itm, folder / "coco_test_ids.npy", folder / "captions_val2014.json", "2 of its 3", "123456")
@@ -310,7 +310,7 @@ class Evil:
 @pytest.mark.parametrize(
     "ids", [np.array([Evil()], object), np.array([1.5]), np.array(["a"]), np.array([[1, 2]]), None]
 )
-def test_id_lists_that_are_none(clip_itm, read, ids, monkeypatch):
+def test_invalid_id_lists(clip_itm, read, ids, monkeypatch):
     monkeypatch.chdir(clip_itm)
     path = clip_itm / "annotations" / "coco_test_ids.npy"
     if ids is None:

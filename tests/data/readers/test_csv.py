@@ -1,4 +1,4 @@
-"""CSV and TSV files of one's own."""
+"""CSV and TSV files of the user."""
 
 import time
 
@@ -52,7 +52,7 @@ def test_delimiters(table, tmp_path, read, described, delimiter, end):
     assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog"], "b.jpg": ['a bus, red; "old"|\ttoo']}
 
 
-def test_hidden_files_are_passed_over(table, tmp_path, read):
+def test_hidden_files_are_skipped(table, tmp_path, read):
     table("image,caption\na.jpg,a dog\n")
     (tmp_path / "._captions.csv").write_bytes(b"\x00\x05\x16\x07")
     assert len(read("csv", tmp_path).images) == 1
@@ -68,21 +68,21 @@ def test_byte_order_mark_empty_lines_and_captions_over_lines(table, tmp_path, re
     assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog runs"], "b.jpg": ["ein Bär"]}
 
 
-def test_unquoted_comma_in_the_last_of_two_columns_is_the_captions(table, tmp_path, read, described):
+def test_unquoted_comma_in_the_last_of_two_columns(table, tmp_path, read, described):
     table("image,caption\na.jpg,a dog, running\n")
     assert described(read("csv", tmp_path)) == {"a.jpg": ["a dog, running"]}
 
 
-def test_repeats(table, tmp_path, read):
+def test_duplicates(table, tmp_path, read):
     table("image,caption\na.jpg,a dog\n./a.jpg,a dog\nb.jpg,a dog\nsub/../b.jpg,a cat\n")
     dataset = read("csv", tmp_path)
-    # One pair of the first two lines; the same words for another image are another caption.
+    # The first two lines are one pair; the same words for another image are another caption.
     assert len(dataset.images) == 2
     assert list(dataset.captions) == ["a dog", "a dog", "a cat"]
     assert dataset.pairs.tolist() == [[0, 0], [1, 1], [1, 2]]
 
 
-def test_paths_are_beside_the_file_or_in_image_dir_or_absolute(table, tmp_path, photos, read):
+def test_paths_are_relative_to_file_or_image_dir_or_absolute(table, tmp_path, photos, read):
     path = table(f"image,caption\nsub/c.jpg,a dog\n{tmp_path / 'a.jpg'},a bus\n")
     dataset = read("csv", "nowhere", annotations=path)
     assert dataset.images.paths == [str(tmp_path / "sub" / "c.jpg"), str(tmp_path / "a.jpg")]
@@ -128,7 +128,7 @@ def test_missing_image(table, tmp_path, read):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", ["no column image", "none"]),
         ("image,caption\n", ["no captions"]),
@@ -144,12 +144,12 @@ def test_missing_image(table, tmp_path, read):
         ('image,caption\na.jpg,"stop" says the sign\n', ["line 2", "not well-formed"]),
     ],
 )
-def test_bad_tables(table, tmp_path, read, text, says):
+def test_bad_tables(table, tmp_path, read, text, message):
     path = table(text)
-    fails(read, tmp_path, path, *says)
+    fails(read, tmp_path, path, *message)
 
 
-def test_a_split_column_that_was_asked_for_must_be_there(table, tmp_path, read):
+def test_a_split_column_named_by_option_must_exist(table, tmp_path, read):
     path = table("image,caption\na.jpg,a dog\n")
     fails(read, tmp_path, path, "no column fold", "image, caption", split_column="fold")
 
@@ -182,7 +182,7 @@ def test_line_ends_of_every_system(tmp_path, photos, read, described, end, mark)
     ],
     ids=lambda value: None,
 )
-def test_files_that_are_no_text(table, tmp_path, read, content, words):
+def test_files_that_are_not_text(table, tmp_path, read, content, words):
     path = tmp_path / "x.csv"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Text and JSON files: bounded, of regular files only, and every error is one line that names the file."""
+"""Text and JSON files: bounded, regular files only, and every error is one line that names the file."""
 
 import gzip
 import json
@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from clip_retrieval import files
 from clip_retrieval.data.captions import clean_caption, mend_characters
 from clip_retrieval.data.readers import annotations
 from clip_retrieval.errors import UserError
@@ -25,7 +26,7 @@ def fails(function, path, *words):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_text_comes_back_without_byte_order_mark(tmp_path, name):
+def test_text_is_read_without_its_byte_order_mark(tmp_path, name):
     content = "\ufeffeine Straße\r\n狗 🐶\n".encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert read_text(tmp_path / name) == "eine Straße\r\n狗 🐶\n"
@@ -59,7 +60,7 @@ def test_damaged_gzip(tmp_path, spoil):
 
 def gzip_of_zeros(size):
     chunk, count = b"0" * 2**20, size // 2**20
-    return gzip.compress(chunk) * count  # gzip files may be joined
+    return gzip.compress(chunk) * count  # gzip files may be concatenated
 
 
 @pytest.mark.parametrize("size", [2**29, 2**36])
@@ -71,8 +72,8 @@ def test_gzip_bomb_is_refused_quickly(tmp_path, size):
     assert time.process_time() - began < 10
 
 
-def test_gzip_of_captions_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "BOMB_FROM", 0)
+def test_gzip_of_captions_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BOMB_FROM", 0)
     path = tmp_path / "dataset_x.json.gz"
     text = json.dumps([f"a dog on lawn {n}" for n in range(20_000)])
     path.write_bytes(gzip.compress(text.encode()))
@@ -81,7 +82,7 @@ def test_gzip_of_captions_is_no_bomb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_more_than_a_quarter_of_the_memory_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(annotations, "memory_limit", lambda: 4 * 10**6)
+    monkeypatch.setattr(files, "memory_limit", lambda: 4 * 10**6)
     path = tmp_path / name
     for size, allowed in ((10**6, True), (10**6 + 1, False)):
         content = b" " * (size - 2) + b"[]"
@@ -93,7 +94,7 @@ def test_more_than_a_quarter_of_the_memory_is_refused(tmp_path, monkeypatch, nam
 
 
 def test_sparse_file_of_a_terabyte_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "memory_limit", lambda: 2**28)
+    monkeypatch.setattr(files, "memory_limit", lambda: 2**28)
     (tmp_path / "a.json").touch()
     os.truncate(tmp_path / "a.json", 2**40)
     fails(read_json, tmp_path / "a.json", "quarter of the memory")
@@ -113,13 +114,13 @@ def test_sparse_file_of_a_terabyte_is_refused(tmp_path, monkeypatch):
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else None,
 )
-def test_json_that_is_none(tmp_path, text, words):
+def test_invalid_json(tmp_path, text, words):
     (tmp_path / "a.json").write_text(text)
     fails(read_json, tmp_path / "a.json", "broken JSON", *words)
 
 
 def make_unreadable(kind, path):
-    """Put something at `path` that is no regular file; return the path to read."""
+    """Make `path` something other than a regular file; return the path to read."""
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":

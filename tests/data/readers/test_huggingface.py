@@ -1,4 +1,4 @@
-"""What save_to_disk of the library datasets wrote, read as any other data set."""
+"""Data sets saved by save_to_disk of the library datasets, read as any other data set."""
 
 import base64
 import io
@@ -23,15 +23,15 @@ from clip_retrieval.log import log
 
 
 def encoded(number, format="png", side=9):
-    """The bytes of an image file; another number, another picture."""
+    """The bytes of an image file, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side + 2, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format)
     return file.getvalue()
 
 
-def text64(number, **how):
-    return base64.b64encode(encoded(number, **how)).decode()
+def text64(number, **options):
+    return base64.b64encode(encoded(number, **options)).decode()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def save(library, tmp_path):
 
 
 @pytest.fixture
-def warned(caplog, monkeypatch):
+def logged(caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.WARNING, "clip_retrieval")
     return lambda: caplog.text
@@ -74,7 +74,7 @@ def same_picture(image, number):
 # Splits
 
 
-def test_a_data_set_is_all_to_train_on_and_a_dictionary_has_splits(save, tmp_path, read):
+def test_a_dataset_has_no_splits_and_a_dictionary_has(save, tmp_path, read):
     root = save({"image": [encoded(0), encoded(1)], "caption": ["a dog", "a bus"]})
     assert [read("huggingface", root, split).split for split in ("train", "test")] == [UNSPLIT, UNSPLIT]
     assert read("huggingface", root, "val") is None
@@ -90,7 +90,7 @@ def test_a_data_set_is_all_to_train_on_and_a_dictionary_has_splits(save, tmp_pat
 
 
 def forms(library):
-    """The same three images in each form that a column may have: the column, and its feature."""
+    """The same three images in each supported column type: the column, and its feature."""
     contents = [encoded(i) for i in range(3)]
     return {
         "image": (
@@ -127,7 +127,7 @@ def test_another_alphabet_of_base64_without_padding(save, read):
     assert read("huggingface", save({"image": [text], "caption": ["a"]})).images.encoded(0) == content
 
 
-def test_paths_are_beside_the_data_set_or_in_image_dir(library, save, tmp_path, read):
+def test_paths_are_relative_to_the_data_set_or_image_dir(library, save, tmp_path, read):
     root = save({"image": ["a.png", "sub/b.png", "a.png"], "caption": ["one", "two", "three"]})
     for folder in (root, tmp_path / "elsewhere"):
         (folder / "sub").mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_an_image_feature_that_holds_paths(library, save, tmp_path, read, monkey
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(encoded(0))
     column = [{"bytes": None, "path": str(tmp_path / "photos" / "a.png")}, None]
-    # As written by a version of the library that did not copy the files into the data set.
+    # Written by versions of the library that did not copy the files into the data set.
     features = {"image": {"bytes": library.Value("binary"), "path": library.Value("string")}}
     root = save({"image": column, "caption": ["a", "b"]}, features=features | {"caption": library.Value("string")})
     dataset = read("huggingface", root)
@@ -155,7 +155,7 @@ def test_an_image_feature_that_holds_paths(library, save, tmp_path, read, monkey
 # Rows
 
 
-def test_captions_may_be_lists_and_rows_of_one_image_are_one_image(save, read):
+def test_caption_lists_and_duplicate_images(save, read):
     columns = {
         "image": [encoded(0), encoded(1), encoded(0), encoded(2)],
         "caption": [["a", " b\nc "], ["b"], ["a", "d"], [""]],
@@ -165,19 +165,19 @@ def test_captions_may_be_lists_and_rows_of_one_image_are_one_image(save, read):
     assert dataset.pairs.tolist() == [[0, 0], [0, 1], [0, 3], [1, 2]]
 
 
-def test_rows_without_an_image_or_a_caption_are_left_out_and_counted(save, read, warned):
+def test_rows_without_image_or_caption_are_skipped_and_counted(save, read, logged):
     columns = {
         "image": [None, text64(1), "", text64(3), text64(4)],
         "caption": ["a", "b", "c", None, "  "],
     }
     dataset = read("huggingface", root := save(columns))
     assert dataset.captions == ["b"] and dataset.images.name(0) == f"{root}, row 1"
-    assert "4 of 5 rows are left out: 2 without one image, 2 without a caption" in warned()
+    assert "4 of 5 rows are skipped: 2 without one image, 2 without a caption" in logged()
 
 
-def test_two_images_in_a_row_are_not_one(save, read, warned):
+def test_rows_with_two_images_are_skipped(save, read, logged):
     dataset = read("huggingface", save({"image": [[text64(0), text64(1)], [text64(2)]], "caption": ["a", "b"]}))
-    assert dataset.captions == ["b"] and "1 without one image" in warned()
+    assert dataset.captions == ["b"] and "1 without one image" in logged()
 
 
 def test_columns_by_option(save, read):
@@ -189,7 +189,7 @@ def test_columns_by_option(save, read):
 # In other processes
 
 
-def test_pickled_images_are_small_and_open_the_files_anew(save, read):
+def test_pickled_images_are_small_and_open_the_files_again(save, read):
     root = save({"image": [encoded(i, side=100) for i in range(20)], "caption": ["x"] * 20})
     images = read("huggingface", root).images
     assert len(pickle.dumps(images)) < 2000
@@ -197,7 +197,7 @@ def test_pickled_images_are_small_and_open_the_files_anew(save, read):
         assert pool.map(images.encoded, [3, 7]) == [encoded(3, side=100), encoded(7, side=100)]
 
 
-def test_a_stamp_changes_when_the_data_set_is_saved_anew(library, save, tmp_path, read):
+def test_a_stamp_changes_when_the_data_set_is_saved_again(library, save, tmp_path, read):
     columns = {"image": [encoded(0), encoded(1)], "caption": ["a", "b"]}
     first = read("huggingface", save(columns)).images
     assert first.stamp(0)[0] == len(encoded(0))
@@ -234,7 +234,7 @@ def test_sbucaptions_is_in_its_folder_or_in_the_root(save, tmp_path, read):
     assert read("sbucaptions", tmp_path / "other", "train").captions == ["a cat"]
 
 
-def test_combined_is_the_three_sets_that_simple_clip_combines(save, tmp_path, read):
+def test_combined_has_the_three_data_sets_of_simple_clip(save, tmp_path, read):
     image = [{"bytes": encoded(5), "path": None}]
     save(folder=tmp_path / "coco", train={"image": image, "caption": [["a", "b"]]}, validation=M3IT)
     save(folder=tmp_path / "textcap", train=M3IT)
@@ -261,7 +261,7 @@ def fails(read, root, *parts, dataset="huggingface", split="train", **options):
         assert str(part) in message, message
 
 
-def test_folders_that_hold_no_saved_data_set(tmp_path, read):
+def test_folders_without_a_saved_data_set(tmp_path, read):
     fails(read, tmp_path / "nowhere", tmp_path / "nowhere", "no such folder")
     fails(read, tmp_path, tmp_path, "dataset_dict.json", "--dataset_root")
     fails(read, tmp_path, tmp_path / "coco", dataset="combined")
@@ -278,18 +278,18 @@ def test_unknown_columns_are_listed(save, read):
     fails(read, root, "no column image or image_base64_str", dataset="sbucaptions")
 
 
-def test_columns_of_something_else(save, read):
+def test_columns_of_other_types(save, read):
     root = save({"image": [7, 8], "caption": [[1], [2]], "text": ["a", "b"]})
     fails(read, root, "column caption", "list<", "not texts", "--caption_column")
     fails(read, root, "column image", "int64", "not images", "--image_column", caption_column="text")
 
 
-def test_nothing_in_it(save, library, read):
+def test_no_usable_row(save, library, read):
     features = {"image": library.Image(), "caption": library.Value("string")}
     fails(read, save({"image": [None], "caption": ["a"]}, features=features), "no row has one image in image")
 
 
-def test_a_broken_image_is_named_by_its_row(save, read):
+def test_a_broken_image_names_its_row(save, read):
     images = read(
         "huggingface", root := save({"image": ["!!!!", text64(0), text64(1)[:40]], "caption": list("abc")})
     ).images
@@ -301,7 +301,7 @@ def test_a_broken_image_is_named_by_its_row(save, read):
 
 @pytest.fixture
 def saved(save):
-    """A saved data set, its Arrow file, and a function that writes other bytes there."""
+    """A saved data set, and its Arrow file."""
     root = save({"image": [encoded(i) for i in range(50)], "caption": [f"caption {i}" for i in range(50)]})
     (file,) = root.glob("*.arrow")
     return root, file
@@ -326,7 +326,7 @@ def test_missing_files(saved, read):
 
 
 @pytest.mark.parametrize("place", [0.0, 0.001, 0.02, 0.3, 0.9])
-def test_a_damaged_arrow_file_is_an_error_or_a_broken_image_and_never_ends_the_process(saved, read, place):
+def test_a_damaged_arrow_file_never_ends_the_process(saved, read, place):
     root, file = saved
     content = bytearray(file.read_bytes())
     begin = int(place * len(content))
@@ -346,8 +346,8 @@ def test_a_damaged_arrow_file_is_an_error_or_a_broken_image_and_never_ends_the_p
     assert 0 < broken + (len(dataset.images) < 50) < 50
 
 
-def test_rows_that_point_outside_are_not_looked_at(library, read, tmp_path, save):
-    """A damaged offset that would end the process if it was followed."""
+def test_offsets_outside_the_file_are_refused(library, read, tmp_path, save):
+    """Following the damaged offset would end the process."""
     for number, image in enumerate(("bytes", "list of base64", "image")):
         column, feature = forms(library)[image]
         features = {"image": feature, "caption": library.Value("string")}
@@ -362,7 +362,7 @@ def test_rows_that_point_outside_are_not_looked_at(library, read, tmp_path, save
 
 
 @pytest.mark.parametrize("version", [None, "14.0.2"])
-def test_without_the_library_the_command_that_installs_it_is_said(saved, read, monkeypatch, version):
+def test_without_pyarrow_the_error_has_the_pip_command(saved, read, monkeypatch, version):
     if version:
         monkeypatch.setattr(pyarrow, "__version__", version)  # it runs pickles in a schema
     else:
@@ -370,7 +370,7 @@ def test_without_the_library_the_command_that_installs_it_is_said(saved, read, m
     fails(read, saved[0], "pip install -U pyarrow")
 
 
-def test_nothing_in_the_folder_is_run_and_the_library_is_not_needed(save, tmp_path, read, monkeypatch):
+def test_no_code_runs_and_the_library_is_not_needed(save, tmp_path, read, monkeypatch):
     root = save({"image": [encoded(0)], "caption": ["a"]})
     marker = tmp_path / "marker"
     for name in ("saved.py", "dataset.py", "__init__.py", "conftest.py", "datasets.py", "dataset_info.json"):
@@ -380,7 +380,7 @@ def test_nothing_in_the_folder_is_run_and_the_library_is_not_needed(save, tmp_pa
     assert len(read("huggingface", root).images) == 1 and not marker.exists()
 
 
-# What a hostile folder may hold
+# Hostile folders
 
 
 STATES = {
@@ -402,7 +402,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_names_no_files_of_the_folder_is_one_line(saved, read, name):
+def test_an_invalid_state_is_one_line(saved, read, name):
     root, _ = saved
     (root / "state.json").write_text(STATES[name])
     fails(read, root, root)
@@ -411,7 +411,7 @@ def test_a_state_that_names_no_files_of_the_folder_is_one_line(saved, read, name
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling"])
 @pytest.mark.parametrize("target", ["arrow", "state in a split"])
 @pytest.mark.timeout(60)
-def test_what_is_no_file_is_not_waited_for(save, read, kind, target):
+def test_only_regular_files_are_read_without_waiting(save, read, kind, target):
     root = save(train={"image": [encoded(0)], "caption": ["a"]})
     path = next(root.glob("train/*.arrow")) if target == "arrow" else root / "train" / "state.json"
     path.unlink()
@@ -440,7 +440,7 @@ def test_compressed_arrow_files_are_refused(saved, read, codec):
     fails(read, root, root, "is compressed")
 
 
-def test_columns_that_are_many_times_their_file_are_refused(saved, read):
+def test_columns_many_times_their_file_are_refused(saved, read):
     root, file = saved
     images = pyarrow.array([encoded(i) for i in range(3)])
     text = "x" * 10**6
@@ -454,7 +454,7 @@ def test_columns_that_are_many_times_their_file_are_refused(saved, read):
         fails(read, root, root, "column caption", "not texts")
 
 
-def test_more_rows_than_the_file_holds_are_refused(saved, read):
+def test_more_rows_than_the_file_can_hold_are_refused(saved, read):
     root, file = saved
     nothing = pyarrow.nulls(777)
     write_stream(file, pyarrow.table({"image": nothing, "caption": nothing}))
@@ -469,10 +469,10 @@ def test_columns_of_the_same_name_are_refused(saved, read):
     fails(read, root, root, "duplicate field names")
 
 
-# Beside the other readers
+# Comparison with other readers
 
 
-def test_the_same_pairs_as_a_csv_are_the_same_data_set(captioned, save, read):
+def test_the_pairs_of_a_csv_are_the_same_data_set(captioned, save, read):
     rows, _ = csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split")
     splits = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Karpathy's JSON and the captions files that Flickr8K and Flickr30K are passed around in."""
+"""Karpathy's JSON, and the captions files of Flickr8K and Flickr30K in circulation."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ def test_json_in_the_root(tmp_path, photos, read, described, name, suffix):
     for split in EXPECTED:
         dataset = read(name, tmp_path, split)
         assert (dataset.name, dataset.split) == (name, split)
-        # An image that nobody described stays, as one to be retrieved.
+        # An image without captions stays, as one to be retrieved.
         assert list(described(dataset).items()) == list(EXPECTED[split].items())
 
 
@@ -90,9 +90,9 @@ def test_filepath_is_a_folder_or_is_ignored(tmp_path, photos, read, layout):
 def test_annotations_and_image_dir(tmp_path, photos, read, described):
     path = write_json(tmp_path / "somewhere" / "my.json")
     photos(tmp_path / "pictures", *NAMES)
-    where = {"annotations": path, "image_dir": tmp_path / "pictures"}
+    files = {"annotations": path, "image_dir": tmp_path / "pictures"}
     for name in ("karpathy", "flickr8k"):
-        assert described(read(name, "nowhere", **where)) == EXPECTED["test"]
+        assert described(read(name, "nowhere", **files)) == EXPECTED["test"]
 
 
 def test_no_such_split(tmp_path, photos, read):
@@ -163,7 +163,7 @@ def test_flickr8k(real_data, read):
     assert chinese.images.paths == dataset.images.paths
 
 
-def test_a_captions_file_gives_what_the_json_gives(real_data, tmp_path, read):
+def test_a_captions_file_equals_the_json(real_data, tmp_path, read):
     parts = karpathy.read_karpathy_json(real_data / "flickr30k_text" / "dataset_flickr30k.json.gz")
     assert {split: len(part.names) for split, part in parts.items()} == {"train": 29_000, "val": 1_014, "test": 1_000}
     lines = ["image_name| comment_number| comment"]
@@ -206,7 +206,7 @@ def test_missing_images(tmp_path, photos, read):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"{]", "line 1"),
         (b"[]", '"images"'),
@@ -222,10 +222,10 @@ def test_missing_images(tmp_path, photos, read):
         ('{"images":\n\n "é"}'.encode("latin-1"), "line 3"),
     ],
 )
-def test_json_that_is_not_karpathys(tmp_path, read, content, says):
+def test_json_that_is_not_karpathys(tmp_path, read, content, message):
     path = tmp_path / "dataset_flickr8k.json"
     path.write_bytes(content)
-    fails(read, "flickr8k", tmp_path, path, says)
+    fails(read, "flickr8k", tmp_path, path, message)
 
 
 def test_broken_gzip(tmp_path, read):
@@ -235,7 +235,7 @@ def test_broken_gzip(tmp_path, read):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("image_name| comment_number| comment\nd.jpg| 0| A .\nd.jpg\n", "line 3"),
         ("image_name| comment_number| comment\n| 0| A caption without image .\n", "line 2"),
@@ -247,13 +247,13 @@ def test_broken_gzip(tmp_path, read):
         ("", "columns found: none"),
     ],
 )
-def test_bad_captions_files(tmp_path, read, lists, text, says):
+def test_bad_captions_files(tmp_path, read, lists, text, message):
     path = tmp_path / "captions.txt"
     path.write_text(text)
-    fails(read, "flickr8k", tmp_path, path, says)
+    fails(read, "flickr8k", tmp_path, path, message)
 
 
-def test_a_captions_file_is_not_karpathys(tmp_path, read):
+def test_a_captions_file_is_refused_as_karpathy(tmp_path, read):
     (tmp_path / "x.csv").write_text(CAPTIONS_TXT)
     fails(read, "karpathy", tmp_path, tmp_path / "x.csv", ".json", annotations=tmp_path / "x.csv")
 

@@ -1,4 +1,4 @@
-"""The built-in data set: the same for everybody, and no two scenes alike."""
+"""The built-in data set: reproducible, without duplicate scenes."""
 
 import numpy as np
 import pytest
@@ -24,21 +24,21 @@ def test_sizes_and_five_captions_each(root):
     assert all(len(set(test.captions[i : i + 5])) == 5 for i in range(0, 2500, 5))
 
 
-def test_no_scene_is_in_two_places():
-    scenes = shapes._scenes()
+def test_scenes_are_unique():
+    scenes = shapes._make_scenes()
     assert len(scenes) == len(set(scenes)) == 5000
 
 
-def test_captions_tell_what_is_drawn():
+def test_captions_describe_the_scene():
     first, second = shapes.Thing("star", "red", "large"), shapes.Thing("ring", "cyan", "small")
     for axis, forward, backward in (("beside", "left of", "right of"), ("stacked", "above", "below")):
-        captions = shapes.describe(shapes.Scene(first, second, axis), np.random.default_rng(0))
+        captions = shapes.make_captions(shapes.Scene(first, second, axis), np.random.default_rng(0))
         for caption in captions:
             assert "red" in caption and "star" in caption and "cyan ring" in caption
             assert (forward if caption.index("star") < caption.index("ring") else backward) in caption
 
 
-def test_the_picture_has_the_colours_in_their_places():
+def test_the_image_has_its_colours_in_place():
     first, second = shapes.Thing("circle", "red", "large"), shapes.Thing("square", "blue", "large")
     pixels = shapes.draw(shapes.Scene(first, second, "beside"), np.random.default_rng(0))
     is_red, is_blue = ((pixels == shapes.COLOURS[c]).all(axis=2) for c in ("red", "blue"))
@@ -46,10 +46,10 @@ def test_the_picture_has_the_colours_in_their_places():
     assert np.nonzero(is_red)[1].mean() < 32 < np.nonzero(is_blue)[1].mean()
 
 
-def test_the_pictures_are_kept_and_are_the_same_when_drawn_again(root, tmp_path):
-    kept = read(root, "val").images.pixels
+def test_images_are_cached_and_reproducible(root, tmp_path):
+    cached = read(root, "val").images.pixels
     (file,) = (path for path in (root / "shapes").iterdir() if path.name.startswith("val"))
     assert isinstance(read(root, "val").images.pixels, np.memmap)
-    assert np.array_equal(read(tmp_path, "val").images.pixels, kept)
-    file.write_bytes(file.read_bytes()[:1000])  # half of one is drawn again
-    assert np.array_equal(read(root, "val").images.pixels, kept)
+    assert np.array_equal(read(tmp_path, "val").images.pixels, cached)
+    file.write_bytes(file.read_bytes()[:1000])  # incomplete: drawn again
+    assert np.array_equal(read(root, "val").images.pixels, cached)

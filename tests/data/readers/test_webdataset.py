@@ -1,4 +1,4 @@
-"""Shards as a data set: the same as the files that they were made of."""
+"""Shards as a data set: the same as the files that they were built from."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.models.small import small_preprocess
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_shards_are_the_data_set_that_they_were_made_of(tmp_path, captioned, read, split):
+def test_shards_equal_their_source_data_set(tmp_path, captioned, read, split):
     shards = read("webdataset", shards_of_csv(captioned / "captions.csv", tmp_path), split)
     files = read("csv", captioned, split)
     assert (shards.name, shards.split) == ("webdataset", split)
@@ -28,7 +28,7 @@ def test_shards_are_the_data_set_that_they_were_made_of(tmp_path, captioned, rea
     )
 
 
-def test_a_sample_for_each_caption_is_the_same_data_set(tmp_path, captioned, read):
+def test_one_sample_per_caption_is_the_same_data_set(tmp_path, captioned, read):
     files = read("csv", captioned, "val")
     samples = [
         (f"{number:05}", {"jpg": files.images.encoded(image), "txt": files.captions[caption]})
@@ -42,13 +42,13 @@ def test_a_sample_for_each_caption_is_the_same_data_set(tmp_path, captioned, rea
     assert shards.images.encoded(5, slice(2, 9)) == files.images.encoded(5)[2:9]
 
 
-def test_an_image_is_named_by_shard_and_member(tmp_path, read):
+def test_an_image_name_has_shard_and_member(tmp_path, read):
     write_shards(tmp_path, [2, 2])
     dataset = read("webdataset", tmp_path, "train")
     assert dataset.images.name(3) == f"{tmp_path}/train-001.tar, 00003.jpg"
 
 
-def test_a_broken_image_is_named_when_it_is_opened(tmp_path, read):
+def test_a_broken_image_is_named_on_access(tmp_path, read):
     write_shard(tmp_path / "test.tar", [*numbered(0, 1), ("broken", {"jpg": jpeg(1)[:200], "txt": "x"})])
     images = read("webdataset", tmp_path, "test").images
     assert images[0].size == (24, 20)
@@ -56,33 +56,33 @@ def test_a_broken_image_is_named_when_it_is_opened(tmp_path, read):
         images[1]
 
 
-def test_samples_without_an_image_or_a_caption_are_left_out_and_said(tmp_path, read, caplog):
+def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path, read, caplog):
     odd = [("no_image", {"txt": "x"}), ("no_text", {"jpg": jpeg(1)}), ("empty", {"jpg": jpeg(2), "txt": " "})]
     write_shard(tmp_path / "test.tar", [*odd, *numbered(0, 2)])
     with caplog.at_level("WARNING", "clip_retrieval"):
         dataset = read("webdataset", tmp_path, "test")
     assert dataset.captions == ["thing zero", "thing one"] and dataset.image_ids == ["00000", "00001"]
-    (said,) = caplog.messages
-    assert "3 of 5 samples are left out" in said and "test.tar, sample no_image: it has no image" in said
+    (message,) = caplog.messages
+    assert "3 of 5 samples are skipped" in message and "test.tar, sample no_image: it has no image" in message
 
 
-def test_a_key_that_no_json_has_is_one_error_that_names_shard_and_sample(tmp_path, read):
+def test_a_missing_caption_key_names_shard_and_sample(tmp_path, read):
     samples = [(f"{i}", {"jpg": jpeg(i), "json": json.dumps({"text": "a", "url": "b"})}) for i in range(3)]
     path = write_shard(tmp_path / "test.tar", samples)
     with pytest.raises(UserError) as error:
         read("webdataset", tmp_path, "test")
-    assert str(error.value).startswith(f"{path}, sample 0: its .json has no 'caption' (but text, url)")
+    assert str(error.value).startswith(f"{path}, sample 0: its .json has no 'caption' (found text, url)")
     assert read("webdataset", tmp_path, "test", caption_key="text").captions == ["a"] * 3
 
 
-def test_keys_that_shards_share_are_no_ids(tmp_path, read):
+def test_duplicate_keys_are_not_used_as_ids(tmp_path, read):
     write_shards(tmp_path, [2], "test-a")
     assert read("webdataset", tmp_path, "test").image_ids == ["00000", "00001"]
     write_shard(tmp_path / "test-b.tar", [("00000", {"jpg": jpeg(5), "txt": "another thing"})])
     assert read("webdataset", tmp_path, "test").image_ids is None
 
 
-def test_the_same_member_twice_counts_once(tmp_path, read):
+def test_the_first_of_duplicate_members_counts(tmp_path, read):
     write_shard(
         tmp_path / "test.tar", [("0", {"jpg": jpeg(0), "txt": "first"}), ("0", {"txt": "second", "jpg": jpeg(1)})]
     )
@@ -90,7 +90,7 @@ def test_the_same_member_twice_counts_once(tmp_path, read):
     assert dataset.captions == ["first"] and dataset.images.encoded(0) == jpeg(0)
 
 
-def test_half_a_shard_is_refused(tmp_path, read):
+def test_a_truncated_shard_is_refused(tmp_path, read):
     (path,) = write_shards(tmp_path, [9], "test")
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match="its end is missing"):

@@ -1,6 +1,6 @@
-"""Each layout with each of its values replaced by each of many: it is read, or refused in one line.
+"""Valid documents with each value replaced by many others: each one is read, or refused in one line.
 
-A valid document is walked; no reader may fail with anything but UserError, whatever it finds at any place.
+No reader may raise anything but UserError.
 """
 
 import copy
@@ -15,7 +15,7 @@ from clip_retrieval.classification.class_names import read_class_names, read_nam
 from clip_retrieval.config import read_config
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.readers import coco, csv_file, karpathy
-from clip_retrieval.data.readers.huggingface import _split_names
+from clip_retrieval.data.readers.huggingface import _read_split_names
 from clip_retrieval.data.shards.find import known_sizes
 from clip_retrieval.data.writers.tsv import export_split
 from clip_retrieval.errors import UserError, one_line
@@ -29,7 +29,7 @@ from tests.data.make_chinese import photo, write_split
 
 
 def deep(levels):
-    """Lists within each other."""
+    """Nested lists."""
     value = []
     for _ in range(levels):
         value = [value]
@@ -40,25 +40,25 @@ VALUES = [None, True, -1, 10**30, 2**63, 1.5, float("nan"), float("inf"), "", "\
 VALUES += [[], {}, [[]], {"a": {}}, [None, 1, "a"], deep(700)]
 
 
-def places(value, path=()):
-    """The path of each value in a document, itself included."""
+def iter_paths(value, path=()):
+    """Yield the path of each value in a document, and of the document itself."""
     yield path
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from places(value[key], (*path, key))
+        yield from iter_paths(value[key], (*path, key))
 
 
 def variants(document):
-    """The document with each value replaced by each of VALUES, left out, and given twice."""
-    for path in places(document):
+    """Yield the document with each value replaced by each of VALUES, deleted, and duplicated."""
+    for path in iter_paths(document):
         for value in VALUES:
-            yield changed(document, path, lambda holder, key, value=value: holder.__setitem__(key, value))
+            yield change_at(document, path, lambda holder, key, value=value: holder.__setitem__(key, value))
         if path:
-            yield changed(document, path, lambda holder, key: holder.__delitem__(key))
+            yield change_at(document, path, lambda holder, key: holder.__delitem__(key))
         if path and isinstance(path[-1], int):
-            yield changed(document, path, lambda holder, key: holder.append(holder[key]))
+            yield change_at(document, path, lambda holder, key: holder.append(holder[key]))
 
 
-def changed(document, path, change):
+def change_at(document, path, change):
     holder = parent = [copy.deepcopy(document)]
     for key in (path and (0, *path[:-1])) or ():
         parent = parent[key]
@@ -66,8 +66,8 @@ def changed(document, path, change):
     return holder[0] if holder else None
 
 
-def is_read_or_refused(read, documents):
-    """Every document is read or refused in one line; return how many of each there were."""
+def check_read_or_refused(read, documents):
+    """Check that every document is read, or refused in one line; return the numbers of both."""
     good = bad = 0
     for document in documents:
         for read_and_clear in (coco.read_captions, karpathy.read_karpathy_json, csv_file._read_rows):
@@ -83,8 +83,8 @@ def is_read_or_refused(read, documents):
     return good, bad
 
 
-def written(path, run):
-    """A function that writes what it is given to `path`, and runs `run` on it."""
+def write_and(path, run):
+    """Return a function that writes its argument to `path` and calls run(path)."""
 
     def read(content):
         path.write_bytes(content)
@@ -95,7 +95,7 @@ def written(path, run):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Thousands of files are written here: none has to survive a power cut."""
+    """Skip fsync: thousands of files are written here, and none has to survive a power failure."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -121,7 +121,7 @@ def test_coco(tmp_path, data):
     images = [{"id": number, "file_name": f"{number}.png"} for number in range(2)]
     annotations = [{"id": 10 + number, "image_id": number, "caption": f"caption {number}"} for number in range(2)]
     document = {"images": images, "annotations": annotations, "categories": 0}
-    is_read_or_refused(written(tmp_path / "a.json", data("coco")), variants(document))
+    check_read_or_refused(write_and(tmp_path / "a.json", data("coco")), variants(document))
 
 
 def test_karpathy(tmp_path, data):
@@ -130,7 +130,9 @@ def test_karpathy(tmp_path, data):
         {"filename": f"{n}.png", "filepath": "", "split": splits[n], "sentences": [{"raw": f"caption {n}"}]}
         for n in range(3)
     ]
-    is_read_or_refused(written(tmp_path / "a.json", data("karpathy")), variants({"images": images, "dataset": "x"}))
+    check_read_or_refused(
+        write_and(tmp_path / "a.json", data("karpathy")), variants({"images": images, "dataset": "x"})
+    )
 
 
 def test_chinese_texts(tmp_path):
@@ -147,8 +149,8 @@ def test_chinese_texts(tmp_path):
         for number in range(2)
         for record in variants(records[number])
     )
-    read_lines = written(tmp_path / "test_texts.jsonl", read)
-    is_read_or_refused(lambda content: read_lines(as_lines(content)), lines)
+    read_lines = write_and(tmp_path / "test_texts.jsonl", read)
+    check_read_or_refused(lambda content: read_lines(as_lines(content)), lines)
 
 
 def as_lines(content):
@@ -167,9 +169,9 @@ def test_predictions_and_answers(tmp_path):
             score_predictions(paths["gold"], paths["predictions"], ks=[1, 5])
             transform_to_tr(paths["gold"])
 
-        read_lines = written(paths[name], read)
+        read_lines = write_and(paths[name], read)
         lines = ([record, records[1]] for record in variants(records[0]))
-        is_read_or_refused(lambda content, read_lines=read_lines: read_lines(as_lines(content)), lines)
+        check_read_or_refused(lambda content, read_lines=read_lines: read_lines(as_lines(content)), lines)
 
 
 def test_features(tmp_path):
@@ -179,19 +181,19 @@ def test_features(tmp_path):
         write_ids(tmp_path / "written.json", read_features(path, "image").ids)
 
     lines = ([records[1], record] for record in variants(records[0]))
-    read_lines = written(tmp_path / "x.jsonl", read)
-    is_read_or_refused(lambda content: read_lines(as_lines(content)), lines)
+    read_lines = write_and(tmp_path / "x.jsonl", read)
+    check_read_or_refused(lambda content: read_lines(as_lines(content)), lines)
     np.save(tmp_path / "image_features.npy", np.ones((2, 2), np.float32))
-    is_read_or_refused(
-        written(tmp_path / "image_ids.json", lambda path: read(tmp_path / "image_features.npy")), variants([1, "b"])
+    check_read_or_refused(
+        write_and(tmp_path / "image_ids.json", lambda path: read(tmp_path / "image_features.npy")), variants([1, "b"])
     )
 
 
 def test_results(tmp_path):
     metrics = {"R@1": 1.0, "R@5": 2, "R@10": 3.0, "MedR": 1.0}
     document = {"model": "x", "dataset": "coco", "split": "test", "i2t": metrics, "t2i": metrics, "mean_recall": 2.0}
-    read = written(tmp_path / "results.json", lambda path: markdown_table([read_results(path)]))
-    is_read_or_refused(read, variants(document))
+    read = write_and(tmp_path / "results.json", lambda path: markdown_table([read_results(path)]))
+    check_read_or_refused(read, variants(document))
 
 
 def test_sizes_and_splits_of_saved_data(tmp_path):
@@ -201,8 +203,10 @@ def test_sizes_and_splits_of_saved_data(tmp_path):
         torch.tensor([size or 0 for size in known_sizes([tmp_path / "a.tar", tmp_path / "b.tar"])])
 
     documents = [*variants({"a.tar": 10, "b.tar": "12"}), {"a.tar": "9" * 5000}, {"a.tar": "²"}]
-    is_read_or_refused(written(tmp_path / "sizes.json", sizes), documents)
-    is_read_or_refused(written(tmp_path / "dataset_dict.json", _split_names), variants({"splits": ["train", "test"]}))
+    check_read_or_refused(write_and(tmp_path / "sizes.json", sizes), documents)
+    check_read_or_refused(
+        write_and(tmp_path / "dataset_dict.json", _read_split_names), variants({"splits": ["train", "test"]})
+    )
 
 
 def test_class_names(tmp_path):
@@ -213,12 +217,12 @@ def test_class_names(tmp_path):
         ["tench", "goldfish", "a cat"],
     ):
         for read in (lambda path: read_class_names(path, folders), read_names):
-            is_read_or_refused(written(tmp_path / "names.json", read), variants(document))
+            check_read_or_refused(write_and(tmp_path / "names.json", read), variants(document))
 
 
 def test_options_as_config(tmp_path):
     flat = Options().flat()
     document = {name: flat[name] for name in ("dataset", "lr", "recall_k", "eval")}
     document |= {"train_data": "a.tar", "versions": {"torch": "2"}}
-    read = written(tmp_path / "options.json", lambda path: settle(read_config(path), complete=False))
-    is_read_or_refused(read, variants(document))
+    read = write_and(tmp_path / "options.json", lambda path: settle(read_config(path), complete=False))
+    check_read_or_refused(read, variants(document))

@@ -1,4 +1,4 @@
-"""scripts/build_lmdb.py: Chinese-CLIP's LMDB folders, whole or not there; nothing but plain values read from them."""
+"""scripts/build_lmdb.py: Chinese-CLIP's LMDB folders, complete or absent; only plain values are read from them."""
 
 import logging
 import multiprocessing
@@ -30,8 +30,8 @@ IMAGES = 12
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """said() is what was logged since it was last called."""
+def logged(caplog, monkeypatch):
+    """logged() returns the messages since its last call."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, "clip_retrieval")
 
@@ -60,10 +60,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# What is built
+# Content
 
 
-def test_the_layout_is_chinese_clips(tmp_path):
+def test_layout_is_that_of_chinese_clip(tmp_path):
     write_split(tmp_path, "valid", {5: photo(5), 77: photo(7)}, [(1, "一", [5, 77]), ("b", "二", []), (3, "三", [5])])
     build_lmdb(tmp_path, ["valid"])
     folder = tmp_path / "lmdb" / "valid"
@@ -76,7 +76,7 @@ def test_the_layout_is_chinese_clips(tmp_path):
         b"2": (5, 3, "三"),
         b"num_samples": b"3",
     }
-    assert len(pairs) == 5, "one more, of ours: the text that no image answers"
+    assert len(pairs) == 5, "and our own key: the text without an image"
     assert names(tmp_path / "lmdb") == ["valid"] and names(folder) == ["imgs", "pairs", "sources.json"]
 
 
@@ -96,7 +96,7 @@ def test_flickr8k_cn_is_read_back(real_data, tmp_path, read, monkeypatch):
     assert content(from_lmdb) == content(from_files)
 
 
-def test_the_map_grows_with_what_is_in_it(tmp_path, read, monkeypatch):
+def test_the_map_grows_with_its_content(tmp_path, read, monkeypatch):
     monkeypatch.setattr(building, "MAP_BYTES", 2**14)
     monkeypatch.setattr(building, "COMMIT_BYTES", 5000)
     write(tmp_path, images=24)
@@ -105,17 +105,17 @@ def test_the_map_grows_with_what_is_in_it(tmp_path, read, monkeypatch):
     imgs = tmp_path / "lmdb" / "train" / "imgs"
     assert size > 1.5 * 2**14
     data = (imgs / "data.mdb").read_bytes()
-    assert 2**14 < int.from_bytes(data[32:40], sys.byteorder) < 6 * size, "the size of the map, as the file says it"
+    assert 2**14 < int.from_bytes(data[32:40], sys.byteorder) < 6 * size, "the size of the map, as recorded in the file"
     assert len(data) < 4 * size
     files = read("chinese", "nowhere", "train", train_data=tmp_path / "train")
     assert content(read("chinese", tmp_path, "train")) == content(files)
 
 
-# Interrupted, repeated, shared
+# Interrupted, repeated and concurrent builds
 
 
-def killed_after(monkeypatch, records, folder):
-    """Build in a process that is killed at that many images."""
+def kill_after(monkeypatch, records, folder):
+    """Build in a process that is killed after so many images."""
 
     def read_some(*arguments):
         for number, record in enumerate(read_tsv(*arguments)):
@@ -130,28 +130,14 @@ def killed_after(monkeypatch, records, folder):
     assert process.exitcode == -signal.SIGKILL
 
 
-def count_reads(monkeypatch):
-    seen = []
-
-    def read_and_note(*arguments):
-        for record in read_tsv(*arguments):
-            seen.append(record.key)
-            yield record
-
-    monkeypatch.setattr(building, "read_tsv", read_and_note)
-    return seen
-
-
 @pytest.mark.parametrize("killed", [0, 1, 7, 11])
-def test_a_killed_build_is_gone_on_with(tmp_path, monkeypatch, said, killed):
+def test_a_killed_build_leaves_no_split_and_is_rebuilt(tmp_path, monkeypatch, killed):
     monkeypatch.setattr(building, "COMMIT_BYTES", 1)
     write(tmp_path)
-    killed_after(monkeypatch, killed, tmp_path)
-    assert names(tmp_path / "lmdb") == [".train.partial"]
-    seen = count_reads(monkeypatch)
+    kill_after(monkeypatch, killed, tmp_path)
+    assert names(tmp_path / "lmdb") == [".train.lock", ".train.partial"]
+    monkeypatch.setattr(building, "read_tsv", read_tsv)
     build_lmdb(tmp_path, ["train"])
-    assert seen == [str(i) for i in range(killed, IMAGES)]
-    assert not killed or f"{killed} images are there" in said()[0]
     assert names(tmp_path / "lmdb") == ["train"]
     whole = write(tmp_path / "whole")
     build_lmdb(whole, ["train"])
@@ -159,33 +145,35 @@ def test_a_killed_build_is_gone_on_with(tmp_path, monkeypatch, said, killed):
         assert entries(tmp_path / "lmdb/train" / part) == entries(whole / "lmdb/train" / part)
 
 
-def test_a_killed_build_of_other_images_is_begun_anew(tmp_path, monkeypatch):
+def test_a_killed_build_of_other_images_leaves_none_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "COMMIT_BYTES", 1)
     write(tmp_path)
-    killed_after(monkeypatch, 7, tmp_path)
+    kill_after(monkeypatch, 7, tmp_path)
     write(tmp_path, images=4)
-    seen = count_reads(monkeypatch)
+    monkeypatch.setattr(building, "read_tsv", read_tsv)
     build_lmdb(tmp_path, ["train"])
-    assert len(seen) == 4 and len(entries(tmp_path / "lmdb/train/imgs")) == 5
+    assert len(entries(tmp_path / "lmdb/train/imgs")) == 5
 
 
-def test_images_that_are_done_are_not_copied_again_when_a_text_is_mended(tmp_path, monkeypatch):
+def test_a_text_of_an_unknown_image_is_named_and_nothing_is_left(tmp_path):
     write_split(tmp_path, "train", {1: photo(1)}, [(1, "a", [1]), (2, "b", [3])])
     with pytest.raises(UserError, match=r"train_texts.jsonl, line 2: there is no image 3 in .*train_imgs.tsv"):
         build_lmdb(tmp_path, ["train"])
+    assert names(tmp_path / "lmdb") == []
     lines = (tmp_path / "train_texts.jsonl").read_text()
     (tmp_path / "train_texts.jsonl").write_text(lines.replace("[3]", "[1]"))
-    seen = count_reads(monkeypatch)
     build_lmdb(tmp_path, ["train"])
-    assert seen == [] and entries(tmp_path / "lmdb/train/pairs")[b"1"] == (1, 2, "b")
+    assert entries(tmp_path / "lmdb/train/pairs")[b"1"] == (1, 2, "b")
 
 
-def test_what_is_up_to_date_is_left_alone_and_what_is_not_is_replaced(tmp_path, monkeypatch, said, read):
+def test_an_unchanged_split_is_skipped_and_a_changed_one_replaced(tmp_path, monkeypatch, logged, read):
     write(tmp_path)
     build_lmdb(tmp_path, ["train"])
-    said(), count_reads(monkeypatch)
-    build_lmdb(tmp_path, ["train"])
-    assert said() == [f"{tmp_path / 'lmdb/train'} is up to date"]
+    logged()
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "read_texts", None)  # nothing is read
+        build_lmdb(tmp_path, ["train"])
+    assert logged() == [f"{tmp_path / 'lmdb/train'} is up to date"]
     write(tmp_path, images=3)
     build_lmdb(tmp_path, ["train"])
     assert len(read("chinese", tmp_path, "train").images) == 3 and names(tmp_path / "lmdb") == ["train"]
@@ -197,61 +185,63 @@ def test_an_old_lmdb_stays_when_the_new_one_fails(tmp_path, read):
     before = content(read("chinese", tmp_path, "train"))
     with (tmp_path / "train_imgs.tsv").open("a") as file:
         file.write("glued\tAAAA\tBBBB\n")
-    with pytest.raises(UserError, match=f"train_imgs.tsv, line {IMAGES + 1}: several records"):
+    with pytest.raises(UserError, match=f"train_imgs.tsv, line {IMAGES + 1}: holds several records"):
         build_lmdb(tmp_path, ["train"])
-    assert content(read("chinese", tmp_path, "train")) == before
+    assert content(read("chinese", tmp_path, "train")) == before and names(tmp_path / "lmdb") == ["train"]
 
 
-def test_two_builds_at_once_are_refused(tmp_path, monkeypatch):
+def test_two_builds_at_once_are_refused(tmp_path):
     write(tmp_path)
     with (
-        building._alone(tmp_path / "lmdb" / ".train.partial"),
+        building._lock_partial_folder(tmp_path / "lmdb" / "train"),
         pytest.raises(UserError, match="another process is building it"),
     ):
         build_lmdb(tmp_path, ["train"])
     build_lmdb(tmp_path, ["train"])
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_lmdb(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "COMMIT_BYTES", 1)
+    write(tmp_path, images=3)
+    build_lmdb(tmp_path, ["train"])
+    before = entries(tmp_path / "lmdb/train/imgs")
     write(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
-        with pytest.raises(RunError, match="the same command goes on") as error:
+        with pytest.raises(RunError, match="repeat the command") as error:
             build_lmdb(tmp_path, ["train"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(error.value)
-    seen = count_reads(monkeypatch)
+    assert "\n" not in str(error.value) and str(tmp_path / "lmdb/train") in str(error.value)
+    assert entries(tmp_path / "lmdb/train/imgs") == before and names(tmp_path / "lmdb") == ["train"]
     build_lmdb(tmp_path, ["train"])
-    assert 0 < len(seen) < IMAGES and len(entries(tmp_path / "lmdb/train/imgs")) == IMAGES + 1
+    assert len(entries(tmp_path / "lmdb/train/imgs")) == IMAGES + 1
 
 
-# What is wrong with the input
+# Invalid input
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
-        ("num_images\tAAAA", "no LMDB can hold the image id num_images"),
-        ("x" * 600 + "\tAAAA", "no LMDB can hold the image id xxx"),
-        ("1\tAAAA", "image 1 is there already"),
+        ("num_images\tAAAA", "an LMDB cannot hold the image id num_images"),
+        ("x" * 600 + "\tAAAA", "an LMDB cannot hold the image id xxx"),
+        ("1\tAAAA", "image 1 is on line 1 already"),
     ],
 )
 @pytest.mark.parametrize("commit_bytes", [1, 2**20])
-def test_images_that_cannot_stand_in_an_lmdb(tmp_path, monkeypatch, line, says, commit_bytes):
+def test_images_that_an_lmdb_cannot_hold(tmp_path, monkeypatch, line, message, commit_bytes):
     monkeypatch.setattr(building, "COMMIT_BYTES", commit_bytes)
     write_split(tmp_path, "train", {1: photo(1)}, [(1, "a", [1])])
     with (tmp_path / "train_imgs.tsv").open("a") as file:
         file.write(line + "\n")
-    for _ in range(2):  # also when it is gone on with
-        with pytest.raises(UserError, match=f"train_imgs.tsv, line 2: {says}") as error:
-            build_lmdb(tmp_path, ["train"])
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"train_imgs.tsv, line 2: {message}") as error:
+        build_lmdb(tmp_path, ["train"])
+    assert "\n" not in str(error.value)
 
 
-def test_nothing_is_copied_before_the_texts_are_known_to_be_well_formed(tmp_path):
+def test_texts_are_checked_before_images_are_copied(tmp_path):
     write(tmp_path)
     with (tmp_path / "train_texts.jsonl").open("a") as file:
         file.write("{]\n")
@@ -260,21 +250,21 @@ def test_nothing_is_copied_before_the_texts_are_known_to_be_well_formed(tmp_path
     assert not (tmp_path / "lmdb").exists()
 
 
-def test_missing_files_are_named_before_any_split_is_built(tmp_path):
+def test_missing_files_are_named_before_any_build(tmp_path):
     write(tmp_path)
     with pytest.raises(UserError, match=r"valid_imgs.tsv: no such file; check --data_dir and --splits"):
         build_lmdb(tmp_path, ["train", "valid"])
     assert not (tmp_path / "lmdb").exists()
 
 
-def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path):
+def test_a_folder_with_other_content_is_not_replaced(tmp_path):
     write(tmp_path)
     (tmp_path / "lmdb" / "train" / "mine").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds more than an LMDB \(mine\); choose another --lmdb_dir"):
+    with pytest.raises(UserError, match=r"lmdb/train: holds more than an LMDB \(mine\); choose another --lmdb_dir"):
         build_lmdb(tmp_path, ["train"])
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     write(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/\.train\.partial: cannot be written"):
@@ -282,26 +272,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["lock", "sources.json"])
+@pytest.mark.parametrize("name", [".train.lock", ".train.partial", ".train.partial/new", "train/sources.json"])
 @pytest.mark.parametrize("kind", ["fifo", "link", "dangling"])
 def test_a_build_follows_no_link_and_waits_for_no_fifo(tmp_path, name, kind):
     write(tmp_path)
-    (tmp_path / "precious").write_text("precious")
-    path = tmp_path / "lmdb" / ".train.partial" / name
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "imgs").write_text("precious")
+    path = tmp_path / "lmdb" / name
     path.parent.mkdir(parents=True)
     if kind == "fifo":
         os.mkfifo(path)
     else:
         path.symlink_to(tmp_path / ("precious" if kind == "link" else "gone"))
-    try:
-        build_lmdb(tmp_path, ["train"])
-        assert names(tmp_path / "lmdb/train") == ["imgs", "pairs", "sources.json"]
-    except UserError as error:
-        assert name == "lock" and str(path.parent) in str(error)
-    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "gone").exists()
+    build_lmdb(tmp_path, ["train"])
+    assert names(tmp_path / "lmdb") == ["train"] and names(tmp_path / "lmdb/train") == ["imgs", "pairs", "sources.json"]
+    assert (tmp_path / "precious" / "imgs").read_text() == "precious" and not (tmp_path / "gone").exists()
 
 
-# What is wrong with an LMDB
+# Invalid LMDBs
 
 
 @pytest.fixture
@@ -333,7 +321,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_that_would_run_code_does_not(tmp_path, built, read, protocol):
+def test_a_pickle_never_runs_code(tmp_path, built, read, protocol):
     put(built / "pairs", b"1", pickle.dumps((1000002, 8428, Malicious(tmp_path / "marker")), protocol))
     fails(read, tmp_path, built / "pairs", "key 1: refused", "mkdir")
     assert not (tmp_path / "marker").exists()
@@ -357,20 +345,20 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, built, read, protocol):
         pickle.dumps((1000002, 8428, "a"))[:-3],
     ],
 )
-def test_anything_but_ids_and_a_text_is_refused(tmp_path, built, read, value):
+def test_pairs_of_other_types_are_refused(tmp_path, built, read, value):
     put(built / "pairs", b"1", value)
     fails(read, tmp_path, built / "pairs", "key 1: ")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_pairs_of_every_protocol_are_read(tmp_path, built, read, protocol):
+def test_pairs_of_every_protocol_are_read(tmp_path, built, read, protocol):
     for key, pair in enumerate([(1000002, "x", "文"), ("1000002", 2**62, "本"), (517602, -1, "")]):
         put(built / "pairs", str(key).encode(), pickle.dumps(pair, protocol))
     assert read("chinese", tmp_path).captions[:3] == ["文", "本", ""]
 
 
-def test_an_lmdb_that_is_not_whole(tmp_path, built, read):
-    for part, key, says in [
+def test_an_incomplete_lmdb(tmp_path, built, read):
+    for part, key, message in [
         ("pairs", b"2", "key 2: missing"),
         ("pairs", b"num_samples", "no num_samples"),
         ("imgs", b"517602", "key 1: there is no image 517602"),
@@ -378,13 +366,13 @@ def test_an_lmdb_that_is_not_whole(tmp_path, built, read):
     ]:
         shutil.copytree(built, tmp_path / "kept", dirs_exist_ok=True)
         put(built / part, key, None)
-        fails(read, tmp_path, built / ("pairs" if part == "pairs" or key == b"517602" else "imgs"), says)
+        fails(read, tmp_path, built / ("pairs" if part == "pairs" or key == b"517602" else "imgs"), message)
         shutil.rmtree(built)
         (tmp_path / "kept").rename(built)
 
 
 @pytest.mark.parametrize("part", ["imgs", "pairs"])
-def test_files_that_are_no_lmdb(tmp_path, built, read, part):
+def test_files_that_are_not_an_lmdb(tmp_path, built, read, part):
     data = built / part / "data.mdb"
     whole = data.read_bytes()
     for broken in (whole[: len(whole) // 2], b"x" * 9000, b""):
@@ -415,7 +403,7 @@ def test_the_script(tmp_path):
     assert run.returncode == 2 and "--splits is empty" in run.stderr
 
 
-def test_chinese_clip_reads_ours(tmp_path, read):
+def test_chinese_clip_reads_our_lmdb(tmp_path, read):
     module = pytest.importorskip("cn_clip.training.data")
     evaluation = pytest.importorskip("cn_clip.eval.data")
     write_sample(tmp_path)
@@ -443,7 +431,7 @@ class _NoAugment:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_ours_reads_what_chinese_clip_writes(tmp_path, read, monkeypatch, kept):
+def test_an_lmdb_of_chinese_clip_is_read(tmp_path, read, monkeypatch, kept):
     pytest.importorskip("cn_clip")
     write_sample(tmp_path)
     (tmp_path / "answers").mkdir()
@@ -455,7 +443,7 @@ def test_ours_reads_what_chinese_clip_writes(tmp_path, read, monkeypatch, kept):
     runpy.run_module("cn_clip.preprocess.build_lmdb_dataset", run_name="__main__")
     dataset = read("chinese", tmp_path)
     assert dataset.images.path == tmp_path / "lmdb" / "test" / "imgs"
-    assert content(dataset) == from_files  # texts that no image answers are found in the jsonl
+    assert content(dataset) == from_files  # texts without an image come from the jsonl
     if kept:
         theirs = {part: entries(tmp_path / "lmdb" / "test" / part) for part in ("imgs", "pairs")}
         build_lmdb(tmp_path, ["test"], tmp_path / "ours")

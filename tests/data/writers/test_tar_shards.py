@@ -1,4 +1,4 @@
-"""scripts/export_shards.py: any data set as tar shards, read back as it was."""
+"""scripts/export_shards.py: any data set as tar shards; reading them returns the same data."""
 
 import json
 
@@ -21,7 +21,7 @@ def sizes(folder):
     return json.loads((folder / "sizes.json").read_text())
 
 
-def test_what_is_written_is_read_back(options, captioned, tmp_path, read):
+def test_shards_are_read_back_unchanged(options, captioned, tmp_path, read):
     export_shards(options, tmp_path, shard_size=6)
     assert sizes(tmp_path) == {
         "train-00000.tar": 6,
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(options, captioned, tmp_path, read):
             assert dataset.images.encoded(i) == source.images.encoded(i)
 
 
-def test_formats_that_shards_do_not_have_become_png_and_one_caption_a_txt(tmp_path, read):
+def test_other_formats_become_png_and_one_caption_a_txt(tmp_path, read):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     rows = ["image,caption"]
     for name in ("a.bmp", "b.webp", "c.png", "d.jpeg"):
@@ -46,7 +46,7 @@ def test_formats_that_shards_do_not_have_become_png_and_one_caption_a_txt(tmp_pa
         rows.append(f"{name},picture {name[0]}")
     (tmp_path / "photos.csv").write_text("\n".join(rows))
     export_shards(DataOptions(dataset="csv", dataset_root=str(tmp_path)), tmp_path / "out")
-    assert sizes(tmp_path / "out") == {"train-00000.tar": 4}, "it has no splits"
+    assert sizes(tmp_path / "out") == {"train-00000.tar": 4}, "a data set without splits"
     samples = list(read_samples(tmp_path / "out/train-00000.tar"))
     assert [sorted(set(s) - {"__key__", "__url__"}) for s in samples] == [
         ["png", "txt"],
@@ -59,7 +59,7 @@ def test_formats_that_shards_do_not_have_become_png_and_one_caption_a_txt(tmp_pa
     assert np.array_equal(np.asarray(dataset.images[0]), pixels)
 
 
-def test_shards_that_are_there_are_not_mixed_with_others(options, tmp_path):
+def test_existing_shards_are_not_mixed_with_new_ones(options, tmp_path):
     export_shards(options, tmp_path, ["test"])
     export_shards(options, tmp_path, ["val"])
     assert sizes(tmp_path) == {"test-00000.tar": 6, "val-00000.tar": 6}
@@ -67,7 +67,7 @@ def test_shards_that_are_there_are_not_mixed_with_others(options, tmp_path):
         export_shards(options, tmp_path, ["test"], shard_size=3)
 
 
-def test_a_sizes_json_that_is_no_table_is_refused_before_anything_is_written(script, captioned, tmp_path):
+def test_an_invalid_sizes_json_is_refused_before_writing(script, captioned, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "sizes.json").write_text("[1]")

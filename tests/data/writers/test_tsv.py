@@ -1,4 +1,4 @@
-"""scripts/export_tsv.py: any data set as tsv and jsonl, read back as it was."""
+"""scripts/export_tsv.py: any data set as tsv and jsonl; reading them returns the same data."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_is_read_back(options, captioned, tmp_path, read):
+def test_files_are_read_back_unchanged(options, captioned, tmp_path, read):
     export(options, tmp_path)
     assert names(tmp_path) == sorted(
         f"{s}_{n}" for s in ("train", "valid", "test") for n in ("imgs.tsv", "texts.jsonl")
@@ -50,20 +50,20 @@ def test_names_of_splits_and_of_images(options, captioned, tmp_path, read):
     (tmp_path / "photos.csv").write_text("\n".join(rows))
     own = DataOptions(dataset="csv", annotations=str(tmp_path / "photos.csv"), image_dir=str(tmp_path / "photos"))
     export(own, tmp_path / "own", ids="name")
-    assert names(tmp_path / "own") == ["train_imgs.tsv", "train_texts.jsonl"], "it has no splits"
+    assert names(tmp_path / "own") == ["train_imgs.tsv", "train_texts.jsonl"], "a data set without splits"
     assert read("chinese", tmp_path / "own", "train").image_ids == ["a b", "007"]
     export(own, tmp_path / "own", ["test"])
     assert read("chinese", tmp_path / "own", "test").captions == ["one", "two"]
 
 
-def test_ids_of_the_data_set_stay(tmp_path, read):
+def test_ids_of_the_data_set_are_kept(tmp_path, read):
     write_sample(tmp_path / "a")
     export(DataOptions(dataset="chinese", dataset_root=str(tmp_path / "a")), tmp_path / "b")
     for name in ("test_imgs.tsv", "test_texts.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_pictures_that_are_no_files_lose_nothing(tmp_path, read, monkeypatch):
+def test_images_without_files_are_lossless(tmp_path, read, monkeypatch):
     from clip_retrieval.data.readers import shapes
 
     monkeypatch.setattr(shapes, "SIZES", {"train": 3, "val": 3, "test": 3})
@@ -92,11 +92,11 @@ def test_bad_usage(captioned, tmp_path, splits, ids, words):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_file_has_its_name_when_it_is_whole(options, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_no_file(options, tmp_path, monkeypatch):
     def stop(images, index):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "file_bytes", stop)
+    monkeypatch.setattr(exporting, "read_image_bytes", stop)
     with pytest.raises(KeyboardInterrupt):
         export(options, tmp_path)
     assert names(tmp_path) == []

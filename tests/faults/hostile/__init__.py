@@ -46,4 +46,4 @@ CORE = (
     *("run folder: metrics.jsonl with a damaged line", "run folder: log.txt is a link, fresh"),
     *("run folder: metrics.jsonl is a link, resumed", "names: classes that are not UTF-8"),
 )
-"""The cases that are tried in every test run: one of each kind."""
+"""The cases of every test run: one of each kind."""

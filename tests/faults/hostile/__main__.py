@@ -1,4 +1,4 @@
-"""Run the hostile files: python -m tests.faults.hostile [a part of their names]"""
+"""Run the hostile files: python -m tests.faults.hostile [part of their names]"""
 
 import sys
 import tempfile
@@ -19,7 +19,7 @@ def main() -> int:
                 failed += 1
                 line = ended.errors[-1][:300] if ended.errors else ""
                 print(f"{case.name}: {'; '.join(problems)} | {line}", flush=True)
-    print(f"{len(chosen)} hostile files, {failed} not as wanted")
+    print(f"{len(chosen)} hostile files, {failed} with problems")
     return int(failed > 0)
 
 

@@ -1,4 +1,4 @@
-"""The definition of a case, how it runs, and how its end is judged."""
+"""The definition of a case, its run and the check of its end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.faults.readers.models import RUN_TEXT, VISION
 from tests.faults.readers.reader import CAPTIONS, write_images
 
 MARKER = "marker"
-"""Part of the name of a file that code in a hostile file would create."""
+"""Part of the name of each file that code in a hostile file would create."""
 SECRET, HELD = "victim", "held before the run"
-"""A file that no run may change, and its text."""
+"""A file that no run may change, and its content."""
 LONGEST = 540  # characters of a message, "error: " and a hint to --help included
 MEMORY = 4 * 2**30  # bytes
 DEADLINE = 120.0  # seconds; a run takes one
@@ -27,14 +27,14 @@ Make = Callable[[Path], Sequence[object]]
 
 @dataclass(frozen=True)
 class Case:
-    """A file, or files, that a run has to refuse, or to read.
+    """One or more files that a run must refuse or read.
 
     Attributes:
-        name: of the file.
+        name: name of the case.
         make: writes the files into a folder and returns the arguments of the command line.
         wanted: REFUSED (exit code 2), VALID (0), or EITHER (0, 2 or 3).
         script: the program.
-        words: must be in the message if the file is refused.
+        words: required in the message if the file is refused.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Case:
 
 
 def write_data(folder: Path) -> Path:
-    """Four images, eight captions, in three splits: a CSV."""
+    """Write a CSV with four images and eight captions in three splits."""
     write_images(folder, [f"{i}.jpg" for i in range(4)])
     splits = ("train", "train", "train", "train", "val", "val", "test", "test")
     rows = [f"{i % 4}.jpg,{CAPTIONS[i % 2]} {i},{split}" for i, split in enumerate(splits)]
@@ -54,32 +54,32 @@ def write_data(folder: Path) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    """The config of a model of 0.2 M parameters that CLIP's tokenizer fits."""
+    """Write the config of a model of 0.2 M parameters for CLIP's tokenizer."""
     path = folder / "micro.json"
     path.write_text(json.dumps(model_config()))
     return path
 
 
 def model_config() -> dict:
-    """The config itself, to be changed."""
+    """The config of a small model."""
     return {"embed_dim": 8, "vision_cfg": dict(VISION), "text_cfg": dict(RUN_TEXT)}
 
 
 def evaluate(folder: Path, *typed: object) -> list[object]:
-    """The command line to evaluate a model on valid data; `typed` replaces options, or (None) drops them."""
+    """The command line to evaluate a model on valid data; `typed` replaces options, or drops them if None."""
     data = ["--dataset", "csv", "--annotations", write_data(folder), "--vision_model", write_model(folder)]
     place = ["--checkpoint_path", folder / "logs", "--device", "cpu", "--num_workers", 0]
-    return _joined("--eval", *data, "--pretrained", "none", *place, *typed)
+    return _merge("--eval", *data, "--pretrained", "none", *place, *typed)
 
 
 def finetune(folder: Path, *typed: object) -> list[object]:
     """The command line to train for one step."""
     length = ["--max_steps", 1, "--batch_size", 2, "--warmup", 1, "--no_eval_first"]
-    return _joined(*evaluate(folder)[1:], *length, *typed)
+    return _merge(*evaluate(folder)[1:], *length, *typed)
 
 
-def _joined(*typed: object) -> list[object]:
-    """Each option once, with the value that was typed last; without one, it is a flag."""
+def _merge(*typed: object) -> list[object]:
+    """Each option once, with its last value; an option without a value is a flag."""
     values: dict[str, list[object]] = {}
     for word in typed:
         if isinstance(word, str) and word.startswith("--"):
@@ -91,13 +91,13 @@ def _joined(*typed: object) -> list[object]:
 
 
 def judge(case: Case, folder: Path) -> tuple[Ended, list[str]]:
-    """Run a case; return its end, and the problems with it."""
+    """Run a case; return its end and the problems found."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     secret = folder.parent / f"{folder.name}-{SECRET}"
     secret.write_text(HELD)
     typed = case.make(folder)
-    # Ghostscript, a browser or a compiler that a file has started would be this one.
+    # Replace programs that a file could start, such as Ghostscript or a browser.
     tools = folder / "bin"
     tools.mkdir()
     for name in ("gs", "gswin64c", "xdg-open"):
@@ -110,7 +110,7 @@ def judge(case: Case, folder: Path) -> tuple[Ended, list[str]]:
 
 
 def _problems(case: Case, ended: Ended, folder: Path, secret: Path) -> Iterator[str]:
-    """Each difference from the wanted end, in words."""
+    """Yield a description of each difference from the wanted end."""
     if ended.code is None:
         yield f"it hung for {DEADLINE:g} s"
         return

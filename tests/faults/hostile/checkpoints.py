@@ -1,4 +1,4 @@
-"""Files that a run resumes from: checkpoints with crafted states, damaged logs, links in the place of outputs."""
+"""Files that a run resumes from: checkpoints with crafted states, damaged logs, links in place of outputs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ STEPS = ("--max_steps", 4, "--save_every", 1, "--eval_every", 0, "--experiments"
 
 @functools.cache
 def _run_files() -> dict[str, bytes]:
-    """The files of a run of two steps, of four that it could do."""
+    """The files of a run after two of its four steps."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "made"
+        folder = Path(name) / "run"
         folder.mkdir()
         ended = run(finetune(folder, *STEPS, "--max_steps", 2), Settings(folder))
         if ended.code != 0:
@@ -35,8 +35,8 @@ def _run_files() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
 
 
-def _resumed(folder: Path) -> list[object]:
-    """Write the folder of a run that can be resumed; return the command line that resumes it."""
+def _write_run(folder: Path) -> list[object]:
+    """Write the folder of a run; return the command line that resumes it."""
     place = folder / "logs" / "run"
     place.mkdir(parents=True)
     for name, content in _run_files().items():
@@ -44,11 +44,11 @@ def _resumed(folder: Path) -> list[object]:
     return finetune(folder, *STEPS, "--resume", place / "last.pt")
 
 
-def _crafted(change: Change, program: str = "finetune") -> Callable[[Path], list[object]]:
-    """A last.pt that `change` alters."""
+def _craft(change: Change, program: str = "finetune") -> Callable[[Path], list[object]]:
+    """A case with a last.pt altered by `change`."""
 
     def make(folder: Path) -> list[object]:
-        typed = _resumed(folder)
+        typed = _write_run(folder)
         last = folder / "logs" / "run" / "last.pt"
         content = torch.load(io.BytesIO(last.read_bytes()), weights_only=True)
         changed = change(content)
@@ -198,7 +198,7 @@ HARMLESS = {
 
 
 def _remote_code(folder: Path) -> list[object]:
-    """A checkpoint of ours whose config names a tokenizer folder with code."""
+    """A checkpoint whose config names a tokenizer folder with code."""
     (folder / "words").mkdir()
     _module(folder / "words", "own.py")
     (folder / "words" / "tokenizer_config.json").write_text(
@@ -209,14 +209,14 @@ def _remote_code(folder: Path) -> list[object]:
         text = {"hf_tokenizer_name": str(folder / "words"), "tokenizer_kwargs": {"trust_remote_code": True}}
         content["model_config"]["text_cfg"].update(text)
 
-    return _crafted(change, "evaluate")(folder)
+    return _craft(change, "evaluate")(folder)
 
 
-def _in_run(put: Callable[[Path, Path], Any]) -> Callable[[Path], list[object]]:
-    """A case of a run that goes on in a folder with something in it: put(the run's folder, a file elsewhere)."""
+def _change_run(put: Callable[[Path, Path], Any]) -> Callable[[Path], list[object]]:
+    """A case of a run that resumes after put(folder of the run, a file elsewhere)."""
 
     def make(folder: Path) -> list[object]:
-        typed = _resumed(folder)
+        typed = _write_run(folder)
         put(folder / "logs" / "run", folder.parent / f"{folder.name}-{SECRET}")
         return typed
 
@@ -224,7 +224,7 @@ def _in_run(put: Callable[[Path, Path], Any]) -> Callable[[Path], list[object]]:
 
 
 def _link(name: str, *, fresh: bool = False) -> Callable[[Path], list[object]]:
-    """A link to a file elsewhere in the place of an output."""
+    """A case with a link to a file elsewhere in place of an output."""
 
     def put(place: Path, secret: Path) -> None:
         (place / name).unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def _link(name: str, *, fresh: bool = False) -> Callable[[Path], list[object]]:
 
     def make(folder: Path) -> list[object]:
         if not fresh:
-            return _in_run(put)(folder)
+            return _change_run(put)(folder)
         place = folder / "logs" / "run"
         place.mkdir(parents=True)
         put(place, folder.parent / f"{folder.name}-{SECRET}")
@@ -246,7 +246,7 @@ def _fifo_in_run(name: str) -> Callable[[Path], list[object]]:
         (place / name).unlink(missing_ok=True)
         os.mkfifo(place / name)
 
-    return _in_run(put)
+    return _change_run(put)
 
 
 def _metrics(change: Callable[[bytes], bytes]) -> Callable[[Path], list[object]]:
@@ -254,11 +254,11 @@ def _metrics(change: Callable[[bytes], bytes]) -> Callable[[Path], list[object]]
         path = place / "metrics.jsonl"
         path.write_bytes(change(path.read_bytes()))
 
-    return _in_run(put)
+    return _change_run(put)
 
 
 def _linked_tensorboard(folder: Path) -> list[object]:
-    typed = _resumed(folder)
+    typed = _write_run(folder)
     elsewhere = folder.parent / f"{folder.name}-elsewhere"
     shutil.rmtree(elsewhere, ignore_errors=True)
     elsewhere.mkdir()
@@ -282,16 +282,14 @@ CHECKPOINTS = (
     *(
         Case(
             f"last.pt: {name}",
-            _crafted(change),
+            _craft(change),
             EITHER if name in HARMLESS else "refused",
             words=() if name in HARMLESS else ("last.pt",),
         )
         for name, change in (*OPTIMIZER.items(), *PARTS.items())
     ),
     *(
-        Case(
-            f"last.pt, evaluated: {name}", _crafted(PARTS[name], "evaluate"), EITHER if name in HARMLESS else "refused"
-        )
+        Case(f"last.pt, evaluated: {name}", _craft(PARTS[name], "evaluate"), EITHER if name in HARMLESS else "refused")
         for name in PARTS
         if name.split()[0] in ("model", "model_config", "preprocess", "options", "weights", "a", "no", "sparse", "meta")
         and not any(word in name for word in ("progress", "best", "step", "batch", "data", "seed"))

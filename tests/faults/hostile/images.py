@@ -1,4 +1,4 @@
-"""Image files: other formats under the names of images, bombs, and valid ones that readers often refuse."""
+"""Image files: other formats under image names, bombs, and valid images that readers often refuse."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.faults.readers.reader import encoded_image
 
 
 def png(width: int, height: int, chunks: list[tuple[bytes, bytes]], depth: int = 8, colour: int = 0) -> bytes:
-    """A PNG of chunks that need not go together."""
+    """A PNG of arbitrary chunks."""
     head = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in (head, *chunks)]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _black(width: int, height: int) -> bytes:
-    """A black grey image: a few kilobytes, whatever its size."""
+    """A black greyscale image of any size in a few kilobytes."""
     packer, size, block = zlib.compressobj(1), (width + 1) * height, b"\0" * 2**20
     rows = b"".join(packer.compress(block[: size - begin]) for begin in range(0, size, len(block))) + packer.flush()
     return png(width, height, [(b"IDAT", rows), (b"IEND", b"")])
@@ -47,7 +47,7 @@ def _sixteen_bit() -> bytes:
 
 
 def _two_pictures() -> bytes:
-    """A JPEG of a stereo camera, or of a telephone that keeps a second picture in it."""
+    """A JPEG with a second picture, as stereo cameras and phones write it."""
     pictures = [Image.open(io.BytesIO(encoded_image(i))) for i in range(2)]
     file = io.BytesIO()
     pictures[0].save(file, "mpo", save_all=True, append_images=pictures[1:])
@@ -130,7 +130,7 @@ def _image(name: str, content: Callable[[], bytes]) -> Callable[[Path], list[obj
 
 
 def _not_a_file(put: Callable[[Path], Any]) -> Callable[[Path], list[object]]:
-    """A case with something in the place of an image that `put` puts there."""
+    """A case in which `put` replaces an image."""
 
     def make(folder: Path) -> list[object]:
         typed = evaluate(folder, "--annotations", folder / "own.csv")
@@ -143,7 +143,7 @@ def _not_a_file(put: Callable[[Path], Any]) -> Callable[[Path], list[object]]:
 
 def _socket(path: Path) -> None:
     before = Path.cwd()
-    os.chdir(path.parent)  # the name of a socket is short
+    os.chdir(path.parent)  # the path of a socket must be short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)

@@ -19,7 +19,7 @@ CODE = f'open("{{}}/{MARKER}-module", "w").close()\n'
 
 
 def _config(change: Callable[[dict], Any]) -> Callable[[Path], list[object]]:
-    """A case of a model config that `change` alters, or makes another text of."""
+    """A case with a model config that `change` alters or replaces by another text."""
 
     def make(folder: Path) -> list[object]:
         config = model_config() | {"preprocess_cfg": small_preprocess()}
@@ -33,7 +33,7 @@ def _config(change: Callable[[dict], Any]) -> Callable[[Path], list[object]]:
 
 
 def _set(*path: Any) -> Callable[[dict], None]:
-    """Set the value under a path of keys; the last argument is the value."""
+    """Set the value at a path of keys; the last argument is the value."""
     *keys, last, value = path
 
     def change(config: dict) -> None:
@@ -118,14 +118,14 @@ HARMLESS = (
 
 
 def _module(folder: Path, name: str) -> None:
-    """A Python file that makes a marker when it is imported."""
+    """Write a Python file that creates a marker when it is imported."""
     lines = f"{CODE.format(folder.parent)}from transformers import BertTokenizer, BertModel, BertConfig\n"
     lines += "class Tok(BertTokenizer):\n    pass\nclass Mod(BertModel):\n    pass\nclass Conf(BertConfig):\n    pass\n"
     (folder / name).write_text(lines)
 
 
 def _words(folder: Path, **settings: Any) -> Path:
-    """A tokenizer folder with code in it."""
+    """Write a tokenizer folder with code."""
     place = folder / "words"
     place.mkdir(exist_ok=True)
     _module(place, "own.py")
@@ -138,7 +138,7 @@ def _words(folder: Path, **settings: Any) -> Path:
 
 
 def _hugging_face(folder: Path, **text: Any) -> Path:
-    """A model config with a BERT for captions, its tokenizer from a folder with code."""
+    """A model config with a BERT text tower and a tokenizer from a folder with code."""
     place = _words(folder)
     tower = {"hf_model_name": "bert", "hf_config": dict(BERT), "context_length": 8, "hf_tokenizer_name": str(place)}
     tower |= {"hf_pooler_type": "mean_pooler"} | text
@@ -152,7 +152,7 @@ def _tower(**text: Any) -> Callable[[Path], list[object]]:
 
 
 def _remote_model(folder: Path) -> list[object]:
-    """The text tower is a folder whose config.json maps to code."""
+    """A text tower in a folder whose config.json maps to code."""
     path = _hugging_face(folder, hf_model_name=str(_words(folder)), hf_config={})
     return evaluate(folder, "--vision_model", path)
 
@@ -165,7 +165,7 @@ def _mapped_config(folder: Path) -> list[object]:
 
 
 def _model_folder(folder: Path) -> list[object]:
-    """local-dir: with open_clip's config, a tokenizer with code beside it."""
+    """A local-dir: with open_clip's config and a tokenizer with code."""
     place = _words(folder)
     config = json.loads(_hugging_face(folder).read_text())
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -177,7 +177,7 @@ def _typed_tokenizer(folder: Path) -> list[object]:
 
 
 def _vocabulary(words: list[str] | bytes, name: str = "vocab.txt") -> Callable[[Path], list[object]]:
-    """A case of a vocabulary for a model whose captions a small BERT reads (simple-clip's kind)."""
+    """A case with a vocabulary for a model with a small BERT text tower (simple-clip's kind)."""
 
     def make(folder: Path) -> list[object]:
         from tests.models.small import small_simple_config

@@ -1,4 +1,4 @@
-"""LMDB folders, tar shards and saved data sets that run code, hang, or ask for more memory than there is."""
+"""LMDB folders, tar shards and saved datasets that run code, hang, or need more memory than available."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.faults.hostile.texts import DEEP, DIGITS
 from tests.faults.readers.packed import _make_saved
 from tests.faults.readers.reader import encoded_image
 
-HUGE = 64 * 2**30 - 1  # bytes that a header of a tar may claim in octal digits: 8 GB and more in other ways
+HUGE = 64 * 2**30 - 1  # bytes that a tar header claims; octal digits express up to 8 GB
 
 
 class Runs:
-    """Its pickle makes a folder when it is read."""
+    """An object whose pickle creates a folder when it is read."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, (f"{MARKER}-pickle",)
 
 
-def _nested() -> bytes:
-    """A list of ten lists of ten lists ..., which share their contents: 10^13 texts when it is printed."""
+def _nested_lists() -> bytes:
+    """A list of ten lists of ten lists ..., which share their contents: 10^13 strings when printed."""
     value: list = ["x" * 10]
     for _ in range(12):
         value = [value] * 10
@@ -40,7 +40,7 @@ def _nested() -> bytes:
 
 
 PAIRS: dict[str, bytes] = {
-    "nested lists": _nested(),
+    "nested lists": _nested_lists(),
     "5,000 digits": pickle.dumps((10**5000, 2, "x")),
     "a memo of 2^28": b"\x80\x02K\x01r" + struct.pack("<I", 2**28) + b"K\x02X\x01\0\0\0x\x87.",
     "a text of 2^31 bytes": b"\x80\x02K\x01K\x02X\xff\xff\xff\x7fx\x87.",
@@ -61,7 +61,7 @@ PAIRS: dict[str, bytes] = {
 
 
 def _lmdb(pair: bytes = b"", count: bytes = b"1", change: Callable[[Path], Any] | None = None) -> Callable:
-    """A case of an LMDB with one image and one pair."""
+    """A case with an LMDB of one image and one pair."""
 
     def make(folder: Path) -> list[object]:
         place = folder / "lmdb" / "test"
@@ -76,8 +76,8 @@ def _lmdb(pair: bytes = b"", count: bytes = b"1", change: Callable[[Path], Any] 
     return make
 
 
-def _pages_gone(place: Path) -> None:
-    """The two pages that an LMDB begins with name a page that is not in the file."""
+def _remove_pages(place: Path) -> None:
+    """Make the two first pages of an LMDB refer to a page beyond the file."""
     data = place / "pairs" / "data.mdb"
     content = bytearray(data.read_bytes())
     for meta in (0, 4096):
@@ -111,14 +111,14 @@ LMDB = (
     Case("lmdb: a count of 5,000 digits", _lmdb(count=b"9" * 5000)),
     Case("lmdb: a count of 10^18", _lmdb(count=b"9" * 18)),
     Case("lmdb: a count of other digits", _lmdb(count="²".encode())),
-    Case("lmdb: a page that is not there", _lmdb(change=_pages_gone)),
+    Case("lmdb: a page that is not there", _lmdb(change=_remove_pages)),
     Case("lmdb: 2^63 pages", _lmdb(change=_last_page)),
     Case("lmdb: a FIFO", _lmdb(change=_fifo("pairs/data.mdb"))),
 )
 
 
 def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: bytes) -> bytes:
-    """A header of a tar with a right checksum; `size` may be anything."""
+    """A tar header with a correct checksum and any `size`."""
     info = tarfile.TarInfo(name)
     info.type = kind
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -132,7 +132,7 @@ def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: bytes
 
 
 def _sparse(size: int) -> bytes:
-    """A member that claims to be this long, all of it a hole."""
+    """A sparse member of this size that is one hole."""
     octal = b"%011o\0" % min(size, 8**11 - 1)
     return _header("0.jpg", 512, tarfile.GNUTYPE_SPARSE, at386=b"\0" * 12, at410=b"\0" * 12, at483=octal) + b"\0" * 512
 
@@ -237,8 +237,8 @@ SHARDS = (
 )
 
 
-def _saved(change: Callable[[Path], Any]) -> Callable[[Path], list[object]]:
-    """A case of a data set that save_to_disk wrote, changed."""
+def _make_saved_case(change: Callable[[Path], Any]) -> Callable[[Path], list[object]]:
+    """A case with a changed dataset of save_to_disk."""
 
     def make(folder: Path) -> list[object]:
         _make_saved(folder / "saved")
@@ -263,7 +263,7 @@ def _state(**changes: Any) -> Callable[[Path], Any]:
 
 
 def _feature(kind: dict[str, Any]) -> Callable[[Path], Any]:
-    """dataset_info.json names a column of a type that the library would look up."""
+    """Give the image column in dataset_info.json a type that the library would look up."""
 
     def change(folder: Path) -> None:
         content = json.loads((folder / "dataset_info.json").read_text())
@@ -274,23 +274,28 @@ def _feature(kind: dict[str, Any]) -> Callable[[Path], Any]:
 
 
 SAVED = (
-    Case("saved folder: state.json is a FIFO", _saved(_fifo("state.json"))),
-    Case("saved folder: dataset_info.json is a FIFO", _saved(_fifo("dataset_info.json")), EITHER),
-    Case("saved folder: the data are a FIFO", _saved(_fifo("data-00000-of-00001.arrow"))),
-    Case("saved folder: the data are a device", _saved(_state(_data_files=[{"filename": "/dev/zero"}]))),
-    Case("saved folder: the data are elsewhere", _saved(_state(_data_files=[{"filename": "../../../etc/passwd"}]))),
-    Case("saved folder: no data", _saved(_state(_data_files=[]))),
-    Case("saved folder: a NUL in a name", _saved(_state(_data_files=[{"filename": "a\0b"}]))),
-    Case("saved folder: half a surrogate pair in a name", _saved(_state(_data_files=[{"filename": "\ud800"}]))),
-    Case("saved folder: a number for a name", _saved(_state(_data_files=[{"filename": 3}]))),
-    Case("saved folder: state.json nested 100,000 deep", _saved(_write("state.json", DEEP))),
-    Case("saved folder: state.json of 5,000 digits", _saved(_write("state.json", DIGITS))),
-    Case("saved folder: dataset_info.json nested deep", _saved(_write("dataset_info.json", DEEP)), EITHER),
+    Case("saved folder: state.json is a FIFO", _make_saved_case(_fifo("state.json"))),
+    Case("saved folder: dataset_info.json is a FIFO", _make_saved_case(_fifo("dataset_info.json")), EITHER),
+    Case("saved folder: the data are a FIFO", _make_saved_case(_fifo("data-00000-of-00001.arrow"))),
+    Case("saved folder: the data are a device", _make_saved_case(_state(_data_files=[{"filename": "/dev/zero"}]))),
+    Case(
+        "saved folder: the data are elsewhere",
+        _make_saved_case(_state(_data_files=[{"filename": "../../../etc/passwd"}])),
+    ),
+    Case("saved folder: no data", _make_saved_case(_state(_data_files=[]))),
+    Case("saved folder: a NUL in a name", _make_saved_case(_state(_data_files=[{"filename": "a\0b"}]))),
+    Case(
+        "saved folder: half a surrogate pair in a name", _make_saved_case(_state(_data_files=[{"filename": "\ud800"}]))
+    ),
+    Case("saved folder: a number for a name", _make_saved_case(_state(_data_files=[{"filename": 3}]))),
+    Case("saved folder: state.json nested 100,000 deep", _make_saved_case(_write("state.json", DEEP))),
+    Case("saved folder: state.json of 5,000 digits", _make_saved_case(_write("state.json", DIGITS))),
+    Case("saved folder: dataset_info.json nested deep", _make_saved_case(_write("dataset_info.json", DEEP)), EITHER),
     Case(
         "saved folder: a column of a strange type",
-        _saved(_feature({"_type": "Popen", "args": ["touch", MARKER]})),
+        _make_saved_case(_feature({"_type": "Popen", "args": ["touch", MARKER]})),
         EITHER,
     ),
-    Case("saved folder: a column of no type", _saved(_feature({"dtype": DIGITS, "_type": "Value"})), EITHER),
+    Case("saved folder: a column of no type", _make_saved_case(_feature({"dtype": DIGITS, "_type": "Value"})), EITHER),
 )
 PACKED = (*LMDB, *SHARDS, *SAVED)

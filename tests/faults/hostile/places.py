@@ -1,4 +1,4 @@
-"""Names of folders and files that are not UTF-8, classes, archives, and machines that lack something."""
+"""Names of folders and files that are not UTF-8, classes, archives, and limited machines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.faults.readers.reader import encoded_image
 ODD = os.fsdecode(b"caf\xe9-\xff")
 
 
-def _renamed(folder: Path) -> list[object]:
-    """A data set whose folder, images and captions file have names that are not UTF-8."""
+def _data_with_odd_names(folder: Path) -> list[object]:
+    """A dataset whose folder, images and captions file have names that are not UTF-8."""
     place = folder / ODD
     place.mkdir()
     write_data(place)
     return evaluate(folder, "--annotations", place / "good.csv", "--image_dir", place)
 
 
-def _output(folder: Path) -> list[object]:
+def _output_with_odd_name(folder: Path) -> list[object]:
     return finetune(folder, "--checkpoint_path", folder / ODD, "--experiments", ODD)
 
 
@@ -35,12 +35,12 @@ def _long_name(folder: Path) -> list[object]:
     return finetune(folder, "--experiments", "a" * 300)
 
 
-def _in_a_file(folder: Path) -> list[object]:
+def _output_in_a_file(folder: Path) -> list[object]:
     (folder / "file").write_text("")
     return finetune(folder, "--checkpoint_path", folder / "file")
 
 
-def _in_dev(folder: Path) -> list[object]:
+def _output_in_dev(folder: Path) -> list[object]:
     return finetune(folder, "--checkpoint_path", "/dev/null", "--experiments", "x")
 
 
@@ -80,12 +80,12 @@ def _archive_fifo(folder: Path) -> list[object]:
 
 TOPK = "scripts/make_topk_predictions.py"
 PLACES = (
-    Case("names: a data set that is not UTF-8", _renamed, VALID),
-    Case("names: an output folder that is not UTF-8", _output, VALID),
+    Case("names: a data set that is not UTF-8", _data_with_odd_names, VALID),
+    Case("names: an output folder that is not UTF-8", _output_with_odd_name, VALID),
     Case("names: classes that are not UTF-8", _classes, VALID),
     Case("names: an output of 300 characters", _long_name),
-    Case("names: an output in a file", _in_a_file),
-    Case("names: an output in a device", _in_dev),
+    Case("names: an output in a file", _output_in_a_file),
+    Case("names: an output in a device", _output_in_dev),
     Case("classes: a FIFO", _class_fifo),
     Case("classes: names in a FIFO", _class_names_fifo),
     Case("classes: templates in a FIFO", _templates_fifo),

@@ -16,14 +16,14 @@ import numpy as np
 from tests.faults.hostile.case import EITHER, MARKER, VALID, Case, evaluate, finetune, write_data, write_model
 from tests.faults.readers.reader import write_images
 
-DIGITS = "1" * 5000  # more than Python converts
+DIGITS = "1" * 5000  # more than int() accepts
 DEEP = "[" * 100_000
 FEATURES = "scripts/evaluate_features.py"
 PREDICTIONS = "scripts/evaluate_predictions.py"
 
 
 def _file(name: str, content: bytes | str | Callable[[], bytes], *typed: object) -> Callable[[Path], list[object]]:
-    """A case in which one file is hostile; FILE in `typed` is replaced by its path."""
+    """A case with one hostile file; FILE in `typed` is replaced by its path."""
 
     def make(folder: Path) -> list[object]:
         path = folder / name
@@ -81,20 +81,20 @@ def _chinese(name: str, text: str, **options: Any) -> Case:
 
 
 def _gzip_bomb(name: str, reader: str) -> Case:
-    """Ten gigabytes of blanks in ten megabytes: members of a gzip file are one file."""
+    """A gzip bomb: ten gigabytes of blanks in ten megabytes, in several members."""
     make = _file(name, lambda: gzip.compress(b" " * 100_000_000, 1) * 100, "--dataset", reader, "--annotations", "FILE")
     return Case(f"gzip bomb: {name}", make, words=(name,))
 
 
 def npy(header: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
-    """An .npy file with a header of one's own."""
+    """An .npy file with any header."""
     text = header.encode() + b"\n"
     size = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
     return b"\x93NUMPY" + version + size + text + data
 
 
 def header(shape: str = "(3,)", descr: str = "'<i8'", order: str = "False") -> str:
-    """The text of a header."""
+    """The text of an .npy header."""
     return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
 
 
@@ -183,7 +183,7 @@ def _nul_in_config(folder: Path) -> list[object]:
 
 
 def _surrogate_option(folder: Path) -> list[object]:
-    """A name that is not UTF-8, as a shell passes it on."""
+    """A case with a name that is not UTF-8."""
     return evaluate(folder, "--annotations", os.fsencode(folder / "captions") + b"\xff\xfe.csv")
 
 

@@ -1,4 +1,4 @@
-"""TorchScript archives: torch.jit.load evaluates default arguments and __setstate__ while it loads them."""
+"""TorchScript archives: torch.jit.load evaluates default arguments and __setstate__ while loading."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _SetsState(torch.nn.Module):
 
 
 def _script(module: type[torch.nn.Module], change: Change) -> Write:
-    """A TorchScript archive whose entries are changed one by one."""
+    """A TorchScript archive with changed entries."""
 
     def write(path: Path) -> None:
         buffer = io.BytesIO()
@@ -71,7 +71,7 @@ def _default(text: str) -> Change:
     return change
 
 
-def _renamed(old: str, new: str, inner: Change) -> Change:
+def _rename(old: str, new: str, inner: Change) -> Change:
     def change(name: str, content: bytes) -> tuple[str, bytes]:
         name, content = inner(name, content)
         return name.replace(old, new), content
@@ -96,7 +96,7 @@ LOOP = b"""def forever(n: int) -> int:
 
 
 def _endless(name: str, content: bytes) -> tuple[str, bytes]:
-    """A default argument that calls a function which never returns."""
+    """A default argument that calls an endless function."""
     if name.endswith(".py"):
         module = name.partition("/code/")[2].removesuffix(".py").replace("/", ".")
         content = content.replace(b"x: Tensor)", f"x: int={module}.forever(1))".encode())
@@ -115,15 +115,15 @@ SCRIPTS: dict[str, Write] = {
     "a default argument of 2^65 bytes": _script(_Plain, _default(TOO_LARGE)),
     "a default argument of 40 GB": _script(_Plain, _default("torch.ones([100000, 100000])")),
     "a default argument that loops for ever": _script(_Plain, _endless),
-    "code under /Code/": _script(_Plain, _renamed("/code/", "/Code/", _default(WRITES))),
-    "code under /CODE/": _script(_Plain, _renamed("/code/", "/CODE/", _default(WRITES))),
+    "code under /Code/": _script(_Plain, _rename("/code/", "/Code/", _default(WRITES))),
+    "code under /CODE/": _script(_Plain, _rename("/code/", "/CODE/", _default(WRITES))),
     "__setstate__": _script(_SetsState, _same),
-    "__setstate__ under /Code/": _script(_SetsState, _renamed("/code/", "/Code/", _same)),
+    "__setstate__ under /Code/": _script(_SetsState, _rename("/code/", "/Code/", _same)),
     "code in data.pkl": _script(_Plain, _entry_is("data.pkl", pickle.dumps(Runs()))),
     "code in constants.pkl": _script(_Plain, _entry_is("constants.pkl", pickle.dumps(Runs()))),
     "code that is no code": _script(_Plain, _entry_is(".py", b"while True:\n    pass\n" * 1000)),
     "a class in the pickle that torch has": _script(
         _Plain, _entry_is("data.pkl", b"\x80\2ctorch\nload\nX\6\0\0\0marker\x85R.")
     ),
-    "no data.pkl": _script(_Plain, _renamed("data.pkl", "nothing.pkl", _same)),
+    "no data.pkl": _script(_Plain, _rename("data.pkl", "nothing.pkl", _same)),
 }

@@ -1,4 +1,4 @@
-"""The readers of the package, each with valid documents to damage and the way a run reads them."""
+"""The readers of the package, each with valid documents to damage and a function that reads them."""
 
 from __future__ import annotations
 

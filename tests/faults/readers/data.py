@@ -1,4 +1,4 @@
-"""Readers of captions: JSON, CSV, id lists, Chinese-CLIP's files, shards' sizes."""
+"""Readers of captions: JSON, CSV, id lists, Chinese-CLIP's files, sizes of shards."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from tests.faults import tokens
-from tests.faults.containers import in_base64_lines, in_gzip
+from tests.faults.containers import change_base64_lines, change_gzip
 from tests.faults.readers.reader import CAPTIONS, Reader, encoded_image, tokenizer, use_splits, write_images
-from tests.faults.structures import in_cells, in_json
+from tests.faults.structures import change_cells, change_json
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -243,19 +243,19 @@ def _read_archive(path: Path) -> None:
 
 
 DATA = (
-    Reader("coco captions", _make_coco, _read_coco, tokens.JSON, (in_json,)),
+    Reader("coco captions", _make_coco, _read_coco, tokens.JSON, (change_json,)),
     Reader("coco ids", _make_coco_ids, _read_coco_ids, tokens.NPY),
-    Reader("karpathy json", _make_karpathy, _read_karpathy, tokens.JSON, (in_json,)),
-    Reader("karpathy json.gz", _make_karpathy_gz, _read_karpathy, tokens.JSON, (in_gzip,)),
-    Reader("flickr captions", _make_flickr, _read_flickr, tokens.CSV, (in_cells,)),
-    Reader("csv", _make_csv, _read_csv, tokens.CSV, (in_cells,)),
-    Reader("csv.gz", _make_csv_gz, _read_csv, tokens.CSV, (in_gzip,)),
-    Reader("chinese texts", _make_chinese_texts, _read_chinese, tokens.JSON, (in_json,)),
-    Reader("chinese images", _make_chinese_images, _read_chinese, tokens.JPEG, (in_base64_lines,)),
+    Reader("karpathy json", _make_karpathy, _read_karpathy, tokens.JSON, (change_json,)),
+    Reader("karpathy json.gz", _make_karpathy_gz, _read_karpathy, tokens.JSON, (change_gzip,)),
+    Reader("flickr captions", _make_flickr, _read_flickr, tokens.CSV, (change_cells,)),
+    Reader("csv", _make_csv, _read_csv, tokens.CSV, (change_cells,)),
+    Reader("csv.gz", _make_csv_gz, _read_csv, tokens.CSV, (change_gzip,)),
+    Reader("chinese texts", _make_chinese_texts, _read_chinese, tokens.JSON, (change_json,)),
+    Reader("chinese images", _make_chinese_images, _read_chinese, tokens.JPEG, (change_base64_lines,)),
     Reader("class names txt", _make_class_texts, _read_classes, tokens.LINES),
-    Reader("class names csv", _make_class_tables, _read_classes, tokens.CSV, (in_cells,)),
-    Reader("class names json", _make_class_json, _read_classes, tokens.JSON, (in_json,)),
+    Reader("class names csv", _make_class_tables, _read_classes, tokens.CSV, (change_cells,)),
+    Reader("class names json", _make_class_json, _read_classes, tokens.JSON, (change_json,)),
     Reader("templates", _make_templates, _read_templates, tokens.LINES),
-    Reader("shard sizes", _make_sizes, _read_sizes, tokens.JSON, (in_json,)),
+    Reader("shard sizes", _make_sizes, _read_sizes, tokens.JSON, (change_json,)),
     Reader("cifar archive", _make_archives, _read_archive, tokens.ZIP, accepts=False),
 )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from tests.faults import tokens
-from tests.faults.containers import in_png
+from tests.faults.containers import change_png
 from tests.faults.readers.reader import Reader, encoded_image, transform
 
 Make = Callable[[], list[bytes]]
@@ -107,6 +107,6 @@ _FORMATS: dict[str, Make] = {
     "jp2": _jp2s,
 }
 IMAGES = tuple(
-    Reader(f"{name} image", _make(name, make), _read, tokens.IMAGES[name], (in_png,) if name == "png" else ())
+    Reader(f"{name} image", _make(name, make), _read, tokens.IMAGES[name], (change_png,) if name == "png" else ())
     for name, make in _FORMATS.items()
 )

@@ -1,4 +1,4 @@
-"""Readers of weights, model configs, vocabularies, and of the files that a run resumes from."""
+"""Readers of weights, model configs, vocabularies, and the files of a resumed run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from tests.faults import tokens
-from tests.faults.containers import in_safetensors, in_zip
+from tests.faults.containers import change_safetensors, change_zip
 from tests.faults.readers.reader import CAPTIONS, Reader, encoded_image, write_images
-from tests.faults.structures import in_checkpoint, in_json
+from tests.faults.structures import change_checkpoint, change_json
 from tests.models.small import small_clip, small_preprocess
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "red", "##s", "红", "色")
 VISION = {"layers": 1, "width": 16, "head_width": 16, "patch_size": 8, "image_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 60, "width": 8, "heads": 1, "layers": 1}
-"""A model whose weights are a few kilobytes; it is built in milliseconds, and has no tokenizer."""
+"""A model of a few kilobytes that is built in milliseconds and has no tokenizer."""
 RUN_TEXT = TEXT | {"vocab_size": 49408, "width": 4}
-"""The text tower of the smallest model that CLIP's tokenizer fits."""
+"""The text tower of the smallest model for CLIP's tokenizer."""
 
 
 def _clip(seed: int = 0) -> torch.nn.Module:
@@ -39,7 +39,7 @@ def _write_config(folder: Path, text: dict[str, Any] = TEXT) -> Path:
 
 
 def _save(layout: Callable[[dict], Any], name: str, **options: Any) -> Callable[[Path], list[Path]]:
-    """A function that writes the weights of two models in a layout of torch.save."""
+    """Return a function that writes the weights of two models in a layout of torch.save."""
 
     def write(folder: Path) -> list[Path]:
         _write_config(folder)
@@ -74,7 +74,7 @@ def _make_safetensors(folder: Path) -> list[Path]:
 
 
 def _make_torchscript(folder: Path) -> list[Path]:
-    """Archives as OpenAI saved its models, one of which was made by tracing, one by scripting a holder of weights."""
+    """Write two archives in OpenAI's layout, one from tracing and one from scripting a holder of weights."""
     _write_config(folder)
     clip = copy.deepcopy(_clip())
     for name, value in {"input_resolution": 16, "context_length": 8, "vocab_size": 60}.items():
@@ -105,7 +105,7 @@ def _read_torchscript(path: Path) -> None:
 
     if path.name == "traced.pt":
         _read_weights(path)
-    else:  # no CLIP, but all of its tensors are read
+    else:  # not a CLIP, but all of its tensors are read
         [tensor.sum() for tensor in read_weights(path).state.values()]
 
 
@@ -211,8 +211,8 @@ def _read_bert(path: Path) -> None:
 
 
 @functools.cache
-def _typed(folder: Path) -> dict[str, Any]:
-    """The options of a run of two steps in `folder`, of which the last is left to do when it resumes."""
+def _run_options(folder: Path) -> dict[str, Any]:
+    """The options of a run of two steps in `folder`, which resumes before the last one."""
     data = {"dataset": "csv", "annotations": str(folder / "c.csv"), "vision_model": str(folder / "model.json")}
     length = {"epochs": 1, "batch_size": 3, "warmup": 1.0, "display": 1, "num_workers": 0}
     place = {"device": "cpu", "checkpoint_path": str(folder), "experiments": "run", "no_eval_first": True}
@@ -220,7 +220,7 @@ def _typed(folder: Path) -> dict[str, Any]:
 
 
 def _make_run(folder: Path) -> list[Path]:
-    """The folder of a run that was killed after the first of two steps; copies of its files are in `before`."""
+    """Write the folder of a run that was killed after the first of two steps; `before` has copies of its files."""
     from clip_retrieval.finetune import finetune
     from clip_retrieval.training.step import Trainer
 
@@ -237,7 +237,7 @@ def _make_run(folder: Path) -> list[Path]:
 
     Trainer.step = stop
     try:
-        finetune({**_typed(folder), "eval_steps": 1})
+        finetune({**_run_options(folder), "eval_steps": 1})
     except SystemExit:
         pass
     finally:
@@ -251,7 +251,7 @@ def _one_of_run(number: int) -> Callable[[Path], list[Path]]:
 
 
 def _read_run(path: Path) -> None:
-    """Resume a run, all of whose files but `path` are as a kill left them."""
+    """Resume a run; restore all of its files except `path` first."""
     from clip_retrieval.finetune import finetune
 
     folder = path.parents[1]
@@ -263,7 +263,7 @@ def _read_run(path: Path) -> None:
     for file in (folder / "before").iterdir():
         if file.is_file() and file.name != path.name:
             shutil.copyfile(file, folder / "run" / file.name)
-    finetune({**_typed(folder), "eval_steps": 1})
+    finetune({**_run_options(folder), "eval_steps": 1})
 
 
 def _read_evaluated(path: Path) -> None:
@@ -273,19 +273,19 @@ def _read_evaluated(path: Path) -> None:
 
 
 PICKLED = (*tokens.PICKLE, *tokens.ZIP)
-SAVED = (in_zip, in_checkpoint)
+SAVED = (change_zip, change_checkpoint)
 MODELS = (
-    Reader("torchscript archive", _make_torchscript, _read_torchscript, (*PICKLED, *tokens.CODE), (in_zip,)),
+    Reader("torchscript archive", _make_torchscript, _read_torchscript, (*PICKLED, *tokens.CODE), (change_zip,)),
     Reader("open_clip .pt", _save(_open_clip, ".pt"), _read_weights, PICKLED, SAVED),
-    Reader("legacy .pt", _save(dict, ".pt", **LEGACY), _read_weights, tokens.PICKLE, (in_checkpoint,)),
-    Reader("safetensors", _make_safetensors, _read_weights, tokens.JSON, (in_safetensors,)),
+    Reader("legacy .pt", _save(dict, ".pt", **LEGACY), _read_weights, tokens.PICKLE, (change_checkpoint,)),
+    Reader("safetensors", _make_safetensors, _read_weights, tokens.JSON, (change_safetensors,)),
     Reader("checkpoint of ours", _save(_ours, ".pt"), _read_ours, PICKLED, SAVED),
     Reader("last.pt, resumed", _one_of_run(0), _read_run, PICKLED, SAVED),
     Reader("best.pt, resumed", _one_of_run(1), _read_run, PICKLED, SAVED),
     Reader("best.pt, evaluated", _one_of_run(1), _read_evaluated, PICKLED, SAVED),
-    Reader("metrics.jsonl, resumed", _one_of_run(2), _read_run, tokens.JSON, (in_json,)),
-    Reader("model config", _make_configs, _read_config, tokens.JSON, (in_json,)),
+    Reader("metrics.jsonl, resumed", _one_of_run(2), _read_run, tokens.JSON, (change_json,)),
+    Reader("model config", _make_configs, _read_config, tokens.JSON, (change_json,)),
     Reader("vocab.txt", _make_vocabulary, _read_vocabulary, tokens.LINES),
-    Reader("tokenizer folder", _make_tokenizer, _read_tokenizer, tokens.JSON, (in_json,)),
-    Reader("bert folder", _make_bert, _read_bert, (*PICKLED, *tokens.JSON), (*SAVED, in_json)),
+    Reader("tokenizer folder", _make_tokenizer, _read_tokenizer, tokens.JSON, (change_json,)),
+    Reader("bert folder", _make_bert, _read_bert, (*PICKLED, *tokens.JSON), (*SAVED, change_json)),
 )

@@ -1,4 +1,4 @@
-"""Readers of images and captions that are packed together: LMDB, tar shards, Arrow folders, image caches."""
+"""Readers of packed images and captions: LMDB, tar shards, Arrow folders, image caches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tests.data.make_shards import write_shard
 from tests.faults import tokens
-from tests.faults.containers import in_lmdb, in_tar, write_lmdb
+from tests.faults.containers import change_lmdb, change_tar, write_lmdb
 from tests.faults.readers.reader import CAPTIONS, Reader, encoded_image, transform, use_splits, write_images
-from tests.faults.structures import in_json
+from tests.faults.structures import change_json
 from tests.models.small import small_preprocess
 
 
@@ -103,7 +103,7 @@ def _read_saved(path: Path) -> None:
     use_splits(("test",), "huggingface", root if in_splits else path.parent)
 
 
-def _cached(folder: Path, augment: str = "none") -> None:
+def _use_cache(folder: Path, augment: str = "none") -> None:
     from clip_retrieval.data.images.image_files import ImageFiles
     from clip_retrieval.data.pixels.cache import open_cached_pixels
 
@@ -117,17 +117,17 @@ def _cached(folder: Path, augment: str = "none") -> None:
 def _make_cache(folder: Path) -> list[Path]:
     write_images(folder, [f"{i}.jpg" for i in range(4)])
     for augment in ("none", "crop"):
-        _cached(folder, augment)
+        _use_cache(folder, augment)
     return sorted((folder / "cache").glob("*.pixels"), key=lambda path: path.stat().st_size)
 
 
 def _read_cache(path: Path) -> None:
     for augment in ("none", "crop"):
-        _cached(path.parent.parent, augment)
+        _use_cache(path.parent.parent, augment)
 
 
 def _make_partial(folder: Path) -> list[Path]:
-    """The files of an image cache whose build was killed."""
+    """Write the files of an image cache whose build was killed."""
     whole = _make_cache(folder)[0]
     content = whole.read_bytes()
     whole.unlink()
@@ -140,16 +140,16 @@ def _make_partial(folder: Path) -> list[Path]:
 
 def _read_partial(path: Path) -> None:
     path.with_suffix("").unlink(missing_ok=True)
-    _cached(path.parent.parent)
+    _use_cache(path.parent.parent)
 
 
 PACKED = (
-    Reader("lmdb images", _make_lmdb_images, _read_lmdb, (*tokens.JPEG, *tokens.TEXT), (in_lmdb,)),
-    Reader("lmdb pairs", _make_lmdb_pairs, _read_lmdb, (*tokens.PICKLE, *tokens.JSON), (in_lmdb,)),
-    Reader("shard", _make_shards, _read_shards, (*tokens.TAR, *tokens.JSON), (in_tar,)),
-    Reader("shard stream", _make_shards, _read_stream, (*tokens.TAR, *tokens.JSON), (in_tar,)),
+    Reader("lmdb images", _make_lmdb_images, _read_lmdb, (*tokens.JPEG, *tokens.TEXT), (change_lmdb,)),
+    Reader("lmdb pairs", _make_lmdb_pairs, _read_lmdb, (*tokens.PICKLE, *tokens.JSON), (change_lmdb,)),
+    Reader("shard", _make_shards, _read_shards, (*tokens.TAR, *tokens.JSON), (change_tar,)),
+    Reader("shard stream", _make_shards, _read_stream, (*tokens.TAR, *tokens.JSON), (change_tar,)),
     Reader("saved folder arrow", _make_arrow, _read_saved, tokens.ARROW),
-    Reader("saved folder json", _make_saved_json, _read_saved, tokens.JSON, (in_json,)),
+    Reader("saved folder json", _make_saved_json, _read_saved, tokens.JSON, (change_json,)),
     Reader("image cache", _make_cache, _read_cache, tokens.PIXELS),
     Reader("unfinished image cache", _make_partial, _read_partial, tokens.PIXELS),
 )

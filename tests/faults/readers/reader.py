@@ -1,4 +1,4 @@
-"""The definition of a reader, and helpers that the readers share."""
+"""The definition of a reader, and shared helpers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Reader:
 
     Attributes:
         name: the format, for the table.
-        make: writes valid documents, and the files they need, into a folder; returns those that are to be damaged.
-        read: reads a document as a run does, and uses all of it. Bad input raises as it does in a run.
+        make: writes valid documents and the files they need into a folder; returns the documents to damage.
+        read: reads a document as a run does, and uses all of it. Raises as a run does for bad input.
         tokens: words of the format.
-        containers: reach into checksums, compression and values; half of the mutations go through one of them.
-        accepts: whether the documents of `make` are accepted; a reader may know nothing but the official files.
+        containers: change parts within checksums, compression and values; used for 60% of the mutations.
+        accepts: whether the documents of `make` are accepted; some readers accept the official files only.
     """
 
     name: str
@@ -73,7 +73,7 @@ def transform() -> Any:
 
 
 def use(dataset: Any) -> None:
-    """Tokenize the captions of a data set and decode its images, as a run does."""
+    """Tokenize the captions of a dataset and decode its images, as a run does."""
     from clip_retrieval.data.captions import tokenize
 
     if dataset is None:
@@ -88,7 +88,7 @@ def use(dataset: Any) -> None:
 
 
 def use_splits(splits: Sequence[str], dataset: str, root: Path, **options: Any) -> None:
-    """Read splits of a data set and use each."""
+    """Read and use splits of a dataset."""
     from clip_retrieval.data.catalog import read_dataset
     from clip_retrieval.options import DataOptions
 

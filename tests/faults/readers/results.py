@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.faults import tokens
 from tests.faults.readers.reader import Reader
-from tests.faults.structures import in_json
+from tests.faults.structures import change_json
 
 
 def _write_lines(path: Path, records: list) -> Path:
@@ -82,7 +82,7 @@ def _make_predictions(folder: Path) -> None:
     _write_lines(folder / "predictions.jsonl", [{"text_id": i, "image_ids": [2, 1, 0, 7, 9]} for i in range(3)])
 
 
-def _make_predicted(folder: Path) -> list[Path]:
+def _make_prediction_file(folder: Path) -> list[Path]:
     _make_predictions(folder)
     return [folder / "predictions.jsonl"]
 
@@ -140,13 +140,13 @@ def _read_config(path: Path) -> None:
 
 
 RESULTS = (
-    Reader("features jsonl", _make_feature_lines, _read_features, tokens.JSON, (in_json,)),
+    Reader("features jsonl", _make_feature_lines, _read_features, tokens.JSON, (change_json,)),
     Reader("features npy", _make_feature_arrays, _read_arrays, tokens.NPY),
-    Reader("feature ids", _make_ids, _read_ids, tokens.JSON, (in_json,)),
+    Reader("feature ids", _make_ids, _read_ids, tokens.JSON, (change_json,)),
     Reader("pairs npy", _make_relevance, _read_relevance, tokens.NPY),
-    Reader("predictions", _make_predicted, _read_predictions, tokens.JSON, (in_json,)),
-    Reader("gold", _make_gold, _read_predictions, tokens.JSON, (in_json,)),
-    Reader("results.json", _make_results, _read_results, tokens.JSON, (in_json,)),
+    Reader("predictions", _make_prediction_file, _read_predictions, tokens.JSON, (change_json,)),
+    Reader("gold", _make_gold, _read_predictions, tokens.JSON, (change_json,)),
+    Reader("results.json", _make_results, _read_results, tokens.JSON, (change_json,)),
     Reader("config yaml", _make_config, _read_config, tokens.YAML),
-    Reader("options.json", _make_options, _read_config, tokens.JSON, (in_json,)),
+    Reader("options.json", _make_options, _read_config, tokens.JSON, (change_json,)),
 )
