@@ -56,12 +56,12 @@ class BatchSampler:
     Args:
         dataset: the data set.
         batch_size: pairs in a global batch.
-        sampling: "all": every pair once an epoch, arranged so that no image is twice in a batch if that can
-            be avoided; "one": each image that has a caption once an epoch, with a random one of its captions.
+        sampling: "all": every pair once per epoch, without duplicates of an image in a batch if possible; "one": each
+            image with a caption once per epoch, with a random one of its captions.
         seed: seed of every epoch's order.
-        weights: for a Mixture, of its parts: an epoch is as long as without them, and a part's pairs (with "one", its
-            images) are that share of it. A part that gives more than it has goes through all of it as often as that
-            fits, and then through a random rest; one that gives less gives a random choice. Both differ by epoch.
+        weights: the weight of each part of a Mixture. An epoch keeps its length, and each part gets a proportional
+            share of its pairs (with "one", its images). A share larger than the part repeats the part as often as
+            possible and draws the rest at random; a smaller one is drawn at random. Draws differ by epoch.
 
     The remainder of an epoch, fewer than batch_size pairs, is dropped (different pairs each epoch).
     """

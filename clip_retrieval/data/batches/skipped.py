@@ -14,13 +14,13 @@ class SkipCounter:
     """Counts the skipped samples and cut captions of an epoch; logs them at its end or interruption.
 
     Args:
-        what: noun for the skipped things, e.g. "samples".
+        noun: the skipped things, e.g. "samples".
         processes: the processes that share the batches.
         context_length: the tokens to which captions are cut.
     """
 
-    def __init__(self, what: str, processes: Processes, context_length: int | None = None):
-        self.what = what
+    def __init__(self, noun: str, processes: Processes, context_length: int | None = None):
+        self.noun = noun
         self.processes = processes
         self.context_length = context_length
         self._is_cut_logged = False
@@ -56,7 +56,7 @@ class SkipCounter:
         batches = f"epoch {self._epoch + 1}, batches {self._first_batch + 1:,} to {self._batches:,}"
         if problems:
             first = f": {self._first}" if self._first else ""
-            log.warning(f"{batches}: {problems:,}{of} {self.what} could not be used, replaced by others{first}")
+            log.warning(f"{batches}: {problems:,}{of} {self.noun} could not be used, replaced by others{first}")
             self._logged = self._problems
         if cut and not self._is_cut_logged:  # once: other epochs cut about as many
             log.info(f"{batches}: {cut:,}{of} captions cut to {self.context_length} tokens")

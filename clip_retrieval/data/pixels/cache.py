@@ -127,13 +127,12 @@ def _build(
     # decode and append the others
     starts = range(done, len(images), IMAGES_PER_REQUEST)
     parts = [range(start, min(start + IMAGES_PER_REQUEST, len(images))) for start in starts]
+    decode = _DecodeImages(images, storage)
     try:
         file.keep_first(done)
         try:
             with progress_bar(total=len(images), initial=done, desc="image cache", leave=False) as bar:
-                for part, (pixels, sizes) in zip(
-                    parts, in_workers(_DecodeImages(images, storage), parts, num_workers=workers)
-                ):
+                for part, (pixels, sizes) in zip(parts, in_workers(decode, parts, num_workers=workers)):
                     records = np.array([(*size, *stamps[i]) for i, size in zip(part, sizes)], RECORD)
                     file.append(pixels.numpy(), records)
                     bar.update(len(part))

@@ -179,16 +179,16 @@ def _find_in_root(options: DataOptions, split: str) -> SplitShards | None:
     of_split = {name: list(_find_split_tars(root, name, strict=not named)) for name in ("train", "val", "test")}
     if any(of_split.values()):
         return _exclude(SplitShards(split, of_split[split]), taken)
-    everything = _list_tars(root)
-    # tars without split names: training data, except those that an option gives to another split
+    # no name has a split's word: all tars are training data, except those that an option gives to another split
+    tars = _list_tars(root)
     if named:
-        return _exclude(SplitShards(split, everything), taken) if split == "train" else None
-    if not everything:
+        return _exclude(SplitShards(split, tars), taken) if split == "train" else None
+    if not tars:
         raise UserError(
             f"{root}: contains no .tar shards; give their folder as --dataset_root, or patterns as --train_data and "
             "--val_data"
         )
-    return None if split == "val" else SplitShards(UNSPLIT, everything)
+    return None if split == "val" else SplitShards(UNSPLIT, tars)
 
 
 def _resolve_patterns(patterns: str | None) -> set[Path]:

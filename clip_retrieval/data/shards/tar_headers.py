@@ -72,7 +72,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
             if info.type == _SPARSE:
                 raise _DamagedError("a sparse member, pack it without --sparse")
             if info.type in tarfile.SUPPORTED_TYPES and info.type not in _REGULAR:
-                offset = begin  # links, folders and devices have no content, whatever their sizes
+                offset = begin  # links, folders and devices have no content, even if their size is not 0
                 continue
             if size < 0 or begin + size > total:
                 raise _DamagedError("unexpected end of data")

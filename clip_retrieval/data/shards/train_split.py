@@ -153,7 +153,7 @@ def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3)
     if not num_logged:
         raise UserError(problem or f"{stream.shards.paths[0]}: holds no images with captions")
     if has_several and data.caption_sampling == "all":
-        log.info("  shards: one random caption per image and epoch, whatever --caption_sampling is")
+        log.info("  shards: one random caption per image and epoch, for any --caption_sampling")
 
 
 def _read_first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, bytes]]]:
