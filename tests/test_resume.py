@@ -69,7 +69,7 @@ def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, ca
 
 
 def test_resume_after_kill_in_an_evaluation_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
-    import clip_retrieval.finetune as module
+    from clip_retrieval.run import scoring as module
 
     normal, calls = module.score, []
 
@@ -92,7 +92,7 @@ def test_resume_after_kill_in_an_evaluation_loses_no_step(run, arguments, tmp_pa
 
 @pytest.mark.parametrize("max_steps", [4, 6])
 def test_resume_after_kill_in_the_last_evaluation_evaluates_again(run, arguments, tmp_path, monkeypatch, max_steps):
-    import clip_retrieval.finetune as module
+    from clip_retrieval.run import scoring as module
 
     command = [*arguments, "--max_steps", max_steps, "--resume", "auto"]
     assert run(*command, "--experiments", "whole")[0] == 0
@@ -114,7 +114,7 @@ def test_resume_after_kill_in_the_last_evaluation_evaluates_again(run, arguments
 
 
 def test_resume_after_kill_before_save_writes_the_evaluation_once(run, arguments, tmp_path, whole, monkeypatch):
-    import clip_retrieval.finetune as module
+    from clip_retrieval.run import saving as module
 
     normal = module.save_checkpoint
 
