@@ -1,6 +1,6 @@
-"""Chinese-CLIP: its checkpoints, its models by name, and its tokenizer.
+"""Chinese-CLIP: its checkpoints and its model names.
 
-The image tower is OpenAI's with QuickGELU; the text tower is BERT, and the feature is the projected last hidden state
+The image tower is OpenAI's with QuickGELU. The text tower is BERT; the text feature is the projected last hidden state
 of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
 """
 
@@ -28,14 +28,14 @@ TEXT_MODELS = {
     "RBT3-chinese": {"hidden_size": 768, "num_hidden_layers": 3},
 }
 UNNAMED = "Chinese-CLIP"
-"""What a model of other sizes is called; its file tells it."""
+"""The name of a model of any other size; its checkpoint holds the sizes."""
 VOCABULARY = 21128
 POSITIONS = 512
 HEAD_WIDTH = 64
 
 
 def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A Chinese-CLIP state dict under open_clip's names."""
+    """Rename a Chinese-CLIP state dict to open_clip's names."""
     renamed = {}
     for name, value in state.items():
         if name.startswith("bert.pooler."):
@@ -50,7 +50,7 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `to_open_clip`: a state dict as Chinese-CLIP's own checkpoints have it."""
+    """Rename a state dict to the names of Chinese-CLIP's own checkpoints: the inverse of `to_open_clip`."""
     renamed = {}
     for name, value in state.items():
         if name.startswith("text.transformer."):
@@ -63,7 +63,7 @@ def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a BERT, under the names of the text tower: without its heads and its unused pooler."""
+    """Rename a BERT state dict to the text tower's names, without its heads and its unused pooler."""
     renamed = {}
     for name, value in state.items():
         name = name.removeprefix("bert.")
@@ -74,9 +74,9 @@ def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
-    """The model config of a checkpoint, from the shapes of its tensors (under open_clip's names).
+    """Infer the model config of a checkpoint from the shapes of its tensors (under open_clip's names).
 
-    Raises UserError, naming `source`, where tensors that tell the sizes are missing.
+    Raises UserError, naming `source`, if one of these tensors is missing.
     """
     try:
         embeddings = "text.transformer.embeddings."
@@ -92,20 +92,20 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
         }
         return _config(state["text.proj.weight"].shape[0], _infer_vision(state), text)
     except KeyError as error:
-        raise UserError(f"{source} is not a whole Chinese-CLIP checkpoint: it has no {error.args[0]}") from None
+        raise UserError(f"{source} is an incomplete Chinese-CLIP checkpoint: {error.args[0]} is missing") from None
 
 
 def reference_config(vision: str, text: str) -> dict[str, Any]:
-    """The model config of two of Chinese-CLIP's names, `text` one of TEXT_MODELS.
+    """Return the model config of two of Chinese-CLIP's tower names; `text` is one of TEXT_MODELS.
 
-    Raises UserError for an image tower that is not its.
+    Raises UserError if `vision` is not one of VISION_MODELS.
     """
     from open_clip.factory import get_model_config
 
     if vision not in VISION_MODELS:
-        raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}; not with {vision}")
+        raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}, not with {vision}")
     sizes = TEXT_MODELS[text]
-    size_of = {
+    hf_config = {
         "vocab_size": VOCABULARY,
         **sizes,
         "intermediate_size": 4 * sizes["hidden_size"],
@@ -113,11 +113,11 @@ def reference_config(vision: str, text: str) -> dict[str, Any]:
         "type_vocab_size": 2,
     }
     clip = get_model_config(vision)
-    return _config(clip["embed_dim"], clip["vision_cfg"], size_of)
+    return _config(clip["embed_dim"], clip["vision_cfg"], hf_config)
 
 
 def model_name(config: dict[str, Any]) -> str:
-    """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
+    """Return Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
     from open_clip.factory import get_model_config
 
     text, vision = config["text_cfg"]["hf_model_name"], config["vision_cfg"]
@@ -125,12 +125,12 @@ def model_name(config: dict[str, Any]) -> str:
     same = [name for name in towers if same_tower(towers[name], vision)]
     if text not in TEXT_MODELS or not same:
         return UNNAMED
-    # ViT-L-14 and ViT-L-14-336 differ in the image size only.
+    # ViT-L-14 and ViT-L-14-336 differ only in the image size.
     return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
 
 
 def split_model_name(options: ModelOptions) -> ModelOptions:
-    """`options` with the towers of a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` under their two options."""
+    """Split a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` into --vision_model and --text_model."""
     vision, _, text = options.vision_model.rpartition("@")
     if text not in TEXT_MODELS:
         return options
@@ -138,7 +138,7 @@ def split_model_name(options: ModelOptions) -> ModelOptions:
 
 
 def is_chinese_clip(config: dict[str, Any]) -> bool:
-    """Whether a model config is one of those made here."""
+    """Whether a model config is Chinese-CLIP's."""
     return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE
 
 
@@ -179,7 +179,7 @@ def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         "image_size": patch * grid,
         "layers": count_layers(state, "visual.transformer.resblocks."),
         "width": width,
-        # ViT-H alone has another: 16 heads.
+        # ViT-H has 16 heads.
         "head_width": 80 if width == 1280 else HEAD_WIDTH,
         "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         "patch_size": patch,

@@ -1,4 +1,4 @@
-"""What comes from the network: weights of a tag, files of a hub id. Without a network it fails within seconds."""
+"""Downloads: weights of a tag, files of a hub repository. Without a network they fail within seconds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 
 from clip_retrieval.errors import UserError
 
-# What open_clip, huggingface_hub and transformers raise where a file cannot be had.
 FETCH_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that open_clip, huggingface_hub and transformers raise if a download fails."""
+
 PROBE_SECONDS = 3
 STALL_SECONDS = 20
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the log lines and warnings of the libraries."""
+    """Silence log lines and warnings of the libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -36,9 +37,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def hub_access() -> Iterator[None]:
-    """Look only at huggingface_hub's cache where the hub cannot be reached.
+    """Use only huggingface_hub's cache if the hub cannot be reached.
 
-    Left to itself it tries each file six times, which takes half a minute.
+    By default it tries each file six times, which takes half a minute.
     """
     constants = huggingface_hub.constants
     before, stall = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
@@ -64,10 +65,10 @@ def _reachable(url: str) -> bool:
 
 
 def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
-    """Path of the weights of an open_clip tag, downloaded or from the cache.
+    """Return the path of a tag's weights, downloaded or cached.
 
-    The hub is asked first, then the address it was first published at (whose cache OpenAI's package shares). Raises
-    UserError where neither gives it.
+    Tries the hub first, then the original address (its cache is shared with OpenAI's package). Raises UserError if
+    both fail.
     """
     sources = [tag_config["hf_hub"].rstrip("/") + " on huggingface.co"] if tag_config.get("hf_hub") else []
     sources += [tag_config["url"]] if tag_config.get("url") else []
@@ -80,15 +81,15 @@ def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
         except FETCH_ERRORS:
             continue
     url = tag_config.get("url")
-    place = f", or put at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
+    place = f", or put it at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
     raise UserError(
-        f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; is there a network? A file "
-        f"that was downloaded elsewhere is given as --pretrained FILE{place}"
+        f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; check the network, or download "
+        f"the file elsewhere and give it as --pretrained FILE{place}"
     )
 
 
 def fetch_hub_config(hub_id: str) -> str:
-    """Path of the open_clip_config.json of a hub repository. Raises UserError where it cannot be had."""
+    """Return the path of a hub repository's open_clip_config.json. Raises UserError if it cannot be fetched."""
     try:
         with hub_access():
             return download_pretrained_from_hf(hub_id, filename="open_clip_config.json")
@@ -100,14 +101,14 @@ def fetch_hub_config(hub_id: str) -> str:
 
 
 def fetch_hub_weights(hub_id: str) -> str:
-    """Path of the weights of a hub repository. Raises UserError where they cannot be had."""
+    """Return the path of a hub repository's weights. Raises UserError if they cannot be fetched."""
     try:
         with hub_access():
             return download_pretrained_from_hf(hub_id)
     except FETCH_ERRORS:
         raise UserError(
-            f"the weights of hf-hub:{hub_id} could not be fetched from huggingface.co; is there a network? A file "
-            "that was downloaded elsewhere is given as --pretrained FILE"
+            f"the weights of hf-hub:{hub_id} could not be fetched from huggingface.co; check the network, or download "
+            "them elsewhere and give them as --pretrained FILE"
         ) from None
 
 
@@ -115,7 +116,7 @@ BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def fetch_bert(name: str) -> str:
-    """Path of the weights of a BERT on the hub. Raises UserError where they cannot be had."""
+    """Return the path of a BERT's weights from the hub. Raises UserError if they cannot be fetched."""
     for file in BERT_FILES:
         try:
             with hub_access():
@@ -124,5 +125,5 @@ def fetch_bert(name: str) -> str:
             continue
     raise UserError(
         f"--text_pretrained {name}: no such file or folder, and its weights could not be fetched from huggingface.co; "
-        "give the folder that a BERT was downloaded to"
+        "give the folder of a downloaded BERT"
     )

@@ -1,4 +1,4 @@
-"""The model config and the preprocessing that belong to a model's name."""
+"""Model config and preprocessing of a model name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from clip_retrieval.models.schema import SchemaError
 
 
 def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model config and preprocessing (as `find_preprocess` gives it) of a name.
+    """Return the model config and the preprocessing (see `find_preprocess`) of a name.
 
-    Raises UserError where it names no model config, or one that cannot be had.
+    Raises UserError if it cannot be fetched or read, or is not a model config.
     """
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
@@ -44,9 +44,9 @@ def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out).
+    """Return open_clip's PreprocessCfg as plain JSON, with `overrides` (unknown keys are skipped).
 
-    One number for mean or std counts for each channel, as in open_clip. Raises SchemaError for values that are none.
+    One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
     """
     checkpoint_schema.preprocess(overrides, "preprocess_cfg")
     merged = json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
@@ -57,17 +57,17 @@ def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common_preprocess(config_name: str) -> dict[str, Any]:
-    """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
+    """Return the preprocessing of a model's tags if all agree (SigLIP's do), else OpenAI's."""
     tags = list_pretrained_tags_by_model(config_name)
-    of_tags = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
-    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else find_preprocess({})
+    found = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
+    return found[0] if found and all(preprocess == found[0] for preprocess in found) else find_preprocess({})
 
 
 def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to.
+    """Whether two tower configs are equal except for sizes that position embeddings are resized to.
 
-    A Hugging Face tower's own config (`hf_config`) counts where both have it, and there the sizes that both name. The
-    words of the tokenizer are no part of a tower.
+    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer's
+    vocabulary.
     """
     hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
     free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
@@ -77,5 +77,5 @@ def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """Number of layers whose names are `prefix` and a number."""
+    """Count the layers in `state` named `prefix` and a number."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""Which model is meant: from names, tags and files to a config, preprocessing and weights."""
+"""Resolve names, tags and files to a model's config, preprocessing and weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
 
 WHOLE = (weights.OURS, weights.CHINESE_CLIP, weights.SIMPLE_CLIP)
-"""Kinds of files that tell their whole model: nothing needs to be named beside them."""
+"""Kinds of files that define their whole model."""
 
 KNOWN = ("open_clip", "ours")
-"""Kinds of names whose configs are not the user's."""
+"""Kinds of names whose configs are tested; a user's config is tried first."""
 
 CLIP_TRAINING_MODEL = "RN50-text6"
-"""clip-training's model, by our name."""
+"""Our name of clip-training's model."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class ModelSource:
         name: canonical name.
         config: open_clip's model config.
         preprocess: open_clip's PreprocessCfg, as plain JSON.
-        weights: where the weights are from: a tag, "none", "own" (a hub id's or folder's) or a file.
+        weights: source of the weights: a tag, "none", "own" (a hub id's or folder's) or a file.
         state: the weights, or None for random ones.
-        random: beginnings of the names of weights that `state` may lack: they stay random.
-        is_known: whether the config is one of open_clip's own, or ours.
-        config_from: the file that holds the config, or that it was inferred from, if `name` does not tell it.
+        random: name prefixes of weights that may be missing in `state`: they stay random.
+        is_known: whether the config is open_clip's or ours.
+        config_from: the file with the config, or from which it was inferred; None if `name` has the config.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ModelSource:
 
 
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
-    """The model that `options` name, its weights read but not built yet. See `build.build_model`."""
+    """Find the model of `options` and read its weights, without building it. See `build.build_model`."""
     name = names.resolve(options.vision_model)
     pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
     own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
@@ -67,22 +67,22 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
 
 
 def tags_of(name: ModelName) -> list[str]:
-    """The tags of open_clip's or torchvision's weights for a model."""
+    """Return the tags of open_clip's or torchvision's weights for a model."""
     return [*list_pretrained_tags_by_model(name.config), *simple_clip_weights.weight_tags(name.config)]
 
 
 def _tag(name: ModelName, tag: str) -> dict[str, Any] | None:
-    """Where the weights of a tag are, and their settings, as open_clip describes them; None for what is no tag."""
+    """Return open_clip's description of a tag (addresses and preprocessing), or None if there is no such tag."""
     return get_pretrained_cfg(name.config, tag) or simple_clip_weights.weight_tags(name.config).get(tag)
 
 
 def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
-    """What is neither a tag nor a file is taken for a misspelt tag, unless it looks like a path."""
+    """Raise UserError for a misspelt tag: neither a file nor anything like a path."""
     path = Path(pretrained)
     if path.exists() or path.suffix in weights.WEIGHT_FILES or "/" in pretrained:
         return
     tags = tags_of(name)
-    known = f"its tags are {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
+    known = f"choose from {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
     raise UserError(
         f"--pretrained {pretrained} is neither a file nor a tag of {name.name}"
         f"{names.nearest(pretrained, tags)}; {known}"
@@ -90,7 +90,7 @@ def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
 
 
 def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
-    """A model by name; its weights those of a tag, or of the hub id or folder that it is, or random."""
+    """Find a model by name, with the weights of a tag, of its hub id or folder, or random ones."""
     two_towers, tag = _has_two_towers(options, name), _tag(name, pretrained)
     state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state if tag else None
     if two_towers:
@@ -107,7 +107,7 @@ def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> Model
 
 
 def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
-    """A model by name, its weights from a file that does not tell the model, or not all of it."""
+    """Find a model by name, with the weights of a file that does not define the model, or only a part of it."""
     if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
         name = names.resolve(CLIP_TRAINING_MODEL)
     if _has_two_towers(options, name):
@@ -118,28 +118,28 @@ def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_mod
     if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE, weights.CLIP_TRAINING) or name.openai_spelling:
         config["quick_gelu"] = True
     if found.kind == weights.CLIP_TRAINING:
-        # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
+        # clip-training has half of OpenAI's text layers, and its own mean and standard deviation.
         config["text_cfg"]["layers"] = count_layers(found.state, "transformer.resblocks.")
         preprocess = find_model_config(names.resolve(CLIP_TRAINING_MODEL))[1]
     return ModelSource(name.name, config, preprocess, found.source, found.state, is_known=name.kind in KNOWN)
 
 
 def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
-    """The model that a file tells; names that were typed must agree with it."""
+    """Find the model that a file defines; typed names must agree with it."""
     _refuse_text_pretrained(options, found.source)
     if found.kind == weights.OURS:
         config, preprocess, held = found.model_config, found.preprocess, found.options["vision_model"]
     else:
-        config, preprocess, held = _inferred(found)
+        config, preprocess, held = _infer(found)
     if chinese_clip.is_chinese_clip(config):
         held = chinese_clip.model_name(config)
     check_names(options, typed_model, config, held, found.source)
     return ModelSource(held, config, preprocess, found.source, found.state, config_from=found.source)
 
 
-def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Config, preprocessing and name of a model, from the shapes of its tensors."""
-    with weights.named_shape_errors(found.source):
+def _infer(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Infer the config, preprocessing and name of a model from the shapes of its tensors."""
+    with weights.translate_shape_errors(found.source):
         if found.kind == weights.SIMPLE_CLIP:
             held = simple_clip_weights.infer_name(found.state, found.source)
             config, preprocess = (
@@ -155,7 +155,7 @@ def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 def _refuse_text_pretrained(options: ModelOptions, source: str) -> None:
     if _text_pretrained(options):
-        raise UserError(f"{source} has the weights of its text tower; leave --text_pretrained out")
+        raise UserError(f"{source} has the weights of its text tower; drop --text_pretrained")
 
 
 def _text_pretrained(options: ModelOptions) -> str | None:
@@ -163,11 +163,11 @@ def _text_pretrained(options: ModelOptions) -> str | None:
 
 
 def _has_two_towers(options: ModelOptions, name: ModelName) -> bool:
-    """Whether each tower starts from weights of its own. Raises UserError for --text_pretrained where it does not."""
+    """Whether each tower starts from its own weights. Raises UserError for --text_pretrained if not."""
     if options.text_model or _is_simple_clip(name):
         return True
     if _text_pretrained(options):
-        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model, the tower that it is for")
+        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model; give the name of the tower")
     return False
 
 
@@ -176,9 +176,9 @@ def _is_simple_clip(name: ModelName) -> bool:
 
 
 def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
-    """A model of Chinese-CLIP or simple-clip: its image tower from `state`, its text tower from --text_pretrained.
+    """Find a Chinese-CLIP (or simple-clip) model: its image tower from `state`, its text tower from --text_pretrained.
 
-    The image tower's are those of any CLIP, or of torchvision; the text tower's a BERT's, or a DistilBERT's.
+    The image tower takes the weights of any CLIP (or of torchvision), the text tower those of a BERT (or DistilBERT).
     """
     if _is_simple_clip(name) and options.text_model in (None, simple_clip_weights.TEXT_MODEL):
         config, preprocess = find_model_config(name)
@@ -206,12 +206,12 @@ def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: 
 def _check_text_model(text_model: str, name: ModelName) -> None:
     if text_model == simple_clip_weights.TEXT_MODEL:
         raise UserError(
-            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip_weights.IMAGE_MODELS)}; "
+            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip_weights.IMAGE_MODELS)}, "
             f"not with {name.name}"
         )
     if text_model not in chinese_clip.TEXT_MODELS:
         known = ", ".join([*chinese_clip.TEXT_MODELS, simple_clip_weights.TEXT_MODEL])
-        raise UserError(f"--text_model {text_model}: no such text tower; known are {known}")
+        raise UserError(f"--text_model {text_model}: no such text tower; choose from {known}")
 
 
 def _weights_in(folder: str) -> str:
@@ -223,12 +223,12 @@ def _weights_in(folder: str) -> str:
 
 
 def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any], held: str, source: str) -> None:
-    """Raise UserError where the names that were typed contradict a checkpoint of ours.
+    """Raise UserError if typed names contradict a checkpoint.
 
     Args:
-        options: --vision_model (which counts if `typed_model`) and --text_model.
+        options: --vision_model (used only if `typed_model`) and --text_model.
         config: the model config in the checkpoint.
-        held: the name of the model in it.
+        held: the model's name in the checkpoint.
         source: the checkpoint's file.
     """
     name = names.resolve(options.vision_model) if typed_model else None
@@ -239,16 +239,16 @@ def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any]
         return
     if name and not _same_model(find_model_config(name)[0], config):
         raise UserError(
-            f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
+            f"--vision_model {name.name} contradicts {source}, which holds a {held}; drop --vision_model, or give "
             "another checkpoint"
         )
-    holds = (
+    text_model = (
         simple_clip_weights.TEXT_MODEL
         if simple_clip_weights.is_simple_clip(config)
         else config["text_cfg"].get("hf_model_name")
     )
-    if options.text_model not in (None, holds):
-        raise UserError(f"--text_model {options.text_model} contradicts {source}; leave it out")
+    if options.text_model not in (None, text_model):
+        raise UserError(f"--text_model {options.text_model} contradicts {source}; drop --text_model")
 
 
 def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -257,15 +257,15 @@ def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: ModelName | None, source: str) -> None:
-    """A Chinese-CLIP checkpoint decides; names that were typed must agree with it."""
-    holds = config["text_cfg"]["hf_model_name"]
-    if options.text_model not in (None, holds):
+    """Raise UserError if typed names contradict a Chinese-CLIP checkpoint."""
+    text_model = config["text_cfg"]["hf_model_name"]
+    if options.text_model not in (None, text_model):
         raise UserError(
-            f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
-            f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
+            f"--text_model {options.text_model} contradicts {source}, which holds {text_model} with "
+            f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers; drop --text_model"
         )
     if typed and not same_tower(find_model_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
         raise UserError(
             f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
-            "leave it out"
+            "drop --vision_model"
         )

@@ -1,4 +1,4 @@
-"""The tokenizers of all models: open_clip's, those of transformers, and BERT's word pieces (WordPiece)."""
+"""The tokenizers of all models: open_clip's, those of transformers, and BERT's WordPiece."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ from clip_retrieval.models.towers import text_part
 from clip_retrieval.options import ModelOptions
 
 MIN_VOCABULARY = 6
-"""transformers gives a vocabulary of the five special tokens where it did not understand the file."""
+"""transformers returns a vocabulary of the five special tokens if it does not understand the file."""
 
 WORD_FILES = ("vocab.txt", "tokenizer.json")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class WordPieceTokenizer:
-    """BERT's word pieces, uncased: [CLS] pieces [SEP].
-
-    It has the attributes of open_clip's HFTokenizer, and is used as one.
+    """BERT's WordPiece tokenizer, uncased: [CLS] pieces [SEP]. It has the attributes of open_clip's HFTokenizer.
 
     Args:
-        source: a vocab.txt, a folder with one or with a tokenizer.json, a hub name, or the words themselves in the
-            order of their ids.
+        source: a vocab.txt, a folder with a vocab.txt or a tokenizer.json, a hub name, or a list of words in the order
+            of their ids.
         context_length: in tokens; longer captions are cut, keeping [SEP].
-        vocabulary: number of tokens the text tower knows.
-        holder: the file that words themselves are from, for messages.
+        vocabulary: vocabulary size of the text tower.
+        holder: the file that holds a list of words, for messages.
 
     Raises:
-        UserError: the vocabulary is not there, or is another than the text tower's, or cased.
+        UserError: the vocabulary is missing, does not fit the text tower, or is cased.
     """
 
     tokenizer_mode = ""
@@ -47,31 +45,31 @@ class WordPieceTokenizer:
         place = f"--tokenizer {source}"
         if isinstance(source, list):
             place = f"{holder}: " * bool(holder) + "the vocabulary in the model config"
-        self.tokenizer = _of_words(source, place) if isinstance(source, list) else _read(source)
+        self.tokenizer = _from_words(source, place) if isinstance(source, list) else _read(source)
         self.context_length = context_length
-        if missing := _missing_tokens(self.tokenizer):
+        if missing := _find_missing_tokens(self.tokenizer):
             raise UserError(f"{place} has no {', '.join(missing)}; give BERT's vocab.txt")
         if len(self.tokenizer) != vocabulary or vocabulary < MIN_VOCABULARY:
             raise UserError(
-                f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt that "
-                "belongs to the model"
+                f"{place} has {len(self.tokenizer):,} entries, the text tower {vocabulary:,}; give the vocab.txt of "
+                "the model"
             )
-        if self.tokenizer.pad_token_id != 0:  # what the towers take for padding
+        if self.tokenizer.pad_token_id != 0:  # the text towers mask id 0
             raise UserError(f"{place}: [PAD] must be its first entry; give BERT's vocab.txt")
 
     @property
     def words(self) -> list[str]:
-        """The vocabulary in the order of its ids; `source` may be this list."""
+        """The vocabulary in the order of its ids; it may be given as `source`."""
         ids = self.tokenizer.get_vocab()
         return sorted(ids, key=ids.__getitem__)
 
     @staticmethod
     def clean_fn(text: str) -> str:
-        # Also keeps a caption that spells "[SEP]" out from being read as the special token.
+        # Lower case also keeps a caption with "[SEP]" from being read as the special token.
         return replace_surrogates(text).lower()
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """int64 (texts, context_length), padded with 0."""
+        """Tokenize captions: int64 (texts, context_length), padded with 0."""
         return self.tokenizer(
             [self.clean_fn(text) for text in texts],
             return_tensors="pt",
@@ -82,23 +80,23 @@ class WordPieceTokenizer:
 
 
 def find_word_folder(place: str | None) -> str | None:
-    """`place`, where it is a folder that holds a vocabulary."""
+    """Return `place` if it is a folder with a vocabulary, else None."""
     return place if place and any((Path(place) / name).is_file() for name in WORD_FILES) else None
 
 
 def replace_surrogates(text: str) -> str:
-    """`text` with a question mark for each half of a surrogate pair: no tokenizer of transformers takes them."""
+    """Replace each half of a surrogate pair by a question mark: no tokenizer of transformers accepts them."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _missing_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens that a vocabulary lacks; transformers would add them behind its end."""
+def _find_missing_tokens(tokenizer: Any) -> list[str]:
+    """Return the special tokens missing from a vocabulary; transformers would append them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.get_vocab(with_added_tokens=False) if backend else tokenizer.get_vocab()
     return [token for token in SPECIAL_TOKENS if token not in words]
 
 
-def _of_words(words: list[str], place: str) -> Any:
+def _from_words(words: list[str], place: str) -> Any:
     from transformers import BertTokenizer
 
     try:
@@ -108,13 +106,13 @@ def _of_words(words: list[str], place: str) -> Any:
         raise UserError(f"{place} cannot be used ({describe(error)})") from error
 
 
-def _of_file(path: Path) -> Any:
+def _from_file(path: Path) -> Any:
     from transformers import BertTokenizer
 
     try:
         read_small(path)
         with quiet():
-            # By position: given as vocab_file=, transformers 5 ignores it.
+            # transformers 5 ignores the file if it is given as vocab_file=
             return BertTokenizer(str(path))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(f"--tokenizer {path} is not a vocab.txt ({describe(error)}); give BERT's") from error
@@ -125,7 +123,7 @@ def _refuse_cased(settings: Path) -> None:
         return
     content = read_model_json(settings, "tokenizer config")
     if isinstance(content, dict) and content.get("do_lower_case") is False:
-        raise UserError(f"{settings}: its vocabulary is cased, captions are read in lower case; give an uncased one")
+        raise UserError(f"{settings}: its vocabulary is cased, but captions are lower-cased; give an uncased one")
 
 
 def _read(source: str) -> Any:
@@ -136,20 +134,20 @@ def _read(source: str) -> Any:
             return load_tokenizer(source)
         path = path / "vocab.txt"
     if path.exists():
-        return _of_file(path)
+        return _from_file(path)
     if path.suffix == ".txt" or path.is_absolute():
-        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or the folder it is in")
+        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or its folder")
     try:
         return load_tokenizer(source)
     except FETCH_ERRORS:
         raise UserError(
-            f"the tokenizer {source} could not be fetched from huggingface.co; give the model's word list as "
+            f"the tokenizer {source} could not be fetched from huggingface.co; give the model's vocabulary as "
             "--tokenizer vocab.txt"
         ) from None
 
 
 class ChineseTokenizer(WordPieceTokenizer):
-    """Word pieces as Chinese-CLIP makes them: curly quotes straightened."""
+    """Chinese-CLIP's WordPiece tokenizer: curly quotes become straight ones."""
 
     @staticmethod
     def clean_fn(text: str) -> str:
@@ -157,11 +155,11 @@ class ChineseTokenizer(WordPieceTokenizer):
 
 
 def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
-    """The tokenizer that goes with `model`; `data.captions.tokenize` runs it.
+    """Build the tokenizer of `model`; `data.captions.tokenize` runs it.
 
-    A WordPiece tokenizer has the words of --tokenizer, else those in the model's config, else those beside the weights
-    of --text_pretrained, else the hub's. Raises UserError where it cannot be had, or has more tokens than the text
-    tower knows.
+    The vocabulary of a WordPiece tokenizer is --tokenizer's, else the one in the model's config, else the one beside
+    the weights of --text_pretrained, else the hub's. Raises UserError if it cannot be fetched or read, or has more
+    tokens than the text tower.
     """
     text = model.config["text_cfg"]
     length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
@@ -171,43 +169,42 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
     if is_chinese or simple_clip_weights.is_simple_clip(model.config):
         words = options.tokenizer or text.get("vocab") or find_word_folder(options.text_pretrained)
         words = words or text.get("hf_tokenizer_name") or simple_clip_weights.TEXT_MODEL
-        of_its_kind = ChineseTokenizer if is_chinese else WordPieceTokenizer
-        return of_its_kind(words, length, known, model.config_from)
+        return (ChineseTokenizer if is_chinese else WordPieceTokenizer)(words, length, known, model.config_from)
     if text.get("hf_tokenizer_name"):
         tokenizer = _hf_tokenizer(options, model, length, arguments)
         size = len(tokenizer.tokenizer)
     elif options.tokenizer:
-        raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; leave it out")
+        raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; drop --tokenizer")
     else:
         try:
             tokenizer = SimpleTokenizer(context_length=length, **arguments)
         except TypeError as error:
             raise UserError(
-                f"{model.config_from}: its tokenizer_kwargs are not those of CLIP's tokenizer ({error})"
+                f"{model.config_from}: its tokenizer_kwargs do not fit CLIP's tokenizer ({error})"
             ) from None
         size = tokenizer.vocab_size
     if size > known:
         raise UserError(
-            f"{model.config_from}: the tokenizer has {size:,} tokens, the text tower knows {known:,}; give the "
-            "tokenizer that belongs to it"
+            f"{model.config_from}: the tokenizer has {size:,} tokens, the text tower {known:,}; give the tokenizer of "
+            "the model"
         )
     _try_tokenizer(tokenizer, model.config_from, known)
     return tokenizer
 
 
 def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: int) -> None:
-    """Tokenise a few captions. Raises UserError for a tokenizer without padding, a word for the unknown, and so on."""
+    """Tokenize a few captions. Raises UserError for a tokenizer without padding, an unknown token, ..."""
     try:
         ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
         is_known = bool((ids >= 0).all() and (ids < known).all())
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(f"{name}: its tokenizer cannot read captions ({describe(error)}); give --tokenizer") from error
     if not is_known:
-        raise UserError(f"{name}: its tokenizer has ids that the text tower does not know; give --tokenizer")
+        raise UserError(f"{name}: its tokenizer has ids outside the text tower's vocabulary; give --tokenizer")
 
 
 def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFTokenizer | WordPieceTokenizer) -> None:
-    """Put the words of a WordPiece tokenizer into its model's config: no checkpoint needs a vocab.txt beside it."""
+    """Add the vocabulary of a WordPiece tokenizer to the model config, so that a checkpoint needs no vocab.txt."""
     if isinstance(tokenizer, WordPieceTokenizer):
         config["text_cfg"]["vocab"] = tokenizer.words
 
@@ -223,6 +220,6 @@ def _hf_tokenizer(
         return load_open_clip_tokenizer(source, context_length, tokenizer_mode=text.get("tokenizer_mode"), **arguments)
     except hub.FETCH_ERRORS:
         raise UserError(
-            f"the tokenizer {source} of {model.name} could not be read, or fetched from huggingface.co; a folder that "
-            "it was downloaded to is given as --tokenizer FOLDER"
+            f"the tokenizer {source} of {model.name} could not be read, or fetched from huggingface.co; download it "
+            "elsewhere and give its folder as --tokenizer FOLDER"
         ) from None

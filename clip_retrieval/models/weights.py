@@ -1,4 +1,4 @@
-"""Weight files of every format, read into one form."""
+"""Read weight files of every format into one form."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ SIMPLE_CLIP = "simple-clip"
 STATE_DICT = "state dict"
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-"""How the names of weight files end."""
+"""Suffixes of weight files."""
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass
 class Weights:
-    """What a weight file holds.
+    """The content of a weight file.
 
     Attributes:
         source: the file.
         kind: OURS: a checkpoint of ours; OPENAI_ARCHIVE: OpenAI's TorchScript file; OPENAI_CODE: saved by a system
             that runs OpenAI's own model (Clip_crossmodal_retrieval's adaptor); CLIP_TRAINING; CHINESE_CLIP;
             SIMPLE_CLIP; STATE_DICT: any other.
-        state: float32 CPU tensors under open_clip's names, an adaptor's as `adaptor.*`.
-        model_config, preprocess, options: of a checkpoint of ours, else None.
+        state: float32 CPU tensors under open_clip's names; an adaptor's as `adaptor.*`.
+        model_config, preprocess, options: from a checkpoint of ours, else None.
     """
 
     source: str
@@ -55,9 +55,9 @@ class Weights:
 def read_weights(path: str | Path) -> Weights:
     """Read a weight file.
 
-    OpenAI's archives, open_clip's .pt and .safetensors, Chinese-CLIP's, CLIP_ITM's, clip-training's, simple-clip's and
-    Clip_crossmodal_retrieval's .pt, and checkpoints of ours. Raises UserError where the file is missing, damaged, no
-    checkpoint, or holds Python objects.
+    Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
+    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Raises UserError if the file is missing,
+    damaged, not a checkpoint, or holds Python objects.
     """
     path = Path(path)
     file = read_tensor_file(path)
@@ -73,16 +73,16 @@ def read_text_tower(
     kind: str,
     hf_config: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """A text tower's weights from a folder, a file or the hub, float32.
+    """Read a text tower's weights from a folder, a file or the hub, as float32.
 
     Args:
-        place: where they are.
-        rename: gives them the names of our text tower, and nothing where they are of another kind.
+        place: a folder, a file or a hub name.
+        rename: renames a state dict to our text tower's names; empty for another kind of model.
         kind: "BERT" or "DistilBERT", for messages.
         hf_config: our text tower's own config.
 
-    Raises UserError as `read_weights` does, and where the file holds none of this kind, or the config.json beside it
-    one that computes something else.
+    Raises UserError as `read_weights` does, and if the file holds another kind of model, or the config.json beside it
+    contradicts `hf_config`.
     """
     path = Path(place)
     if path.is_dir():
@@ -95,7 +95,7 @@ def read_text_tower(
         path = Path(hub.fetch_bert(place))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
-    with named_shape_errors(str(path)):
+    with translate_shape_errors(str(path)):
         state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
@@ -103,19 +103,19 @@ def read_text_tower(
 
 
 def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
-    """Raise UserError where a config.json differs in what the shapes of the weights do not tell."""
+    """Raise UserError if a config.json differs in a field that the shapes of the weights do not show."""
     found = read_model_json(config, "config of a text tower") if config.exists() else {}
     ours = {"activation": "gelu", "sinusoidal_pos_embds": False, "hidden_act": "gelu"} | hf_config
     for key in ("n_heads", "num_attention_heads", "activation", "hidden_act", "sinusoidal_pos_embds"):
         if isinstance(found, dict) and key in found and key in ours and found[key] != ours[key]:
             raise UserError(
-                f"{config}: {key} is {found[key]}, the text tower's {ours[key]}; give other weights, or a model config "
-                "with it"
+                f"{config}: {key} is {found[key]}, but the text tower's {ours[key]}; give other weights, or a model "
+                "config with the same value"
             )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
-    """All of a checkpoint of ours, the state of its run included; None where the file holds something else.
+    """Read a whole checkpoint of ours, including the state of its run. Returns None for any other file.
 
     Raises UserError as `read_weights` does.
     """
@@ -132,11 +132,11 @@ def _is_ours(content: Any) -> bool:
 
 
 def _check_ours(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError for a checkpoint of ours that no version of this tool wrote."""
+    """Raise UserError for a checkpoint of ours with missing or invalid values."""
     try:
         checkpoint_schema.checkpoint(content)
     except SchemaError as error:
-        raise UserError(f"{path} is a damaged checkpoint: {error}; take another one") from None
+        raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
 
 
 def _from_content(path: Path, content: Any) -> Weights:
@@ -152,44 +152,44 @@ def _from_content(path: Path, content: Any) -> Weights:
     if not state:
         raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
-    with named_shape_errors(str(path)):
-        return _of_system(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
+    with translate_shape_errors(str(path)):
+        return _convert(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
 
 
-def _of_system(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: bool) -> Weights:
-    """The weights of the system whose names they have."""
+def _convert(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: bool) -> Weights:
+    """Recognise the system that saved `state` by its names, and convert them to open_clip's."""
     if any(name.startswith("bert.") for name in state):
         return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
     if any(name.startswith("clip_model.") for name in state):
         return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
     if simple_clip_weights.is_reference(state):
         return Weights(str(path), SIMPLE_CLIP, simple_clip_weights.from_reference(state))
-    # clip-training writes a global_step beside its model_state_dict; others call their weights so as well.
+    # clip-training has a global_step beside its model_state_dict; other systems use that key as well
     return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
 
 
 @contextmanager
-def named_shape_errors(source: str) -> Iterator[None]:
-    """A block that renames, counts and unpacks tensors of a file by their names: some may have any other shape."""
+def translate_shape_errors(source: str) -> Iterator[None]:
+    """Translate the errors of code that expects tensors of a file to have certain shapes."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{source} does not hold the weights of a model that is known here ({describe(error)}); give another file"
+            f"{source} does not hold the weights of a known model ({describe(error)}); give another file"
         ) from error
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """`state` without what DistributedDataParallel or torch.compile put before every name."""
+    """Remove the prefix that DistributedDataParallel or torch.compile adds to every name."""
     if not all(name.startswith(prefix) for name in state):
         return state
     return {name.removeprefix(prefix): v for name, v in state.items()}
 
 
 def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Clip_crossmodal_retrieval's CLIP with an adaptor, and a logit scale of their own that was trained."""
+    """Rename Clip_crossmodal_retrieval's CLIP with an adaptor, and its trained logit scale outside of the CLIP."""
     clip = {name.removeprefix("clip_model."): v for name, v in state.items() if name.startswith("clip_model.")}
     layers = "additional_layers.fc."
     adaptor = {f"adaptor.{name.removeprefix(layers)}": v for name, v in state.items() if name.startswith(layers)}
@@ -198,7 +198,7 @@ def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among the entries of a dict. Raises UserError for one that is no plain tensor."""
+    """Return the tensors of a dict. Raises UserError for a tensor that is sparse, quantised and so on."""
     for name, value in content.items():
         if isinstance(value, Unusable):
             raise UserError(f"{path}: {value.problem(name)}")
@@ -206,17 +206,17 @@ def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def _float32(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict as float32; those under several names stay one."""
+    """Convert a state dict to float32; a tensor under several names stays one tensor."""
     converted: dict[int, torch.Tensor] = {}
     for name, value in state.items():
         if value.is_complex():
-            raise UserError(f"{path}: {name} has complex numbers, which no model here computes with")
+            raise UserError(f"{path}: {name} has complex numbers, which no model supports; give another file")
         if id(value) not in converted:
             converted[id(value)] = value.float() if value.is_floating_point() else value
     return {name: converted[id(value)] for name, value in state.items()}
 
 
 def join_first(names: Iterable[str]) -> str:
-    """The first few of `names`, for a message."""
+    """Join the first few names, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
