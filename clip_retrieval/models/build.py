@@ -11,7 +11,8 @@ import torch
 from open_clip.timm_model import TimmModel
 
 from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import chinese_clip, hub, names
+from clip_retrieval.models import hub, names
+from clip_retrieval.models.families import find_family
 from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
 from clip_retrieval.models.load import check_adaptor, load_into
 from clip_retrieval.models.model_config import find_preprocess
@@ -84,8 +85,7 @@ def rebuild_model(
 
     Raises UserError, naming `source`, if they do not fit each other.
     """
-    if chinese_clip.is_chinese_clip(config):
-        name = chinese_clip.model_name(config)
+    name = find_family(config).config_name(config) or name
     return _build(
         ModelSource(name, config, preprocess, source, state, config_from=source), image_size, context_length, logit_bias
     )
@@ -125,7 +125,8 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     preprocess = find_preprocess(source.preprocess)
     preprocess["size"] = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
     # The logit scale is missing too in weights of single towers, but has an initial value of its own.
-    random = tuple(name.rstrip(".") for name in source.random if name != "logit_scale")
+    keys = clip.state_dict().keys() - {"logit_scale"}
+    random = tuple(prefix.rstrip(".") for prefix in source.random if any(key.startswith(prefix) for key in keys))
     clip = clip.float().eval()
     if not source.is_known or image_size or context_length:
         try_model(clip, config, preprocess, config_from)

@@ -7,7 +7,6 @@ from typing import Any
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from clip_retrieval.models import chinese_clip
 from clip_retrieval.models.schema import (
     Check,
     SchemaError,
@@ -71,21 +70,9 @@ _CONFIG = record(
 )
 
 
-_CHINESE_CLIP = record(
-    required={
-        "vision_cfg": record(required={"image_size": SIDE}),
-        "text_cfg": record(
-            required={"hf_model_name": text, "hf_config": record(required={"num_hidden_layers": whole()})}
-        ),
-    }
-)
-
-
 def model_config(value: Any, place: str) -> None:
     """Check a model config, open_clip's or ours."""
     _CONFIG(value, place)
-    if chinese_clip.is_chinese_clip(value):
-        _CHINESE_CLIP(value, place)
     vision = value["vision_cfg"]
     size, patch = vision.get("image_size", CLIPVisionCfg.image_size), vision.get("patch_size")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -73,6 +73,11 @@ def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return renamed
 
 
+def vision_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the image tower and the logit scale of a CLIP."""
+    return {name: v for name, v in state.items() if name.startswith("visual.") or name == "logit_scale"}
+
+
 def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
     """Infer the model config of a checkpoint from the shapes of its tensors (under open_clip's names).
 
@@ -96,14 +101,9 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
 
 
 def reference_config(vision: str, text: str) -> dict[str, Any]:
-    """Return the model config of two of Chinese-CLIP's tower names; `text` is one of TEXT_MODELS.
-
-    Raises UserError if `vision` is not one of VISION_MODELS.
-    """
+    """Return the model config of one of VISION_MODELS and one of TEXT_MODELS."""
     from open_clip.factory import get_model_config
 
-    if vision not in VISION_MODELS:
-        raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}, not with {vision}")
     sizes = TEXT_MODELS[text]
     hf_config = {
         "vocab_size": VOCABULARY,
@@ -126,7 +126,7 @@ def model_name(config: dict[str, Any]) -> str:
     if text not in TEXT_MODELS or not same:
         return UNNAMED
     # ViT-L-14 and ViT-L-14-336 differ only in the image size.
-    return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
+    return f"{max(same, key=lambda name: towers[name]['image_size'] == vision.get('image_size'))}@{text}"
 
 
 def split_model_name(options: ModelOptions) -> ModelOptions:
@@ -139,7 +139,7 @@ def split_model_name(options: ModelOptions) -> ModelOptions:
 
 def is_chinese_clip(config: dict[str, Any]) -> bool:
     """Whether a model config is Chinese-CLIP's."""
-    return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE
+    return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE and "hf_model_name" in config["text_cfg"]
 
 
 def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import socket
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import huggingface_hub.constants
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+from open_clip.pretrained import download_pretrained
 
 from clip_retrieval.errors import UserError
 
@@ -64,66 +65,31 @@ def _reachable(url: str) -> bool:
         return False
 
 
+def fetch(failure: str, *downloads: Callable[[], str]) -> str:
+    """Return the path from the first download that works. Raises UserError(failure) if none does."""
+    for download in downloads:
+        with suppress(*FETCH_ERRORS), hub_access():
+            return download()
+    raise UserError(failure)
+
+
 def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
     """Return the path of a tag's weights, downloaded or cached.
 
     Tries the hub first, then the original address (its cache is shared with OpenAI's package). Raises UserError if
     both fail.
     """
-    sources = [tag_config["hf_hub"].rstrip("/") + " on huggingface.co"] if tag_config.get("hf_hub") else []
-    sources += [tag_config["url"]] if tag_config.get("url") else []
-    for prefer_hub in (True, False):
-        if not prefer_hub and not tag_config.get("url"):
-            continue
-        try:
-            with hub_access():
-                return download_pretrained(tag_config, prefer_hf_hub=prefer_hub)
-        except FETCH_ERRORS:
-            continue
-    url = tag_config.get("url")
+    repository, url = tag_config.get("hf_hub"), tag_config.get("url")
+    sources = [f"{repository.rstrip('/')} on huggingface.co"] if repository else []
+    sources += [url] if url else []
     place = f", or put it at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
-    raise UserError(
+    return fetch(
         f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; check the network, or download "
-        f"the file elsewhere and give it as --pretrained FILE{place}"
+        f"the file elsewhere and give it as --pretrained FILE{place}",
+        *(partial(download_pretrained, tag_config, prefer_hf_hub=hub) for hub in ((True, False) if url else (True,))),
     )
 
 
-def fetch_hub_config(hub_id: str) -> str:
-    """Return the path of a hub repository's open_clip_config.json. Raises UserError if it cannot be fetched."""
-    try:
-        with hub_access():
-            return download_pretrained_from_hf(hub_id, filename="open_clip_config.json")
-    except FETCH_ERRORS:
-        raise UserError(
-            f"open_clip_config.json of hf-hub:{hub_id} could not be fetched from huggingface.co; check the name and "
-            "the network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
-        ) from None
-
-
-def fetch_hub_weights(hub_id: str) -> str:
-    """Return the path of a hub repository's weights. Raises UserError if they cannot be fetched."""
-    try:
-        with hub_access():
-            return download_pretrained_from_hf(hub_id)
-    except FETCH_ERRORS:
-        raise UserError(
-            f"the weights of hf-hub:{hub_id} could not be fetched from huggingface.co; check the network, or download "
-            "them elsewhere and give them as --pretrained FILE"
-        ) from None
-
-
-BERT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-def fetch_bert(name: str) -> str:
-    """Return the path of a BERT's weights from the hub. Raises UserError if they cannot be fetched."""
-    for file in BERT_FILES:
-        try:
-            with hub_access():
-                return huggingface_hub.hf_hub_download(name, file)
-        except FETCH_ERRORS:
-            continue
-    raise UserError(
-        f"--text_pretrained {name}: no such file or folder, and its weights could not be fetched from huggingface.co; "
-        "give the folder of a downloaded BERT"
-    )
+def fetch_files(repository: str, files: Sequence[str], failure: str) -> str:
+    """Return the path of the first of `files` that a hub repository has. Raises UserError(failure) if it has none."""
+    return fetch(failure, *(partial(huggingface_hub.hf_hub_download, repository, file) for file in files))

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from open_clip.hf_configs import arch_dict
-from open_clip.tokenizer import HFTokenizer
 
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
@@ -46,14 +43,6 @@ def read_model_json(path: Path, kind: str) -> Any:
         raise UserError(f"{path} is not a {kind}: {describe(error)}") from None
 
 
-def fetch_config(name: str) -> dict[str, Any]:
-    """Read the config.json of a text tower from a folder or the hub. Raises OSError, ValueError or UserError."""
-    path = Path(name) / "config.json"
-    if not Path(name).is_dir():
-        path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    return filter_config(read_model_json(path, "config of a text tower"), str(path))
-
-
 def filter_config(config: Any, source: str) -> dict[str, Any]:
     """Keep only the fields that a text tower's model_type defines: no code, kernels or quantisation.
 
@@ -70,32 +59,23 @@ def filter_config(config: Any, source: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in known}
 
 
-def load_tokenizer(source: str) -> Any:
-    """Load transformers' tokenizer from a folder or the hub, without running code.
+def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **arguments: Any) -> Any:
+    """Load a tokenizer from a folder or the hub without running code.
 
-    Raises UserError for a folder without one, and one of hub.FETCH_ERRORS for a name that cannot be fetched.
+    Args:
+        load: AutoTokenizer.from_pretrained of transformers, or HFTokenizer of open_clip.
+        source: a folder or a hub name.
+        failure: message if the hub name cannot be fetched.
+        arguments: more arguments of `load`.
+
+    Raises UserError if it cannot be fetched or read, or needs its own code.
     """
-    from transformers import AutoTokenizer
-
-    is_local = Path(source).exists()
-    with _tokenizer_errors(source), hub.quiet() if is_local else hub.hub_access():
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=is_local)
-
-
-def load_open_clip_tokenizer(source: str, context_length: int, **arguments: Any) -> HFTokenizer:
-    """Load the same tokenizer in open_clip's wrapper, with `checkpoint_schema.TOKENIZER_ARGUMENTS`."""
-    is_local = Path(source).exists()
-    with _tokenizer_errors(source), hub.quiet() if is_local else hub.hub_access():
-        return HFTokenizer(source, context_length, trust_remote_code=False, local_files_only=is_local, **arguments)
-
-
-@contextmanager
-def _tokenizer_errors(source: str) -> Iterator[None]:
-    """Translate the errors of loading a tokenizer: transformers raises nearly anything on broken files."""
     _refuse_special_files(Path(source))
+    is_local = Path(source).exists()
     try:
-        yield
-    except Exception as error:
+        with hub.quiet() if is_local else hub.hub_access():
+            return load(source, trust_remote_code=False, local_files_only=is_local, **arguments)
+    except Exception as error:  # transformers raises nearly anything on broken files
         if "custom code" in str(error):
             names = [Path(source) / name for name in ("tokenizer_config.json", "config.json")]
             place = next((path for path in names if _has_auto_map(path)), source)
@@ -103,11 +83,9 @@ def _tokenizer_errors(source: str) -> Iterator[None]:
                 f"{place} needs its own Python code (auto_map), which is never run; give a tokenizer class of "
                 "transformers itself as --tokenizer"
             ) from error
-        if Path(source).exists():
-            raise UserError(
-                f"the tokenizer {source} cannot be read ({describe(error)}); give another --tokenizer"
-            ) from error
-        raise OSError(describe(error)) from error
+        if is_local:
+            failure = f"the tokenizer {source} cannot be read ({describe(error)}); give another --tokenizer"
+        raise UserError(failure) from error
 
 
 def _refuse_special_files(path: Path) -> None:

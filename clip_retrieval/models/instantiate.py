@@ -16,10 +16,10 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
 from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import hub, simple_clip_weights
-from clip_retrieval.models.hugging_face import fetch_config, filter_config
+from clip_retrieval.models import hub
+from clip_retrieval.models.families import find_family
+from clip_retrieval.models.hugging_face import filter_config, read_model_json
 from clip_retrieval.models.memory import build_within_memory
-from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.towers import RetrievalModel
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -30,9 +30,9 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_config"):
         text["hf_config"] = filter_config(text["hf_config"], name)
-    if simple_clip_weights.is_simple_clip(config):
+    if module := find_family(config).module:
         with hub.quiet(), _config_errors(name):
-            return build_within_memory(lambda: SimpleCLIP(**deepcopy(config)), name)
+            return build_within_memory(lambda: module(**deepcopy(config)), name)
 
     # keep open_clip and timm from fetching or reading files
     if vision.get("timm_model_name"):
@@ -51,7 +51,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
         if text.get("hf_model_name"):
             # open_clip reads a Hugging Face config only from a name or a folder.
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
+            content = json.dumps(hf_config or _read_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
         for context in (hub.quiet(), _config_errors(name)):
@@ -68,14 +68,13 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     return clip
 
 
-def _fetch_hf_config(tower: str, name: str) -> dict[str, Any]:
-    try:
-        with hub.hub_access():
-            return fetch_config(tower)
-    except hub.FETCH_ERRORS as error:
-        raise UserError(
-            f"{name}: its text tower {tower} could not be fetched from huggingface.co; check the network"
-        ) from error
+def _read_hf_config(tower: str, name: str) -> dict[str, Any]:
+    """Read the config.json of a text tower from a folder or the hub."""
+    path = f"{tower}/config.json"
+    if not Path(tower).is_dir():
+        failure = f"{name}: its text tower {tower} could not be fetched from huggingface.co; check the network"
+        path = hub.fetch_files(tower, ["config.json"], failure)
+    return filter_config(read_model_json(Path(path), "config of a text tower"), path)
 
 
 def _check_timm_name(tower: str, name: str) -> None:

@@ -27,7 +27,11 @@ def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
     if name.kind == "hub":
-        path = Path(hub.fetch_hub_config(name.config.removeprefix(names.HUB)))
+        failure = (
+            f"open_clip_config.json of {name.config} could not be fetched from huggingface.co; check the name and the "
+            "network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
+        )
+        path = Path(hub.fetch_files(name.config.removeprefix(names.HUB), ["open_clip_config.json"], failure))
     elif name.kind == "folder":
         path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
     else:

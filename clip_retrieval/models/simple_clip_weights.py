@@ -40,17 +40,12 @@ EFFICIENTNET_PARTS = {"0": "features"}
 BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
 
 
-def is_simple_clip(config: dict[str, Any]) -> bool:
-    """Whether a model config is simple-clip's."""
-    return "torchvision_model_name" in config["vision_cfg"]
-
-
 def is_reference(state: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict has simple-clip's own names."""
     return all(any(name.startswith(prefix) for name in state) for prefix in (IMAGE, "text_encoder.model."))
 
 
-def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename simple-clip's own state dict to our names, without an untrained bias (see HIGHEST_BIAS).
 
     The first checkpoints, among them the published one, have no temperature: they were trained with a scale of 1.
@@ -68,23 +63,16 @@ def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def infer_name(state: dict[str, torch.Tensor], source: str) -> str:
-    """Infer the model name from the image tower of a state dict. Raises UserError, naming `source`, if unknown."""
-    if f"{TRUNK}features.0.0.weight" in state:
-        return "efficientnet_v2_s"
-    blocks = tuple(count_layers(state, f"{TRUNK}layer{stage}.") for stage in (1, 2, 3, 4))
-    name = BLOCKS.get(blocks)
-    if name is None or (f"{TRUNK}layer1.0.conv3.weight" in state) != (name == "resnet50"):
-        raise UserError(f"{source} is an incomplete simple-clip checkpoint: it has no {', '.join(IMAGE_MODELS)}")
-    return name
-
-
-def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
-    """Infer the model config of a checkpoint from the shapes of its tensors (under our names).
+def infer(state: dict[str, torch.Tensor], source: str) -> tuple[str, dict[str, Any]]:
+    """Infer the model name and config of a checkpoint from the shapes of its tensors (under our names).
 
     Raises UserError, naming `source`, if one of these tensors is missing.
     """
-    config, _ = find_model_config(names.resolve(infer_name(state, source)))
+    blocks = tuple(count_layers(state, f"{TRUNK}layer{stage}.") for stage in (1, 2, 3, 4))
+    name = "efficientnet_v2_s" if f"{TRUNK}features.0.0.weight" in state else BLOCKS.get(blocks)
+    if name is None or (f"{TRUNK}layer1.0.conv3.weight" in state) != (name == "resnet50"):
+        raise UserError(f"{source} is an incomplete simple-clip checkpoint: it has no {', '.join(IMAGE_MODELS)}")
+    config, _ = find_model_config(names.resolve(name))
     text = config["text_cfg"]
     try:
         vocabulary, width = state[f"{TEXT}embeddings.word_embeddings.weight"].shape
@@ -103,7 +91,7 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
         }
     except KeyError as error:
         raise UserError(f"{source} is an incomplete simple-clip checkpoint: {error.args[0]} is missing") from None
-    return config
+    return name, config
 
 
 def trunk_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

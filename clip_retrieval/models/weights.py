@@ -11,20 +11,14 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip_weights
+from clip_retrieval.models import checkpoint_schema, hub
+from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recognise
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
 
-OURS = "ours"
-OPENAI_ARCHIVE = "openai archive"
-OPENAI_CODE = "openai code"
-CLIP_TRAINING = "clip-training"
-CHINESE_CLIP = "chinese-clip"
-SIMPLE_CLIP = "simple-clip"
-STATE_DICT = "state dict"
-
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 """Suffixes of weight files."""
 
@@ -37,15 +31,13 @@ class Weights:
 
     Attributes:
         source: the file.
-        kind: OURS: a checkpoint of ours; OPENAI_ARCHIVE: OpenAI's TorchScript file; OPENAI_CODE: saved by a system
-            that runs OpenAI's own model (Clip_crossmodal_retrieval's adaptor); CLIP_TRAINING; CHINESE_CLIP;
-            SIMPLE_CLIP; STATE_DICT: any other.
+        family: the system that saved it.
         state: float32 CPU tensors under open_clip's names; an adaptor's as `adaptor.*`.
         model_config, preprocess, options: from a checkpoint of ours, else None.
     """
 
     source: str
-    kind: str
+    family: Family
     state: dict[str, torch.Tensor]
     model_config: dict[str, Any] | None = None
     preprocess: dict[str, Any] | None = None
@@ -86,13 +78,17 @@ def read_text_tower(
     """
     path = Path(place)
     if path.is_dir():
-        files = [path / name for name in hub.BERT_FILES if (path / name).exists()]
+        files = [path / name for name in BERT_FILES if (path / name).exists()]
         if not files:
-            raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a {kind}")
+            raise UserError(f"{path} holds no {' or '.join(BERT_FILES)}; give the folder of a {kind}")
         _check_same_tower(path / "config.json", hf_config)
         path = files[0]
     elif not path.exists() and path.suffix not in WEIGHT_FILES:
-        path = Path(hub.fetch_bert(place))
+        failure = (
+            f"--text_pretrained {place}: no such file or folder, and its weights could not be fetched from "
+            f"huggingface.co; give the folder of a downloaded {kind}"
+        )
+        path = Path(hub.fetch_files(place, BERT_FILES, failure))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
     with translate_shape_errors(str(path)):
@@ -153,19 +149,8 @@ def _from_content(path: Path, content: Any) -> Weights:
         raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
     with translate_shape_errors(str(path)):
-        return _convert(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
-
-
-def _convert(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: bool) -> Weights:
-    """Recognise the system that saved `state` by its names, and convert them to open_clip's."""
-    if any(name.startswith("bert.") for name in state):
-        return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
-    if any(name.startswith("clip_model.") for name in state):
-        return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
-    if simple_clip_weights.is_reference(state):
-        return Weights(str(path), SIMPLE_CLIP, simple_clip_weights.from_reference(state))
-    # clip-training has a global_step beside its model_state_dict; other systems use that key as well
-    return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
+        family = recognise(state, content)
+        return Weights(str(path), family, family.to_open_clip(state))
 
 
 @contextmanager
@@ -186,15 +171,6 @@ def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, to
     if not all(name.startswith(prefix) for name in state):
         return state
     return {name.removeprefix(prefix): v for name, v in state.items()}
-
-
-def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename Clip_crossmodal_retrieval's CLIP with an adaptor, and its trained logit scale outside of the CLIP."""
-    clip = {name.removeprefix("clip_model."): v for name, v in state.items() if name.startswith("clip_model.")}
-    layers = "additional_layers.fc."
-    adaptor = {f"adaptor.{name.removeprefix(layers)}": v for name, v in state.items() if name.startswith(layers)}
-    rest = {name: v for name, v in state.items() if not name.startswith(("clip_model.", layers))}
-    return {**clip, **adaptor, **rest}
 
 
 def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:

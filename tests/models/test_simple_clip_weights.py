@@ -187,8 +187,7 @@ def test_simple_clip_names_build_its_models(typed):
         built = build_model(ModelOptions(vision_model=typed, text_model="distilbert-base-uncased"))
     state = built.clip.state_dict()
     assert built.name == ("efficientnet_v2_s" if typed == "efficientnet" else typed)
-    assert simple_clip_weights.infer_name(state, "x.pth") == built.name
-    assert simple_clip_weights.infer_config(state, "x.pth") == built.config
+    assert simple_clip_weights.infer(state, "x.pth") == (built.name, built.config)
     heads = {"resnet18": 512, "resnet50": 2048}.get(built.name, 1280), 768
     assert tuple(len(state[f"{tower}.0.weight"]) for tower in ("visual.head", "text.proj")) == heads
     assert (built.weights, built.clip.logit_bias, built.config["text_cfg"]["context_length"]) == ("none", None, 100)

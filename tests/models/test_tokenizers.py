@@ -1,13 +1,14 @@
 import os
+from functools import partial
 
 import pytest
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from transformers import BertTokenizer
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.hugging_face import load_open_clip_tokenizer
-from clip_retrieval.models.tokenizers import ChineseTokenizer, WordPieceTokenizer
+from clip_retrieval.models.hugging_face import load_tokenizer
+from clip_retrieval.models.word_piece import ChineseTokenizer, WordPieceTokenizer
 from tests.models.small import WORDS
 
 CAPTIONS = ["A red dogs thing", "cafés", "[SEP] a", "", "a a a a a a a a"]
@@ -144,12 +145,15 @@ CAPTIONS_OF_ANY_CHARACTERS = [
 
 @pytest.mark.parametrize("kind", ["WordPiece", "Chinese-CLIP", "CLIP", "Hugging Face", "canonicalize"])
 def test_every_caption_is_tokenised(saved, kind):
+    load = partial(load_tokenizer, HFTokenizer, str(saved), "")
     tokenizers = {
         "WordPiece": lambda: WordPieceTokenizer(WORDS, 7, len(WORDS)),
         "Chinese-CLIP": lambda: ChineseTokenizer(WORDS, 7, len(WORDS)),
         "CLIP": lambda: SimpleTokenizer(context_length=7),
-        "Hugging Face": lambda: load_open_clip_tokenizer(str(saved), 7),
-        "canonicalize": lambda: load_open_clip_tokenizer(str(saved), 7, clean="canonicalize", strip_sep_token=True),
+        "Hugging Face": lambda: load(context_length=7),
+        "canonicalize": lambda: load_tokenizer(
+            HFTokenizer, str(saved), "", context_length=7, clean="canonicalize", strip_sep_token=True
+        ),
     }
     tokens = tokenize(CAPTIONS_OF_ANY_CHARACTERS, tokenizers[kind]())
     assert tokens.ids.shape == (len(CAPTIONS_OF_ANY_CHARACTERS), 7) and (tokens.lengths >= 1).all()

@@ -99,17 +99,17 @@ def test_every_layout_gives_the_models_features(layout, resnet, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind"),
+    ("layout", "family"),
     [
-        ("bare", "state dict"),
-        ("clip_itm", "state dict"),
+        ("bare", "open_clip"),
+        ("clip_itm", "open_clip"),
         ("openai", "openai archive"),
         ("clip_training", "clip-training"),
         ("ours", "ours"),
     ],
 )
-def test_kind_of_file_is_recognised(layout, kind, tmp_path):
-    assert read_weights(save_as(layout, small_clip(), tmp_path)).kind == kind
+def test_family_of_file_is_recognised(layout, family, tmp_path):
+    assert read_weights(save_as(layout, small_clip(), tmp_path)).family.name == family
 
 
 def test_sizes_in_an_archive_are_not_weights(tmp_path):
@@ -131,7 +131,7 @@ def test_adaptor_of_clip_crossmodal_retrieval_is_found(tmp_path):
     layers = {"additional_layers.fc.0.weight": first, "additional_layers.fc.2.weight": second}
     torch.save({"logit_scale": torch.tensor(3.5), **state, **layers}, tmp_path / "best_model.pth")
     found = read_weights(tmp_path / "best_model.pth")
-    assert found.kind == "openai code"
+    assert found.family.name == "Clip_crossmodal_retrieval"
     assert torch.equal(found.state["adaptor.0.weight"], first)
     assert torch.equal(found.state["adaptor.2.weight"], second)
     assert found.state["logit_scale"] == 3.5
