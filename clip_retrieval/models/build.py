@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
 
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import hub, names
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import names
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.model_config import find_preprocess
+from clip_retrieval.models.model_config import Config, State, find_preprocess
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
+from clip_retrieval.models.towers import split_adaptor
 from clip_retrieval.options import ModelOptions
 
 # SigLIP's initial values, https://arxiv.org/abs/2303.15343.
@@ -24,7 +25,6 @@ SIGLIP_SCALE = math.log(10)
 SIGLIP_BIAS = -10.0
 DEFAULT_IMAGE_SIZE = 224
 RESNET_STRIDE = 32
-ADAPTOR = "adaptor."
 
 
 @dataclass
@@ -44,11 +44,11 @@ class BuiltModel:
     """
 
     clip: torch.nn.Module
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
+    config: Config
+    preprocess: Config
     name: str
     weights: str
-    adaptor_state: dict[str, torch.Tensor] | None = None
+    adaptor_state: State | None = None
     random: tuple[str, ...] = ()
     config_from: str = ""
 
@@ -71,9 +71,9 @@ def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias:
 
 
 def rebuild_model(
-    config: dict[str, Any],
-    preprocess: dict[str, Any],
-    state: dict[str, torch.Tensor],
+    config: Config,
+    preprocess: Config,
+    state: State,
     name: str,
     source: str,
     *,
@@ -108,9 +108,8 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     clip = instantiate(config, config_from)
 
     # weights
-    adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
+    state, adaptor = split_adaptor(state)
     if source.state is not None:
-        state = {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}
         # timm resizes the position embeddings itself, after it has the weights at their own size
         if _has_other_size(clip, state):
             _resize_timm(clip, config, source.name)
@@ -133,7 +132,7 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     return BuiltModel(clip, config, preprocess, source.name, source.weights, adaptor or None, random, config_from)
 
 
-def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, context_length: int | None) -> None:
+def _set_sizes(config: Config, name: str, image_size: int | None, context_length: int | None) -> None:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if image_size:
         unit = RESNET_STRIDE if isinstance(vision.get("layers"), (list, tuple)) else vision.get("patch_size") or 1
@@ -147,12 +146,12 @@ def _set_sizes(config: dict[str, Any], name: str, image_size: int | None, contex
         text["context_length"] = context_length
 
 
-def _has_other_size(clip: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
+def _has_other_size(clip: torch.nn.Module, state: State) -> bool:
     key = "visual.trunk.pos_embed"
     return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
 
 
-def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> None:
+def _resize_timm(clip: torch.nn.Module, config: Config, name: str) -> None:
     """Resize a timm image tower from timm's default image size to the config's."""
     if not isinstance(clip.visual, TimmModel):
         return
@@ -163,8 +162,5 @@ def _resize_timm(clip: torch.nn.Module, config: dict[str, Any], name: str) -> No
     if any(side % each for side, each in zip(height_and_width(size), height_and_width(patch))):
         unit = patch if isinstance(patch, int) else patch[0]
         raise UserError(f"--image_size {size}: must be a multiple of {unit} for {name}")
-    try:
-        with hub.quiet():
-            clip.visual.set_input_size(size)
-    except Exception as error:  # of any type, timm has many towers
-        raise UserError(f"--image_size {size}: does not fit {name} ({describe(error)})") from None
+    with translate_errors(f"--image_size {size}: does not fit {name}", "give another size"):
+        clip.visual.set_input_size(size)

@@ -20,6 +20,7 @@ from clip_retrieval.models.schema import (
     sequence,
     tensor,
     text,
+    unknown,
     whole,
 )
 from clip_retrieval.options import GROUPS
@@ -42,7 +43,7 @@ TOKENIZER_ARGUMENTS = record(
             "reduction_mask": one_of("", "simple", "random", "shuffle"),
         }
     ),
-    rest=lambda _, place: _refuse_argument(place),
+    rest=unknown,
 )
 
 _VISION = record(
@@ -76,12 +77,11 @@ def model_config(value: Any, place: str) -> None:
     vision = value["vision_cfg"]
     size, patch = vision.get("image_size", CLIPVisionCfg.image_size), vision.get("patch_size")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    place = f"{place}.vision_cfg".lstrip(".")
     if patch is not None and not 1 <= patch <= min(height, width):
-        raise SchemaError(
-            f"{_join(place, 'vision_cfg')}.patch_size is {patch}, but the image {height} x {width} pixels"
-        )
+        raise SchemaError(f"{place}.patch_size is {patch}, but the image {height} x {width} pixels")
     if patch is not None and (height // patch) * (width // patch) > MOST_PATCHES:
-        raise SchemaError(f"{_join(place, 'vision_cfg')} divides an image into more than {MOST_PATCHES:,} patches")
+        raise SchemaError(f"{place} divides an image into more than {MOST_PATCHES:,} patches")
 
 
 preprocess = record(
@@ -155,11 +155,3 @@ _WITH_OPTIMIZER = record(required={**_MODEL, **_TRAINING})
 def checkpoint(value: Any) -> None:
     """Check a checkpoint of ours, with or without the state needed to resume. Raises SchemaError."""
     (_WITH_OPTIMIZER if "optimizer" in value else _WITHOUT_OPTIMIZER)(value, "")
-
-
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
-
-
-def _refuse_argument(place: str) -> None:
-    raise SchemaError(f"{place}: unknown tokenizer argument")

@@ -6,13 +6,11 @@ of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.model_config import count_layers, same_tower
+from clip_retrieval.models.model_config import Config, State, count_layers, same_tower
 from clip_retrieval.options import ModelOptions
 
 CONTEXT_LENGTH = 52
@@ -34,35 +32,26 @@ POSITIONS = 512
 HEAD_WIDTH = 64
 
 
-def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_open_clip(state: State) -> State:
     """Rename a Chinese-CLIP state dict to open_clip's names."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("bert.pooler."):
-            continue
-        if name.startswith("bert."):
-            renamed["text.transformer." + name.removeprefix("bert.")] = value
-        elif name == "text_projection":
-            renamed["text.proj.weight"] = value.t().contiguous()
-        else:
-            renamed[name] = value
+    renamed = {
+        re.sub(r"^bert\.", "text.transformer.", name): value
+        for name, value in state.items()
+        if not name.startswith("bert.pooler.")
+    }
+    if "text_projection" in renamed:
+        renamed["text.proj.weight"] = renamed.pop("text_projection").t().contiguous()
     return renamed
 
 
-def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_reference(state: State) -> State:
     """Rename a state dict to the names of Chinese-CLIP's own checkpoints: the inverse of `to_open_clip`."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("text.transformer."):
-            renamed["bert." + name.removeprefix("text.transformer.")] = value
-        elif name == "text.proj.weight":
-            renamed["text_projection"] = value.t().contiguous()
-        else:
-            renamed[name] = value
-    return {f"module.{name}": value for name, value in renamed.items()}
+    renamed = {f"module.{re.sub('^text.transformer.', 'bert.', name)}": value for name, value in state.items()}
+    renamed["module.text_projection"] = renamed.pop("module.text.proj.weight").t().contiguous()
+    return renamed
 
 
-def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def bert_to_open_clip(state: State) -> State:
     """Rename a BERT state dict to the text tower's names, without its heads and its unused pooler."""
     renamed = {}
     for name, value in state.items():
@@ -73,12 +62,12 @@ def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return renamed
 
 
-def vision_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def vision_weights(state: State) -> State:
     """Return the image tower and the logit scale of a CLIP."""
     return {name: v for name, v in state.items() if name.startswith("visual.") or name == "logit_scale"}
 
 
-def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+def infer_config(state: State, source: str) -> Config:
     """Infer the model config of a checkpoint from the shapes of its tensors (under open_clip's names).
 
     Raises UserError, naming `source`, if one of these tensors is missing.
@@ -100,7 +89,7 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
         raise UserError(f"{source} is an incomplete Chinese-CLIP checkpoint: {error.args[0]} is missing") from None
 
 
-def reference_config(vision: str, text: str) -> dict[str, Any]:
+def reference_config(vision: str, text: str) -> Config:
     """Return the model config of one of VISION_MODELS and one of TEXT_MODELS."""
     from open_clip.factory import get_model_config
 
@@ -116,7 +105,7 @@ def reference_config(vision: str, text: str) -> dict[str, Any]:
     return _config(clip["embed_dim"], clip["vision_cfg"], hf_config)
 
 
-def model_name(config: dict[str, Any]) -> str:
+def model_name(config: Config) -> str:
     """Return Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
     from open_clip.factory import get_model_config
 
@@ -137,12 +126,12 @@ def split_model_name(options: ModelOptions) -> ModelOptions:
     return replace(options, vision_model=vision, text_model=options.text_model or text)
 
 
-def is_chinese_clip(config: dict[str, Any]) -> bool:
+def is_chinese_clip(config: Config) -> bool:
     """Whether a model config is Chinese-CLIP's."""
     return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE and "hf_model_name" in config["text_cfg"]
 
 
-def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def _config(embed_dim: int, vision: Config, text: Config) -> Config:
     text = {"model_type": "bert", "num_attention_heads": text["hidden_size"] // HEAD_WIDTH, "pad_token_id": 0, **text}
     name = next((n for n, sizes in TEXT_MODELS.items() if sizes.items() <= text.items()), "bert")
     return {
@@ -164,7 +153,7 @@ def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dic
     }
 
 
-def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _infer_vision(state: State) -> Config:
     if "visual.layer1.0.conv1.weight" in state:
         grid = round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
         return {

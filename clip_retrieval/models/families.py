@@ -6,15 +6,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from clip_retrieval.models import chinese_clip, simple_clip_weights
+from clip_retrieval.models.model_config import Config, State
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.word_piece import ChineseTokenizer, WordPieceTokenizer
-
-State = dict[str, torch.Tensor]
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)

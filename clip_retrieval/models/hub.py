@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,25 +13,13 @@ import huggingface_hub.constants
 from open_clip.pretrained import download_pretrained
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.libraries import quiet
 
 FETCH_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that open_clip, huggingface_hub and transformers raise if a download fails."""
 
 PROBE_SECONDS = 3
 STALL_SECONDS = 20
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence log lines and warnings of the libraries."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from open_clip.hf_configs import arch_dict
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.models import hub
+from clip_retrieval.models.libraries import quiet
 
 TEXT_TOWERS = (*arch_dict, "distilbert")
 LARGEST_JSON = 2**26
@@ -73,7 +74,7 @@ def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **argume
     _refuse_special_files(Path(source))
     is_local = Path(source).exists()
     try:
-        with hub.quiet() if is_local else hub.hub_access():
+        with quiet() if is_local else hub.hub_access():
             return load(source, trust_remote_code=False, local_files_only=is_local, **arguments)
     except Exception as error:  # transformers raises nearly anything on broken files
         if "custom code" in str(error):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.errors import UserError
 from clip_retrieval.models import hub
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import filter_config, read_model_json
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.models.towers import RetrievalModel
 
 DEFAULT_CONTEXT_LENGTH = 77
+INVALID, REMEDY = "has a model config that cannot be built", "give another one"
 
 
 def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
@@ -31,7 +32,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     if text.get("hf_config"):
         text["hf_config"] = filter_config(text["hf_config"], name)
     if module := find_family(config).module:
-        with hub.quiet(), _config_errors(name):
+        with translate_errors(f"{name} {INVALID}", REMEDY):
             return build_within_memory(lambda: module(**deepcopy(config)), name)
 
     # keep open_clip and timm from fetching or reading files
@@ -54,8 +55,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
             content = json.dumps(hf_config or _read_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
-        for context in (hub.quiet(), _config_errors(name)):
-            stack.enter_context(context)
+        stack.enter_context(translate_errors(f"{name} {INVALID}", REMEDY))
         clip = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
 
     # complete the weights and the config
@@ -85,23 +85,12 @@ def _check_timm_name(tower: str, name: str) -> None:
         raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
 
 
-@contextmanager
-def _config_errors(name: str) -> Iterator[None]:
-    """Translate all errors of the libraries to a UserError: the values of a config go everywhere."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name}: its model config cannot be built: {describe(error)}") from error
-
-
 def try_model(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:
     """Encode an image and a caption: some faults of a config show only then. Raises UserError."""
     if clip.logit_scale.is_meta:
         return
     length = config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-    with _config_errors(name), torch.no_grad():
+    with translate_errors(f"{name} {INVALID}", REMEDY), torch.no_grad():
         model = RetrievalModel(clip, preprocess).eval()
         images = model.encode_image(torch.zeros(1, 3, *height_and_width(preprocess["size"]), dtype=torch.uint8))
         texts = model.encode_text(torch.zeros(1, length, dtype=torch.int64), torch.tensor([length]))

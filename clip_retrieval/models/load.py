@@ -9,20 +9,20 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.model_config import State
 from clip_retrieval.models.towers import make_adaptor
-from clip_retrieval.models.weights import join_first, translate_shape_errors
+from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 
 
-def load_into(
-    clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str, random: tuple[str, ...] = ()
-) -> None:
+def load_into(clip: torch.nn.Module, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
     """Load `state` into a model, strictly; only `logit_bias` and names that start with `random` may be missing.
 
     Position embeddings are resized to the model's image size and context length. Raises UserError, naming `source`,
     `name` and the weights, if they do not fit.
     """
     own = clip.state_dict()
-    with translate_shape_errors(source):
+    with translate_errors(f"{source} {UNKNOWN_WEIGHTS}"):
         state = _fit(clip, state, own)
     missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
@@ -44,7 +44,7 @@ def load_into(
     clip.load_state_dict(state, strict=False)
 
 
-def check_adaptor(adaptor: dict[str, torch.Tensor], dim: int, source: str) -> None:
+def check_adaptor(adaptor: State, dim: int, source: str) -> None:
     """Raise UserError, naming `source`, for adaptor weights that are not finite or do not fit `dim` features."""
     own = make_adaptor(dim).state_dict()
     if adaptor and {name: v.shape for name, v in adaptor.items()} != {name: v.shape for name, v in own.items()}:
@@ -52,7 +52,7 @@ def check_adaptor(adaptor: dict[str, torch.Tensor], dim: int, source: str) -> No
     refuse_not_finite({f"adaptor.{name}": v for name, v in adaptor.items()}, source)
 
 
-def refuse_not_finite(state: dict[str, torch.Tensor], source: str) -> None:
+def refuse_not_finite(state: State, source: str) -> None:
     """Raise UserError, naming `source` and the weight, for NaN or infinity. Needs no memory."""
     for name, value in state.items():
         has_values = value.is_floating_point() and value.numel() and not value.is_meta
@@ -60,9 +60,7 @@ def refuse_not_finite(state: dict[str, torch.Tensor], source: str) -> None:
             raise UserError(f"{source}: {name} is not finite (NaN or infinity); give other weights")
 
 
-def _fit(
-    clip: torch.nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _fit(clip: torch.nn.Module, state: State, own: State) -> State:
     """Convert `state` to the names and sizes of this version of open_clip and this model."""
     state = convert_state_dict(clip, dict(state))
     if "positional_embedding" in state and "positional_embedding" not in own:
@@ -82,7 +80,7 @@ def _fit(
     return state
 
 
-def _differs_in_length(key: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
+def _differs_in_length(key: str, state: State, own: State) -> bool:
     return (
         key in state
         and key in own

@@ -18,8 +18,14 @@ from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
 
+State = dict[str, torch.Tensor]
+"""A state dict."""
 
-def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
+Config = dict[str, Any]
+"""A model config or the preprocessing of a model, as plain JSON."""
+
+
+def find_model_config(name: ModelName) -> tuple[Config, Config]:
     """Return the model config and the preprocessing (see `find_preprocess`) of a name.
 
     Raises UserError if it cannot be fetched or read, or is not a model config.
@@ -47,7 +53,7 @@ def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
 
 
-def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
+def find_preprocess(overrides: Config) -> Config:
     """Return open_clip's PreprocessCfg as plain JSON, with `overrides` (unknown keys are skipped).
 
     One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
@@ -60,14 +66,14 @@ def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _common_preprocess(config_name: str) -> dict[str, Any]:
+def _common_preprocess(config_name: str) -> Config:
     """Return the preprocessing of a model's tags if all agree (SigLIP's do), else OpenAI's."""
     tags = list_pretrained_tags_by_model(config_name)
     found = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
     return found[0] if found and all(preprocess == found[0] for preprocess in found) else find_preprocess({})
 
 
-def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same_tower(a: Config, b: Config) -> bool:
     """Whether two tower configs are equal except for sizes that position embeddings are resized to.
 
     Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer's
@@ -80,6 +86,6 @@ def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())
 
 
-def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
+def count_layers(state: State, prefix: str) -> int:
     """Count the layers in `state` named `prefix` and a number."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

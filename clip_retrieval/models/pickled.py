@@ -76,13 +76,6 @@ class Module:
     attributes: Any = field(default_factory=dict)
 
 
-@dataclass
-class OldParameter:
-    """A parameter as torch saved it until 2017: created empty, then given its tensor."""
-
-    data: Any = None
-
-
 @dataclass(frozen=True)
 class Unusable:
     """A tensor of a `kind` that cannot be read as plain numbers."""

@@ -134,6 +134,11 @@ def nothing(value: Any, place: str) -> None:
         raise _mismatch(value, place, "null")
 
 
+def unknown(value: Any, place: str) -> None:
+    """Refuse every value."""
+    raise SchemaError(f"{place} is unknown")
+
+
 def plain(value: Any, place: str) -> None:
     """Check for numbers, text, and dicts and lists of them, nested up to a limit."""
     stack, visited = [(value, 0)], 0

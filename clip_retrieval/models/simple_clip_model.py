@@ -1,7 +1,6 @@
 """simple-clip's model: a torchvision CNN for images, DistilBERT for captions, a projection head on each.
 
-https://github.com/filipbasara0/simple-clip. It has the attributes and methods of open_clip's CustomTextCLIP, so the
-rest of the code handles both alike.
+https://github.com/filipbasara0/simple-clip
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
@@ -20,7 +19,7 @@ from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from clip_retrieval.models.batch_norm import freeze_statistics
-from clip_retrieval.models.hub import quiet
+from clip_retrieval.models.libraries import quiet
 
 CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classifier"}
 """torchvision models that may be the image tower, and the attribute of each that holds its classifier."""
@@ -31,7 +30,7 @@ TEXT_KEYS = {"hf_config", "hf_model_name", "hf_tokenizer_name", "context_length"
 PROJECTIONS = ("mlp", "none")
 
 
-class SimpleCLIP(nn.Module):
+class SimpleCLIP(CustomTextCLIP):
     """Both towers and the temperature, built from a model config.
 
     Args:
@@ -54,7 +53,7 @@ class SimpleCLIP(nn.Module):
         init_logit_scale: float = math.log(1 / 0.07),
         init_logit_bias: float | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # open_clip's would build its own towers
         if unknown := (vision_cfg.keys() - VISION_KEYS) | (text_cfg.keys() - TEXT_KEYS):
             raise ValueError(f"unknown keys for a torchvision or DistilBERT tower: {', '.join(sorted(unknown))}")
         if text_cfg.get("hf_config", {}).get("model_type") != "distilbert":
@@ -69,18 +68,7 @@ class SimpleCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Encode float images (n, 3, height, width) as (n, embed_dim)."""
-        features = self.visual(images)
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Encode int64 ids (n, length) as (n, embed_dim)."""
-        features = self.text(tokens)
-        return F.normalize(features, dim=-1) if normalize else features
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations inside the blocks of the towers in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 

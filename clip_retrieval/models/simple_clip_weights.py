@@ -7,13 +7,11 @@ ImageNet's mean and standard deviation. https://github.com/filipbasara0/simple-c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import names
-from clip_retrieval.models.model_config import count_layers, find_model_config
+from clip_retrieval.models.model_config import Config, State, count_layers, find_model_config
 
 IMAGE_MODELS = ("resnet18", "resnet50", "efficientnet_v2_s")
 TEXT_MODEL = "distilbert-base-uncased"
@@ -40,12 +38,12 @@ EFFICIENTNET_PARTS = {"0": "features"}
 BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
 
 
-def is_reference(state: dict[str, torch.Tensor]) -> bool:
+def is_reference(state: State) -> bool:
     """Whether a state dict has simple-clip's own names."""
     return all(any(name.startswith(prefix) for name in state) for prefix in (IMAGE, "text_encoder.model."))
 
 
-def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_open_clip(state: State) -> State:
     """Rename simple-clip's own state dict to our names, without an untrained bias (see HIGHEST_BIAS).
 
     The first checkpoints, among them the published one, have no temperature: they were trained with a scale of 1.
@@ -54,8 +52,8 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renames = {f"{IMAGE}{number}.": f"{TRUNK}{part}." for number, part in parts.items()} | RENAMED
     renamed = {}
     for name, value in state.items():
-        prefix = next((p for p in renames if name == p or (p.endswith(".") and name.startswith(p))), None)
-        renamed[name if prefix is None else renames[prefix] + name.removeprefix(prefix)] = value
+        prefix = next((p for p in renames if name == p or (p.endswith(".") and name.startswith(p))), "")
+        renamed[renames.get(prefix, "") + name.removeprefix(prefix)] = value
     if "logit_bias" in renamed and renamed["logit_bias"] > HIGHEST_BIAS:
         del renamed["logit_bias"]
     if any(name.startswith("projection_head.") for name in state):
@@ -63,7 +61,7 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def infer(state: dict[str, torch.Tensor], source: str) -> tuple[str, dict[str, Any]]:
+def infer(state: State, source: str) -> tuple[str, Config]:
     """Infer the model name and config of a checkpoint from the shapes of its tensors (under our names).
 
     Raises UserError, naming `source`, if one of these tensors is missing.
@@ -94,7 +92,7 @@ def infer(state: dict[str, torch.Tensor], source: str) -> tuple[str, dict[str, A
     return name, config
 
 
-def trunk_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def trunk_weights(state: State) -> State:
     """Rename a torchvision state dict to our names, without its classifier; empty for other state dicts."""
     parts = tuple(f"{part}." for part in (*RESNET_PARTS.values(), *EFFICIENTNET_PARTS.values()))
     trunk = {f"{TRUNK}{name}": value for name, value in state.items() if name.startswith(parts)}
@@ -103,7 +101,7 @@ def trunk_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(0) for name in counts} | trunk
 
 
-def distilbert_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def distilbert_weights(state: State) -> State:
     """Rename a DistilBERT state dict to our names, without its pretraining heads; empty for other state dicts."""
     state = {name.removeprefix("distilbert."): value for name, value in state.items()}
     if not any(name.startswith("transformer.layer.") for name in state):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from open_clip import factory
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import checkpoint_schema, hub, names, simple_clip_weights
 from clip_retrieval.models.families import FAMILIES, Family, find_family
-from clip_retrieval.models.model_config import count_layers, find_model_config, find_preprocess, same_tower
-from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
-from clip_retrieval.models.weights import (
-    WEIGHT_FILES,
-    Weights,
-    read_text_tower,
-    read_weights,
-    translate_shape_errors,
+from clip_retrieval.models.libraries import quiet, translate_errors
+from clip_retrieval.models.model_config import (
+    Config,
+    State,
+    count_layers,
+    find_model_config,
+    find_preprocess,
+    same_tower,
 )
+from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
+from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, WEIGHT_FILES, Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
 
 KNOWN = ("open_clip", "ours")
@@ -44,10 +44,10 @@ class ModelSource:
     """
 
     name: str
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
+    config: Config
+    preprocess: Config
     weights: str
-    state: dict[str, torch.Tensor] | None = None
+    state: State | None = None
     random: tuple[str, ...] = ()
     is_known: bool = False
     config_from: str | None = None
@@ -103,7 +103,7 @@ def tags_of(name: ModelName) -> list[str]:
     return [*list_pretrained_tags_by_model(name.config), *simple_clip_weights.weight_tags(name.config)]
 
 
-def _find_tag(name: ModelName, tag: str) -> dict[str, Any] | None:
+def _find_tag(name: ModelName, tag: str) -> Config | None:
     """Return open_clip's description of a tag (addresses and preprocessing), or None if there is no such tag."""
     return get_pretrained_cfg(name.config, tag) or simple_clip_weights.weight_tags(name.config).get(tag)
 
@@ -130,7 +130,7 @@ def _find_own_weights(name: ModelName) -> str:
             "them elsewhere and give them as --pretrained FILE"
         )
         return hub.fetch(failure, lambda: download_pretrained_from_hf(place))
-    with hub.quiet():
+    with quiet():
         path = factory._find_checkpoint_in_dir(Path(place))
     if path is None:
         raise UserError(f"{name.config} holds no weights; give them as --pretrained FILE, or --pretrained none")
@@ -143,7 +143,7 @@ def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) ->
     if file.model_config:
         config, preprocess, held = file.model_config, file.preprocess, file.options["vision_model"]
     else:
-        with translate_shape_errors(file.source):
+        with translate_errors(f"{file.source} {UNKNOWN_WEIGHTS}"):
             held, config = file.family.infer(file.state, file.source)
             checkpoint_schema.model_config(config, "")
         preprocess = find_preprocess(file.family.preprocess)
@@ -152,7 +152,7 @@ def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) ->
     return ModelSource(held, config, preprocess, file.source, file.state, config_from=file.source)
 
 
-def _choose_family(options: ModelOptions, name: ModelName, config: dict[str, Any]) -> Family | None:
+def _choose_family(options: ModelOptions, name: ModelName, config: Config) -> Family | None:
     """Return the family of a model whose towers start from their own weights, or None for other models."""
     family, text_model = find_family(config), options.text_model
     if text_model and not (family.towers and text_model in family.towers.text_models):
@@ -206,7 +206,7 @@ def _text_pretrained(options: ModelOptions) -> str | None:
     return None if options.text_pretrained == NO_WEIGHTS else options.text_pretrained
 
 
-def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any], held: str, source: str) -> None:
+def check_names(options: ModelOptions, typed_model: bool, config: Config, held: str, source: str) -> None:
     """Raise UserError if typed names contradict a checkpoint.
 
     Args:

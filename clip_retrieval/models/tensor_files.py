@@ -63,7 +63,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     Raises UserError, naming `path`, if it is missing, not a regular file, damaged, of another format, or holds Python
     objects.
     """
-    with _translate_errors(path), _open(path) as file:
+    with _translate_errors(path), open_regular(path) as file:
         start = file.read(512)
         if not start:
             raise UserError(f"{path} is empty; fetch it again")
@@ -80,17 +80,6 @@ def read_tensor_file(path: Path) -> TensorFile:
         raise DamagedError("not a checkpoint")
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a weight file in it") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such weight file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as weights: {describe(error)}") from None
-
-
 @contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
     """Translate every error of reading a hostile file to a UserError that names it."""
@@ -98,6 +87,10 @@ def _translate_errors(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give a weight file in it") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weight file") from None
     except PythonObjectError as error:
         raise UserError(
             f"{path} holds Python objects ({error}) and is refused: loading them can run any code; if you trust it, "

@@ -7,12 +7,13 @@ from typing import Any
 
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.errors import UserError
 from clip_retrieval.models import names
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import load_tokenizer
 from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.towers import text_part
 from clip_retrieval.models.word_piece import WordPieceTokenizer
 from clip_retrieval.options import ModelOptions
@@ -50,12 +51,8 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
     elif options.tokenizer:
         raise UserError(f"--tokenizer {options.tokenizer}: {model.name} has CLIP's own tokenizer; drop --tokenizer")
     else:
-        try:
+        with translate_errors(f"{model.config_from}: its tokenizer_kwargs do not fit CLIP's tokenizer", "drop them"):
             tokenizer = SimpleTokenizer(context_length=length, **arguments)
-        except TypeError as error:
-            raise UserError(
-                f"{model.config_from}: its tokenizer_kwargs do not fit CLIP's tokenizer ({error})"
-            ) from None
         size = tokenizer.vocab_size
     if size > known:
         raise UserError(
@@ -68,11 +65,9 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
 
 def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: int) -> None:
     """Tokenize a few captions. Raises UserError for a tokenizer without padding, an unknown token, ..."""
-    try:
+    with translate_errors(f"{name}: its tokenizer cannot read captions", "give --tokenizer"):
         ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
         is_known = bool((ids >= 0).all() and (ids < known).all())
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{name}: its tokenizer cannot read captions ({describe(error)}); give --tokenizer") from error
     if not is_known:
         raise UserError(f"{name}: its tokenizer has ids outside the text tower's vocabulary; give --tokenizer")
 

@@ -13,7 +13,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.pooled import (
     pooled_end_token,
     pooled_image_token,
@@ -25,6 +25,7 @@ from clip_retrieval.models.simple_clip_model import DistilBertTower, Torchvision
 HUGGING_FACE = (HFTextEncoder, DistilBertTower)
 """Text towers of transformers: they mask padding and have their projection in `proj`."""
 
+ADAPTOR = "adaptor."
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
 
@@ -152,29 +153,29 @@ class RetrievalModel(nn.Module):
         """Return the state dict of a checkpoint: open_clip's names, and `adaptor.*`."""
         state = self.clip.state_dict()
         if self.adaptor is not None:
-            state.update({f"adaptor.{name}": value for name, value in self.adaptor.state_dict().items()})
+            state.update({f"{ADAPTOR}{name}": value for name, value in self.adaptor.state_dict().items()})
         return state
 
     def load_weights(self, state: dict[str, Tensor], source: str = "best.pt") -> None:
         """Load a state dict from `weights`, strictly. Raises UserError, naming `source`, for another model's."""
-        adaptor = {name.removeprefix("adaptor."): v for name, v in state.items() if name.startswith("adaptor.")}
-        try:
-            self.clip.load_state_dict({name: v for name, v in state.items() if not name.startswith("adaptor.")})
+        clip, adaptor = split_adaptor(state)
+        with translate_errors(f"{source} holds the weights of another model"):
+            self.clip.load_state_dict(clip)
             if self.adaptor is not None:
                 self.adaptor.load_state_dict(adaptor)
-        except RuntimeError as error:
-            raise UserError(f"{source} holds the weights of another model ({describe(error)})") from error
 
 
 def check_compiles(device: torch.device) -> None:
     """Raise UserError if torch.compile does not work: it needs a C++ compiler and Python's headers."""
-    try:
+    remedy = "install a C++ compiler (g++) and Python's headers, or drop --compile"
+    with translate_errors("--compile: torch.compile does not work here", remedy):
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
-    except Exception as error:  # torch's, the compiler's or Triton's
-        raise UserError(
-            f"--compile: torch.compile does not work here ({describe(error)}); install a C++ compiler (g++) and "
-            "Python's headers, or drop --compile"
-        ) from error
+
+
+def split_adaptor(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a checkpoint's state dict into that of the CLIP and that of the adaptor."""
+    adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
+    return {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}, adaptor
 
 
 def make_adaptor(dim: int) -> nn.Sequential:

@@ -55,12 +55,12 @@ def set_trainable(
 
 def vision_is_frozen(model: RetrievalModel) -> bool:
     """Whether the image tower is frozen, except perhaps for its projection."""
-    return any(module is model.clip.visual for module in model.frozen)
+    return model.clip.visual in model.frozen
 
 
 def text_is_frozen(model: RetrievalModel) -> bool:
     """Whether the text tower is frozen, except perhaps for its projection."""
-    return any(module is text_modules(model.clip)[0] for module in model.frozen)
+    return text_modules(model.clip)[0] in model.frozen
 
 
 def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:

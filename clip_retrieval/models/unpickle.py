@@ -23,7 +23,6 @@ from clip_retrieval.models.pickled import (
     DamagedError,
     Global,
     Module,
-    OldParameter,
     PythonObjectError,
     Storage,
     Unusable,
@@ -154,8 +153,6 @@ class Unpickler:
         state, value = self._stack.pop(), self._stack[-1]
         if type(value) is Module:
             value.attributes = state
-        elif type(value) is OldParameter:
-            value.data = state[0]
         elif type(value) not in (dict, torch.Tensor, Unusable):  # attributes of these are skipped
             raise DamagedError("a state for something that has none")
 
@@ -195,7 +192,7 @@ def _fill(holder: dict[Any, Any], pairs: Any) -> None:
     """Put pairs into a dict, without keys that can be crafted to collide (large numbers, tuples)."""
     for key, value in pairs:
         if type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**31):
-            holder[key] = value.data if type(value) is OldParameter else value
+            holder[key] = value
 
 
 def _dict(_: Unpickler, content: Any = ()) -> dict[Any, Any]:
@@ -229,7 +226,7 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
 }
 _MAKERS: dict[str, Callable[..., Any]] = _REBUILDERS | {
     "torch._tensor._rebuild_from_type_v2": Unpickler._typed_tensor,
-    "torch.nn.parameter.Parameter": lambda _, *arguments: arguments[0] if arguments else OldParameter(),
+    "torch.nn.parameter.Parameter": _first,
     "torch.Size": lambda _, sizes=(): tuple(sizes),
     "torch.device": lambda _, *names: names,
     "torch.serialization._get_layout": _first,

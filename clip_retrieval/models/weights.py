@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.errors import UserError
 from clip_retrieval.models import checkpoint_schema, hub
 from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recognise
 from clip_retrieval.models.hugging_face import read_model_json
+from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.model_config import State
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
@@ -21,6 +22,9 @@ from clip_retrieval.models.tensor_files import read_tensor_file
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 """Suffixes of weight files."""
+
+UNKNOWN_WEIGHTS = "does not hold the weights of a known model"
+"""Problem of a file if its tensors have unexpected shapes."""
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
 
@@ -38,7 +42,7 @@ class Weights:
 
     source: str
     family: Family
-    state: dict[str, torch.Tensor]
+    state: State
     model_config: dict[str, Any] | None = None
     preprocess: dict[str, Any] | None = None
     options: dict[str, Any] | None = None
@@ -59,12 +63,7 @@ def read_weights(path: str | Path) -> Weights:
     return _from_content(path, file.content)
 
 
-def read_text_tower(
-    place: str,
-    rename: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    kind: str,
-    hf_config: dict[str, Any],
-) -> dict[str, torch.Tensor]:
+def read_text_tower(place: str, rename: Callable[[State], State], kind: str, hf_config: dict[str, Any]) -> State:
     """Read a text tower's weights from a folder, a file or the hub, as float32.
 
     Args:
@@ -91,7 +90,7 @@ def read_text_tower(
         path = Path(hub.fetch_files(place, BERT_FILES, failure))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
-    with translate_shape_errors(str(path)):
+    with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
         state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
@@ -148,32 +147,19 @@ def _from_content(path: Path, content: Any) -> Weights:
     if not state:
         raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
-    with translate_shape_errors(str(path)):
+    with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
         family = recognise(state, content)
         return Weights(str(path), family, family.to_open_clip(state))
 
 
-@contextmanager
-def translate_shape_errors(source: str) -> Iterator[None]:
-    """Translate the errors of code that expects tensors of a file to have certain shapes."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{source} does not hold the weights of a known model ({describe(error)}); give another file"
-        ) from error
-
-
-def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _without_prefix(state: State, prefix: str) -> State:
     """Remove the prefix that DistributedDataParallel or torch.compile adds to every name."""
     if not all(name.startswith(prefix) for name in state):
         return state
     return {name.removeprefix(prefix): v for name, v in state.items()}
 
 
-def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, content: dict[Any, Any]) -> State:
     """Return the tensors of a dict. Raises UserError for a tensor that is sparse, quantised and so on."""
     for name, value in content.items():
         if isinstance(value, Unusable):
@@ -181,7 +167,7 @@ def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
     return {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
 
 
-def _float32(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _float32(path: Path, state: State) -> State:
     """Convert a state dict to float32; a tensor under several names stays one tensor."""
     converted: dict[int, torch.Tensor] = {}
     for name, value in state.items():

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models.hub import quiet
+from clip_retrieval.errors import UserError
 from clip_retrieval.models.hugging_face import load_tokenizer, read_model_json, read_small
+from clip_retrieval.models.libraries import translate_errors
 
 MIN_VOCABULARY = 6
 """transformers returns a vocabulary of the five special tokens if it does not understand the file."""
@@ -38,7 +38,7 @@ class WordPieceTokenizer:
         place = f"--tokenizer {source}"
         if isinstance(source, list):
             place = f"{holder}: " * bool(holder) + "the vocabulary in the model config"
-        self.tokenizer = _from_words(source, place) if isinstance(source, list) else _read(source)
+        self.tokenizer = _read(source, place)
         self.context_length = context_length
         if missing := _find_missing_tokens(self.tokenizer):
             raise UserError(f"{place} has no {', '.join(missing)}; give BERT's vocab.txt")
@@ -84,55 +84,35 @@ def _find_missing_tokens(tokenizer: Any) -> list[str]:
     return [token for token in SPECIAL_TOKENS if token not in words]
 
 
-def _from_words(words: list[str], place: str) -> Any:
-    from transformers import BertTokenizer
+def _read(source: str | list[str], place: str) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
 
-    try:
-        with quiet():
-            return BertTokenizer({word: number for number, word in enumerate(words)})
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{place} cannot be used ({describe(error)})") from error
+    # a list of words
+    if isinstance(source, list):
+        with translate_errors(f"{place} cannot be used", "give --tokenizer"):
+            return BertTokenizer({word: number for number, word in enumerate(source)})
 
+    # a vocab.txt
+    path = folder = Path(source)
+    if folder.is_dir():
+        _refuse_cased(folder / "tokenizer_config.json")
+        path = folder / "vocab.txt"
+    if path.exists():
+        with translate_errors(f"--tokenizer {path} is not a vocab.txt", "give BERT's"):
+            read_small(path)
+            return BertTokenizer(str(path))  # transformers 5 ignores the file if it is given as vocab_file=
 
-def _from_file(path: Path) -> Any:
-    from transformers import BertTokenizer
-
-    try:
-        read_small(path)
-        with quiet():
-            # transformers 5 ignores the file if it is given as vocab_file=
-            return BertTokenizer(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"--tokenizer {path} is not a vocab.txt ({describe(error)}); give BERT's") from error
+    # a folder with a tokenizer.json, or a hub name
+    if (path.suffix == ".txt" or path.is_absolute()) and not (folder / "tokenizer.json").exists():
+        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or its folder")
+    failure = f"the tokenizer {source} could not be fetched from huggingface.co; give the model's vocabulary as "
+    return load_tokenizer(AutoTokenizer.from_pretrained, source, f"{failure}--tokenizer vocab.txt")
 
 
 def _refuse_cased(settings: Path) -> None:
-    if not settings.exists():
-        return
-    content = read_model_json(settings, "tokenizer config")
+    content = read_model_json(settings, "tokenizer config") if settings.exists() else None
     if isinstance(content, dict) and content.get("do_lower_case") is False:
         raise UserError(f"{settings}: its vocabulary is cased, but captions are lower-cased; give an uncased one")
-
-
-def _read(source: str) -> Any:
-    path = Path(source)
-    if path.is_dir():
-        _refuse_cased(path / "tokenizer_config.json")
-        if not (path / "vocab.txt").exists() and (path / "tokenizer.json").exists():
-            return _load(source)
-        path = path / "vocab.txt"
-    if path.exists():
-        return _from_file(path)
-    if path.suffix == ".txt" or path.is_absolute():
-        raise UserError(f"--tokenizer {path}: no such file; give BERT's vocab.txt or its folder")
-    return _load(source)
-
-
-def _load(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    failure = f"the tokenizer {source} could not be fetched from huggingface.co; give the model's vocabulary as "
-    return load_tokenizer(AutoTokenizer.from_pretrained, source, f"{failure}--tokenizer vocab.txt")
 
 
 class ChineseTokenizer(WordPieceTokenizer):
