@@ -1,4 +1,4 @@
-"""Batch statistics that do not depend on how a batch is split."""
+"""Batch normalisation over the batches of all processes, so that results do not depend on their number."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from clip_retrieval.errors import UserError
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model`, its batch normalisation over the parts of all processes.
+    """Make the batch normalisation layers of `model` share their statistics between processes.
 
-    (torch's own is for GPUs only.) Raises UserError for a kind of layer that cannot be shared on a CPU.
+    torch's SyncBatchNorm needs GPUs; this works on CPUs as well. Raises UserError for a layer type that has no CPU
+    version.
     """
     if device.type == "cuda":
         return convert_sync_batchnorm(model)
@@ -33,7 +34,7 @@ def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _SharedBatchNorm(_BatchNorm):
-    """Batch normalisation over the parts of all processes, of any number of dimensions."""
+    """Batch normalisation over the batches of all processes, for inputs with any number of dimensions."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -43,7 +44,7 @@ class _SharedBatchNorm(_BatchNorm):
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        values = input.to(torch.promote_types(input.dtype, torch.float32))  # under autocast it may be bfloat16
+        values = input.to(torch.promote_types(input.dtype, torch.float32))  # autocast may give bfloat16
         mean = _Sum.apply(values.sum(axes)) / count
         centred = values - _per_channel(mean, input)
         variance = _Sum.apply(centred.square().sum(axes)) / count
@@ -56,7 +57,7 @@ class _SharedBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. What each makes of it adds to the gradient of every part."""
+    """All-reduce sum; the backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def freeze_statistics(model: nn.Module) -> Iterator[None]:
-    """A block in which batches are normalised as in training but leave no trace in the running statistics."""
+    """Keep the running statistics unchanged inside the block; batches are normalised as in training."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [module.momentum for module in modules]
     for module in modules:

@@ -1,4 +1,4 @@
-"""What a model config, its preprocessing and a checkpoint of ours may hold, in one place."""
+"""Schemas of a model config, its preprocessing, and a checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from clip_retrieval.models import chinese_clip
 from clip_retrieval.models.schema import (
     Check,
     SchemaError,
@@ -21,6 +20,7 @@ from clip_retrieval.models.schema import (
     sequence,
     tensor,
     text,
+    unknown,
     whole,
 )
 from clip_retrieval.options import GROUPS
@@ -43,7 +43,7 @@ TOKENIZER_ARGUMENTS = record(
             "reduction_mask": one_of("", "simple", "random", "shuffle"),
         }
     ),
-    rest=lambda _, place: _refuse(place, "no argument of a tokenizer that is known here"),
+    rest=unknown,
 )
 
 _VISION = record(
@@ -71,28 +71,17 @@ _CONFIG = record(
 )
 
 
-_CHINESE_CLIP = record(
-    required={
-        "vision_cfg": record(required={"image_size": SIDE}),
-        "text_cfg": record(
-            required={"hf_model_name": text, "hf_config": record(required={"num_hidden_layers": whole()})}
-        ),
-    }
-)
-
-
 def model_config(value: Any, place: str) -> None:
-    """A model config of open_clip's form, or of ours."""
+    """Check a model config, open_clip's or ours."""
     _CONFIG(value, place)
-    if chinese_clip.is_chinese_clip(value):
-        _CHINESE_CLIP(value, place)
     vision = value["vision_cfg"]
     size, patch = vision.get("image_size", CLIPVisionCfg.image_size), vision.get("patch_size")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    place = f"{place}.vision_cfg".lstrip(".")
     if patch is not None and not 1 <= patch <= min(height, width):
-        raise SchemaError(f"{_under(place, 'vision_cfg')}.patch_size is {patch}, the image {height} x {width} pixels")
+        raise SchemaError(f"{place}.patch_size is {patch}, but the image {height} x {width} pixels")
     if patch is not None and (height // patch) * (width // patch) > MOST_PATCHES:
-        raise SchemaError(f"{_under(place, 'vision_cfg')} divides an image into more than {MOST_PATCHES:,} patches")
+        raise SchemaError(f"{place} divides an image into more than {MOST_PATCHES:,} patches")
 
 
 preprocess = record(
@@ -114,10 +103,10 @@ _RESULTS = record(required={"split": text, "i2t": _METRICS, "t2i": _METRICS, "me
 
 
 def results(value: Any, place: str) -> None:
-    """A block of results.json: both directions have the same metrics."""
+    """Check a block of results.json: both directions must have the same metrics."""
     _RESULTS(value, place)
     if value["i2t"].keys() != value["t2i"].keys():
-        raise SchemaError(f"{place} has other metrics of images than of captions")
+        raise SchemaError(f"{place} has different metrics for i2t and t2i")
 
 
 _MODEL = {
@@ -166,13 +155,5 @@ _WITH_OPTIMIZER = record(required={**_MODEL, **_TRAINING})
 
 
 def checkpoint(value: Any) -> None:
-    """A checkpoint of ours: of a model, or of a run that can go on. Raises SchemaError."""
+    """Check a checkpoint of ours, with or without the state needed to resume. Raises SchemaError."""
     (_WITH_OPTIMIZER if "optimizer" in value else _WITHOUT_OPTIMIZER)(value, "")
-
-
-def _under(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
-
-
-def _refuse(place: str, what: str) -> None:
-    raise SchemaError(f"{place}: {what}")

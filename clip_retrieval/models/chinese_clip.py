@@ -1,18 +1,16 @@
-"""Chinese-CLIP: its checkpoints, its models by name, and its tokenizer.
+"""Chinese-CLIP: its checkpoints and its model names.
 
-The image tower is OpenAI's with QuickGELU; the text tower is BERT, and the feature is the projected last hidden state
+The image tower is OpenAI's with QuickGELU. The text tower is BERT; the text feature is the projected last hidden state
 of [CLS]. Yang et al., Chinese CLIP, https://arxiv.org/abs/2211.01335.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.model_config import count_layers, same_tower
+from clip_retrieval.models.model_config import Config, State, count_layers, same_tower
 from clip_retrieval.options import ModelOptions
 
 CONTEXT_LENGTH = 52
@@ -28,42 +26,33 @@ TEXT_MODELS = {
     "RBT3-chinese": {"hidden_size": 768, "num_hidden_layers": 3},
 }
 UNNAMED = "Chinese-CLIP"
-"""What a model of other sizes is called; its file tells it."""
+"""The name of a model of any other size; its checkpoint holds the sizes."""
 VOCABULARY = 21128
 POSITIONS = 512
 HEAD_WIDTH = 64
 
 
-def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A Chinese-CLIP state dict under open_clip's names."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("bert.pooler."):
-            continue
-        if name.startswith("bert."):
-            renamed["text.transformer." + name.removeprefix("bert.")] = value
-        elif name == "text_projection":
-            renamed["text.proj.weight"] = value.t().contiguous()
-        else:
-            renamed[name] = value
+def to_open_clip(state: State) -> State:
+    """Rename a Chinese-CLIP state dict to open_clip's names."""
+    renamed = {
+        re.sub(r"^bert\.", "text.transformer.", name): value
+        for name, value in state.items()
+        if not name.startswith("bert.pooler.")
+    }
+    if "text_projection" in renamed:
+        renamed["text.proj.weight"] = renamed.pop("text_projection").t().contiguous()
     return renamed
 
 
-def to_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `to_open_clip`: a state dict as Chinese-CLIP's own checkpoints have it."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("text.transformer."):
-            renamed["bert." + name.removeprefix("text.transformer.")] = value
-        elif name == "text.proj.weight":
-            renamed["text_projection"] = value.t().contiguous()
-        else:
-            renamed[name] = value
-    return {f"module.{name}": value for name, value in renamed.items()}
+def to_reference(state: State) -> State:
+    """Rename a state dict to the names of Chinese-CLIP's own checkpoints: the inverse of `to_open_clip`."""
+    renamed = {f"module.{re.sub('^text.transformer.', 'bert.', name)}": value for name, value in state.items()}
+    renamed["module.text_projection"] = renamed.pop("module.text.proj.weight").t().contiguous()
+    return renamed
 
 
-def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a BERT, under the names of the text tower: without its heads and its unused pooler."""
+def bert_to_open_clip(state: State) -> State:
+    """Rename a BERT state dict to the text tower's names, without its heads and its unused pooler."""
     renamed = {}
     for name, value in state.items():
         name = name.removeprefix("bert.")
@@ -73,10 +62,15 @@ def bert_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return renamed
 
 
-def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
-    """The model config of a checkpoint, from the shapes of its tensors (under open_clip's names).
+def vision_weights(state: State) -> State:
+    """Return the image tower and the logit scale of a CLIP."""
+    return {name: v for name, v in state.items() if name.startswith("visual.") or name == "logit_scale"}
 
-    Raises UserError, naming `source`, where tensors that tell the sizes are missing.
+
+def infer_config(state: State, source: str) -> Config:
+    """Infer the model config of a checkpoint from the shapes of its tensors (under open_clip's names).
+
+    Raises UserError, naming `source`, if one of these tensors is missing.
     """
     try:
         embeddings = "text.transformer.embeddings."
@@ -92,20 +86,15 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
         }
         return _config(state["text.proj.weight"].shape[0], _infer_vision(state), text)
     except KeyError as error:
-        raise UserError(f"{source} is not a whole Chinese-CLIP checkpoint: it has no {error.args[0]}") from None
+        raise UserError(f"{source} is an incomplete Chinese-CLIP checkpoint: {error.args[0]} is missing") from None
 
 
-def reference_config(vision: str, text: str) -> dict[str, Any]:
-    """The model config of two of Chinese-CLIP's names, `text` one of TEXT_MODELS.
-
-    Raises UserError for an image tower that is not its.
-    """
+def reference_config(vision: str, text: str) -> Config:
+    """Return the model config of one of VISION_MODELS and one of TEXT_MODELS."""
     from open_clip.factory import get_model_config
 
-    if vision not in VISION_MODELS:
-        raise UserError(f"--text_model {text} goes with --vision_model {', '.join(VISION_MODELS)}; not with {vision}")
     sizes = TEXT_MODELS[text]
-    size_of = {
+    hf_config = {
         "vocab_size": VOCABULARY,
         **sizes,
         "intermediate_size": 4 * sizes["hidden_size"],
@@ -113,11 +102,11 @@ def reference_config(vision: str, text: str) -> dict[str, Any]:
         "type_vocab_size": 2,
     }
     clip = get_model_config(vision)
-    return _config(clip["embed_dim"], clip["vision_cfg"], size_of)
+    return _config(clip["embed_dim"], clip["vision_cfg"], hf_config)
 
 
-def model_name(config: dict[str, Any]) -> str:
-    """Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
+def model_name(config: Config) -> str:
+    """Return Chinese-CLIP's name for a config (`ViT-B-16@RoBERTa-wwm-ext-base-chinese`), or UNNAMED."""
     from open_clip.factory import get_model_config
 
     text, vision = config["text_cfg"]["hf_model_name"], config["vision_cfg"]
@@ -125,24 +114,24 @@ def model_name(config: dict[str, Any]) -> str:
     same = [name for name in towers if same_tower(towers[name], vision)]
     if text not in TEXT_MODELS or not same:
         return UNNAMED
-    # ViT-L-14 and ViT-L-14-336 differ in the image size only.
-    return f"{min(same, key=lambda name: abs(towers[name]['image_size'] - vision['image_size']))}@{text}"
+    # ViT-L-14 and ViT-L-14-336 differ only in the image size.
+    return f"{max(same, key=lambda name: towers[name]['image_size'] == vision.get('image_size'))}@{text}"
 
 
 def split_model_name(options: ModelOptions) -> ModelOptions:
-    """`options` with the towers of a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` under their two options."""
+    """Split a name like `ViT-B-16@RoBERTa-wwm-ext-base-chinese` into --vision_model and --text_model."""
     vision, _, text = options.vision_model.rpartition("@")
     if text not in TEXT_MODELS:
         return options
     return replace(options, vision_model=vision, text_model=options.text_model or text)
 
 
-def is_chinese_clip(config: dict[str, Any]) -> bool:
-    """Whether a model config is one of those made here."""
-    return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE
+def is_chinese_clip(config: Config) -> bool:
+    """Whether a model config is Chinese-CLIP's."""
+    return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE and "hf_model_name" in config["text_cfg"]
 
 
-def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def _config(embed_dim: int, vision: Config, text: Config) -> Config:
     text = {"model_type": "bert", "num_attention_heads": text["hidden_size"] // HEAD_WIDTH, "pad_token_id": 0, **text}
     name = next((n for n, sizes in TEXT_MODELS.items() if sizes.items() <= text.items()), "bert")
     return {
@@ -164,7 +153,7 @@ def _config(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dic
     }
 
 
-def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _infer_vision(state: State) -> Config:
     if "visual.layer1.0.conv1.weight" in state:
         grid = round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
         return {
@@ -179,7 +168,7 @@ def _infer_vision(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         "image_size": patch * grid,
         "layers": count_layers(state, "visual.transformer.resblocks."),
         "width": width,
-        # ViT-H alone has another: 16 heads.
+        # ViT-H has 16 heads.
         "head_width": 80 if width == 1280 else HEAD_WIDTH,
         "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         "patch_size": patch,

@@ -1,4 +1,4 @@
-"""Checkpoints of ours, written as another system reads them."""
+"""Export checkpoints of ours to the formats of other systems."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from clip_retrieval.models.weights import read_checkpoint
 
 
 def export_chinese_clip(checkpoint: Path, output: Path) -> None:
-    """Write a checkpoint of ours that holds a Chinese-CLIP as that system's own code reads it.
+    """Write a Chinese-CLIP checkpoint of ours in the format of Chinese-CLIP's own code.
 
-    Raises UserError where `checkpoint` holds something else, or `output` is there already.
+    Raises UserError if `checkpoint` holds something else, or `output` exists.
     """
     content = read_checkpoint(checkpoint)
     if content is None or not chinese_clip.is_chinese_clip(content["model_config"]):
-        raise UserError(f"{checkpoint} is no checkpoint of ours with a Chinese-CLIP model; give one")
+        raise UserError(f"{checkpoint} is not a checkpoint of ours with a Chinese-CLIP model; give one")
     if output.exists():
-        raise UserError(f"{output} is there already; choose another name, or take it away")
+        raise UserError(f"{output} already exists; choose another name, or delete it")
     state = chinese_clip.to_reference(content["model"])
     with write_atomic(output) as file:
         torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, file)

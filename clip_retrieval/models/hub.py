@@ -1,44 +1,32 @@
-"""What comes from the network: weights of a tag, files of a hub id. Without a network it fails within seconds."""
+"""Downloads: weights of a tag, files of a hub repository. Without a network they fail within seconds."""
 
 from __future__ import annotations
 
-import logging
 import socket
 import urllib.parse
 import urllib.request
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import huggingface_hub.constants
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+from open_clip.pretrained import download_pretrained
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.libraries import quiet
 
-# What open_clip, huggingface_hub and transformers raise where a file cannot be had.
 FETCH_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that open_clip, huggingface_hub and transformers raise if a download fails."""
+
 PROBE_SECONDS = 3
 STALL_SECONDS = 20
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log lines and warnings of the libraries."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
 def hub_access() -> Iterator[None]:
-    """Look only at huggingface_hub's cache where the hub cannot be reached.
+    """Use only huggingface_hub's cache if the hub cannot be reached.
 
-    Left to itself it tries each file six times, which takes half a minute.
+    By default it tries each file six times, which takes half a minute.
     """
     constants = huggingface_hub.constants
     before, stall = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
@@ -63,66 +51,31 @@ def _reachable(url: str) -> bool:
         return False
 
 
+def fetch(failure: str, *downloads: Callable[[], str]) -> str:
+    """Return the path from the first download that works. Raises UserError(failure) if none does."""
+    for download in downloads:
+        with suppress(*FETCH_ERRORS), hub_access():
+            return download()
+    raise UserError(failure)
+
+
 def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
-    """Path of the weights of an open_clip tag, downloaded or from the cache.
+    """Return the path of a tag's weights, downloaded or cached.
 
-    The hub is asked first, then the address it was first published at (whose cache OpenAI's package shares). Raises
-    UserError where neither gives it.
+    Tries the hub first, then the original address (its cache is shared with OpenAI's package). Raises UserError if
+    both fail.
     """
-    sources = [tag_config["hf_hub"].rstrip("/") + " on huggingface.co"] if tag_config.get("hf_hub") else []
-    sources += [tag_config["url"]] if tag_config.get("url") else []
-    for prefer_hub in (True, False):
-        if not prefer_hub and not tag_config.get("url"):
-            continue
-        try:
-            with hub_access():
-                return download_pretrained(tag_config, prefer_hf_hub=prefer_hub)
-        except FETCH_ERRORS:
-            continue
-    url = tag_config.get("url")
-    place = f", or put at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
-    raise UserError(
-        f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; is there a network? A file "
-        f"that was downloaded elsewhere is given as --pretrained FILE{place}"
+    repository, url = tag_config.get("hf_hub"), tag_config.get("url")
+    sources = [f"{repository.rstrip('/')} on huggingface.co"] if repository else []
+    sources += [url] if url else []
+    place = f", or put it at ~/.cache/clip/{url.rpartition('/')[2]}" if url else ""
+    return fetch(
+        f"the {tag} weights of {name} could not be fetched from {' or '.join(sources)}; check the network, or download "
+        f"the file elsewhere and give it as --pretrained FILE{place}",
+        *(partial(download_pretrained, tag_config, prefer_hf_hub=hub) for hub in ((True, False) if url else (True,))),
     )
 
 
-def fetch_hub_config(hub_id: str) -> str:
-    """Path of the open_clip_config.json of a hub repository. Raises UserError where it cannot be had."""
-    try:
-        with hub_access():
-            return download_pretrained_from_hf(hub_id, filename="open_clip_config.json")
-    except FETCH_ERRORS:
-        raise UserError(
-            f"open_clip_config.json of hf-hub:{hub_id} could not be fetched from huggingface.co; check the name and "
-            "the network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
-        ) from None
-
-
-def fetch_hub_weights(hub_id: str) -> str:
-    """Path of the weights of a hub repository. Raises UserError where they cannot be had."""
-    try:
-        with hub_access():
-            return download_pretrained_from_hf(hub_id)
-    except FETCH_ERRORS:
-        raise UserError(
-            f"the weights of hf-hub:{hub_id} could not be fetched from huggingface.co; is there a network? A file "
-            "that was downloaded elsewhere is given as --pretrained FILE"
-        ) from None
-
-
-BERT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-def fetch_bert(name: str) -> str:
-    """Path of the weights of a BERT on the hub. Raises UserError where they cannot be had."""
-    for file in BERT_FILES:
-        try:
-            with hub_access():
-                return huggingface_hub.hf_hub_download(name, file)
-        except FETCH_ERRORS:
-            continue
-    raise UserError(
-        f"--text_pretrained {name}: no such file or folder, and its weights could not be fetched from huggingface.co; "
-        "give the folder that a BERT was downloaded to"
-    )
+def fetch_files(repository: str, files: Sequence[str], failure: str) -> str:
+    """Return the path of the first of `files` that a hub repository has. Raises UserError(failure) if it has none."""
+    return fetch(failure, *(partial(huggingface_hub.hf_hub_download, repository, file) for file in files))

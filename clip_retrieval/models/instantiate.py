@@ -1,11 +1,10 @@
-"""A model config made into a module: nothing in it is run, fetched unasked, or larger than the memory."""
+"""Build a module from a model config: without running code, silent downloads, or running out of memory."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,35 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import hub, simple_clip_weights
-from clip_retrieval.models.hugging_face import fetch_config, known_config
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import hub
+from clip_retrieval.models.families import find_family
+from clip_retrieval.models.hugging_face import filter_config, read_model_json
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.memory import build_within_memory
-from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.towers import RetrievalModel
 
 DEFAULT_CONTEXT_LENGTH = 77
+INVALID, REMEDY = "has a model config that cannot be built", "give another one"
 
 
 def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
-    """The module of `config`, with random weights; completes `config` with what it took to build it."""
+    """Build the module of `config` with random weights; adds a fetched text tower's own config to `config`."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_config"):
-        text["hf_config"] = known_config(text["hf_config"], name)
-    if simple_clip_weights.is_simple_clip(config):
-        with hub.quiet(), _config_errors(name):
-            return build_within_memory(lambda: SimpleCLIP(**deepcopy(config)), name)
+        text["hf_config"] = filter_config(text["hf_config"], name)
+    if module := find_family(config).module:
+        with translate_errors(f"{name} {INVALID}", REMEDY):
+            return build_within_memory(lambda: module(**deepcopy(config)), name)
 
-    # Nothing is fetched or read but what is asked for below.
+    # keep open_clip and timm from fetching or reading files
     if vision.get("timm_model_name"):
         _check_timm_name(vision["timm_model_name"], name)
         vision["timm_model_pretrained"] = False
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False
+
+    # build, with the text tower's config in a folder if there is one
     arguments = deepcopy(config)
     arguments["text_cfg"].pop("vocab", None)
     hf_config = arguments["text_cfg"].pop("hf_config", None)
@@ -47,58 +50,47 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
     with ExitStack() as stack:
         if text.get("hf_model_name"):
-            # open_clip reads a Hugging Face config from a name or a folder only.
+            # open_clip reads a Hugging Face config only from a name or a folder.
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            content = json.dumps(hf_config or _fetch_hf_config(text["hf_model_name"], name))
+            content = json.dumps(hf_config or _read_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
-        for context in (hub.quiet(), _config_errors(name)):
-            stack.enter_context(context)
+        stack.enter_context(translate_errors(f"{name} {INVALID}", REMEDY))
         clip = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
+
+    # complete the weights and the config
     if isinstance(clip, CoCa):
-        # open_clip leaves it as the memory was: another value each time, perhaps NaN.
+        # open_clip leaves it uninitialised: arbitrary values, perhaps NaN.
         projection = clip.text_decoder.text_projection
         torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if isinstance(getattr(clip, "text", None), HFTextEncoder) and not hf_config:
-        text["hf_config"] = known_config(json.loads(clip.text.config.to_json_string()), name)
+        text["hf_config"] = filter_config(json.loads(clip.text.config.to_json_string()), name)
     return clip
 
 
-def _fetch_hf_config(tower: str, name: str) -> dict[str, Any]:
-    try:
-        with hub.hub_access():
-            return fetch_config(tower)
-    except hub.FETCH_ERRORS as error:
-        raise UserError(
-            f"{name}: its text tower {tower} could not be fetched from huggingface.co; is there a network?"
-        ) from error
+def _read_hf_config(tower: str, name: str) -> dict[str, Any]:
+    """Read the config.json of a text tower from a folder or the hub."""
+    path = f"{tower}/config.json"
+    if not Path(tower).is_dir():
+        failure = f"{name}: its text tower {tower} could not be fetched from huggingface.co; check the network"
+        path = hub.fetch_files(tower, ["config.json"], failure)
+    return filter_config(read_model_json(Path(path), "config of a text tower"), path)
 
 
 def _check_timm_name(tower: str, name: str) -> None:
-    """Raise UserError for what is no model that timm builds: names with a prefix are fetched, or read from folders."""
+    """Raise UserError unless timm builds this model itself: names with a prefix are fetched, or read from folders."""
     import timm
 
     if ":" in tower or not timm.is_model(tower):
-        raise UserError(f"{name}: its timm_model_name is {tower}, which is no model of timm")
-
-
-@contextmanager
-def _config_errors(name: str) -> Iterator[None]:
-    """A block in which what a wrong model config makes the libraries raise becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of every kind: the values of a config go everywhere
-        raise UserError(f"{name}: its model config cannot be built: {describe(error)}") from error
+        raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
 
 
 def try_model(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:
-    """Encode an image and a caption: a config may be wrong in ways that only show then. Raises UserError."""
+    """Encode an image and a caption: some faults of a config show only then. Raises UserError."""
     if clip.logit_scale.is_meta:
         return
     length = config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-    with _config_errors(name), torch.no_grad():
+    with translate_errors(f"{name} {INVALID}", REMEDY), torch.no_grad():
         model = RetrievalModel(clip, preprocess).eval()
         images = model.encode_image(torch.zeros(1, 3, *height_and_width(preprocess["size"]), dtype=torch.uint8))
         texts = model.encode_text(torch.zeros(1, length, dtype=torch.int64), torch.tensor([length]))
@@ -107,5 +99,5 @@ def try_model(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[st
 
 
 def height_and_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width."""
+    """Return (height, width) of a config's image size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

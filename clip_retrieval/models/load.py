@@ -1,4 +1,4 @@
-"""Weights put into a model, strictly."""
+"""Load weights into a model, strictly."""
 
 from __future__ import annotations
 
@@ -9,65 +9,63 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.model_config import State
 from clip_retrieval.models.towers import make_adaptor
-from clip_retrieval.models.weights import join_first, named_shape_errors
+from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 
 
-def load_into(
-    clip: torch.nn.Module, state: dict[str, torch.Tensor], source: str, name: str, random: tuple[str, ...] = ()
-) -> None:
-    """Put `state` into an open_clip model, strictly; only a `logit_bias` may be missing, and what begins with `random`.
+def load_into(clip: torch.nn.Module, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
+    """Load `state` into a model, strictly; only `logit_bias` and names that start with `random` may be missing.
 
-    Position embeddings are fitted to the model's image size and context length. Raises UserError, naming `source`,
-    `name` and the weights, where they do not fit.
+    Position embeddings are resized to the model's image size and context length. Raises UserError, naming `source`,
+    `name` and the weights, if they do not fit.
     """
     own = clip.state_dict()
-    with named_shape_errors(source):
+    with translate_errors(f"{source} {UNKNOWN_WEIGHTS}"):
         state = _fit(clip, state, own)
     missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
     differing = [
-        f"{key} {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}"
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(keys)} {what} ({join_first(keys)})"
-        for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (differing, "of another shape"))
+        f"{len(keys)} {problem} ({join_first(keys)})"
+        for keys, problem in ((missing, "missing"), (unexpected, "unexpected"), (differing, "of another shape"))
         if keys
     ]
     if problems:
         raise UserError(
-            f"{source} does not fit {name}: {', '.join(problems)}; give the model it belongs to as --vision_model"
+            f"{source} does not fit {name}: {', '.join(problems)}; give the model of these weights as --vision_model"
         )
     refuse_not_finite({key: state[key] for key in own if key in state}, source)
     clip.load_state_dict(state, strict=False)
 
 
-def check_adaptor(adaptor: dict[str, torch.Tensor], dim: int, source: str) -> None:
-    """Raise UserError, naming `source`, for weights of an adaptor that do not fit features of a width, or are NaN."""
+def check_adaptor(adaptor: State, dim: int, source: str) -> None:
+    """Raise UserError, naming `source`, for adaptor weights that are not finite or do not fit `dim` features."""
     own = make_adaptor(dim).state_dict()
     if adaptor and {name: v.shape for name, v in adaptor.items()} != {name: v.shape for name, v in own.items()}:
-        raise UserError(f"{source} does not fit: its adaptor is not one for features of {dim} numbers")
+        raise UserError(f"{source} does not fit: its adaptor is not for features of {dim} dimensions")
     refuse_not_finite({f"adaptor.{name}": v for name, v in adaptor.items()}, source)
 
 
-def refuse_not_finite(state: dict[str, torch.Tensor], source: str) -> None:
-    """Raise UserError, naming `source` and the weight, for NaN or infinity. Takes no memory."""
+def refuse_not_finite(state: State, source: str) -> None:
+    """Raise UserError, naming `source` and the weight, for NaN or infinity. Needs no memory."""
     for name, value in state.items():
         has_values = value.is_floating_point() and value.numel() and not value.is_meta
         if has_values and not all(bound.isfinite() for bound in torch.aminmax(value)):
             raise UserError(f"{source}: {name} is not finite (NaN or infinity); give other weights")
 
 
-def _fit(
-    clip: torch.nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`state` with the names and sizes that this version of open_clip and this model have."""
+def _fit(clip: torch.nn.Module, state: State, own: State) -> State:
+    """Convert `state` to the names and sizes of this version of open_clip and this model."""
     state = convert_state_dict(clip, dict(state))
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
-    # Buffers that older versions of open_clip and transformers saved.
+    # buffers that older versions of open_clip and transformers saved
     for key in [key for key in state if key.endswith(("attn_mask", "position_ids")) and key not in own]:
         del state[key]
     for key in ("logit_scale", "logit_bias"):
@@ -82,7 +80,7 @@ def _fit(
     return state
 
 
-def _differs_in_length(key: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> bool:
+def _differs_in_length(key: str, state: State, own: State) -> bool:
     return (
         key in state
         and key in own
@@ -93,21 +91,21 @@ def _differs_in_length(key: str, state: dict[str, torch.Tensor], own: dict[str, 
 
 
 def _resize_image_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """The class token's position, and the grid's interpolated as open_clip does; as they are if not a square grid."""
+    """Interpolate the grid's positions as open_clip does, keeping the class token's; a grid not square is unchanged."""
     side, old_side = round((length - 1) ** 0.5), round((len(positions) - 1) ** 0.5)
     if side**2 + 1 != length or old_side**2 + 1 != len(positions):
         return positions
-    # open_clip knows only its ViT's name for them; a ResNet's attention pooling has the same layout.
+    # open_clip knows only the ViT's name; a ResNet's attention pooling has the same layout.
     state = {"visual.positional_embedding": positions}
     resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=side)))
     return state["visual.positional_embedding"]
 
 
 def _resize_text_positions(clip: torch.nn.Module, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Positions for another context length.
+    """Resize positions to another context length.
 
-    A shorter context keeps the first ones, so that captions that fit have the features they had. A longer one, or a
-    tower that pools its last position, is interpolated as open_clip does.
+    A shorter context keeps the first positions, so the features of captions that fit do not change. A longer one, or
+    a tower that pools its last position, is interpolated as open_clip does.
     """
     text = getattr(clip, "text", clip)
     pools_end_token = (getattr(text, "text_pool_type", None) or text.pool_type) in ("argmax", "eos")

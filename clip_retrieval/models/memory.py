@@ -1,4 +1,4 @@
-"""Models built only if the memory holds them."""
+"""Build a model only if it fits into the free memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from clip_retrieval.memory import free_memory
 FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided")
 SMALL = 2**16  # numbers
 LARGE = 4
-"""A model that needs more than this part of the free memory is large."""
+"""A model that needs more than 1/LARGE of the free memory is large."""
 
 MOST_TENSORS = 20_000
-"""The largest models have 3,000; those of a billion layers would be built for ever."""
+"""The largest models have 3,000; building a billion layers would never end."""
 
 
 def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
-    """The module that `build` makes, on the CPU.
+    """Return `build()`, on the CPU.
 
-    One that turns out to be large is made on the meta device first, which takes no memory. Raises UserError, naming the
-    model, if it needs more memory than is free.
+    A large module is first built on the meta device, which needs no memory. Raises UserError, naming the model, if it
+    needs more memory than is free.
     """
     free = free_memory()
     random_state = torch.get_rng_state()
@@ -40,16 +40,16 @@ def build_within_memory(build: Callable[[], nn.Module], name: str) -> nn.Module:
             build()
     except UserError:
         raise
-    except Exception:  # some models read a value while they are built, which a meta tensor has not
+    except Exception:  # some models read a value while they are built; meta tensors have none
         pass
     with _Counter(name, free):
         return build()
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the tensors that are made and their bytes. Raises UserError before there are too many.
+    """Counts new tensors and their bytes. Raises UserError before there are too many.
 
-    With on_meta, those that are not small are made on the meta device.
+    With on_meta, tensors that are not small are created on the meta device.
     """
 
     def __init__(self, name: str, free: float, *, on_meta: bool = False):
@@ -69,8 +69,7 @@ class _Counter(TorchDispatchMode):
             self._tensors += 1
             if self._bytes > self._free:
                 raise UserError(
-                    f"{self._name} needs more than the {self._free / 1e9:.1f} GB of memory that are free; give a "
-                    "smaller model"
+                    f"{self._name} needs more than the {self._free / 1e9:.1f} GB of free memory; give a smaller model"
                 )
             if self._tensors > MOST_TENSORS:
                 raise UserError(f"{self._name} has more than {MOST_TENSORS:,} tensors; give a model with fewer layers")

@@ -1,4 +1,4 @@
-"""The model config and the preprocessing that belong to a model's name."""
+"""Model config and preprocessing of a model name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
 
+State = dict[str, torch.Tensor]
+"""A state dict."""
 
-def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model config and preprocessing (as `find_preprocess` gives it) of a name.
+Config = dict[str, Any]
+"""A model config or the preprocessing of a model, as plain JSON."""
 
-    Raises UserError where it names no model config, or one that cannot be had.
+
+def find_model_config(name: ModelName) -> tuple[Config, Config]:
+    """Return the model config and the preprocessing (see `find_preprocess`) of a name.
+
+    Raises UserError if it cannot be fetched or read, or is not a model config.
     """
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
     if name.kind == "hub":
-        path = Path(hub.fetch_hub_config(name.config.removeprefix(names.HUB)))
+        failure = (
+            f"open_clip_config.json of {name.config} could not be fetched from huggingface.co; check the name and the "
+            "network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
+        )
+        path = Path(hub.fetch_files(name.config.removeprefix(names.HUB), ["open_clip_config.json"], failure))
     elif name.kind == "folder":
         path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
     else:
@@ -43,10 +53,10 @@ def find_model_config(name: ModelName) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
 
 
-def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's PreprocessCfg as plain JSON, with `overrides` (other keys of theirs are left out).
+def find_preprocess(overrides: Config) -> Config:
+    """Return open_clip's PreprocessCfg as plain JSON, with `overrides` (unknown keys are skipped).
 
-    One number for mean or std counts for each channel, as in open_clip. Raises SchemaError for values that are none.
+    One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
     """
     checkpoint_schema.preprocess(overrides, "preprocess_cfg")
     merged = json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
@@ -56,18 +66,18 @@ def find_preprocess(overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _common_preprocess(config_name: str) -> dict[str, Any]:
-    """The preprocessing of all of a model's tags, where they agree (SigLIP's do), else OpenAI's."""
+def _common_preprocess(config_name: str) -> Config:
+    """Return the preprocessing of a model's tags if all agree (SigLIP's do), else OpenAI's."""
     tags = list_pretrained_tags_by_model(config_name)
-    of_tags = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
-    return of_tags[0] if of_tags and all(p == of_tags[0] for p in of_tags) else find_preprocess({})
+    found = [find_preprocess(get_pretrained_cfg(config_name, tag)) for tag in tags]
+    return found[0] if found and all(preprocess == found[0] for preprocess in found) else find_preprocess({})
 
 
-def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two tower configs hold the same, apart from sizes that position embeddings are fitted to.
+def same_tower(a: Config, b: Config) -> bool:
+    """Whether two tower configs are equal except for sizes that position embeddings are resized to.
 
-    A Hugging Face tower's own config (`hf_config`) counts where both have it, and there the sizes that both name. The
-    words of the tokenizer are no part of a tower.
+    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer's
+    vocabulary.
     """
     hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
     free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
@@ -76,6 +86,6 @@ def same_tower(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())
 
 
-def count_layers(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """Number of layers whose names are `prefix` and a number."""
+def count_layers(state: State, prefix: str) -> int:
+    """Count the layers in `state` named `prefix` and a number."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

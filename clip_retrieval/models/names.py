@@ -1,4 +1,4 @@
-"""What a model may be called, and which one is meant."""
+"""Model names and how they are resolved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPENAI_NAMES = {
 """OpenAI's names, and open_clip's for the same architectures."""
 
 ALIASES = {"efficientnet": "efficientnet_v2_s"}
-"""simple-clip's names that are ours for the same model."""
+"""simple-clip's names, and ours for the same models."""
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -34,14 +34,15 @@ NO_WEIGHTS = "none"
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model's name, resolved.
+    """A resolved model name.
 
     Attributes:
-        name: the canonical name: OpenAI's spelling where there is one.
-        config: the name of the config file in open_clip or in configs/, an `hf-hub:` or `local-dir:` id, or the
-            path of a .json.
-        kind: where the config lies: "open_clip", "ours", "hub", "folder" or "file".
-        openai_spelling: whether it was spelled as only OpenAI does (`ViT-B/32`, `RN50`); two spellings are equal.
+        name: the canonical name: OpenAI's spelling if there is one.
+        config: name of the config file in open_clip or in configs/, an `hf-hub:` or `local-dir:` id, or the path of a
+            .json.
+        kind: location of the config: "open_clip", "ours", "hub", "folder" or "file".
+        openai_spelling: whether the user typed a spelling that only OpenAI uses (`ViT-B/32`, `RN50`). Ignored when
+            names are compared.
     """
 
     name: str
@@ -51,40 +52,40 @@ class ModelName:
 
     @property
     def default_weights(self) -> str:
-        """What the model starts from where nothing is said: "openai", "own" (a hub id's or folder's) or "none"."""
+        """Default of --pretrained: "openai", "own" (the weights of a hub id or folder) or "none"."""
         if self.kind in ("hub", "folder"):
             return OWN_WEIGHTS
         return "openai" if self.name in OPENAI_NAMES else NO_WEIGHTS
 
 
 def resolve(name: str) -> ModelName:
-    """The model that `name` means. Raises UserError, with the nearest known names, where there is none."""
+    """Resolve a model name. Raises UserError, with the nearest known names, if it is unknown."""
     name = ALIASES.get(name, name)
     if name in OPENAI_NAMES:
         return ModelName(name, OPENAI_NAMES[name], "open_clip", openai_spelling=True)
     for prefix, kind in ((HUB, "hub"), (FOLDER, "folder")):
         if name.startswith(prefix):
             if name == prefix:
-                raise UserError(f"--vision_model {name}: something must follow the colon")
+                raise UserError(f"--vision_model {name}: nothing follows the colon; give an id or a path after it")
             return ModelName(name, name, kind)
     if name in our_configs():
         return ModelName(name, name, "ours")
     if name.endswith(".json"):
         return ModelName(name, name, "file")
-    # The slash is OpenAI's way: it is accepted for any model (ViT-H/14).
+    # OpenAI's slash is accepted for any model (ViT-H/14).
     config = name.replace("/", "-")
     if config in open_clip_names():
-        canonical = next((openai for openai, same in OPENAI_NAMES.items() if same == config), config)
+        canonical = next((openai for openai, other in OPENAI_NAMES.items() if other == config), config)
         return ModelName(canonical, config, "open_clip")
     near = nearest(name, [*OPENAI_NAMES, *our_configs(), *open_clip_names()])
     raise UserError(
-        f"--vision_model {name}: no such model{near}. It may be an OpenAI or open_clip name, hf-hub:ORG/NAME, "
+        f"--vision_model {name}: no such model{near}; give an OpenAI or open_clip name, hf-hub:ORG/NAME, "
         "local-dir:PATH, or a model config .json"
     )
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """What to add to a message: `(did you mean A, B?)` with the names of `known` that look like `name`, or nothing."""
+    """Return ` (did you mean A, B?)` with the names in `known` that are similar to `name`, or an empty string."""
     by_lower = {k.lower(): k for k in reversed(known)}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(by_lower[n] for n in near)}?)" if near else ""
@@ -92,13 +93,13 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 @cache
 def our_configs() -> dict[str, Path]:
-    """Our own model configs: name to file."""
+    """Return the files of our own model configs by name."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 
 
 @cache
 def open_clip_names() -> tuple[str, ...]:
-    """The names of open_clip's model configs. open_clip is looked at but not imported: that would load torch."""
+    """Return the names of open_clip's model configs, without importing open_clip: that would load torch."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         return ()

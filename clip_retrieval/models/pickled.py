@@ -1,4 +1,4 @@
-"""What a pickle in a weight file may hold besides plain values: types of numbers, tensors of other kinds, modules."""
+"""Objects that a pickle in a weight file may hold besides plain values: dtypes, storages, modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STORAGE_TYPES = {
 }
 STORAGES = {f"torch.{device}{name}Storage": dtype for device in ("", "cuda.") for name, dtype in _STORAGE_TYPES.items()}
 STORAGES |= {f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped", "Typed")}
-# Tensors of these are Unusable.
+# Tensors of these dtypes are Unusable.
 STORAGES |= {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("QInt8", "QUInt8", "QInt32")}
 
 _DTYPE_NAMES = ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
@@ -42,28 +42,23 @@ UNUSABLE = {
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
 }
 TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor")
-"""Names that are never called: further types of numbers, and ways to quantise them."""
+"""Names that are never called: other dtypes, and quantisation schemes."""
 
 
 class PythonObjectError(Exception):
-    """A pickle asks for a Python object: holds its name."""
+    """A pickle holds a Python object of this name."""
 
 
 class DamagedError(Exception):
-    """A file that no program wrote: cut short, or with values in the wrong places.
+    """A damaged file: truncated, or with invalid values."""
 
-    Args:
-        what: is wrong.
-        remedy: what to do about it.
-    """
-
-    def __init__(self, what: str, remedy: str = "fetch it again"):
-        super().__init__(f"{what}; {remedy}")
+    def __init__(self, problem: str, remedy: str = "fetch it again"):
+        super().__init__(f"{problem}; {remedy}")
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name in a pickle. It is never looked up in Python."""
+    """A global name in a pickle. It is never imported."""
 
     name: str
 
@@ -73,41 +68,28 @@ class Module:
     """An object of a TorchScript archive.
 
     Attributes:
-        name: of its class.
-        attributes: a dict of them; of a class with a `__setstate__` of its own, the state that this would be given.
+        name: name of its class.
+        attributes: dict of its attributes; for a class with its own `__setstate__`, the argument of that.
     """
 
     name: str
     attributes: Any = field(default_factory=dict)
 
 
-@dataclass
-class OldParameter:
-    """A parameter as torch saved it until 2017: made first, then given its tensor."""
-
-    data: Any = None
-
-
 @dataclass(frozen=True)
 class Unusable:
-    """A tensor that cannot be read as plain numbers, and why."""
+    """A tensor of a `kind` that cannot be read as plain numbers."""
 
     kind: str
 
     def problem(self, name: str) -> str:
-        """What is wrong with it under this name, and the remedy."""
-        return f"{name} is {self.kind}; save it as a plain one (.to_dense(), .dequantize())"
+        """Return the problem of the tensor `name`, and the remedy."""
+        return f"{name} is {self.kind}; save it as a dense tensor (.to_dense(), .dequantize())"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The numbers that tensors share: `key` names them in the file.
-
-    Attributes:
-        key: their name in the file.
-        dtype: their type.
-        count: how many there are.
-    """
+    """A storage that tensors share: its name in the file, its dtype and its number of elements."""
 
     key: str
     dtype: torch.dtype

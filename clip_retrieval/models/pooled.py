@@ -1,9 +1,9 @@
-"""Transformer towers up to the one token they pool, without the work that it does not depend on.
+"""The pooled token of a transformer tower, without the work that it does not depend on.
 
-open_clip computes every token of every block. But padding behind a caption changes nothing in front of it where
-attention is causal, and of the last block only the pooled token is looked at. Here the tokens of all captions of a
-batch stand one after the other, without padding, and the last block computes keys and values for all tokens but the
-rest for one. The features are the same to rounding.
+open_clip computes every token in every block. But with causal attention, padding behind a caption does not affect it,
+and only the pooled token of the last block is used. Here the captions of a batch are packed one after the other,
+without padding; the last block computes keys and values for all tokens, everything else for one. The features are
+equal up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def pools_one_image_token(visual: nn.Module) -> bool:
-    """Whether `pooled_image_token` computes what this image tower pools: a ViT with a class token."""
+    """Whether `pooled_image_token` works for this image tower: a ViT that pools its class token."""
     return (
         isinstance(visual, VisionTransformer)
         and visual.attn_pool is None
@@ -30,7 +30,7 @@ def pools_one_image_token(visual: nn.Module) -> bool:
 
 
 def pools_the_end_token(text: nn.Module, pool_type: str) -> bool:
-    """Whether `pooled_end_token` computes what this text tower pools: open_clip's causal one, at the end token."""
+    """Whether `pooled_end_token` works for this text tower: open_clip's causal one that pools its end token."""
     return (
         getattr(text, "attn_mask", None) is not None
         and getattr(text, "cls_emb", None) is None
@@ -45,7 +45,7 @@ def _has_plain_blocks(transformer: nn.Module) -> bool:
 
 
 def pooled_image_token(visual: VisionTransformer, pixels: Tensor) -> Tensor:
-    """(n, width): the class token of float (n, 3, height, width), before its projection."""
+    """Compute the class token (n, width), before the projection, of float images (n, 3, height, width)."""
     x = visual._embeds(pixels)
     *blocks, last = visual.transformer.resblocks
     run = _runner(visual.transformer)
@@ -55,7 +55,7 @@ def pooled_image_token(visual: VisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """A block's output (n, width) for the first token of x (n, tokens, width)."""
+    """Compute a block's output (n, width) for the first token of x (n, tokens, width)."""
     normalized = block.ln_1(x)
     attended = block.attn(normalized[:, :1], normalized, normalized, need_weights=False)[0]
     return _feed_forward(block, x[:, 0] + block.ls_1(attended[:, 0]))
@@ -63,12 +63,12 @@ def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of captions stand, one after the other (T = sum of the lengths) and padded (n, longest).
+    """Positions of the tokens of captions: packed one after the other (T = sum of the lengths), or padded (n, longest).
 
     Attributes:
-        index: int64 (T,), place in the padded form, flattened.
-        end: int64 (n,), place of each caption's last token among the T.
-        mask: bool (n, 1, 1, longest), what is no padding.
+        index: int64 (T,), position of each packed token in the flattened padded form.
+        end: int64 (n,), packed position of each caption's last token.
+        mask: bool (n, 1, 1, longest), False for padding.
     """
 
     index: Tensor
@@ -77,34 +77,34 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device) -> Packing:
-        """Of captions of these lengths, int64 (n,) on the CPU: nothing waits for the device."""
+        """Pack captions of these lengths, int64 (n,) on the CPU, so that nothing waits for the device."""
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         index, end = mask.flatten().nonzero()[:, 0], lengths.cumsum(0) - 1
-        parts = (index, end, mask[:, None, None])
+        tensors = (index, end, mask[:, None, None])
         if device.type == "cuda":
-            parts = tuple(part.pin_memory().to(device, non_blocking=True) for part in parts)
-        return cls(*(part.to(device) for part in parts))
+            tensors = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+        return cls(*(tensor.to(device) for tensor in tensors))
 
-    def padded(self, x: Tensor, heads: int) -> Tensor:
-        """(n, heads, longest, width / heads) of (T, width); zeros where there is no token."""
+    def pad(self, x: Tensor, heads: int) -> Tensor:
+        """Split (T, width) into heads and pad with zeros: (n, heads, longest, width / heads)."""
         n, longest = self.mask.shape[0], self.mask.shape[-1]
         padded = x.new_zeros(n * longest, x.shape[1]).index_copy(0, self.index, x)
         return padded.view(n, longest, heads, -1).transpose(1, 2)
 
 
 def pooled_end_token(text: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """(n, width): the end token of captions, before its projection.
+    """Compute the end token (n, width) of captions, before the projection.
 
     Args:
         text: the module that holds the tower's parts.
-        tokens: int64 (n, at least the longest length).
-        lengths: int64 (n,), on the CPU: ids up to and including the end token.
+        tokens: int64 (n, length), at least as long as the longest caption.
+        lengths: int64 (n,) on the CPU: number of ids up to and including the end token.
     """
     pack = Packing.of(lengths, tokens.device)
     longest = pack.mask.shape[-1]
     ids = tokens[:, :longest].reshape(-1)[pack.index]
     dtype = text.transformer.get_cast_dtype()
-    # F.embedding: the backward of positional_embedding[...] adds repeated rows with atomics, in any order.
+    # F.embedding is deterministic; the backward of positional_embedding[...] adds repeated rows with atomics.
     positions = F.embedding(pack.index % longest, text.positional_embedding)
     x = text.token_embedding(ids).to(dtype) + positions.to(dtype)
     *blocks, last = text.transformer.resblocks
@@ -115,26 +115,24 @@ def pooled_end_token(text: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor
 
 
 def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
-    """A block's output (T, width), attention causal within each caption."""
+    """Compute a block's output (T, width), with causal attention within each caption."""
     attention, normalized = block.attn, block.ln_1(x)
     qkv = F.linear(normalized, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=1)
-    q, k, v = (pack.padded(part, attention.num_heads) for part in qkv)
+    q, k, v = (pack.pad(tensor, attention.num_heads) for tensor in qkv)
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     attended = attended.transpose(1, 2).reshape(-1, x.shape[1]).index_select(0, pack.index)
     return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
 
 
 def _end_token(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
-    """A block's output (n, width) for the last token of each caption."""
+    """Compute a block's output (n, width) for the last token of each caption."""
     attention, normalized, width = block.attn, block.ln_1(x), x.shape[1]
-    of_query, of_rest = attention.in_proj_weight.split((width, 2 * width))
-    bias_of_query, bias_of_rest = attention.in_proj_bias.split((width, 2 * width))
-    k, v = (
-        pack.padded(part, attention.num_heads) for part in F.linear(normalized, of_rest, bias_of_rest).chunk(2, dim=1)
-    )
-    q = F.linear(normalized.index_select(0, pack.end), of_query, bias_of_query).view(
-        len(pack.end), attention.num_heads, 1, -1
-    )
+    q_weight, kv_weight = attention.in_proj_weight.split((width, 2 * width))
+    q_bias, kv_bias = attention.in_proj_bias.split((width, 2 * width))
+    kv = F.linear(normalized, kv_weight, kv_bias).chunk(2, dim=1)
+    k, v = (pack.pad(tensor, attention.num_heads) for tensor in kv)
+    q = F.linear(normalized.index_select(0, pack.end), q_weight, q_bias)
+    q = q.view(len(pack.end), attention.num_heads, 1, -1)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=pack.mask).reshape(-1, width)
     return _feed_forward(block, x.index_select(0, pack.end) + block.ls_1(attention.out_proj(attended)))
 
@@ -144,7 +142,7 @@ def _feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 
 def _runner(transformer: nn.Module) -> Callable[..., Tensor]:
-    """Calls a block, keeping its activations or, with gradient checkpointing, computing them again."""
+    """Return a function that runs a block, with gradient checkpointing if the transformer has it enabled."""
     if transformer.grad_checkpointing and torch.is_grad_enabled():
         return lambda function, *arguments: checkpoint(function, *arguments, use_reentrant=False)
     return lambda function, *arguments: function(*arguments)

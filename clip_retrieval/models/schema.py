@@ -1,4 +1,4 @@
-"""What a nested value from a file may be, declared; a value that is not so is a message.
+"""Schemas of nested values from files, with readable errors.
 
 A check is a function of a value and its place (`vision_cfg.layers`) that raises SchemaError:
 
@@ -23,15 +23,15 @@ Check = Callable[[Any, str], None]
 
 DEEPEST = 32
 MOST_VALUES = 2_000_000
-"""How many values may be nested in one that has no other check; a multilingual vocabulary has 250,000."""
+"""Limit of nested values in a value without its own check; a multilingual vocabulary has 250,000."""
 
 
 class SchemaError(ValueError):
-    """A value that is not as declared; says where it is and what it should be."""
+    """An invalid value: names its place and the expected value."""
 
 
 def whole(low: int = 0, high: int = 2**63 - 1) -> Check:
-    """A whole number in a range, both ends included."""
+    """Check for an integer in a range, both ends included."""
 
     def check(value: Any, place: str) -> None:
         if type(value) is not int or not low <= value <= high:
@@ -41,7 +41,7 @@ def whole(low: int = 0, high: int = 2**63 - 1) -> Check:
 
 
 def number(above: float = -math.inf) -> Check:
-    """A finite number, whole or not, greater than `above`."""
+    """Check for a finite int or float greater than `above`."""
 
     def check(value: Any, place: str) -> None:
         if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
@@ -51,7 +51,7 @@ def number(above: float = -math.inf) -> Check:
 
 
 def one_of(*choices: Any) -> Check:
-    """One of a few values."""
+    """Check for one of a few values."""
 
     def check(value: Any, place: str) -> None:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -61,13 +61,13 @@ def one_of(*choices: Any) -> Check:
 
 
 def text(value: Any, place: str) -> None:
-    """A string."""
+    """Check for a string."""
     if type(value) is not str:
         raise _mismatch(value, place, "text")
 
 
 def sequence(item: Check, *lengths: int, empty: bool = True) -> Check:
-    """A list or tuple, of one of these lengths if any are given; with empty=False of one element at least."""
+    """Check for a list or tuple, of one of `lengths` if any are given; with empty=False it must have elements."""
 
     def check(value: Any, place: str) -> None:
         if type(value) not in (list, tuple):
@@ -82,7 +82,7 @@ def sequence(item: Check, *lengths: int, empty: bool = True) -> Check:
 
 
 def entries(item: Check, key: type = str) -> Check:
-    """A dict with keys of a type."""
+    """Check for a dict with keys of one type."""
 
     def check(value: Any, place: str) -> None:
         if type(value) is not dict:
@@ -98,14 +98,14 @@ def entries(item: Check, key: type = str) -> Check:
 def record(
     required: dict[str, Check] | None = None, optional: dict[str, Check] | None = None, rest: Check | None = None
 ) -> Check:
-    """A dict of named values: those that are required, those that may be missing, and others (`rest`)."""
+    """Check for a dict of named values: required ones, optional ones, and all others (`rest`)."""
     named, others = {**(required or {}), **(optional or {})}, rest or plain
 
     def check(value: Any, place: str) -> None:
         if type(value) is not dict:
             raise _mismatch(value, place, "a dict")
         if missing := [name for name in required or {} if name not in value]:
-            raise SchemaError(f"{place or 'it'} lacks {', '.join(missing)}")
+            raise SchemaError(f"{place or 'it'} has no {', '.join(missing)}")
         for name, element in value.items():
             if type(name) is not str:
                 raise _mismatch(name, f"a key of {place or 'it'}", "text")
@@ -115,7 +115,7 @@ def record(
 
 
 def either(*checks: Check) -> Check:
-    """What any of the checks admits; the message is the last one's."""
+    """Check that any of the checks passes; the message is the last one's."""
 
     def check(value: Any, place: str) -> None:
         for other in checks[:-1]:
@@ -129,59 +129,60 @@ def either(*checks: Check) -> Check:
 
 
 def nothing(value: Any, place: str) -> None:
-    """None."""
+    """Check for None."""
     if value is not None:
         raise _mismatch(value, place, "null")
 
 
+def unknown(value: Any, place: str) -> None:
+    """Refuse every value."""
+    raise SchemaError(f"{place} is unknown")
+
+
 def plain(value: Any, place: str) -> None:
-    """Numbers, text, and dicts and lists of them, nested to a limit."""
-    left, visited = [(value, 0)], 0
-    while left:
-        inner, depth = left.pop()
+    """Check for numbers, text, and dicts and lists of them, nested up to a limit."""
+    stack, visited = [(value, 0)], 0
+    while stack:
+        inner, depth = stack.pop()
         visited += 1
         if depth > DEEPEST or visited > MOST_VALUES:
             raise SchemaError(f"{place} is nested too deeply, or too large")
         if type(inner) is dict:
             if not all(type(name) in (str, int) for name in inner):
-                raise SchemaError(f"{place} has a key that is no text")
-            left.extend((element, depth + 1) for element in inner.values())
+                raise SchemaError(f"{place} has a key that is not text")
+            stack.extend((element, depth + 1) for element in inner.values())
         elif type(inner) in (list, tuple):
-            left.extend((element, depth + 1) for element in inner)
+            stack.extend((element, depth + 1) for element in inner)
         elif type(inner) not in (type(None), bool, int, float, str):
             raise _mismatch(inner, place, "plain numbers and text")
 
 
 def tensor(value: Any, place: str) -> None:
-    """A plain tensor."""
+    """Check for a dense tensor of real numbers."""
     if isinstance(value, Unusable):
         raise SchemaError(value.problem(place))
     if type(value) is not torch.Tensor or value.is_complex():
         raise _mismatch(value, place, "a tensor of real numbers")
 
 
-def hinted(hint: Any) -> Check:
-    """What a type hint admits; a whole number passes for `float`, a list for a tuple."""
+def from_hint(hint: Any) -> Check:
+    """Make the check of a type hint; an int passes for `float`, a list for a tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return either(*(hinted(part) for part in sorted(arguments, key=lambda part: part is not type(None))))
+        return either(*(from_hint(part) for part in sorted(arguments, key=lambda part: part is not type(None))))
     if origin is tuple:
         lengths = () if Ellipsis in arguments else (len(arguments),)
-        return sequence(hinted(arguments[0]), *lengths, empty=False)
+        return sequence(from_hint(arguments[0]), *lengths, empty=False)
     if origin is list:
-        return sequence(hinted(arguments[0]))
+        return sequence(from_hint(arguments[0]))
     known = {type(None): nothing, bool: one_of(False, True), int: whole(-(2**63)), float: number(), str: text}
     return known.get(hint, entries(plain) if dict in (hint, origin) else plain)
 
 
 def fields(*classes: type, nullable: bool = False) -> dict[str, Check]:
-    """The checks of dataclasses' fields, from their type hints.
-
-    Args:
-        nullable: admit null for each.
-    """
+    """Make the checks of dataclass fields from their type hints; `nullable` also admits null for each."""
     hints = {f.name: typing.get_type_hints(c)[f.name] for c in classes for f in dataclasses.fields(c)}
-    return {name: either(nothing, hinted(hint)) if nullable else hinted(hint) for name, hint in hints.items()}
+    return {name: either(nothing, from_hint(hint)) if nullable else from_hint(hint) for name, hint in hints.items()}
 
 
 def _mismatch(value: Any, place: str, expected: str) -> SchemaError:

@@ -1,31 +1,28 @@
-"""simple-clip: its checkpoints, and the weights that its towers start from.
+"""simple-clip: its checkpoints, and the initial weights of its towers.
 
-The models are `resnet18`, `resnet50` and `efficientnet_v2_s` in configs/, the code is simple_clip_model. There images
-are squashed to the square and scaled to [0, 1], not normalised; those of models trained here are cropped, and have
-ImageNet's mean and deviation.
-https://github.com/filipbasara0/simple-clip.
+The models are `resnet18`, `resnet50` and `efficientnet_v2_s` in configs/; the code is in simple_clip_model. simple-clip
+resizes images to the square and scales them to [0, 1] without normalising. Models trained here crop them and use
+ImageNet's mean and standard deviation. https://github.com/filipbasara0/simple-clip
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import names
-from clip_retrieval.models.model_config import count_layers, find_model_config
+from clip_retrieval.models.model_config import Config, State, count_layers, find_model_config
 
 IMAGE_MODELS = ("resnet18", "resnet50", "efficientnet_v2_s")
 TEXT_MODEL = "distilbert-base-uncased"
 HEAD_WIDTH = 64
 
 PREPROCESS = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
-"""How the images of simple-clip's own checkpoints are prepared."""
+"""Preprocessing of simple-clip's own checkpoints."""
 
 HIGHEST_BIAS = -1.0
-"""All checkpoints have a bias; one above this was not trained: SigLIP's starts at -10 and stays far below 0, InfoNCE's
-starts at 0, and rounding alone moves it."""
+"""All checkpoints have a bias. A bias above this was not trained: SigLIP's starts at -10 and stays far below 0;
+InfoNCE's starts at 0, and only rounding changes it."""
 
 IMAGE, TRUNK, TEXT = "image_encoder.", "visual.trunk.", "text.transformer."
 RENAMED = {
@@ -41,27 +38,22 @@ EFFICIENTNET_PARTS = {"0": "features"}
 BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
 
 
-def is_simple_clip(config: dict[str, Any]) -> bool:
-    """Whether a model config is one of simple-clip's kind."""
-    return "torchvision_model_name" in config["vision_cfg"]
-
-
-def is_reference(state: dict[str, torch.Tensor]) -> bool:
-    """Whether a state dict is one of simple-clip's own."""
+def is_reference(state: State) -> bool:
+    """Whether a state dict has simple-clip's own names."""
     return all(any(name.startswith(prefix) for name in state) for prefix in (IMAGE, "text_encoder.model."))
 
 
-def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """simple-clip's own state dict under our names; without a bias that was never trained (see HIGHEST_BIAS).
+def to_open_clip(state: State) -> State:
+    """Rename simple-clip's own state dict to our names, without an untrained bias (see HIGHEST_BIAS).
 
-    The first ones, the published one among them, have no temperature: they were trained with a scale of 1.
+    The first checkpoints, among them the published one, have no temperature: they were trained with a scale of 1.
     """
     parts = RESNET_PARTS if any(name.startswith(f"{IMAGE}4.") for name in state) else EFFICIENTNET_PARTS
     renames = {f"{IMAGE}{number}.": f"{TRUNK}{part}." for number, part in parts.items()} | RENAMED
     renamed = {}
     for name, value in state.items():
-        prefix = next((p for p in renames if name == p or (p.endswith(".") and name.startswith(p))), None)
-        renamed[name if prefix is None else renames[prefix] + name.removeprefix(prefix)] = value
+        prefix = next((p for p in renames if name == p or (p.endswith(".") and name.startswith(p))), "")
+        renamed[renames.get(prefix, "") + name.removeprefix(prefix)] = value
     if "logit_bias" in renamed and renamed["logit_bias"] > HIGHEST_BIAS:
         del renamed["logit_bias"]
     if any(name.startswith("projection_head.") for name in state):
@@ -69,23 +61,16 @@ def from_reference(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def infer_name(state: dict[str, torch.Tensor], source: str) -> str:
-    """The model whose image tower a state dict under our names holds. Raises UserError, naming `source`, for others."""
-    if f"{TRUNK}features.0.0.weight" in state:
-        return "efficientnet_v2_s"
-    blocks = tuple(count_layers(state, f"{TRUNK}layer{stage}.") for stage in (1, 2, 3, 4))
-    name = BLOCKS.get(blocks)
-    if name is None or (f"{TRUNK}layer1.0.conv3.weight" in state) != (name == "resnet50"):
-        raise UserError(f"{source} is not a whole simple-clip checkpoint: it has no {', '.join(IMAGE_MODELS)}")
-    return name
+def infer(state: State, source: str) -> tuple[str, Config]:
+    """Infer the model name and config of a checkpoint from the shapes of its tensors (under our names).
 
-
-def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
-    """The model config of a checkpoint, from the shapes of its tensors (under our names).
-
-    Raises UserError, naming `source`, where tensors that tell the sizes are missing.
+    Raises UserError, naming `source`, if one of these tensors is missing.
     """
-    config, _ = find_model_config(names.resolve(infer_name(state, source)))
+    blocks = tuple(count_layers(state, f"{TRUNK}layer{stage}.") for stage in (1, 2, 3, 4))
+    name = "efficientnet_v2_s" if f"{TRUNK}features.0.0.weight" in state else BLOCKS.get(blocks)
+    if name is None or (f"{TRUNK}layer1.0.conv3.weight" in state) != (name == "resnet50"):
+        raise UserError(f"{source} is an incomplete simple-clip checkpoint: it has no {', '.join(IMAGE_MODELS)}")
+    config, _ = find_model_config(names.resolve(name))
     text = config["text_cfg"]
     try:
         vocabulary, width = state[f"{TEXT}embeddings.word_embeddings.weight"].shape
@@ -103,21 +88,21 @@ def infer_config(state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
             "n_heads": width // HEAD_WIDTH,
         }
     except KeyError as error:
-        raise UserError(f"{source} is not a whole simple-clip checkpoint: it has no {error.args[0]}") from None
-    return config
+        raise UserError(f"{source} is an incomplete simple-clip checkpoint: {error.args[0]} is missing") from None
+    return name, config
 
 
-def trunk_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """torchvision's state dict of an image classifier, under our names, without the classifier; empty for others."""
+def trunk_weights(state: State) -> State:
+    """Rename a torchvision state dict to our names, without its classifier; empty for other state dicts."""
     parts = tuple(f"{part}." for part in (*RESNET_PARTS.values(), *EFFICIENTNET_PARTS.values()))
     trunk = {f"{TRUNK}{name}": value for name, value in state.items() if name.startswith(parts)}
-    # Weights from before torch 0.4.1 lack the counts, which nothing depends on.
+    # Weights from before torch 0.4.1 lack the counts; nothing depends on them.
     counts = [name.replace("running_mean", "num_batches_tracked") for name in trunk if name.endswith("running_mean")]
     return {name: torch.tensor(0) for name in counts} | trunk
 
 
-def distilbert_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a DistilBERT under our names, without what it was pretrained with; empty for others."""
+def distilbert_weights(state: State) -> State:
+    """Rename a DistilBERT state dict to our names, without its pretraining heads; empty for other state dicts."""
     state = {name.removeprefix("distilbert."): value for name, value in state.items()}
     if not any(name.startswith("transformer.layer.") for name in state):
         return {}
@@ -126,7 +111,7 @@ def distilbert_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def weight_tags(name: str) -> dict[str, dict[str, str]]:
-    """torchvision's own weights for an image tower, as open_clip describes a tag's; none for other names."""
+    """Return torchvision's weights for an image tower in the form of open_clip's tags; none for other names."""
     from torchvision.models import get_model_weights
 
     return {tag.name: {"url": tag.url} for tag in get_model_weights(name)} if name in IMAGE_MODELS else {}

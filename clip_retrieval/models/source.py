@@ -1,30 +1,31 @@
-"""Which model is meant: from names, tags and files to a config, preprocessing and weights."""
+"""Resolve names, tags and files to a model's config, preprocessing and weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from open_clip import factory
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, names, simple_clip_weights, weights
-from clip_retrieval.models.model_config import count_layers, find_model_config, find_preprocess, same_tower
+from clip_retrieval.models import checkpoint_schema, hub, names, simple_clip_weights
+from clip_retrieval.models.families import FAMILIES, Family, find_family
+from clip_retrieval.models.libraries import quiet, translate_errors
+from clip_retrieval.models.model_config import (
+    Config,
+    State,
+    count_layers,
+    find_model_config,
+    find_preprocess,
+    same_tower,
+)
 from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
-from clip_retrieval.models.weights import Weights, read_text_tower, read_weights
+from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, WEIGHT_FILES, Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
 
-WHOLE = (weights.OURS, weights.CHINESE_CLIP, weights.SIMPLE_CLIP)
-"""Kinds of files that tell their whole model: nothing needs to be named beside them."""
-
 KNOWN = ("open_clip", "ours")
-"""Kinds of names whose configs are not the user's."""
-
-CLIP_TRAINING_MODEL = "RN50-text6"
-"""clip-training's model, by our name."""
+"""Kinds of names whose configs are tested; a user's config is tried first."""
 
 
 @dataclass
@@ -35,237 +36,201 @@ class ModelSource:
         name: canonical name.
         config: open_clip's model config.
         preprocess: open_clip's PreprocessCfg, as plain JSON.
-        weights: where the weights are from: a tag, "none", "own" (a hub id's or folder's) or a file.
+        weights: source of the weights: a tag, "none", "own" (a hub id's or folder's) or a file.
         state: the weights, or None for random ones.
-        random: beginnings of the names of weights that `state` may lack: they stay random.
-        is_known: whether the config is one of open_clip's own, or ours.
-        config_from: the file that holds the config, or that it was inferred from, if `name` does not tell it.
+        random: name prefixes of weights that may be missing in `state`: they stay random.
+        is_known: whether the config is open_clip's or ours.
+        config_from: the file with the config, or from which it was inferred; None if `name` has the config.
     """
 
     name: str
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
+    config: Config
+    preprocess: Config
     weights: str
-    state: dict[str, torch.Tensor] | None = None
+    state: State | None = None
     random: tuple[str, ...] = ()
     is_known: bool = False
     config_from: str | None = None
 
 
 def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
-    """The model that `options` name, its weights read but not built yet. See `build.build_model`."""
+    """Find the model of `options` and read its weights, without building it. See `build.build_model`."""
     name = names.resolve(options.vision_model)
     pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
-    own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
-    if pretrained == NO_WEIGHTS or own or _tag(name, pretrained):
-        return _from_name(options, name, pretrained)
-    _check_is_no_tag(pretrained, name)
-    found = read_weights(pretrained)
-    if found.kind in WHOLE:
-        return _whole(found, options, typed_model)
-    return _from_file(found, options, name, typed_model)
+    is_own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
+    tag, file = _find_tag(name, pretrained), None
+
+    # a file may define its whole model
+    if pretrained != NO_WEIGHTS and not is_own and not tag:
+        _refuse_misspelt_tag(pretrained, name)
+        file = read_weights(pretrained)
+        if file.model_config or file.family.infer:
+            return _from_checkpoint(file, options, typed_model)
+        if file.family.model and not typed_model and not options.text_model:
+            name = names.resolve(file.family.model)
+
+    # otherwise the names define it
+    config, preprocess = find_model_config(name)
+    family = _choose_family(options, name, config)
+    source = ModelSource(name.name, config, preprocess, pretrained, is_known=name.kind in KNOWN)
+
+    # weights
+    if tag:
+        source.state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state
+    elif is_own:
+        source.state = read_weights(_find_own_weights(name)).state
+    elif file:
+        source.state, source.weights = file.state, file.source
+    if family and not any(key.startswith(simple_clip_weights.TRUNK) for key in source.state or ()):
+        return _combine_towers(source, family, options, name)
+    _refuse_text_pretrained(options, source.weights)
+
+    # settings that belong to the weights
+    if tag:
+        config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
+        source.preprocess = find_preprocess(tag)
+    elif file:
+        if file.family.quick_gelu or name.openai_spelling:
+            config["quick_gelu"] = True
+        if file.family.model:
+            config["text_cfg"]["layers"] = count_layers(file.state, "transformer.resblocks.")
+            source.preprocess = find_model_config(names.resolve(file.family.model))[1]
+    return source
 
 
 def tags_of(name: ModelName) -> list[str]:
-    """The tags of open_clip's or torchvision's weights for a model."""
+    """Return the tags of open_clip's or torchvision's weights for a model."""
     return [*list_pretrained_tags_by_model(name.config), *simple_clip_weights.weight_tags(name.config)]
 
 
-def _tag(name: ModelName, tag: str) -> dict[str, Any] | None:
-    """Where the weights of a tag are, and their settings, as open_clip describes them; None for what is no tag."""
+def _find_tag(name: ModelName, tag: str) -> Config | None:
+    """Return open_clip's description of a tag (addresses and preprocessing), or None if there is no such tag."""
     return get_pretrained_cfg(name.config, tag) or simple_clip_weights.weight_tags(name.config).get(tag)
 
 
-def _check_is_no_tag(pretrained: str, name: ModelName) -> None:
-    """What is neither a tag nor a file is taken for a misspelt tag, unless it looks like a path."""
+def _refuse_misspelt_tag(pretrained: str, name: ModelName) -> None:
+    """Raise UserError for a misspelt tag: neither a file nor anything like a path."""
     path = Path(pretrained)
-    if path.exists() or path.suffix in weights.WEIGHT_FILES or "/" in pretrained:
+    if path.exists() or path.suffix in WEIGHT_FILES or "/" in pretrained:
         return
     tags = tags_of(name)
-    known = f"its tags are {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
+    known = f"choose from {', '.join([*tags, NO_WEIGHTS])}" if tags else "it has no tags: give a file, or none"
     raise UserError(
         f"--pretrained {pretrained} is neither a file nor a tag of {name.name}"
         f"{names.nearest(pretrained, tags)}; {known}"
     )
 
 
-def _from_name(options: ModelOptions, name: ModelName, pretrained: str) -> ModelSource:
-    """A model by name; its weights those of a tag, or of the hub id or folder that it is, or random."""
-    two_towers, tag = _has_two_towers(options, name), _tag(name, pretrained)
-    state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state if tag else None
-    if two_towers:
-        return _two_towers(options, name, pretrained, state or {})
-    config, preprocess = find_model_config(name)
-    if tag:
-        config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
-        preprocess = find_preprocess(tag)
-    elif pretrained == OWN_WEIGHTS:
-        location = name.config.partition(":")[2]
-        path = hub.fetch_hub_weights(location) if name.kind == "hub" else _weights_in(location)
-        state = read_weights(path).state
-    return ModelSource(name.name, config, preprocess, pretrained, state, is_known=name.kind in KNOWN)
+def _find_own_weights(name: ModelName) -> str:
+    """Return the path of the weights of a hub id or a folder."""
+    place = name.config.partition(":")[2]
+    if name.kind == "hub":
+        failure = (
+            f"the weights of {name.config} could not be fetched from huggingface.co; check the network, or download "
+            "them elsewhere and give them as --pretrained FILE"
+        )
+        return hub.fetch(failure, lambda: download_pretrained_from_hf(place))
+    with quiet():
+        path = factory._find_checkpoint_in_dir(Path(place))
+    if path is None:
+        raise UserError(f"{name.config} holds no weights; give them as --pretrained FILE, or --pretrained none")
+    return path
 
 
-def _from_file(found: Weights, options: ModelOptions, name: ModelName, typed_model: bool) -> ModelSource:
-    """A model by name, its weights from a file that does not tell the model, or not all of it."""
-    if found.kind == weights.CLIP_TRAINING and not typed_model and not options.text_model:
-        name = names.resolve(CLIP_TRAINING_MODEL)
-    if _has_two_towers(options, name):
-        if not any(key.startswith(simple_clip_weights.TRUNK) for key in found.state):
-            return _two_towers(options, name, found.source, found.state)
-        _refuse_text_pretrained(options, found.source)
-    config, preprocess = find_model_config(name)
-    if found.kind in (weights.OPENAI_ARCHIVE, weights.OPENAI_CODE, weights.CLIP_TRAINING) or name.openai_spelling:
-        config["quick_gelu"] = True
-    if found.kind == weights.CLIP_TRAINING:
-        # Half of OpenAI's text layers, as the file tells, and a mean and deviation of its own.
-        config["text_cfg"]["layers"] = count_layers(found.state, "transformer.resblocks.")
-        preprocess = find_model_config(names.resolve(CLIP_TRAINING_MODEL))[1]
-    return ModelSource(name.name, config, preprocess, found.source, found.state, is_known=name.kind in KNOWN)
-
-
-def _whole(found: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
-    """The model that a file tells; names that were typed must agree with it."""
-    _refuse_text_pretrained(options, found.source)
-    if found.kind == weights.OURS:
-        config, preprocess, held = found.model_config, found.preprocess, found.options["vision_model"]
+def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
+    """Find the model that a file defines; typed names must agree with it."""
+    _refuse_text_pretrained(options, file.source)
+    if file.model_config:
+        config, preprocess, held = file.model_config, file.preprocess, file.options["vision_model"]
     else:
-        config, preprocess, held = _inferred(found)
-    if chinese_clip.is_chinese_clip(config):
-        held = chinese_clip.model_name(config)
-    check_names(options, typed_model, config, held, found.source)
-    return ModelSource(held, config, preprocess, found.source, found.state, config_from=found.source)
+        with translate_errors(f"{file.source} {UNKNOWN_WEIGHTS}"):
+            held, config = file.family.infer(file.state, file.source)
+            checkpoint_schema.model_config(config, "")
+        preprocess = find_preprocess(file.family.preprocess)
+    held = find_family(config).config_name(config) or held
+    check_names(options, typed_model, config, held, file.source)
+    return ModelSource(held, config, preprocess, file.source, file.state, config_from=file.source)
 
 
-def _inferred(found: Weights) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Config, preprocessing and name of a model, from the shapes of its tensors."""
-    with weights.named_shape_errors(found.source):
-        if found.kind == weights.SIMPLE_CLIP:
-            held = simple_clip_weights.infer_name(found.state, found.source)
-            config, preprocess = (
-                simple_clip_weights.infer_config(found.state, found.source),
-                simple_clip_weights.PREPROCESS,
-            )
-        else:
-            config, preprocess = chinese_clip.infer_config(found.state, found.source), chinese_clip.PREPROCESS
-            held = chinese_clip.UNNAMED
-        checkpoint_schema.model_config(config, "")
-    return config, find_preprocess(preprocess), held
+def _choose_family(options: ModelOptions, name: ModelName, config: Config) -> Family | None:
+    """Return the family of a model whose towers start from their own weights, or None for other models."""
+    family, text_model = find_family(config), options.text_model
+    if text_model and not (family.towers and text_model in family.towers.text_models):
+        by_text_model = {text: family for family in FAMILIES if family.towers for text in family.towers.text_models}
+        if text_model not in by_text_model:
+            known = ", ".join(by_text_model)
+            raise UserError(f"--text_model {text_model}: no such text tower; choose from {known}")
+        family = by_text_model[text_model]
+        if family.towers.pair is None or name.config not in family.towers.vision_models:
+            known = ", ".join(family.towers.vision_models)
+            raise UserError(f"--text_model {text_model} goes with --vision_model {known}, not with {name.name}")
+    if family.towers and (text_model or not family.towers.pair):
+        return family
+    if _text_pretrained(options):
+        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model; give the name of the tower")
+    return None
+
+
+def _combine_towers(source: ModelSource, family: Family, options: ModelOptions, name: ModelName) -> ModelSource:
+    """Start the image tower from the weights of `source`, the text tower from those of --text_pretrained."""
+    towers, config = family.towers, source.config
+    if not family.is_config(config):
+        config = towers.pair(name.config, options.text_model)
+        source = replace(source, name=family.config_name(config), preprocess=find_preprocess(family.preprocess))
+    image = towers.vision_weights(source.state or {})
+    if source.state and not image:
+        raise UserError(
+            f"--pretrained {source.weights} holds no image tower of {name.name}; give {towers.vision_source}"
+        )
+    place, text = _text_pretrained(options), {}
+    if place:
+        text = read_text_tower(place, towers.text_weights, towers.text_kind, config["text_cfg"]["hf_config"])
+    if not image and not text:
+        return replace(source, config=config, state=None, weights=NO_WEIGHTS, is_known=False)
+    return replace(
+        source,
+        config=config,
+        state=image | text,
+        weights=f"{source.weights} for images, {place or NO_WEIGHTS} for captions",
+        random=("visual.head." if image else "visual.", "text.proj." if text else "text.", "logit_scale"),
+        is_known=False,
+    )
 
 
 def _refuse_text_pretrained(options: ModelOptions, source: str) -> None:
     if _text_pretrained(options):
-        raise UserError(f"{source} has the weights of its text tower; leave --text_pretrained out")
+        raise UserError(f"{source} has the weights of its text tower; drop --text_pretrained")
 
 
 def _text_pretrained(options: ModelOptions) -> str | None:
     return None if options.text_pretrained == NO_WEIGHTS else options.text_pretrained
 
 
-def _has_two_towers(options: ModelOptions, name: ModelName) -> bool:
-    """Whether each tower starts from weights of its own. Raises UserError for --text_pretrained where it does not."""
-    if options.text_model or _is_simple_clip(name):
-        return True
-    if _text_pretrained(options):
-        raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model, the tower that it is for")
-    return False
-
-
-def _is_simple_clip(name: ModelName) -> bool:
-    return name.kind in ("ours", "file") and simple_clip_weights.is_simple_clip(find_model_config(name)[0])
-
-
-def _two_towers(options: ModelOptions, name: ModelName, pretrained: str, state: dict[str, torch.Tensor]) -> ModelSource:
-    """A model of Chinese-CLIP or simple-clip: its image tower from `state`, its text tower from --text_pretrained.
-
-    The image tower's are those of any CLIP, or of torchvision; the text tower's a BERT's, or a DistilBERT's.
-    """
-    if _is_simple_clip(name) and options.text_model in (None, simple_clip_weights.TEXT_MODEL):
-        config, preprocess = find_model_config(name)
-        model, image = name.name, simple_clip_weights.trunk_weights(state)
-        wanted, kind, rename = "torchvision's weights for it", "DistilBERT", simple_clip_weights.distilbert_weights
-        random = ("visual.head." if image else "visual.", "logit_scale")
-    else:
-        _check_text_model(options.text_model, name)
-        config = chinese_clip.reference_config(name.config, options.text_model)
-        model, preprocess = chinese_clip.model_name(config), find_preprocess(chinese_clip.PREPROCESS)
-        image = {key: v for key, v in state.items() if key.startswith("visual.") or key == "logit_scale"}
-        wanted, kind, rename = "the weights of a CLIP (visual.*)", "BERT", chinese_clip.bert_to_open_clip
-        random = () if image else ("visual.", "logit_scale")
-    if state and not image:
-        raise UserError(f"--pretrained {pretrained} holds no image tower of {name.name}; give {wanted}")
-    place = _text_pretrained(options)
-    text = read_text_tower(place, rename, kind, config["text_cfg"]["hf_config"]) if place else {}
-    if not image and not text:
-        return ModelSource(model, config, preprocess, NO_WEIGHTS)
-    random += ("text.proj." if text else "text.",)
-    held = f"{pretrained} for images, {place or NO_WEIGHTS} for captions"
-    return ModelSource(model, config, preprocess, held, image | text, random)
-
-
-def _check_text_model(text_model: str, name: ModelName) -> None:
-    if text_model == simple_clip_weights.TEXT_MODEL:
-        raise UserError(
-            f"--text_model {text_model} goes with --vision_model {', '.join(simple_clip_weights.IMAGE_MODELS)}; "
-            f"not with {name.name}"
-        )
-    if text_model not in chinese_clip.TEXT_MODELS:
-        known = ", ".join([*chinese_clip.TEXT_MODELS, simple_clip_weights.TEXT_MODEL])
-        raise UserError(f"--text_model {text_model}: no such text tower; known are {known}")
-
-
-def _weights_in(folder: str) -> str:
-    with hub.quiet():
-        path = factory._find_checkpoint_in_dir(Path(folder))
-    if path is None:
-        raise UserError(f"local-dir:{folder} holds no weights; give them as --pretrained FILE, or --pretrained none")
-    return path
-
-
-def check_names(options: ModelOptions, typed_model: bool, config: dict[str, Any], held: str, source: str) -> None:
-    """Raise UserError where the names that were typed contradict a checkpoint of ours.
+def check_names(options: ModelOptions, typed_model: bool, config: Config, held: str, source: str) -> None:
+    """Raise UserError if typed names contradict a checkpoint.
 
     Args:
-        options: --vision_model (which counts if `typed_model`) and --text_model.
+        options: --vision_model (used only if `typed_model`) and --text_model.
         config: the model config in the checkpoint.
-        held: the name of the model in it.
+        held: the model's name in the checkpoint.
         source: the checkpoint's file.
     """
+    family = find_family(config)
     name = names.resolve(options.vision_model) if typed_model else None
-    if name and held in (name.name, name.config):
-        name = None
-    if chinese_clip.is_chinese_clip(config):
-        _check_chinese_names(config, options, name, source)
-        return
-    if name and not _same_model(find_model_config(name)[0], config):
-        raise UserError(
-            f"--vision_model {name.name} contradicts {source}, which holds a {held}; leave --vision_model out, or give "
-            "another checkpoint"
-        )
-    holds = (
-        simple_clip_weights.TEXT_MODEL
-        if simple_clip_weights.is_simple_clip(config)
-        else config["text_cfg"].get("hf_model_name")
-    )
-    if options.text_model not in (None, holds):
-        raise UserError(f"--text_model {options.text_model} contradicts {source}; leave it out")
-
-
-def _same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    towers = all(same_tower(a[tower], b[tower]) for tower in ("vision_cfg", "text_cfg"))
-    return towers and a["embed_dim"] == b["embed_dim"]
-
-
-def _check_chinese_names(config: dict[str, Any], options: ModelOptions, typed: ModelName | None, source: str) -> None:
-    """A Chinese-CLIP checkpoint decides; names that were typed must agree with it."""
-    holds = config["text_cfg"]["hf_model_name"]
-    if options.text_model not in (None, holds):
-        raise UserError(
-            f"--text_model {options.text_model} contradicts {source}, which holds another text tower ({holds} of "
-            f"{config['text_cfg']['hf_config']['num_hidden_layers']} layers); leave it out"
-        )
-    if typed and not same_tower(find_model_config(typed)[0]["vision_cfg"], config["vision_cfg"]):
-        raise UserError(
-            f"--vision_model {typed.name} contradicts {source}, which holds a {chinese_clip.model_name(config)}; "
-            "leave it out"
-        )
+    if name and held not in (name.name, name.config):
+        typed = find_model_config(name)[0]
+        # --vision_model names only the image tower of a pair
+        is_pair = bool(family.towers and family.towers.pair)
+        towers = ("vision_cfg",) if is_pair else ("vision_cfg", "text_cfg")
+        same = all(same_tower(typed[tower], config[tower]) for tower in towers)
+        if not same or not (is_pair or typed["embed_dim"] == config["embed_dim"]):
+            raise UserError(
+                f"--vision_model {name.name} contradicts {source}, which holds a {family.config_name(config) or held}; "
+                "drop --vision_model, or give another checkpoint"
+            )
+    text_model = config["text_cfg"].get("hf_model_name")
+    if not text_model and family.towers:
+        text_model = next(iter(family.towers.text_models))
+    if options.text_model not in (None, text_model):
+        holds = f", which holds {text_model}" if text_model else ""
+        raise UserError(f"--text_model {options.text_model} contradicts {source}{holds}; drop --text_model")

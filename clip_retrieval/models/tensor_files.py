@@ -1,8 +1,8 @@
-"""Files of tensors: `torch.save`'s, old and new, `torch.jit.save`'s, and safetensors.
+"""Readers of tensor files: `torch.save`'s, old and new, `torch.jit.save`'s, and safetensors.
 
-A file is opened once, and its bytes are mapped into memory: tensors are views of it, read from the disk when they are
-used. Nothing in a file is run, no tensor needs more memory than the file has bytes, and the one parser that finds the
-parts of an archive is Python's zipfile.
+A file is opened once and mapped into memory. Tensors are views of the map, read from the disk when they are used.
+Nothing in a file is run, no tensor needs more memory than the file has bytes, and the only parser of archives is
+Python's zipfile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOST_TEXT = 2**28
 MOST_MODULES, DEEPEST_MODULE = 100_000, 100
 
 SHARED_VIEWS = 4
-"""How many times the size of a file all its tensors may take together: tied weights are views of the same numbers."""
+"""Limit of the bytes of all tensors, in sizes of the file: tied weights are views of the same numbers."""
 
 REMEDY = "save its state dict alone"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -48,9 +48,9 @@ class TensorFile:
     """The content of a file of tensors.
 
     Attributes:
-        content: None, bool, int, float, str, bytes, torch.Tensor (on the CPU, strided), `Unusable` for tensors of other
-            kinds, and dicts, lists and tuples of these.
-        is_torchscript: whether it is an archive of `torch.jit.save`; `content` then is its state dict.
+        content: None, bool, int, float, str, bytes, torch.Tensor (on the CPU, strided), `Unusable` for other tensors,
+            and dicts, lists and tuples of these.
+        is_torchscript: whether it is an archive of `torch.jit.save`; then `content` is its state dict.
     """
 
     content: Any
@@ -58,18 +58,18 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Read a file of tensors, whatever its name.
+    """Read a file of tensors; its content decides the format, not its name.
 
-    Raises UserError, naming `path`, if it is missing, no regular file, damaged, of another format, or holds Python
+    Raises UserError, naming `path`, if it is missing, not a regular file, damaged, of another format, or holds Python
     objects.
     """
-    with _errors_named(path), _open(path) as file:
+    with _translate_errors(path), open_regular(path) as file:
         start = file.read(512)
         if not start:
             raise UserError(f"{path} is empty; fetch it again")
         if path.suffix == ".safetensors" or start[8:9] == b"{":
             return TensorFile(_read_safetensors(path))
-        # Private pages: what is written to a tensor stays in memory.
+        # private pages: writes to a tensor stay in memory
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if start.startswith(ZIP):
             return _Archive(file, mapped).read()
@@ -77,38 +77,31 @@ def read_tensor_file(path: Path) -> TensorFile:
             return TensorFile(_read_legacy(mapped))
         if start[TAR[0] :].startswith(TAR[1]):
             raise DamagedError("a .tar of torch before 2017", "save it again with torch.save")
-        raise DamagedError("no checkpoint")
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give the weight file in it") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such weight file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as weights: {describe(error)}") from None
+        raise DamagedError("not a checkpoint")
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
-    """A block that reads a hostile file: whatever goes wrong is a UserError that names it."""
+def _translate_errors(path: Path) -> Iterator[None]:
+    """Translate every error of reading a hostile file to a UserError that names it."""
     try:
         yield
     except UserError:
         raise
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give a weight file in it") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weight file") from None
     except PythonObjectError as error:
         raise UserError(
-            f"{path} holds Python objects beside weights ({error}) and is refused: loading them can run any code; if "
-            "you trust it, save its weights: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            f"{path} holds Python objects ({error}) and is refused: loading them can run any code; if you trust it, "
+            "save only its weights: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         ) from error
     except DamagedError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
     except (OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {describe(error)}") from error
     except Exception as error:  # zipfile, safetensors and torch raise nearly anything on broken input
-        damage = DamagedError(f"damaged or cut short ({describe(error)})")
+        damage = DamagedError(f"damaged or truncated ({describe(error)})")
         raise UserError(f"{path} cannot be read as weights: {damage}") from error
 
 
@@ -118,64 +111,64 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-class _Tensors:
-    """The tensors of a mapped file.
+class _TensorMaker:
+    """Makes the tensors of a mapped file.
 
     Args:
-        mapped: all of the file.
-        places: of each storage, by its key, its first byte and its length in bytes.
-        swapped: whether the bytes of a number are in the other order.
+        mapped: the whole file.
+        places: first byte and length in bytes of each storage, by key.
+        swap_bytes: whether the byte order differs from this machine's.
     """
 
-    def __init__(self, mapped: mmap.mmap, places: dict[str, tuple[int, int]], *, swapped: bool = False):
+    def __init__(self, mapped: mmap.mmap, places: dict[str, tuple[int, int]], *, swap_bytes: bool = False):
         self._mapped = mapped
         self._places = places
-        self._swapped = swapped
+        self._swap_bytes = swap_bytes
         self._flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._budget = SHARED_VIEWS * len(mapped)
 
     def __call__(
         self, storage: Storage, offset: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype | None
     ) -> torch.Tensor:
-        flat = self._numbers(storage, dtype or storage.dtype)
+        flat = self._read_storage(storage, dtype or storage.dtype)
         count = math.prod(size)
         if not count:
             return torch.empty(size, dtype=flat.dtype)
         last = offset + sum((length - 1) * step for length, step in zip(size, stride))
         if last >= len(flat) or count > len(flat):
-            raise DamagedError(f"it has a tensor of {count:,} numbers, of which it holds {len(flat):,}")
+            raise DamagedError(f"it has a tensor of {count:,} numbers but holds only {len(flat):,} of them")
         view = (storage.key, flat.dtype, offset, size, stride)
-        if view not in self._made:
+        if view not in self._views:
             self._budget -= count * flat.element_size()
             if self._budget < 0:
                 raise DamagedError(f"its tensors need more than {SHARED_VIEWS} times the bytes that it holds")
-            self._made[view] = flat.as_strided(size, stride, offset)
-        return self._made[view]
+            self._views[view] = flat.as_strided(size, stride, offset)
+        return self._views[view]
 
-    def _numbers(self, storage: Storage, dtype: torch.dtype) -> torch.Tensor:
-        """All numbers of a storage, one-dimensional."""
+    def _read_storage(self, storage: Storage, dtype: torch.dtype) -> torch.Tensor:
+        """Return all numbers of a storage as a one-dimensional tensor."""
         if (storage.key, dtype) in self._flat:
             return self._flat[storage.key, dtype]
         begin, length = self._places[storage.key]
         count = storage.count * storage.dtype.itemsize // dtype.itemsize
         used = count * dtype.itemsize
         if used > length:
-            raise DamagedError("a tensor is longer than its part of the file")
+            raise DamagedError("a tensor is longer than its entry in the file")
         if not count:
             flat = torch.empty(0, dtype=dtype)
-        elif self._swapped or begin % dtype.itemsize:
+        elif self._swap_bytes or begin % dtype.itemsize:
             flat = torch.frombuffer(bytearray(self._mapped[begin : begin + used]), dtype=dtype)
         else:
             flat = torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=begin)
-        if self._swapped:
+        if self._swap_bytes:
             flat.untyped_storage().byteswap(dtype)
         self._flat[storage.key, dtype] = flat
         return flat
 
 
 class _Archive:
-    """A zip file of torch: `NAME/data.pkl`, `NAME/data/0` and so on."""
+    """A zip file written by torch: `NAME/data.pkl`, `NAME/data/0` and so on."""
 
     def __init__(self, file: BinaryIO, mapped: mmap.mmap):
         self._zip = zipfile.ZipFile(file)
@@ -189,21 +182,23 @@ class _Archive:
 
     def read(self) -> TensorFile:
         if "data.pkl" not in self._entries:
-            raise DamagedError("no checkpoint")
+            raise DamagedError("not a checkpoint")
         is_torchscript = "constants.pkl" in self._entries
-        order = self._bytes("byteorder") if "byteorder" in self._entries else b"little"
+        order = self._read_entry("byteorder") if "byteorder" in self._entries else b"little"
         if order not in (b"little", b"big"):
             raise DamagedError("an unknown byte order")
-        places = {name.removeprefix("data/"): self._place(name) for name in self._entries if name.startswith("data/")}
-        tensors = _Tensors(self._mapped, places, swapped=order.decode() != sys.byteorder)
-        content = Unpickler(self._bytes("data.pkl"), tensors, modules=is_torchscript).load()
-        return TensorFile(_state_dict(content, self._declared()) if is_torchscript else content, is_torchscript)
+        places = {name.removeprefix("data/"): self._locate(name) for name in self._entries if name.startswith("data/")}
+        make_tensor = _TensorMaker(self._mapped, places, swap_bytes=order.decode() != sys.byteorder)
+        content = Unpickler(self._read_entry("data.pkl"), make_tensor, modules=is_torchscript).load()
+        if is_torchscript:
+            content = _collect_state_dict(content, self._read_declarations())
+        return TensorFile(content, is_torchscript)
 
-    def _bytes(self, name: str) -> bytes:
-        """An entry that is no tensor."""
+    def _read_entry(self, name: str) -> bytes:
+        """Read an entry that is not a tensor."""
         info = self._entries[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise DamagedError(f"{name} is compressed in a way that torch does not know")
+            raise DamagedError(f"{name} is compressed by a method that torch does not use")
         with self._zip.open(info) as entry:
             content = entry.read(self._text_left + 1)
         self._text_left -= len(content)
@@ -211,8 +206,8 @@ class _Archive:
             raise DamagedError(f"its pickle and code are longer than {MOST_TEXT:,} bytes")
         return content
 
-    def _place(self, name: str) -> tuple[int, int]:
-        """First byte and length of an entry in the file."""
+    def _locate(self, name: str) -> tuple[int, int]:
+        """Return the first byte and the length of an entry."""
         info = self._entries[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise DamagedError("its tensors are compressed or encrypted", "save it again with torch.save")
@@ -223,15 +218,15 @@ class _Archive:
             raise DamagedError(f"{name} is longer than the file")
         return begin, info.file_size
 
-    def _declared(self) -> dict[str, set[str]]:
-        """The names of the parameters and buffers of each class of a TorchScript archive, from its code."""
-        declared = {}
+    def _read_declarations(self) -> dict[str, set[str]]:
+        """Read the names of each class's parameters and buffers from the code of a TorchScript archive."""
+        declarations = {}
         for name in self._entries:
             if name.startswith(f"code/{MODULE_CLASSES[:-1]}") and name.endswith(".py"):
                 module = name.removeprefix("code/").removesuffix(".py").replace("/", ".")
-                for found in _CLASS.finditer(self._bytes(name).decode("utf-8")):
-                    declared[f"{module}.{found[1]}"] = set(_QUOTED.findall(found[2] + (found[3] or "")))
-        return declared
+                for match in _CLASS.finditer(self._read_entry(name).decode("utf-8")):
+                    declarations[f"{module}.{match[1]}"] = set(_QUOTED.findall(match[2] + (match[3] or "")))
+        return declarations
 
 
 _CLASS = re.compile(
@@ -240,36 +235,36 @@ _CLASS = re.compile(
 _QUOTED = re.compile(r'"([^"\\\n]+)"')
 
 
-def _state_dict(root: Any, declared: dict[str, set[str]]) -> dict[str, Any]:
-    """The parameters and buffers of a TorchScript module and of those in it, as torch names them."""
-    if type(root) is not Module or root.name not in declared:
+def _collect_state_dict(root: Any, declarations: dict[str, set[str]]) -> dict[str, Any]:
+    """Collect the parameters and buffers of a TorchScript module and its submodules under torch's names."""
+    if type(root) is not Module or root.name not in declarations:
         raise DamagedError("its code declares no module")
     state: dict[str, Any] = {}
-    left, visited = [(root, "", 0)], 0
-    while left:
-        module, prefix, depth = left.pop()
+    stack, visited = [(root, "", 0)], 0
+    while stack:
+        module, prefix, depth = stack.pop()
         if type(module.attributes) is not dict:
-            raise DamagedError(f"{module.name} restores itself by code of its own, which is never run", REMEDY)
+            raise DamagedError(f"{module.name} restores itself with its own code, which is never run", REMEDY)
         visited += 1
-        # A module may be in several others, and a crafted one in itself.
+        # A module may be in several others, and a crafted module in itself.
         if visited > MOST_MODULES or depth > DEEPEST_MODULE:
             raise DamagedError("its modules are nested without end")
         for name, value in module.attributes.items():
-            if type(value) is Module and value.name in declared:
-                left.append((value, f"{prefix}{name}.", depth + 1))
-            elif name in declared[module.name] and isinstance(value, (torch.Tensor, Unusable)):
+            if type(value) is Module and value.name in declarations:
+                stack.append((value, f"{prefix}{name}.", depth + 1))
+            elif name in declarations[module.name] and isinstance(value, (torch.Tensor, Unusable)):
                 state[f"{prefix}{name}"] = value
     return state
 
 
 def _read_legacy(mapped: mmap.mmap) -> Any:
-    """The object of `torch.save` before 2020: pickles one after another, then the storages."""
+    """Read a file of `torch.save` before 2020: several pickles, then the storages."""
     scan = Unpickler(mapped, lambda *_: None)
     if (scan.load(), scan.load()) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise PythonObjectError("a pickle that torch did not write")
-    scan.load()  # of the system that wrote it
+    scan.load()  # system information
     start = scan.position
-    # First to learn where the storages are, which follow, then to make the tensors.
+    # first pass: the storages, which follow the pickle
     scan.load()
     keys, places, position = scan.load(), {}, scan.position
     for key in map(str, keys):
@@ -278,7 +273,8 @@ def _read_legacy(mapped: mmap.mmap) -> Any:
         places[key] = (position + 8, length)
         position += 8 + length
         if count < 0 or position > len(mapped):
-            raise DamagedError("cut short")
-    unpickler = Unpickler(mapped, _Tensors(mapped, places))
+            raise DamagedError("truncated")
+    # second pass: the tensors
+    unpickler = Unpickler(mapped, _TensorMaker(mapped, places))
     unpickler.position = start
     return unpickler.load()

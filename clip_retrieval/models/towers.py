@@ -1,4 +1,4 @@
-"""The model of a run: open_clip's two towers, and what a run needs around them."""
+"""The model of a run: two towers, normalisation on the device, the adaptor, and access to the projections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.pooled import (
     pooled_end_token,
     pooled_image_token,
@@ -23,8 +23,9 @@ from clip_retrieval.models.pooled import (
 from clip_retrieval.models.simple_clip_model import DistilBertTower, TorchvisionTower
 
 HUGGING_FACE = (HFTextEncoder, DistilBertTower)
-"""Text towers of transformers: masked, and projected by a module `proj`."""
+"""Text towers of transformers: they mask padding and have their projection in `proj`."""
 
+ADAPTOR = "adaptor."
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
 
@@ -35,7 +36,7 @@ class RetrievalModel(nn.Module):
     Args:
         clip: an open_clip CLIP or CustomTextCLIP, or a SimpleCLIP.
         preprocess: open_clip's preprocessing as a dict; mean and std are applied here, on the device.
-        adaptor: put a small adaptor behind the image tower (Clip_crossmodal_retrieval's).
+        adaptor: add Clip_crossmodal_retrieval's adaptor behind the image tower.
     """
 
     def __init__(self, clip: nn.Module, preprocess: dict, adaptor: bool = False):
@@ -51,18 +52,18 @@ class RetrievalModel(nn.Module):
             )
 
     def compile_towers(self) -> None:
-        """Compile both towers where they are called (torch.compile); names and weights stay as they are."""
+        """Compile both towers in place (torch.compile); names and weights do not change."""
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph per text length
         self._pooled_image_token = torch.compile(pooled_image_token, dynamic=False)
         self.clip.visual.compile(dynamic=False)
         text_part(self.clip).transformer.compile(dynamic=False)
 
     def forward(self, images: Tensor, texts: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features of images and captions: two float32 tensors, (n, dim) and (m, dim), of length-1 rows.
+        """Encode images and captions: two float32 tensors, (n, dim) and (m, dim), with L2-normalised rows.
 
         Args:
-            images: uint8 (n, 3, height, width), or float (n, width) that `pooled_image` gave for them.
-            texts: int64 (m, length), or float (m, width) that `pooled_text` gave for them.
+            images: uint8 (n, 3, height, width), or float (n, width) from `pooled_image`.
+            texts: int64 (m, length), or float (m, width) from `pooled_text`.
             lengths: see `encode_text`.
         """
         image_features = self.project_image(images) if images.is_floating_point() else self.encode_image(images)
@@ -70,65 +71,65 @@ class RetrievalModel(nn.Module):
         return image_features, text_features
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """float32 (n, dim), L2-normalised, of uint8 (n, 3, height, width)."""
-        return self._adapted(self._visual(images))
+        """Encode uint8 images (n, 3, height, width) as float32 (n, dim), L2-normalised."""
+        return self._adapt(self._run_vision(images))
 
     def encode_text(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """float32 (n, dim), L2-normalised, of int64 (n, length). `length` may be shorter than the context.
+        """Encode int64 ids (n, length) as float32 (n, dim), L2-normalised. `length` may be below the context length.
 
-        `lengths`, int64 (n,) on the CPU, says how many ids of a row are no padding; where the tower allows it, the rest
-        costs nothing.
+        `lengths`, int64 (n,) on the CPU, is the number of ids of each row without padding. Towers that support it skip
+        the padding.
         """
-        return F.normalize(self._text(tokens, lengths).float(), dim=-1)
+        return F.normalize(self._run_text(tokens, lengths).float(), dim=-1)
 
     def pooled_image(self, images: Tensor) -> Tensor:
-        """float32 (n, width) of uint8 (n, 3, height, width): what the image tower gives before its projection."""
+        """Encode uint8 images (n, 3, height, width) as float32 (n, width), before the projection."""
         with without_projection(vision_projection(self.clip)):
-            return self._visual(images).float()
+            return self._run_vision(images).float()
 
     def pooled_text(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """float32 (n, width) of int64 (n, length): what the text tower gives before its projection."""
+        """Encode int64 ids (n, length) as float32 (n, width), before the projection."""
         with without_projection(text_projection(self.clip)):
-            return self._text(tokens, lengths).float()
+            return self._run_text(tokens, lengths).float()
 
     def project_image(self, pooled: Tensor) -> Tensor:
-        """The same features as `encode_image`, from what `pooled_image` gave."""
-        return self._adapted(_project(vision_projection(self.clip), pooled))
+        """Turn the output of `pooled_image` into the features of `encode_image`."""
+        return self._adapt(_project(vision_projection(self.clip), pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
-        """The same features as `encode_text`, from what `pooled_text` gave."""
+        """Turn the output of `pooled_text` into the features of `encode_text`."""
         return F.normalize(_project(text_projection(self.clip), pooled).float(), dim=-1)
 
-    def _visual(self, images: Tensor) -> Tensor:
-        # As ToTensor and Normalize compute it, so that the values are the reference's to the last bit.
+    def _run_vision(self, images: Tensor) -> Tensor:
+        # The operations of ToTensor and Normalize, in their order: equal to the reference in every bit.
         pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
         if images.is_cuda:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         pixels, visual = pixels.to(self._dtype), self.clip.visual
         if pools_one_image_token(visual):
             return _project(vision_projection(self.clip), self._pooled_image_token(visual, pixels))
-        return _without_tokens(visual(pixels))
+        return _drop_tokens(visual(pixels))
 
-    def _adapted(self, features: Tensor) -> Tensor:
+    def _adapt(self, features: Tensor) -> Tensor:
         features = F.normalize(features.float(), dim=-1)
         if self.adaptor is None:
             return features
         adapted = self.adaptor(features.to(self._dtype)).float()
         return F.normalize(ADAPTOR_RATIO * adapted + (1 - ADAPTOR_RATIO) * features, dim=-1)
 
-    def _text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
         if lengths is not None and pools_the_end_token(text, _pool_type(text)):
             return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
-        return self.clip.encode_text(tokens) if text is self.clip else _without_tokens(text(tokens))
+        return self.clip.encode_text(tokens) if text is self.clip else _drop_tokens(text(tokens))
 
     @property
     def trims_text(self) -> bool:
-        """Whether cutting the padding that all captions of a batch share leaves their features as they are.
+        """Whether features stay the same if the padding that all captions of a batch share is cut.
 
-        True where no token sees the padding behind it: causal attention, and masked Hugging Face towers.
+        True if no token attends to the padding behind it: causal attention, and Hugging Face towers (masked).
         """
         text = text_part(self.clip)
         return isinstance(text, HUGGING_FACE) or (
@@ -142,58 +143,54 @@ class RetrievalModel(nn.Module):
         return self.clip.logit_scale.dtype
 
     def train(self, mode: bool = True) -> RetrievalModel:
-        """Training mode, except for the parts in `frozen`: their batch statistics and dropout stay off."""
+        """Set training mode, except for the modules in `frozen`: no dropout, no updates of batch statistics."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
         return self
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict as a checkpoint holds it: open_clip's names, and `adaptor.*`."""
+        """Return the state dict of a checkpoint: open_clip's names, and `adaptor.*`."""
         state = self.clip.state_dict()
         if self.adaptor is not None:
-            state.update({f"adaptor.{name}": value for name, value in self.adaptor.state_dict().items()})
+            state.update({f"{ADAPTOR}{name}": value for name, value in self.adaptor.state_dict().items()})
         return state
 
     def load_weights(self, state: dict[str, Tensor], source: str = "best.pt") -> None:
-        """Load what `weights` gave, strictly. Raises UserError, naming `source`, for weights of another model."""
-        adaptor = {name.removeprefix("adaptor."): v for name, v in state.items() if name.startswith("adaptor.")}
-        try:
-            self.clip.load_state_dict({name: v for name, v in state.items() if not name.startswith("adaptor.")})
+        """Load a state dict from `weights`, strictly. Raises UserError, naming `source`, for another model's."""
+        clip, adaptor = split_adaptor(state)
+        with translate_errors(f"{source} holds the weights of another model"):
+            self.clip.load_state_dict(clip)
             if self.adaptor is not None:
                 self.adaptor.load_state_dict(adaptor)
-        except RuntimeError as error:
-            raise UserError(f"{source} holds the weights of another model ({describe(error)})") from error
 
 
 def check_compiles(device: torch.device) -> None:
-    """Raise UserError if torch.compile does not work here: it needs a compiler, and headers beside it."""
-    try:
-        torch.compile(_tiny, dynamic=False)(torch.ones(2, device=device))
-    except Exception as error:  # of torch's, the compiler's or Triton's
-        raise UserError(
-            f"--compile: torch.compile does not work here ({describe(error)}); install a C++ compiler (g++) and "
-            "Python's headers, or leave --compile out"
-        ) from error
+    """Raise UserError if torch.compile does not work: it needs a C++ compiler and Python's headers."""
+    remedy = "install a C++ compiler (g++) and Python's headers, or drop --compile"
+    with translate_errors("--compile: torch.compile does not work here", remedy):
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
 
 
-def _tiny(x: Tensor) -> Tensor:
-    return x.sin() + 1
+def split_adaptor(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a checkpoint's state dict into that of the CLIP and that of the adaptor."""
+    adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
+    return {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}, adaptor
 
 
 def make_adaptor(dim: int) -> nn.Sequential:
-    """Two bias-free layers, (n, dim) to (n, dim)."""
+    """Make two bias-free layers, (n, dim) to (n, dim)."""
     hidden = dim // ADAPTOR_REDUCTION
     return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.ReLU())
 
 
 def text_part(clip: nn.Module) -> nn.Module:
-    """The module that holds the text tower's parts: open_clip's CLIP holds them itself, CustomTextCLIP as `text`."""
+    """Return the module that holds the text tower's parts: `clip.text` of a CustomTextCLIP, or a CLIP itself."""
     return getattr(clip, "text", clip)
 
 
 def embedding_dim(clip: nn.Module) -> int:
-    """Width of the features."""
+    """Return the width of the features."""
     text = text_part(clip)
     if isinstance(text, HUGGING_FACE):
         return text.output_dim
@@ -205,7 +202,7 @@ def embedding_dim(clip: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Projection:
-    """Where a tower holds its projection into the shared space: a parameter, a module, or nothing."""
+    """Location of a tower's projection into the shared space: a parameter, a module, or missing."""
 
     owner: nn.Module
     name: str
@@ -221,7 +218,7 @@ class Projection:
 
 
 def vision_projection(clip: nn.Module) -> Projection:
-    """ViT's `proj`, a ResNet's `attnpool.c_proj`, the head of a tower of timm or torchvision."""
+    """Locate the image projection: ViT's `proj`, a ResNet's `attnpool.c_proj`, timm's and torchvision's `head`."""
     visual = clip.visual
     if isinstance(visual, (TimmModel, TorchvisionTower)):
         return Projection(visual, "head")
@@ -231,20 +228,20 @@ def vision_projection(clip: nn.Module) -> Projection:
 
 
 def text_projection(clip: nn.Module) -> Projection:
-    """`text_projection`, or a Hugging Face tower's `proj`."""
+    """Locate the text projection: `text_projection`, or a Hugging Face tower's `proj`."""
     text = text_part(clip)
     return Projection(text, "proj" if isinstance(text, HUGGING_FACE) else "text_projection")
 
 
 @contextmanager
 def without_projection(projection: Projection) -> Iterator[None]:
-    """A block in which the tower gives what it would project."""
+    """Remove the projection inside the block, so that the tower returns its pooled output."""
     value = projection.value
     if value is None:
         yield
         return
     replacement: nn.Module | None = None
-    if projection.name == "c_proj":  # the attention in front of it reads its weights and bias, and needs some
+    if projection.name == "c_proj":  # the attention before it reads weight and bias, so it needs both
         replacement = nn.Linear(value.in_features, value.in_features).to(value.weight)
         nn.init.eye_(replacement.weight)
         nn.init.zeros_(replacement.bias)
@@ -268,13 +265,13 @@ def _pool_type(text: nn.Module) -> str:
     return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "")
 
 
-def _without_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A tower's output; CoCa's give the features of all tokens as well."""
+def _drop_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return a tower's pooled output; CoCa's towers also return all tokens."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _encode_trimmed(text: nn.Module, tokens: Tensor) -> Tensor:
-    """open_clip's encode_text for any number of tokens up to the context length: its own accepts only all of it."""
+    """Run open_clip's encode_text on ids shorter than the context length, which its own does not accept."""
     length = tokens.shape[1]
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)

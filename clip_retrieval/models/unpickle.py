@@ -1,8 +1,8 @@
-"""Pickles of plain values and tensors, read without running anything.
+"""Read pickles of plain values and tensors without running anything.
 
-Python's own unpickler imports the names in a pickle and calls them. This one knows the few that weight files hold; each
-is an entry of a table, here or in `pickled`, and any other name ends the reading. It supports what `torch.save` and
-`torch.jit.save` write: protocol 2, without numbers of more than 255 bytes.
+Python's unpickler imports the names in a pickle and calls them. This one knows only the names in weight files: each is
+an entry of a table, here or in `pickled`, and any other name is an error. It supports the pickles of `torch.save` and
+`torch.jit.save`: protocol 2, without numbers of more than 255 bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from clip_retrieval.models.pickled import (
     DamagedError,
     Global,
     Module,
-    OldParameter,
     PythonObjectError,
     Storage,
     Unusable,
@@ -38,7 +37,7 @@ MODULE_CLASSES = "__torch__."
 
 
 class MakeTensor(Protocol):
-    """Makes a tensor of a part of a storage, or refuses to."""
+    """Makes a tensor from a part of a storage, or raises DamagedError."""
 
     def __call__(
         self, storage: Storage, offset: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype | None
@@ -49,24 +48,24 @@ class Unpickler:
     """Reads one pickle after another from bytes in memory.
 
     Args:
-        content: the bytes; `position` is the place in them, and after `load` that behind the pickle.
+        content: the bytes; after `load`, `position` is behind the pickle.
         make_tensor: called for each tensor.
-        modules: admit TorchScript's own classes, as `Module`.
+        modules: whether TorchScript's own classes are read, as `Module`.
     """
 
     def __init__(self, content: bytes | mmap, make_tensor: MakeTensor, *, modules: bool = False):
         self.content = content
         self.position = 0
         self.storages: dict[str, Storage] = {}
-        """Those that were named so far, by their keys."""
+        """Storages found so far, by key."""
         self._make_tensor = make_tensor
         self._modules = modules
         self._left = MOST_OPCODES
 
     def load(self) -> Any:
-        """The next pickle: None, bool, int, float, str, bytes, list, tuple, dict, Tensor, Unusable, Module, Global.
+        """Read a pickle: None, bool, int, float, str, bytes, list, tuple, dict, Tensor, Unusable, Module, Global.
 
-        Dicts keep only keys that are strings and small numbers. Raises PythonObjectError or DamagedError.
+        Dicts keep only strings and small integers as keys. Raises PythonObjectError or DamagedError.
         """
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -89,7 +88,7 @@ class Unpickler:
     def _take(self, count: int) -> bytes:
         taken = self.content[self.position : self.position + count]
         if len(taken) < count:
-            raise DamagedError("cut short")
+            raise DamagedError("truncated")
         self.position += count
         return taken
 
@@ -103,7 +102,7 @@ class Unpickler:
     def _push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def _popped_mark(self) -> list[Any]:
+    def _pop_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._marks.pop()
         return items
 
@@ -114,18 +113,18 @@ class Unpickler:
     def _tuple(self, count: int) -> None:
         items = tuple(self._stack[-count:])
         if len(items) < count:
-            raise DamagedError("a tuple of too few")
+            raise DamagedError("a tuple with too few items")
         self._stack[-count:] = [items]
 
     def _append(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise DamagedError("items of what is no list")
+            raise DamagedError("items for something that is not a list")
         self._stack[-1].extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
         holder = self._stack[-1]
         if type(holder) is not dict:
-            raise DamagedError("entries of what is no dict")
+            raise DamagedError("entries for something that is not a dict")
         _fill(holder, zip(items[::2], items[1::2], strict=True))
 
     def _global(self) -> None:
@@ -138,10 +137,10 @@ class Unpickler:
     def _call(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not Global or type(arguments) is not tuple:
-            raise DamagedError("a call of what is no function")
-        self._push(self._made(function.name, arguments))
+            raise DamagedError("a call of something that is not a function")
+        self._push(self._make(function.name, arguments))
 
-    def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
+    def _make(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if name in UNUSABLE:
             return Unusable(UNUSABLE[name])
         if name in _MAKERS:
@@ -154,10 +153,8 @@ class Unpickler:
         state, value = self._stack.pop(), self._stack[-1]
         if type(value) is Module:
             value.attributes = state
-        elif type(value) is OldParameter:
-            value.data = state[0]
-        elif type(value) not in (dict, torch.Tensor, Unusable):  # these may carry attributes, of no use here
-            raise DamagedError("a state of what has none")
+        elif type(value) not in (dict, torch.Tensor, Unusable):  # attributes of these are skipped
+            raise DamagedError("a state for something that has none")
 
     def _persistent(self) -> None:
         kind, dtype, key, _, count, *view = self._stack.pop()
@@ -170,21 +167,21 @@ class Unpickler:
 
     def _tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, dtype=None, metadata=None) -> Any:
         if type(storage) is not Storage or (dtype is not None and type(dtype) is not Global):
-            raise DamagedError("a tensor of no storage")
+            raise DamagedError("a tensor without a storage")
         sizes, strides = tuple(size), tuple(stride)
         if len(sizes) != len(strides) or len(sizes) > MOST_DIMENSIONS:
-            raise DamagedError("a tensor of no shape")
+            raise DamagedError("a tensor with an invalid shape")
         if not all(map(_is_size, (offset, *sizes, *strides))) or math.prod(sizes) > LARGEST:
-            raise DamagedError("a tensor of no shape")
+            raise DamagedError("a tensor with an invalid shape")
         if (DTYPES.get(dtype.name) if dtype else storage.dtype) not in DTYPES.values():
-            return Unusable(f"a tensor of the type {dtype.name if dtype else storage.dtype}")
+            return Unusable(f"a tensor of dtype {dtype.name if dtype else storage.dtype}")
         return self._make_tensor(storage, offset, sizes, strides, DTYPES[dtype.name] if dtype else None)
 
     def _typed_tensor(self, function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-        """A tensor with attributes, which are left out, or a parameter of another name."""
+        """Make a tensor without its attributes, or a parameter subclass."""
         if type(function) is not Global or type(arguments) is not tuple or function.name not in _REBUILDERS:
             raise DamagedError("a tensor of an unknown kind")
-        return self._made(function.name, arguments)
+        return self._make(function.name, arguments)
 
 
 def _is_size(value: Any) -> bool:
@@ -192,10 +189,10 @@ def _is_size(value: Any) -> bool:
 
 
 def _fill(holder: dict[Any, Any], pairs: Any) -> None:
-    """Put pairs into a dict; keys that could be made to collide (large numbers, tuples) are of no use here."""
+    """Put pairs into a dict, without keys that can be crafted to collide (large numbers, tuples)."""
     for key, value in pairs:
         if type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**31):
-            holder[key] = value.data if type(value) is OldParameter else value
+            holder[key] = value
 
 
 def _dict(_: Unpickler, content: Any = ()) -> dict[Any, Any]:
@@ -205,7 +202,7 @@ def _dict(_: Unpickler, content: Any = ()) -> dict[Any, Any]:
 
 
 def _bytes(_: Unpickler, text: str = "", encoding: str = "latin1") -> bytes:
-    # In protocol 2 bytes are text that is to be encoded.
+    # protocol 2 stores bytes as text
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise DamagedError("bytes in an unknown encoding")
     return text.encode("latin1")
@@ -229,7 +226,7 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
 }
 _MAKERS: dict[str, Callable[..., Any]] = _REBUILDERS | {
     "torch._tensor._rebuild_from_type_v2": Unpickler._typed_tensor,
-    "torch.nn.parameter.Parameter": lambda _, *arguments: arguments[0] if arguments else OldParameter(),
+    "torch.nn.parameter.Parameter": _first,
     "torch.Size": lambda _, sizes=(): tuple(sizes),
     "torch.device": lambda _, *names: names,
     "torch.serialization._get_layout": _first,
@@ -260,21 +257,21 @@ _HANDLERS: dict[int, Callable[[Unpickler], None]] = {
         "\x8a": lambda u: u._push(int.from_bytes(u._take(u._number("<B")), "little", signed=True)),
         "G": lambda u: u._push(u._number(">d")),
         "X": lambda u: u._push(u._take(u._number("<I")).decode("utf-8", "surrogatepass")),
-        # Text of Python 2.
+        # strings of Python 2
         "U": lambda u: u._push(u._take(u._number("<B")).decode("utf-8")),
         "T": lambda u: u._push(u._take(u._number("<I")).decode("utf-8")),
         ")": lambda u: u._push(()),
         "]": lambda u: u._push([]),
         "}": lambda u: u._push({}),
         "(": Unpickler._mark,
-        "t": lambda u: u._push(tuple(u._popped_mark())),
+        "t": lambda u: u._push(tuple(u._pop_mark())),
         "\x85": lambda u: u._tuple(1),
         "\x86": lambda u: u._tuple(2),
         "\x87": lambda u: u._tuple(3),
         "a": lambda u: u._append([u._stack.pop()]),
-        "e": lambda u: u._append(u._popped_mark()),
+        "e": lambda u: u._append(u._pop_mark()),
         "s": lambda u: u._set_items([u._stack.pop(-2), u._stack.pop()]),
-        "u": lambda u: u._set_items(u._popped_mark()),
+        "u": lambda u: u._set_items(u._pop_mark()),
         "c": Unpickler._global,
         "R": Unpickler._call,
         "\x81": Unpickler._call,

@@ -1,52 +1,48 @@
-"""Weight files of every format, read into one form."""
+"""Read weight files of every format into one form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.models import checkpoint_schema, chinese_clip, hub, simple_clip_weights
+from clip_retrieval.errors import UserError
+from clip_retrieval.models import checkpoint_schema, hub
+from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recognise
 from clip_retrieval.models.hugging_face import read_model_json
+from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.model_config import State
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
 
-OURS = "ours"
-OPENAI_ARCHIVE = "openai archive"
-OPENAI_CODE = "openai code"
-CLIP_TRAINING = "clip-training"
-CHINESE_CLIP = "chinese-clip"
-SIMPLE_CLIP = "simple-clip"
-STATE_DICT = "state dict"
-
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-"""How the names of weight files end."""
+"""Suffixes of weight files."""
+
+UNKNOWN_WEIGHTS = "does not hold the weights of a known model"
+"""Problem of a file if its tensors have unexpected shapes."""
 
 _ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass
 class Weights:
-    """What a weight file holds.
+    """The content of a weight file.
 
     Attributes:
         source: the file.
-        kind: OURS: a checkpoint of ours; OPENAI_ARCHIVE: OpenAI's TorchScript file; OPENAI_CODE: saved by a system
-            that runs OpenAI's own model (Clip_crossmodal_retrieval's adaptor); CLIP_TRAINING; CHINESE_CLIP;
-            SIMPLE_CLIP; STATE_DICT: any other.
-        state: float32 CPU tensors under open_clip's names, an adaptor's as `adaptor.*`.
-        model_config, preprocess, options: of a checkpoint of ours, else None.
+        family: the system that saved it.
+        state: float32 CPU tensors under open_clip's names; an adaptor's as `adaptor.*`.
+        model_config, preprocess, options: from a checkpoint of ours, else None.
     """
 
     source: str
-    kind: str
-    state: dict[str, torch.Tensor]
+    family: Family
+    state: State
     model_config: dict[str, Any] | None = None
     preprocess: dict[str, Any] | None = None
     options: dict[str, Any] | None = None
@@ -55,9 +51,9 @@ class Weights:
 def read_weights(path: str | Path) -> Weights:
     """Read a weight file.
 
-    OpenAI's archives, open_clip's .pt and .safetensors, Chinese-CLIP's, CLIP_ITM's, clip-training's, simple-clip's and
-    Clip_crossmodal_retrieval's .pt, and checkpoints of ours. Raises UserError where the file is missing, damaged, no
-    checkpoint, or holds Python objects.
+    Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
+    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Raises UserError if the file is missing,
+    damaged, not a checkpoint, or holds Python objects.
     """
     path = Path(path)
     file = read_tensor_file(path)
@@ -67,35 +63,34 @@ def read_weights(path: str | Path) -> Weights:
     return _from_content(path, file.content)
 
 
-def read_text_tower(
-    place: str,
-    rename: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    kind: str,
-    hf_config: dict[str, Any],
-) -> dict[str, torch.Tensor]:
-    """A text tower's weights from a folder, a file or the hub, float32.
+def read_text_tower(place: str, rename: Callable[[State], State], kind: str, hf_config: dict[str, Any]) -> State:
+    """Read a text tower's weights from a folder, a file or the hub, as float32.
 
     Args:
-        place: where they are.
-        rename: gives them the names of our text tower, and nothing where they are of another kind.
+        place: a folder, a file or a hub name.
+        rename: renames a state dict to our text tower's names; empty for another kind of model.
         kind: "BERT" or "DistilBERT", for messages.
         hf_config: our text tower's own config.
 
-    Raises UserError as `read_weights` does, and where the file holds none of this kind, or the config.json beside it
-    one that computes something else.
+    Raises UserError as `read_weights` does, and if the file holds another kind of model, or the config.json beside it
+    contradicts `hf_config`.
     """
     path = Path(place)
     if path.is_dir():
-        files = [path / name for name in hub.BERT_FILES if (path / name).exists()]
+        files = [path / name for name in BERT_FILES if (path / name).exists()]
         if not files:
-            raise UserError(f"{path} holds no {' or '.join(hub.BERT_FILES)}; give the folder of a {kind}")
+            raise UserError(f"{path} holds no {' or '.join(BERT_FILES)}; give the folder of a {kind}")
         _check_same_tower(path / "config.json", hf_config)
         path = files[0]
     elif not path.exists() and path.suffix not in WEIGHT_FILES:
-        path = Path(hub.fetch_bert(place))
+        failure = (
+            f"--text_pretrained {place}: no such file or folder, and its weights could not be fetched from "
+            f"huggingface.co; give the folder of a downloaded {kind}"
+        )
+        path = Path(hub.fetch_files(place, BERT_FILES, failure))
     content = read_tensor_file(path).content
     state = _tensors(path, content if isinstance(content, dict) else {})
-    with named_shape_errors(str(path)):
+    with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
         state = rename(_without_prefix(state, "module."))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
@@ -103,19 +98,19 @@ def read_text_tower(
 
 
 def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
-    """Raise UserError where a config.json differs in what the shapes of the weights do not tell."""
+    """Raise UserError if a config.json differs in a field that the shapes of the weights do not show."""
     found = read_model_json(config, "config of a text tower") if config.exists() else {}
     ours = {"activation": "gelu", "sinusoidal_pos_embds": False, "hidden_act": "gelu"} | hf_config
     for key in ("n_heads", "num_attention_heads", "activation", "hidden_act", "sinusoidal_pos_embds"):
         if isinstance(found, dict) and key in found and key in ours and found[key] != ours[key]:
             raise UserError(
-                f"{config}: {key} is {found[key]}, the text tower's {ours[key]}; give other weights, or a model config "
-                "with it"
+                f"{config}: {key} is {found[key]}, but the text tower's {ours[key]}; give other weights, or a model "
+                "config with the same value"
             )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
-    """All of a checkpoint of ours, the state of its run included; None where the file holds something else.
+    """Read a whole checkpoint of ours, including the state of its run. Returns None for any other file.
 
     Raises UserError as `read_weights` does.
     """
@@ -132,11 +127,11 @@ def _is_ours(content: Any) -> bool:
 
 
 def _check_ours(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError for a checkpoint of ours that no version of this tool wrote."""
+    """Raise UserError for a checkpoint of ours with missing or invalid values."""
     try:
         checkpoint_schema.checkpoint(content)
     except SchemaError as error:
-        raise UserError(f"{path} is a damaged checkpoint: {error}; take another one") from None
+        raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
 
 
 def _from_content(path: Path, content: Any) -> Weights:
@@ -152,71 +147,38 @@ def _from_content(path: Path, content: Any) -> Weights:
     if not state:
         raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
     state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
-    with named_shape_errors(str(path)):
-        return _of_system(path, state, is_clip_training=holder == "model_state_dict" and "global_step" in content)
+    with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
+        family = recognise(state, content)
+        return Weights(str(path), family, family.to_open_clip(state))
 
 
-def _of_system(path: Path, state: dict[str, torch.Tensor], *, is_clip_training: bool) -> Weights:
-    """The weights of the system whose names they have."""
-    if any(name.startswith("bert.") for name in state):
-        return Weights(str(path), CHINESE_CLIP, chinese_clip.to_open_clip(state))
-    if any(name.startswith("clip_model.") for name in state):
-        return Weights(str(path), OPENAI_CODE, _with_adaptor(state))
-    if simple_clip_weights.is_reference(state):
-        return Weights(str(path), SIMPLE_CLIP, simple_clip_weights.from_reference(state))
-    # clip-training writes a global_step beside its model_state_dict; others call their weights so as well.
-    return Weights(str(path), CLIP_TRAINING if is_clip_training else STATE_DICT, state)
-
-
-@contextmanager
-def named_shape_errors(source: str) -> Iterator[None]:
-    """A block that renames, counts and unpacks tensors of a file by their names: some may have any other shape."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{source} does not hold the weights of a model that is known here ({describe(error)}); give another file"
-        ) from error
-
-
-def _without_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """`state` without what DistributedDataParallel or torch.compile put before every name."""
+def _without_prefix(state: State, prefix: str) -> State:
+    """Remove the prefix that DistributedDataParallel or torch.compile adds to every name."""
     if not all(name.startswith(prefix) for name in state):
         return state
     return {name.removeprefix(prefix): v for name, v in state.items()}
 
 
-def _with_adaptor(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Clip_crossmodal_retrieval's CLIP with an adaptor, and a logit scale of their own that was trained."""
-    clip = {name.removeprefix("clip_model."): v for name, v in state.items() if name.startswith("clip_model.")}
-    layers = "additional_layers.fc."
-    adaptor = {f"adaptor.{name.removeprefix(layers)}": v for name, v in state.items() if name.startswith(layers)}
-    rest = {name: v for name, v in state.items() if not name.startswith(("clip_model.", layers))}
-    return {**clip, **adaptor, **rest}
-
-
-def _tensors(path: Path, content: dict[Any, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among the entries of a dict. Raises UserError for one that is no plain tensor."""
+def _tensors(path: Path, content: dict[Any, Any]) -> State:
+    """Return the tensors of a dict. Raises UserError for a tensor that is sparse, quantised and so on."""
     for name, value in content.items():
         if isinstance(value, Unusable):
             raise UserError(f"{path}: {value.problem(name)}")
     return {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
 
 
-def _float32(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict as float32; those under several names stay one."""
+def _float32(path: Path, state: State) -> State:
+    """Convert a state dict to float32; a tensor under several names stays one tensor."""
     converted: dict[int, torch.Tensor] = {}
     for name, value in state.items():
         if value.is_complex():
-            raise UserError(f"{path}: {name} has complex numbers, which no model here computes with")
+            raise UserError(f"{path}: {name} has complex numbers, which no model supports; give another file")
         if id(value) not in converted:
             converted[id(value)] = value.float() if value.is_floating_point() else value
     return {name: converted[id(value)] for name, value in state.items()}
 
 
 def join_first(names: Iterable[str]) -> str:
-    """The first few of `names`, for a message."""
+    """Join the first few names, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """No connection opens, and no cache holds anything."""
+    """Refuse every connection and use empty caches."""
 
     def refuse(*args, **kwargs):
         raise OSError("no network in this test")

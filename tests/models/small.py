@@ -43,7 +43,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "red", "gre
 
 
 def small_simple_config(vocabulary=13, dim=64, dropout=0.0, **text):
-    """A model config of simple-clip's kind: ResNet-18, which is the smallest there is, and a narrow DistilBERT."""
+    """A simple-clip model config: ResNet-18, the smallest trunk, and a narrow DistilBERT."""
     sizes = {"dim": dim, "hidden_dim": 48, "n_layers": 2, "n_heads": dim // 32, "max_position_embeddings": 32}
     hf_config = {"model_type": "distilbert", "vocab_size": vocabulary, "dropout": dropout, "attention_dropout": dropout}
     return {

@@ -20,7 +20,7 @@ from tests.models.test_weights import features, jit_archive
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A small model's config, as --vision_model takes it."""
+    """A small model config for --vision_model."""
     path = tmp_path / "small.json"
     path.write_text(json.dumps(small_config()))
     return str(path)
@@ -34,7 +34,7 @@ def weight_file(tmp_path):
 
 
 def as_checkpoint(built, path, **options):
-    """What a run of ours saves."""
+    """Save a checkpoint of ours."""
     content = {
         "model": built.clip.state_dict(),
         "model_config": built.config,
@@ -55,7 +55,7 @@ def test_tiny_is_built_without_weights():
     assert build_tokenizer(ModelOptions(), built).context_length == built.config["text_cfg"]["context_length"]
 
 
-def test_a_file_is_loaded_into_the_named_model(config_file, weight_file):
+def test_file_is_loaded_into_the_named_model(config_file, weight_file):
     built = build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))
     assert torch.allclose(features(built.clip), features(small_clip(seed=1)), atol=1e-6)
     assert (built.name, built.weights) == (config_file, weight_file)
@@ -71,7 +71,7 @@ def test_config_and_preprocessing_are_plain_json_and_rebuild_the_model(config_fi
     assert build_tokenizer(ModelOptions(), again).context_length == 9
 
 
-def test_a_config_file_may_hold_preprocessing(tmp_path):
+def test_config_file_may_hold_preprocessing(tmp_path):
     content = {"model_cfg": small_config(), "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}}
     (tmp_path / "small.json").write_text(json.dumps(content))
     preprocess = build_model(ModelOptions(vision_model=str(tmp_path / "small.json"))).preprocess
@@ -90,7 +90,7 @@ def test_a_config_file_may_hold_preprocessing(tmp_path):
         '{"embed_dim": 4, "vision_cfg": {"oops": 1}, "text_cfg": {}}',
     ],
 )
-def test_what_is_no_config_is_refused(content, tmp_path):
+def test_invalid_config_file_is_refused(content, tmp_path):
     (tmp_path / "broken.json").write_text(content)
     with pytest.raises(UserError, match=r"^[^\n]*broken.json[^\n]*$"):
         build_model(ModelOptions(vision_model=str(tmp_path / "broken.json")))
@@ -100,7 +100,7 @@ def activation(built):
     return type(built.clip.visual.transformer.resblocks[0].mlp.gelu).__name__
 
 
-def test_an_openai_archive_runs_with_quick_gelu(config_file, tmp_path):
+def test_openai_archive_runs_with_quick_gelu(config_file, tmp_path):
     source = small_clip(seed=1, quick_gelu=True)
     jit_archive(source, tmp_path / "ViT-B-32.pt")
     built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "ViT-B-32.pt")))
@@ -108,14 +108,14 @@ def test_an_openai_archive_runs_with_quick_gelu(config_file, tmp_path):
     assert torch.allclose(features(built.clip), features(source), atol=1e-6)
 
 
-def test_a_config_file_decides_the_activation_of_a_bare_state_dict(config_file, weight_file):
+def test_config_file_decides_the_activation_of_a_bare_state_dict(config_file, weight_file):
     assert activation(build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))) == "GELU"
 
 
 @pytest.mark.parametrize(
     ("name", "quick_gelu"), [("ViT-B/32", True), ("RN50", True), ("ViT-B-32", False), ("ViT-B-32-quickgelu", True)]
 )
-def test_the_spelling_decides_the_activation_of_a_bare_state_dict(name, quick_gelu, weight_file):
+def test_spelling_decides_the_activation_of_a_bare_state_dict(name, quick_gelu, weight_file):
     source = find_source(ModelOptions(vision_model=name, pretrained=weight_file), typed_model=True)
     assert bool(source.config.get("quick_gelu")) == quick_gelu
 
@@ -130,13 +130,13 @@ def test_the_spelling_decides_the_activation_of_a_bare_state_dict(name, quick_ge
         ("roberta-ViT-B-32", "laion2b_s12b_b32k", True),
     ],
 )
-def test_a_tag_decides_its_activation(name, tag, quick_gelu, weight_file, monkeypatch):
+def test_tag_decides_its_activation(name, tag, quick_gelu, weight_file, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.hub.fetch_tag", lambda *args: weight_file)
     source = find_source(ModelOptions(vision_model=name, pretrained=tag), typed_model=True)
     assert bool(source.config.get("quick_gelu")) == quick_gelu
 
 
-def test_a_tag_decides_the_preprocessing(weight_file, monkeypatch):
+def test_tag_decides_the_preprocessing(weight_file, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.hub.fetch_tag", lambda *args: weight_file)
     siglip = find_source(ModelOptions(vision_model="ViT-B-16-SigLIP", pretrained="webli"), typed_model=True)
     assert siglip.preprocess["mean"] == [0.5, 0.5, 0.5]
@@ -158,7 +158,7 @@ def test_clip_trainings_rn50_has_the_text_layers_of_its_file(tmp_path):
     assert source.preprocess["mean"] == [0.4225, 0.4012, 0.3659]
 
 
-def test_others_call_their_weights_model_state_dict_too(config_file, tmp_path):
+def test_model_state_dict_alone_is_not_clip_training(config_file, tmp_path):
     content = {"epoch": 3, "model_state_dict": small_clip(seed=1).state_dict(), "optimizer_state_dict": {}, "loss": 1}
     torch.save(content, tmp_path / "tutorial.pt")
     built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "tutorial.pt")))
@@ -181,7 +181,7 @@ def clip_training_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("typed", [None, "RN50-text6", "RN50"])
-def test_a_checkpoint_of_clip_training_runs_as_it_was_trained(clip_training_file, typed):
+def test_clip_training_checkpoint_gives_its_features(clip_training_file, typed):
     model, path = clip_training_file
     options = ModelOptions(pretrained=path) if typed is None else ModelOptions(vision_model=typed, pretrained=path)
     built = build_model(options, typed_model=typed is not None)
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_clip_training_runs_as_it_was_trained(clip_training_file
     assert (built.preprocess["resize_mode"], built.preprocess["size"]) == ("shortest", 224)
 
 
-def test_clip_trainings_model_starts_from_nothing_by_its_name():
+def test_clip_trainings_model_name_has_random_weights():
     with torch.device("meta"):
         built = build_model(ModelOptions(vision_model="RN50-text6"))
         reference = CLIP(**get_model_config("RN50"))
@@ -222,7 +222,7 @@ def test_clip_itms_checkpoint_loads_under_openais_name(tmp_path):
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("bias", [None, -5.0])
-def test_siglip_starts_where_the_config_says_or_where_siglip_does(tmp_path, scale, bias):
+def test_siglip_initial_values_come_from_the_config_or_siglip(tmp_path, scale, bias):
     named = {"init_logit_scale": scale, "init_logit_bias": bias}
     config = small_config(**{key: value for key, value in named.items() if value is not None})
     (tmp_path / "siglip.json").write_text(json.dumps(config))
@@ -241,7 +241,7 @@ def test_siglip_starts_where_the_config_says_or_where_siglip_does(tmp_path, scal
         ({"text_cfg": {**TEXT, "hf_config": None}}, "text_cfg.hf_config is None, not a dict"),
     ],
 )
-def test_a_config_of_wrong_values_is_one_line(tmp_path, changes, words):
+def test_config_of_wrong_values_is_refused_in_one_line(tmp_path, changes, words):
     preprocess = changes.pop("preprocess_cfg", {})
     content = {"model_cfg": small_config(**changes), "preprocess_cfg": preprocess}
     (tmp_path / "broken.json").write_text(json.dumps(content))
@@ -249,7 +249,7 @@ def test_a_config_of_wrong_values_is_one_line(tmp_path, changes, words):
         build_model(ModelOptions(vision_model=str(tmp_path / "broken.json")))
 
 
-def test_a_checkpoint_of_ours_decides_the_model(config_file, tmp_path):
+def test_checkpoint_of_ours_decides_the_model(config_file, tmp_path):
     trained = build_model(ModelOptions(vision_model=config_file))
     path = as_checkpoint(trained, tmp_path / "best.pt", vision_model=config_file)
     built = build_model(ModelOptions(pretrained=path))
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_ours_decides_the_model(config_file, tmp_path):
     assert (built.name, built.config) == (config_file, trained.config)
 
 
-def test_a_typed_model_that_contradicts_the_checkpoint_is_named_with_it(config_file, tmp_path):
+def test_message_names_typed_model_and_contradicting_checkpoint(config_file, tmp_path):
     path = as_checkpoint(
         build_model(ModelOptions(vision_model=config_file)), tmp_path / "best.pt", vision_model=config_file
     )
@@ -269,14 +269,14 @@ def test_a_typed_model_that_contradicts_the_checkpoint_is_named_with_it(config_f
         build_model(ModelOptions(vision_model="tiny", pretrained=path), typed_model=True)
 
 
-def test_an_adaptor_is_handed_over(config_file, tmp_path):
+def test_adaptor_weights_are_returned(config_file, tmp_path):
     built = build_model(ModelOptions(vision_model=config_file))
     adaptor = {"adaptor.0.weight": torch.randn(6, 24), "adaptor.2.weight": torch.randn(24, 6)}
     again = rebuild_model(built.config, built.preprocess, {**built.clip.state_dict(), **adaptor}, "small", "last.pt")
     assert again.adaptor_state.keys() == {"0.weight", "2.weight"}
 
 
-def test_siglip_starts_scale_and_bias_where_the_weights_have_no_bias(config_file, weight_file, tmp_path):
+def test_siglip_initialises_scale_and_bias_if_weights_have_no_bias(config_file, weight_file, tmp_path):
     for pretrained in ("none", weight_file):
         built = build_model(ModelOptions(vision_model=config_file, pretrained=pretrained), logit_bias=True)
         assert built.clip.logit_scale.item() == pytest.approx(math.log(10))
@@ -287,7 +287,7 @@ def test_siglip_starts_scale_and_bias_where_the_weights_have_no_bias(config_file
     assert (again.clip.logit_scale.item(), again.clip.logit_bias.item()) == (4, -7)
 
 
-def test_without_siglip_there_is_no_bias_unless_the_weights_have_one(config_file, weight_file, tmp_path):
+def test_without_siglip_only_weights_with_a_bias_have_a_bias(config_file, weight_file, tmp_path):
     built = build_model(ModelOptions(vision_model=config_file, pretrained=weight_file))
     assert built.clip.logit_bias is None
     torch.save({**built.clip.state_dict(), "logit_bias": torch.tensor(-3.0)}, tmp_path / "siglip.pt")
@@ -295,12 +295,12 @@ def test_without_siglip_there_is_no_bias_unless_the_weights_have_one(config_file
     assert built.clip.logit_bias.item() == -3
 
 
-def test_an_image_size_that_does_not_fit_the_patches_is_refused(config_file):
-    with pytest.raises(UserError, match=r"--image_size 30: .*multiples of 8"):
+def test_image_size_that_does_not_fit_the_patches_is_refused(config_file):
+    with pytest.raises(UserError, match=r"--image_size 30: must be a multiple of 8"):
         build_model(ModelOptions(vision_model=config_file, image_size=30))
 
 
-def test_a_timm_tower_is_fitted_to_another_image_size(tmp_path, monkeypatch):
+def test_timm_tower_is_resized_to_another_image_size(tmp_path, monkeypatch):
     tower = {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}
     path = tmp_path / "timm.json"
     path.write_text(json.dumps(small_config(vision_cfg=tower)))
@@ -319,7 +319,7 @@ def test_a_timm_tower_is_fitted_to_another_image_size(tmp_path, monkeypatch):
         raise AssertionError("not a multiple of the window")
 
     monkeypatch.setattr("open_clip.timm_model.TimmModel.set_input_size", refuse)
-    with pytest.raises(UserError, match=r"--image_size 65: .*timm.json takes multiples of 16"):
+    with pytest.raises(UserError, match=r"--image_size 65: must be a multiple of 16 for .*timm.json"):
         build_model(ModelOptions(vision_model=str(path), image_size=65))
     with pytest.raises(UserError, match=r"--image_size 48: .*multiple of the window"):
         build_model(ModelOptions(vision_model=str(path), image_size=48))
@@ -336,14 +336,14 @@ def folder(tmp_path):
     return path
 
 
-def test_a_local_folder_has_its_own_config_weights_and_preprocessing(folder):
+def test_local_folder_has_its_own_config_weights_and_preprocessing(folder):
     built = build_model(ModelOptions(vision_model=f"local-dir:{folder}"))
     assert torch.allclose(features(built.clip), features(small_clip(seed=1, quick_gelu=True)), atol=1e-6)
     assert (built.weights, built.preprocess["mean"]) == ("own", [0.1, 0.2, 0.3])
     assert build_tokenizer(ModelOptions(), built)(["a dog"]).shape == (1, 16)
 
 
-def test_a_local_folder_without_weights_asks_for_them(folder):
+def test_local_folder_without_weights_is_refused(folder):
     (folder / "open_clip_model.safetensors").unlink()
     name = f"local-dir:{folder}"
     with pytest.raises(UserError, match=r"holds no weights.*--pretrained none"):
@@ -351,7 +351,7 @@ def test_a_local_folder_without_weights_asks_for_them(folder):
     assert build_model(ModelOptions(vision_model=name, pretrained="none")).weights == "none"
 
 
-def test_a_hugging_face_text_tower_is_rebuilt_from_its_stored_config(tmp_path):
+def test_hugging_face_text_tower_is_rebuilt_from_its_stored_config(tmp_path):
     from transformers import RobertaConfig
 
     hf = RobertaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -367,7 +367,7 @@ def test_a_hugging_face_text_tower_is_rebuilt_from_its_stored_config(tmp_path):
         assert torch.equal(again.clip.encode_text(ids), built.clip.encode_text(ids))
 
 
-def test_an_unknown_tag_is_told_the_known_ones(config_file):
+def test_unknown_tag_lists_the_known_tags(config_file):
     with pytest.raises(UserError) as error:
         build_model(ModelOptions(pretrained="laion2b_s34b_b79"))
     assert "did you mean laion2b_s34b_b79k" in str(error.value)
@@ -377,7 +377,7 @@ def test_an_unknown_tag_is_told_the_known_ones(config_file):
 
 
 @pytest.mark.parametrize("name", ["absent.pt", "folder/absent"])
-def test_a_path_that_is_not_there_is_called_a_missing_file(name):
+def test_missing_path_is_reported_as_a_missing_file(name):
     with pytest.raises(UserError, match=f"{name}: no such weight file"):
         build_model(ModelOptions(pretrained=name))
 
@@ -397,7 +397,7 @@ def test_known_tags():
         ({"vision_model": "roberta-ViT-B-32"}, ["roberta-ViT-B-32", "roberta-base"]),
     ],
 )
-def test_without_network_one_line_says_what_is_missing_soon(options, named, no_network, caplog, recwarn):
+def test_without_network_one_line_names_the_missing_file_quickly(options, named, no_network, caplog, recwarn):
     began = time.perf_counter()
     with caplog.at_level(logging.DEBUG), pytest.raises(UserError) as error:
         build_model(ModelOptions(**options))
@@ -407,22 +407,22 @@ def test_without_network_one_line_says_what_is_missing_soon(options, named, no_n
     assert not caplog.records
 
 
-def test_a_tokenizer_that_cannot_be_fetched_is_named(no_network):
+def test_tokenizer_that_cannot_be_fetched_is_named(no_network):
     built = build_model(ModelOptions(vision_model="tiny"))
     built.config["text_cfg"]["hf_tokenizer_name"] = "nobody/nothing"
     with pytest.raises(UserError, match="nobody/nothing of tiny could not be read"):
         build_tokenizer(ModelOptions(), built)
 
 
-def test_a_tokenizer_that_does_not_go_with_the_model_is_refused():
+def test_tokenizer_option_of_a_clip_model_is_refused():
     with pytest.raises(UserError, match="CLIP's own tokenizer"):
         build_tokenizer(ModelOptions(tokenizer="vocab.txt"), build_model(ModelOptions(vision_model="tiny")))
 
 
-def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+def test_vocabulary_larger_than_the_text_tower_is_refused(tmp_path):
     (tmp_path / "few.json").write_text(json.dumps(small_config(text_cfg={**TEXT, "vocab_size": 100})))
     built = build_model(ModelOptions(vision_model=str(tmp_path / "few.json")))
-    with pytest.raises(UserError, match=r"49,408 tokens, the text tower knows 100"):
+    with pytest.raises(UserError, match=r"49,408 tokens, the text tower 100"):
         build_tokenizer(ModelOptions(), built)
 
 
@@ -432,7 +432,7 @@ def test_weights_of_another_model_are_refused(weight_file, tmp_path):
         build_model(ModelOptions(vision_model=str(tmp_path / "other.json"), pretrained=weight_file))
 
 
-def test_a_random_coca_has_no_uninitialised_weights(tmp_path):
+def test_random_coca_has_no_uninitialised_weights(tmp_path):
     text = TEXT | {"embed_cls": True, "output_tokens": True}
     config = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
     config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}

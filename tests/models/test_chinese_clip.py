@@ -31,7 +31,7 @@ def vocabulary(tmp_path):
 
 
 def bert_weights(width=128, layers=2, vocabulary=13, positions=64):
-    """BERT's tensors under Chinese-CLIP's names, the unused pooler's included."""
+    """Make BERT's tensors under Chinese-CLIP's names, with the unused pooler."""
     from transformers import BertConfig, BertModel
 
     heads = width // 64
@@ -47,7 +47,7 @@ def bert_weights(width=128, layers=2, vocabulary=13, positions=64):
 
 
 def checkpoint(folder, resnet=False, **sizes):
-    """A Chinese-CLIP checkpoint of random weights."""
+    """Save a Chinese-CLIP checkpoint with random weights."""
     from tests.models.small import RESNET, VIT, small_clip
 
     tower = {**RESNET, "width": 8} if resnet else {**VIT, "width": 64, "head_width": 64}
@@ -89,7 +89,7 @@ def test_features_are_those_of_the_reference(tiny):
 
 
 @pytest.mark.parametrize("resnet", [False, True])
-def test_the_tensors_tell_the_architecture(resnet, tmp_path):
+def test_config_is_inferred_from_tensor_shapes(resnet, tmp_path):
     built = build_model(ModelOptions(pretrained=str(checkpoint(tmp_path, resnet))))
     text = built.config["text_cfg"]["hf_config"]
     assert (text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]) == (128, 2, 2)
@@ -99,7 +99,7 @@ def test_the_tensors_tell_the_architecture(resnet, tmp_path):
     assert built.name == "Chinese-CLIP"
 
 
-def test_the_config_rebuilds_the_model_elsewhere(tmp_path, vocabulary):
+def test_config_rebuilds_the_model_elsewhere(tmp_path, vocabulary):
     options = ModelOptions(pretrained=str(checkpoint(tmp_path)), tokenizer=str(vocabulary))
     built = build_model(options)
     config, preprocess = json.loads(json.dumps([built.config, built.preprocess]))
@@ -111,7 +111,7 @@ def test_the_config_rebuilds_the_model_elsewhere(tmp_path, vocabulary):
     assert again.config == built.config
 
 
-def test_captions_become_the_references_tokens(tmp_path, vocabulary):
+def test_tokens_equal_the_reference(tmp_path, vocabulary):
     model = build_model(ModelOptions(pretrained=str(checkpoint(tmp_path)), context_length=6))
     for source in (vocabulary, vocabulary.parent):
         tokenizer = build_tokenizer(ModelOptions(tokenizer=str(source)), model)
@@ -120,7 +120,7 @@ def test_captions_become_the_references_tokens(tmp_path, vocabulary):
             [2, 5, 8, 9, 6, 3],  # a straight quote in place of the curly one; cut, [SEP] kept
             [2, 5, 3, 0, 0, 0],
             [2, 6, 7, 10, 5, 3],
-            [2, 11, 1, 12, 3, 0],  # spelled out, it is no special token
+            [2, 11, 1, 12, 3, 0],  # text, not a special token
             [2, 3, 0, 0, 0, 0],
         ]
         assert tokens.lengths.tolist() == [6, 3, 6, 5, 2]
@@ -128,28 +128,28 @@ def test_captions_become_the_references_tokens(tmp_path, vocabulary):
         assert torch.equal(tokenizer(["狗A“猫”", "狗"]), tokens.ids[:2].long())
 
 
-def test_the_context_is_52_tokens_and_bounded_by_the_positions(tmp_path):
+def test_context_length_is_52_and_at_most_the_positions(tmp_path):
     path = str(checkpoint(tmp_path))
     assert build_model(ModelOptions(pretrained=path)).config["text_cfg"]["context_length"] == 52
-    with pytest.raises(UserError, match="up to 64 tokens"):
+    with pytest.raises(UserError, match="must be at most 64"):
         build_model(ModelOptions(pretrained=path, context_length=65))
 
 
-def test_a_vocabulary_that_is_not_the_models_is_refused(tmp_path, vocabulary):
+def test_vocabulary_of_another_model_is_refused(tmp_path, vocabulary):
     model = build_model(ModelOptions(pretrained=str(checkpoint(tmp_path, vocabulary=20))))
     with pytest.raises(UserError, match=r"vocab.txt has 13 entries, the text tower 20"):
         build_tokenizer(ModelOptions(tokenizer=str(vocabulary)), model)
 
 
 @pytest.mark.parametrize("source", ["absent.txt", "empty"])
-def test_a_tokenizer_that_is_not_there_is_named(source, tmp_path):
+def test_missing_tokenizer_is_named(source, tmp_path):
     (tmp_path / "empty").mkdir()
     model = build_model(ModelOptions(pretrained=str(checkpoint(tmp_path))))
     with pytest.raises(UserError, match=source):
         build_tokenizer(ModelOptions(tokenizer=str(tmp_path / source)), model)
 
 
-def test_without_network_the_tokenizer_is_asked_for(tmp_path, no_network):
+def test_without_network_the_message_asks_for_a_vocabulary(tmp_path, no_network):
     model = build_model(ModelOptions(pretrained=str(checkpoint(tmp_path))))
     with pytest.raises(UserError, match=r"bert-base-chinese could not be fetched.*--tokenizer vocab.txt"):
         build_tokenizer(ModelOptions(), model)
@@ -163,9 +163,9 @@ def test_names_that_contradict_the_checkpoint_are_refused(tmp_path):
         build_model(ModelOptions(pretrained=path, vision_model="ViT-B-16"), typed_model=True)
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path):
+def test_incomplete_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": bert_weights()}, tmp_path / "text_only.pt")
-    with pytest.raises(UserError, match=r"text_only.pt is not a whole Chinese-CLIP checkpoint"):
+    with pytest.raises(UserError, match=r"text_only.pt is an incomplete Chinese-CLIP checkpoint"):
         build_model(ModelOptions(pretrained=str(tmp_path / "text_only.pt")))
 
 
@@ -176,7 +176,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
         *(("RN50", text) for text in chinese_clip.TEXT_MODELS),
     ],
 )
-def test_the_tensors_of_the_references_models_tell_their_names(vision, text):
+def test_reference_model_names_are_inferred_from_tensors(vision, text):
     with torch.device("meta"):
         built = build_model(ModelOptions(vision_model=vision, text_model=text))
     inferred = chinese_clip.infer_config(built.clip.state_dict(), "clip_cn.pt")
@@ -187,14 +187,14 @@ def test_the_tensors_of_the_references_models_tell_their_names(vision, text):
 
 @pytest.mark.parametrize("vision", chinese_clip.VISION_MODELS)
 @pytest.mark.parametrize("text", chinese_clip.TEXT_MODELS)
-def test_the_references_names_are_known(vision, text):
+def test_reference_model_names_are_known(vision, text):
     config = chinese_clip.reference_config(vision, text)
     assert chinese_clip.model_name(config) == f"{vision}@{text}"
     assert config["text_cfg"]["hf_model_name"] == text
     assert config["vision_cfg"].get("head_width", 64) == (80 if vision == "ViT-H-14" else 64)
 
 
-def test_a_text_tower_of_another_name_is_refused():
+def test_unknown_text_tower_is_refused():
     with pytest.raises(UserError, match=r"RBT4.*RBT3-chinese"):
         build_model(ModelOptions(vision_model="ViT-B-16", text_model="RBT4-chinese"))
     with pytest.raises(UserError, match="not with tiny"):
@@ -203,7 +203,7 @@ def test_a_text_tower_of_another_name_is_refused():
 
 @pytest.fixture
 def small_names(monkeypatch):
-    """RN50 beside a text tower small enough for a test."""
+    """RN50 with a text tower small enough for a test."""
     monkeypatch.setitem(chinese_clip.TEXT_MODELS, "small", {"hidden_size": 128, "num_hidden_layers": 2})
     monkeypatch.setattr(chinese_clip, "VOCABULARY", 13)
     monkeypatch.setattr(chinese_clip, "POSITIONS", 64)
@@ -211,7 +211,7 @@ def small_names(monkeypatch):
 
 
 def bert_folder(folder, *, old_names):
-    """A BERT's folder, of today or as those of 2019, with the heads that it was pretrained with."""
+    """Save a BERT folder in the current format, or in that of 2019 with its pretraining heads."""
     from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
@@ -253,7 +253,7 @@ def test_starts_from_a_clips_image_tower_and_a_bert(tmp_path, small_names, old_n
     assert (only_text.random, only_vision.random) == (("visual", "text.proj"), ("text",))
 
 
-def test_text_weights_that_are_none(tmp_path, small_names):
+def test_wrong_text_weights_are_refused(tmp_path, small_names):
     (tmp_path / "empty").mkdir()
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save({"transformer.a": torch.zeros(2)}, tmp_path / "no_tower.pt")
@@ -267,11 +267,11 @@ def test_text_weights_that_are_none(tmp_path, small_names):
             build_model(ModelOptions(**small_names, **options))
     with pytest.raises(UserError, match="needs --text_model"):
         build_model(ModelOptions(vision_model="RN50", text_pretrained="bert"))
-    with pytest.raises(UserError, match="leave --text_pretrained out"):
+    with pytest.raises(UserError, match="drop --text_pretrained"):
         build_model(ModelOptions(pretrained=str(checkpoint(tmp_path)), text_model="x", text_pretrained="bert"))
 
 
-def test_is_saved_back_as_the_reference_has_it(tmp_path):
+def test_export_equals_the_reference_checkpoint(tmp_path):
     path = checkpoint(tmp_path)
     built = build_model(ModelOptions(pretrained=str(path)))
     ours = {"model": built.clip.state_dict(), "model_config": built.config, "preprocess": built.preprocess}
@@ -280,9 +280,9 @@ def test_is_saved_back_as_the_reference_has_it(tmp_path):
     exported, reference = (torch.load(p, weights_only=True)["state_dict"] for p in (tmp_path / "exported.pt", path))
     assert exported.keys() == {name for name in reference if ".pooler." not in name}
     assert all(torch.equal(value, reference[name].float()) for name, value in exported.items())
-    with pytest.raises(UserError, match=r"exported.pt is there already"):
+    with pytest.raises(UserError, match=r"exported.pt already exists"):
         export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
-    with pytest.raises(UserError, match="is no checkpoint of ours with a Chinese-CLIP"):
+    with pytest.raises(UserError, match="is not a checkpoint of ours with a Chinese-CLIP"):
         export_chinese_clip(path, tmp_path / "again.pt")
 
 
@@ -299,5 +299,5 @@ def test_bert_can_be_frozen(tmp_path, freeze_text):
     (image * text).sum().backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     assert any(name.startswith("clip.text.") for name in learned) == (not freeze_text)
-    # Each parameter that learns has a gradient: distributed training waits for all of them.
+    # every trainable parameter has a gradient: distributed training waits for all of them
     assert {name for name, p in model.named_parameters() if p.requires_grad} == learned | {"clip.logit_scale"}

@@ -1,4 +1,4 @@
-"""The same features as Chinese-CLIP's own code gives, where cn-clip is there (pip install --no-deps cn-clip six)."""
+"""Features equal Chinese-CLIP's own code, if cn-clip is installed (pip install --no-deps cn-clip six)."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ VIT_H = {"vision_layers": 2, "vision_width": 1280, "vision_patch_size": 14, "ima
     ],
     ids=["RN50 with RBT3", "ViT-H with RoBERTa-large, shallow"],
 )
-def test_a_checkpoint_gives_the_features_of_their_code(vision, text, tmp_path):
+def test_features_equal_cn_clip(vision, text, tmp_path):
     reference = pytest.importorskip("cn_clip.clip.model", reason="cn-clip is not installed")
     torch.manual_seed(0)
     theirs = reference.CLIP(embed_dim=1024, **vision, **BERT, **text).eval()

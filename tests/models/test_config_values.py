@@ -1,4 +1,4 @@
-"""Model configs with wrong values, of every form they come in: one line that names the file."""
+"""Model configs with wrong values are refused in one line that names the file."""
 
 import copy
 import json
@@ -25,14 +25,14 @@ def build(path):
 
 
 def refusal(path):
-    """The one line that refuses a model config."""
+    """Return the error message for a model config; it is one line."""
     with pytest.raises(UserError) as error:
         build(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
 
 
-def written(folder, config, preprocess=None):
+def write_config(folder, config, preprocess=None):
     path = folder / "model.json"
     content = config if preprocess is None else {"model_cfg": config, "preprocess_cfg": preprocess}
     path.write_text(json.dumps(content))
@@ -53,12 +53,12 @@ def written(folder, config, preprocess=None):
         b'{"model_cfg": [1]}',
     ],
 )
-def test_a_file_that_holds_no_config(tmp_path, content):
+def test_file_without_a_config_is_refused(tmp_path, content):
     (tmp_path / "model.json").write_bytes(content)
     assert "is not a model config" in refusal(tmp_path / "model.json")
 
 
-def test_a_path_that_is_no_file(tmp_path):
+def test_path_that_is_not_a_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo.json")
     assert "not a regular file" in refusal(tmp_path / "fifo.json")
     (tmp_path / "folder.json").mkdir()
@@ -69,10 +69,10 @@ def test_a_path_that_is_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["embed_dim", "vision_cfg", "text_cfg"])
-def test_a_config_without_a_part(tmp_path, missing):
+def test_config_without_a_part_is_refused(tmp_path, missing):
     config = small_config()
     del config[missing]
-    assert f"lacks {missing}" in refusal(written(tmp_path, config))
+    assert f"has no {missing}" in refusal(write_config(tmp_path, config))
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_a_config_without_a_part(tmp_path, missing):
         ({"size": [16, 16, 16]}, "size"),
     ],
 )
-def test_preprocessing_of_wrong_values(tmp_path, preprocess, words):
-    assert words in refusal(written(tmp_path, small_config(), preprocess))
+def test_wrong_preprocessing_values_are_refused(tmp_path, preprocess, words):
+    assert words in refusal(write_config(tmp_path, small_config(), preprocess))
 
 
 @pytest.mark.parametrize(
     "values, expected",
     [([0, 0, 0], [0.0] * 3), ([1, 0.5, 0], [1.0, 0.5, 0.0]), (0.5, [0.5] * 3), (1, [1.0] * 3), (None, None)],
 )
-def test_whole_numbers_and_one_number_are_a_mean(tmp_path, values, expected):
-    built, _ = build(written(tmp_path, small_config(), {"mean": values, "std": 1}))
+def test_mean_may_be_integers_or_one_number(tmp_path, values, expected):
+    built, _ = build(write_config(tmp_path, small_config(), {"mean": values, "std": 1}))
     assert expected is None or built.preprocess["mean"] == expected
     assert built.preprocess["std"] == [1.0] * 3 and all(type(v) is float for v in built.preprocess["mean"])
 
@@ -153,8 +153,8 @@ def test_whole_numbers_and_one_number_are_a_mean(tmp_path, values, expected):
         {"unknown": 1},
     ],
 )
-def test_a_model_of_wrong_values(tmp_path, changes):
-    refusal(written(tmp_path, small_config(**changes)))
+def test_wrong_model_values_are_refused(tmp_path, changes):
+    refusal(write_config(tmp_path, small_config(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_a_model_of_wrong_values(tmp_path, changes):
         {"text_cfg": {**TOWER, "hf_config": ROBERTA | {"vocab_size": 10**14}}},
     ],
 )
-def test_a_model_that_no_memory_holds(tmp_path, changes, monkeypatch):
+def test_model_larger_than_memory_is_refused(tmp_path, changes, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.memory.MOST_TENSORS", 500)
-    message = refusal(written(tmp_path, small_config(**changes)))
-    assert "GB of memory" in message or "more than 500 tensors" in message
+    message = refusal(write_config(tmp_path, small_config(**changes)))
+    assert "GB of free memory" in message or "more than 500 tensors" in message
 
 
-def test_memory_is_counted_before_it_is_taken(monkeypatch):
+def test_memory_is_checked_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.memory.free_memory", lambda: 4000)
     assert build_within_memory(lambda: torch.nn.Linear(10, 40), "x").weight.device.type == "cpu"
     for make in (
@@ -184,11 +184,11 @@ def test_memory_is_counted_before_it_is_taken(monkeypatch):
         lambda: torch.randn(2000),
         lambda: torch.zeros(600, 2, dtype=torch.int64),
     ):
-        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of memory"):
+        with pytest.raises(UserError, match=r"x needs more than the 0\.0 GB of free memory"):
             build_within_memory(make, "x")
 
 
-def test_a_model_too_large_takes_a_part_of_the_memory_at_most(tmp_path, monkeypatch):
+def test_refusing_a_large_model_needs_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.memory.free_memory", lambda: 4 * 10**8)
     taken, normal = [], torch.Tensor.uniform_
 
@@ -197,7 +197,9 @@ def test_a_model_too_large_takes_a_part_of_the_memory_at_most(tmp_path, monkeypa
         return normal(tensor, *arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
-    assert "GB of memory" in refusal(written(tmp_path, small_config(vision_cfg={**VIT, "width": 2**14, "layers": 3})))
+    assert "GB of free memory" in refusal(
+        write_config(tmp_path, small_config(vision_cfg={**VIT, "width": 2**14, "layers": 3}))
+    )
     assert taken and sum(taken) < 10**8
 
 
@@ -212,7 +214,7 @@ def test_building_a_large_model_changes_no_weight(tower, monkeypatch):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_a_module_that_reads_its_weights_while_built_is_built(monkeypatch):
+def test_module_that_reads_its_weights_in_init_is_built(monkeypatch):
     class Sorted(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -255,8 +257,8 @@ VALUES = [
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_any_value_in_the_place_of_another_is_read_or_refused(tmp_path, kind, no_network):
-    """Each value of a config replaced by one of another type or size, or left out, by chance."""
+def test_mutated_config_is_read_or_refused(tmp_path, kind, no_network):
+    """Replace each value of a config by a random one of another type or size, or delete it."""
     rng = random.Random(kind)
     for _ in range(12):
         config = copy.deepcopy(SEEDS[kind])
@@ -265,7 +267,7 @@ def test_any_value_in_the_place_of_another_is_read_or_refused(tmp_path, kind, no
             del holder[name]
         else:
             holder[name] = rng.choice(VALUES)
-        path = written(tmp_path, config)
+        path = write_config(tmp_path, config)
         try:
             _, tokenizer = build(path)
         except UserError as error:

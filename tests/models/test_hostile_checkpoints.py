@@ -1,4 +1,4 @@
-"""Checkpoints of ours with other values: a run goes on from them, or refuses them in one line that names the file."""
+"""Checkpoints of ours with other values: a run resumes, or refuses them in one line that names the file."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ OTHER_VALUES += [complex(1, 2), torch.zeros(3), torch.tensor(1.0), torch.zeros(1
 
 @pytest.fixture
 def last(run, arguments, tmp_path):
-    """The last.pt of a run of two steps, and the command that goes on from any file: resume(content)."""
+    """The last.pt of a run of two steps, and a function that resumes from any content: resume(content)."""
     command = [*arguments, "--max_steps", "2", "--no_eval_first"]
     assert run(*command)[0] == 0
     content = torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)
@@ -36,20 +36,20 @@ def last(run, arguments, tmp_path):
 
 
 def places(value, path=()):
-    """The path of every nested value."""
+    """Return the path of every nested value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for name, inner in items:
         yield (*path, name)
         yield from places(inner, (*path, name))
 
 
-def changed(content, path, value):
-    """`content` with another value at a path; "DELETED" leaves it out."""
+def change(content, path, value):
+    """Replace the value at a path of `content`; "DELETED" deletes it."""
     name, *rest = path
     as_tuple = isinstance(content, tuple)
     content = list(content) if as_tuple else copy.copy(content)
     if rest:
-        content[name] = changed(content[name], rest, value)
+        content[name] = change(content[name], rest, value)
     elif isinstance(value, str) and value == "DELETED":
         del content[name]
     else:
@@ -57,13 +57,13 @@ def changed(content, path, value):
     return tuple(content) if as_tuple else content
 
 
-def test_an_unchanged_checkpoint_goes_on(last):
+def test_unchanged_checkpoint_resumes(last):
     content, resume = last
     assert resume(content)[0] == 0
 
 
 @pytest.mark.slow
-def test_any_value_in_the_place_of_another_is_taken_or_refused(last):
+def test_mutated_checkpoint_resumes_or_is_refused(last):
     content, resume = last
     rng = random.Random(0)
     every = list(places(content))
@@ -72,7 +72,7 @@ def test_any_value_in_the_place_of_another_is_taken_or_refused(last):
     codes = []
     for _ in range(60):
         path = rng.choice(others if rng.random() < 0.8 else tensors)
-        codes.append(resume(changed(content, path, rng.choice([*OTHER_VALUES, "DELETED"])))[0])
+        codes.append(resume(change(content, path, rng.choice([*OTHER_VALUES, "DELETED"])))[0])
     assert set(codes) == {0, 2}
 
 
@@ -99,20 +99,20 @@ def first_moment(content):
     ],
 )
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
-def test_moments_that_are_not_the_parameters(last, name, value):
+def test_moments_of_another_shape_or_dtype_are_refused(last, name, value):
     content, resume = last
-    code, err = resume(changed(content, ("optimizer", "state", 0, name), value(first_moment(content))))
+    code, err = resume(change(content, ("optimizer", "state", 0, name), value(first_moment(content))))
     assert code == 2 and "changed.pt" in err
 
 
-def test_moments_in_another_layout_are_the_same(last, tmp_path):
+def test_moments_in_another_layout_resume_identically(last, tmp_path):
     content, resume = last
     assert resume(content)[0] == 0
     expected = torch.load(tmp_path / "logs/resumed/last.pt", weights_only=True)
     for number, state in content["optimizer"]["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].ndim == 2:
-                content = changed(content, ("optimizer", "state", number, name), state[name].t().contiguous().t())
+                content = change(content, ("optimizer", "state", number, name), state[name].t().contiguous().t())
     assert resume(content)[0] == 0
     found = torch.load(tmp_path / "logs/resumed/last.pt", weights_only=True)
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
@@ -152,17 +152,17 @@ def test_moments_in_another_layout_are_the_same(last, tmp_path):
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_value_that_would_break_a_run_is_refused(last, path, value):
+def test_invalid_checkpoint_value_is_refused(last, path, value):
     content, resume = last
-    code, err = resume(changed(content, path, value))
+    code, err = resume(change(content, path, value))
     assert code == 2 and "changed.pt" in err, err
 
 
-def test_fields_of_a_newer_version_are_left_out(last):
+def test_fields_of_a_newer_version_are_skipped(last):
     content, resume = last
-    content = changed(content, ("progress", "invented"), {"a": [1]})
-    content = changed(content, ("options", "invented"), 3)
-    assert resume(changed(content, ("invented",), "x"))[0] == 0
+    content = change(content, ("progress", "invented"), {"a": [1]})
+    content = change(content, ("options", "invented"), 3)
+    assert resume(change(content, ("invented",), "x"))[0] == 0
 
 
 def not_finite(state, value=math.nan):
@@ -172,7 +172,7 @@ def not_finite(state, value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layout", ["bare", "half", "openai", "ours"])
-def test_given_weights_that_are_not_finite_are_named(tmp_path, layout, value):
+def test_weights_that_are_not_finite_are_named(tmp_path, layout, value):
     clip, path = small_clip(), tmp_path / "weights.pt"
     state = not_finite(clip.state_dict(), value)
     clip.load_state_dict(state)
@@ -185,33 +185,33 @@ def test_given_weights_that_are_not_finite_are_named(tmp_path, layout, value):
         load_into(small_clip(), read_weights(path).state, str(path), "small")
 
 
-def test_a_large_number_that_float32_does_not_hold_is_not_finite(tmp_path):
+def test_number_beyond_float32_is_not_finite(tmp_path):
     state = small_clip().state_dict()
     torch.save(state | {"visual.proj": state["visual.proj"].double() + 1e300}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"visual.proj is not finite"):
         load_into(small_clip(), read_weights(tmp_path / "weights.pt").state, "weights.pt", "small")
 
 
-def test_buffers_that_no_model_has_may_be_infinite(tmp_path):
+def test_obsolete_buffers_may_be_infinite(tmp_path):
     state = small_clip().state_dict() | {"attn_mask": torch.full((16, 16), -math.inf)}
     load_into(small_clip(), state, "weights.pt", "small")
     refuse_not_finite({"count": torch.tensor(3), "none": torch.empty(0)}, "weights.pt")
 
 
 @pytest.mark.parametrize("command", [("--eval",), ()])
-def test_nan_ends_an_evaluation_and_a_finetune_before_they_begin(run, arguments, tmp_path, command):
+def test_nan_weights_stop_eval_and_finetune_at_the_start(run, arguments, tmp_path, command):
     torch.save(not_finite(small_clip().state_dict()), tmp_path / "nan.pt")
     code, _, err = run(*arguments, "--pretrained", tmp_path / "nan.pt", *command)
     assert code == 2 and "nan.pt: positional_embedding is not finite" in err
     assert not (tmp_path / "logs/ex0/last.pt").exists()
 
 
-def test_a_text_tower_that_is_not_finite_is_named(tmp_path):
+def test_text_tower_weights_that_are_not_finite_are_named(tmp_path):
     from clip_retrieval.models.build import build_model
     from clip_retrieval.models.simple_clip_weights import distilbert_weights
     from clip_retrieval.options import ModelOptions
     from tests.models.small import small_simple_config
-    from tests.models.test_config_values import written
+    from tests.models.test_config_values import write_config
 
     tower = small_simple_clip().text.transformer.state_dict()
     torch.save(not_finite(tower), tmp_path / "text.bin")
@@ -219,12 +219,12 @@ def test_a_text_tower_that_is_not_finite_is_named(tmp_path):
     assert read_text_tower(
         str(tmp_path / "text.bin"), distilbert_weights, "DistilBERT", config["text_cfg"]["hf_config"]
     )
-    path = written(tmp_path, config)
+    path = write_config(tmp_path, config)
     with pytest.raises(UserError, match=r"text.bin for captions: text.transformer\S* is not finite"):
         build_model(ModelOptions(vision_model=str(path), text_pretrained=str(tmp_path / "text.bin")))
 
 
-def test_an_adaptor_of_another_shape_is_refused(run, arguments, tmp_path):
+def test_adaptor_of_another_shape_is_refused(run, arguments, tmp_path):
     state = small_clip().state_dict()
     torch.save(
         our_checkpoint(small_clip()) | {"model": state | {"adaptor.0.weight": torch.zeros(3)}}, tmp_path / "a.pt"
@@ -233,7 +233,7 @@ def test_an_adaptor_of_another_shape_is_refused(run, arguments, tmp_path):
     assert code == 2 and "a.pt does not fit: its adaptor" in err
 
 
-def test_a_best_checkpoint_of_another_model_is_named(run, arguments, tmp_path):
+def test_best_checkpoint_of_another_model_is_named(run, arguments, tmp_path):
     command = [*arguments, "--max_steps", "2", "--no_eval_first"]
     assert run(*command)[0] == 0
     folder = tmp_path / "logs/ex0"

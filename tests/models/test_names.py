@@ -8,7 +8,7 @@ from clip_retrieval.models.names import OPENAI_NAMES, open_clip_names, resolve
 
 
 @pytest.mark.parametrize("name", OPENAI_NAMES)
-def test_openais_names_start_from_openais_weights(name):
+def test_openai_names_default_to_openai_weights(name):
     found = resolve(name)
     assert found.name == name
     assert found.config in open_clip_names()
@@ -19,12 +19,12 @@ def test_openais_names_start_from_openais_weights(name):
 @pytest.mark.parametrize(
     ("spelling", "name"), [("ViT-B-32", "ViT-B/32"), ("ViT-L-14-336", "ViT-L/14@336px"), ("ViT-H/14", "ViT-H-14")]
 )
-def test_spellings_of_one_model_are_the_same_model(spelling, name):
+def test_spellings_resolve_to_one_model(spelling, name):
     assert resolve(spelling) == resolve(name)
     assert resolve(spelling).name == resolve(resolve(spelling).name).name
 
 
-def test_only_openais_spelling_counts_as_openais():
+def test_only_openai_spellings_are_marked():
     assert not resolve("ViT-B-32").openai_spelling
     assert resolve("ViT-B-32").default_weights == "openai"
 
@@ -40,7 +40,7 @@ def test_only_openais_spelling_counts_as_openais():
         ("configs/mine.json", "file", "none"),
     ],
 )
-def test_other_names_stay_as_they_are(name, kind, default_weights):
+def test_other_names_are_unchanged(name, kind, default_weights):
     found = resolve(name)
     assert (found.name, found.config, found.kind) == (name, name, kind)
     assert found.default_weights == default_weights
@@ -55,7 +55,7 @@ def test_every_open_clip_name_is_known():
 @pytest.mark.parametrize(
     ("name", "near"), [("vit-b/32", "ViT-B/32"), ("tinny", "tiny"), ("ViT-B-16-Siglip", "ViT-B-16-SigLIP")]
 )
-def test_an_unknown_name_is_told_the_nearest(name, near):
+def test_unknown_name_lists_the_nearest_names(name, near):
     with pytest.raises(UserError) as error:
         resolve(name)
     assert name in str(error.value)
@@ -63,12 +63,12 @@ def test_an_unknown_name_is_told_the_nearest(name, near):
     assert "\n" not in str(error.value)
 
 
-def test_an_id_needs_something_after_its_colon():
+def test_empty_hub_id_is_refused():
     with pytest.raises(UserError, match="hf-hub:"):
         resolve("hf-hub:")
 
 
-def test_names_are_known_without_torch():
+def test_resolving_names_does_not_import_torch():
     code = (
         "import sys; from clip_retrieval.models.names import resolve; resolve('ViT-B-32'); resolve('coca_base'); "
         "sys.exit('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Weight files of every system whose tensors have other shapes than its: read or refused in one line, never a crash."""
+"""Weight files of every system with tensors of wrong shapes are read, or refused in one line, and never crash."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def state(request, tmp_path):
 
 
 def build(state, folder):
-    """The model of a state dict, or the line that refuses it."""
+    """Build the model of a state dict, or return the error message."""
     (folder / "small.json").write_text(json.dumps(small_config(text_cfg=SMALL_TEXT)))
     torch.save({"state_dict": state}, folder / "weights.pt")
     is_whole = any("bert." in name or name.startswith("text_encoder.") for name in state)
@@ -65,19 +65,19 @@ def build(state, folder):
         return str(error)
 
 
-def test_the_state_itself_is_built(state, tmp_path):
+def test_unchanged_state_is_built(state, tmp_path):
     assert not isinstance(build(state, tmp_path), str)
 
 
-def test_a_tensor_of_another_shape_is_refused(state, tmp_path):
+def test_tensor_of_another_shape_is_refused(state, tmp_path):
     rng = random.Random(0)
     for shape in OTHER_SHAPES:
         name = rng.choice([name for name in state if "pooler" not in name])
         build({**state, name: shape(state[name])}, tmp_path)
 
 
-def test_a_tensor_that_tells_the_model_is_refused(state, tmp_path):
-    """Those whose shapes the sizes of a model are taken from, without which there is none."""
+def test_wrong_shape_of_a_tensor_used_for_inference_is_refused(state, tmp_path):
+    """Sizes of a model are inferred from these tensors; without them there is no model."""
     telling = ("conv1.weight", "word_embeddings.weight", "text_projection", "positional_embedding", "b", "logit_scale")
     names = [name for name in state if name.endswith(telling)]
     for name in random.Random(0).sample(names, min(5, len(names))):
@@ -90,6 +90,6 @@ def test_a_tensor_that_tells_the_model_is_refused(state, tmp_path):
 @pytest.mark.parametrize(
     "name", ["image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight", "", ".", "bert.x", "\ud800"]
 )
-def test_a_name_of_another_system_is_refused(tmp_path, name):
+def test_tensor_name_of_another_system_is_refused(tmp_path, name):
     state = small_clip(text_cfg=SMALL_TEXT).state_dict() | {name: torch.zeros(2)}
     assert isinstance(build(state, tmp_path), str)

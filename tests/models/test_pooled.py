@@ -1,4 +1,4 @@
-"""Towers up to their pooled token: the features and gradients of open_clip's own forward passes."""
+"""Pooled tokens have the features and gradients of open_clip's own forward passes."""
 
 import open_clip
 import pytest
@@ -33,7 +33,7 @@ def inputs():
 
 
 def outcome(model, features):
-    """Features, and the gradient of every parameter under a loss that weighs all features differently."""
+    """Return features, and the gradient of every parameter for a loss that weights all features differently."""
     weight = torch.linspace(-1, 1, features[0].numel(), dtype=torch.float64).view_as(features[0])
     sum((feature * weight).sum() for feature in features).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -43,7 +43,7 @@ def outcome(model, features):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_features_and_gradients_are_open_clips(shape, checkpointing):
+def test_features_and_gradients_equal_open_clip(shape, checkpointing):
     model = model_of(shape)
     assert pools_one_image_token(model.clip.visual) and pools_the_end_token(text_part(model.clip), "argmax")
     images, ids = inputs()
@@ -77,7 +77,7 @@ def test_padding_beyond_the_longest_caption_is_not_needed():
         (VIT | {"block_type": "custom", "qk_norm": True}, TEXT | {"no_causal_mask": True}),
     ],
 )
-def test_other_towers_go_their_own_way(vision, text):
+def test_other_towers_are_not_pooled_here(vision, text):
     clip = open_clip.CustomTextCLIP(24, vision_cfg=vision, text_cfg=text).eval()
     model = RetrievalModel(clip, small_preprocess()).eval()
     assert not pools_one_image_token(clip.visual)

@@ -11,7 +11,7 @@ from transformers import BertTokenizer
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import build_model, rebuild_model
-from clip_retrieval.models.hugging_face import known_config
+from clip_retrieval.models.hugging_face import filter_config
 from clip_retrieval.models.tokenizers import WordPieceTokenizer, build_tokenizer
 from clip_retrieval.options import ModelOptions
 from tests.models.small import WORDS, small_config, small_simple_config
@@ -30,7 +30,7 @@ TOWER = {"hf_model_name": "roberta-base", "hf_proj_type": "linear", "context_len
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """A file that the code in `evil` would make. Whoever asks on the terminal gets a yes."""
+    """A file that the code in `evil` would create. Every question on the terminal is answered with yes."""
     path = tmp_path / "marker"
     monkeypatch.setattr("builtins.input", lambda *_: path.touch() or "y")
     yield path
@@ -39,7 +39,7 @@ def marker(tmp_path, monkeypatch):
 
 @pytest.fixture
 def evil(tmp_path, marker):
-    """A folder whose configs name Python code beside them, for everything that transformers has names for."""
+    """A folder whose configs name Python code in it, for every class that transformers can load."""
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\nclass EvilConfig: pass\n")
@@ -56,8 +56,8 @@ def config_file(folder, **text):
     return str(path)
 
 
-def refused(path, **options):
-    """The line that refuses a model config or its tokenizer."""
+def refusal(path, **options):
+    """Return the error message for a model config or its tokenizer."""
     with pytest.raises(UserError) as error:
         options = ModelOptions(vision_model=path, **options)
         build_tokenizer(options, build_model(options))
@@ -66,8 +66,8 @@ def refused(path, **options):
 
 
 @pytest.mark.slow
-def test_the_folder_would_run_its_code(evil, marker):
-    """That is: with the libraries alone, these folders do it."""
+def test_libraries_alone_would_run_the_code(evil, marker):
+    """Without our checks, these folders run their code."""
     program = f"import transformers; transformers.AutoTokenizer.from_pretrained({str(evil)!r}, trust_remote_code=True)"
     subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300, check=False)
     assert marker.exists()
@@ -75,7 +75,7 @@ def test_the_folder_would_run_its_code(evil, marker):
 
 
 @pytest.mark.parametrize("kind", ["evil", "roberta", None])
-def test_a_text_tower_in_a_folder_with_code(evil, tmp_path, kind):
+def test_text_tower_in_a_folder_with_code(evil, tmp_path, kind):
     config = json.loads((evil / "config.json").read_text()) | (ROBERTA if kind == "roberta" else {"model_type": kind})
     (evil / "config.json").write_text(json.dumps(config))
     path = config_file(tmp_path, hf_model_name=str(evil))
@@ -84,7 +84,7 @@ def test_a_text_tower_in_a_folder_with_code(evil, tmp_path, kind):
         assert built.config["text_cfg"]["hf_config"].items() >= ROBERTA.items()
         assert "auto_map" not in json.dumps(built.config)
     else:
-        assert str(evil / "config.json") in refused(path)
+        assert str(evil / "config.json") in refusal(path)
 
 
 @pytest.mark.parametrize("separator", ["", "--"])
@@ -113,34 +113,34 @@ def test_code_named_in_the_config_itself(evil, tmp_path, separator):
     assert not hostile.keys() & built.config["text_cfg"]["hf_config"].keys()
 
 
-def test_a_tower_of_an_unknown_kind_is_named():
+def test_unknown_model_type_is_refused():
     for config in ({"model_type": "gpt2"}, {}, [], {"model_type": ["bert"]}):
-        with pytest.raises(UserError, match=r"x\.json: a text tower of the kind"):
-            known_config(config, "x.json")
+        with pytest.raises(UserError, match=r"x\.json: unknown model_type"):
+            filter_config(config, "x.json")
 
 
 @pytest.mark.parametrize("remove", [[], ["config.json"], ["tokenizer_config.json"]])
-def test_a_tokenizer_folder_with_code(evil, tmp_path, remove):
+def test_tokenizer_folder_with_code(evil, tmp_path, remove):
     for name in remove:
         (evil / name).unlink()
     path = config_file(tmp_path, hf_config=ROBERTA, hf_tokenizer_name=str(evil))
-    assert str(evil) in refused(path)
+    assert str(evil) in refusal(path)
     path = config_file(tmp_path, hf_config=ROBERTA, hf_tokenizer_name="roberta-base")
-    message = refused(path, tokenizer=str(evil))
+    message = refusal(path, tokenizer=str(evil))
     assert str(evil) in message
     if not remove:
-        assert f"{evil}/tokenizer_config.json asks to run Python code" in message
+        assert f"{evil}/tokenizer_config.json needs its own Python code" in message
 
 
-def test_a_word_piece_folder_with_code(evil, tmp_path):
+def test_word_piece_folder_with_code(evil, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "saved")
     (evil / "tokenizer.json").write_bytes((tmp_path / "saved" / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match=f"{evil}/tokenizer_config.json asks to run Python code"):
+    with pytest.raises(UserError, match=f"{evil}/tokenizer_config.json needs its own Python code"):
         WordPieceTokenizer(str(evil), 7, len(WORDS))
 
 
-def test_a_local_folder_with_code_beside_its_open_clip_config(evil, tmp_path):
+def test_local_folder_with_code_beside_its_open_clip_config(evil, tmp_path):
     content = {"model_cfg": small_config(text_cfg={**TOWER, "hf_config": ROBERTA, "hf_tokenizer_name": "x/y"})}
     (evil / "open_clip_config.json").write_text(json.dumps(content))
     options = ModelOptions(vision_model=f"local-dir:{evil}", pretrained="none")
@@ -165,16 +165,16 @@ def test_a_local_folder_with_code_beside_its_open_clip_config(evil, tmp_path):
     ],
 )
 @pytest.mark.parametrize("text", [{"hf_config": ROBERTA, "hf_tokenizer_name": "roberta-base"}, None])
-def test_arguments_of_tokenizers_that_are_unknown_are_refused(tmp_path, arguments, text):
+def test_unknown_tokenizer_arguments_are_refused(tmp_path, arguments, text):
     path = tmp_path / "model.json"
     config = small_config()
     config["text_cfg"] = {**(TOWER | text if text else config["text_cfg"]), "tokenizer_kwargs": arguments}
     path.write_text(json.dumps(config))
-    message = refused(str(path))
+    message = refusal(str(path))
     assert str(path) in message and "tokenizer_kwargs" in message
 
 
-def test_arguments_of_tokenizers_that_are_known_are_used(tmp_path):
+def test_known_tokenizer_arguments_are_used(tmp_path):
     path = tmp_path / "model.json"
     config = small_config()
     config["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
@@ -187,16 +187,16 @@ def test_arguments_of_tokenizers_that_are_known_are_used(tmp_path):
 @pytest.mark.parametrize(
     "name", ["local-dir:{}", "hf-hub:{}", "hf_hub:x/y", "timm/{}", "{}", "no_such_model", "test_vit:x"]
 )
-def test_an_image_tower_is_one_of_timms_own(evil, tmp_path, name):
+def test_image_tower_must_be_a_timm_model(evil, tmp_path, name):
     (evil / "config.json").write_text(json.dumps({"architecture": "test_vit", "model_args": {"checkpoint_path": "x"}}))
     path = tmp_path / "model.json"
     path.write_text(json.dumps(small_config(vision_cfg={"timm_model_name": name.format(evil), "image_size": 160})))
-    assert "no model of timm" in refused(str(path))
+    assert "not a timm model" in refusal(str(path))
 
 
-def test_a_fifo_in_a_tokenizer_folder_is_named(tmp_path):
+def test_fifo_in_a_tokenizer_folder_is_named(tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     os.mkfifo(folder / "tokenizer_config.json")
     path = config_file(tmp_path, hf_config=ROBERTA, hf_tokenizer_name=str(folder))
-    assert f"{folder}/tokenizer_config.json is not a regular file" in refused(path)
+    assert f"{folder}/tokenizer_config.json is not a regular file" in refusal(path)

@@ -19,12 +19,12 @@ for row, length in enumerate(LENGTHS):
     IDS[row, :length] = 2 + (torch.arange(length) * 5 + row) % 11
 
 
-def projected(features, head):
-    """What a projection head makes of features, computed by hand."""
+def project(features, head):
+    """Apply a projection head to features by hand."""
     return (features @ head[0].weight.T).clamp(min=0) @ head[2].weight.T
 
 
-def test_the_text_features_are_the_projected_mean_of_transformers_own_hidden_states():
+def test_text_features_are_the_projected_mean_of_hidden_states():
     hf_config = small_simple_config()["text_cfg"]["hf_config"]
     reference = DistilBertModel(DistilBertConfig(**{k: v for k, v in hf_config.items() if k != "model_type"})).eval()
     tower = DistilBertTower(hf_config, 24).eval()
@@ -34,7 +34,7 @@ def test_the_text_features_are_the_projected_mean_of_transformers_own_hidden_sta
         for row, length in enumerate(LENGTHS):
             alone = reference(IDS[row : row + 1, :length]).last_hidden_state[0]
             torch.testing.assert_close(
-                features[row], projected(sum(alone) / length, tower.proj), rtol=0, atol=1e-6, msg=f"row {row}"
+                features[row], project(sum(alone) / length, tower.proj), rtol=0, atol=1e-6, msg=f"row {row}"
             )
     assert features.shape == (3, 24)
 
@@ -48,15 +48,15 @@ def test_trimmed_text_gives_the_same_features():
         torch.testing.assert_close(model.encode_text(IDS[2:, :2]), whole[2:], rtol=0, atol=1e-6)
         # Without the mask the padding would count.
         hidden = model.clip.text.transformer(IDS).last_hidden_state.mean(1)
-        assert (projected(hidden, model.clip.text.proj) - model.clip.text(IDS)).abs().max() > 1e-3
+        assert (project(hidden, model.clip.text.proj) - model.clip.text(IDS)).abs().max() > 1e-3
 
 
-def test_a_caption_of_padding_alone_has_finite_features():
+def test_caption_of_padding_alone_has_finite_features():
     assert small_simple_clip().text(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_the_image_features_are_projected_from_what_torchvisions_classifier_sees(name):
+def test_image_features_are_the_projected_input_of_the_classifier(name):
     reference = getattr(models, name)(weights=None).eval()
     tower = TorchvisionTower(name, 24).eval()
     classifier = CLASSIFIERS[name]
@@ -67,21 +67,21 @@ def test_the_image_features_are_projected_from_what_torchvisions_classifier_sees
     with torch.no_grad():
         features = tower(images)
         reference(images)
-        torch.testing.assert_close(features, projected(seen["pooled"], tower.head), rtol=0, atol=1e-6)
+        torch.testing.assert_close(features, project(seen["pooled"], tower.head), rtol=0, atol=1e-6)
     assert features.shape == (2, 24)
     assert tower.head[0].weight.shape == (seen["pooled"].shape[1],) * 2
     assert not any(layer.bias is not None for layer in tower.head if isinstance(layer, nn.Linear))
 
 
 def tower_of(name):
-    """A tower in training mode, and what goes in; dropout and stochastic depth draw the same each time."""
+    """A tower in training mode and its input; dropout and stochastic depth are seeded."""
     if name == "distilbert":
         return DistilBertTower(small_simple_config(dropout=0.1)["text_cfg"]["hf_config"], 24).train(), IDS
     return TorchvisionTower(name, 24).train(), torch.randn(3, 3, 40, 40)
 
 
 @pytest.mark.parametrize("name", [*CLASSIFIERS, "distilbert"])
-def test_recomputed_activations_give_the_same_gradients_and_batch_statistics(name):
+def test_grad_checkpointing_keeps_gradients_and_batch_statistics(name):
     torch.manual_seed(0)
     plain, inputs = tower_of(name)
     recomputing = copy.deepcopy(plain)
@@ -105,7 +105,7 @@ def test_recomputed_activations_give_the_same_gradients_and_batch_statistics(nam
 
 
 @pytest.mark.parametrize("loss, highest", [("infonce", 100), ("siglip", 150)])
-def test_infonce_holds_the_logit_scale_at_a_hundred(loss, highest):
+def test_infonce_clamps_the_logit_scale_at_100(loss, highest):
     clip = small_simple_clip(vocabulary=100)
     clip.logit_scale.data.fill_(torch.tensor(150.0).log())
     model = RetrievalModel(clip, small_preprocess(32))
@@ -121,14 +121,14 @@ def test_infonce_holds_the_logit_scale_at_a_hundred(loss, highest):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"vision_cfg": {"torchvision_model_name": "vgg11"}}, "vgg11, none of resnet18"),
-        ({"vision_cfg": {"torchvision_model_name": "resnet18", "layers": 3}}, "it has layers"),
-        ({"text_cfg": {"width": 3}}, "it has width"),
+        ({"vision_cfg": {"torchvision_model_name": "vgg11"}}, "vgg11, not one of resnet18"),
+        ({"vision_cfg": {"torchvision_model_name": "resnet18", "layers": 3}}, "DistilBERT tower: layers"),
+        ({"text_cfg": {"width": 3}}, "DistilBERT tower: width"),
         ({"text_cfg": {}}, "model_type distilbert"),
         ({"text_cfg": {"hf_config": {"model_type": "bert"}}}, "model_type distilbert"),
         ({"text_cfg": small_simple_config()["text_cfg"] | {"context_length": 33}}, "more than the 32 positions"),
     ],
 )
-def test_a_config_that_is_not_this_models_is_refused(changes, words):
+def test_config_of_another_model_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         SimpleCLIP(**small_simple_config() | changes)

@@ -1,4 +1,4 @@
-"""Models of simple-clip through main.py."""
+"""simple-clip models through main.py."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from tests.models.test_simple_clip_weights import Reference
 
 @pytest.fixture
 def simple(arguments, captioned):
-    """Arguments of a small finetune of a model of simple-clip's kind."""
+    """Arguments of a small finetune of a simple-clip model."""
     at = arguments.index("--vision_model")
     return [*arguments[:at], "--vision_model", captioned / "simple.json", *arguments[at + 2 :]]
 
 
-def test_killed_and_resumed_it_ends_bit_identical_and_evaluates_from_its_checkpoint(run, run_killed, simple, tmp_path):
+def test_resume_after_kill_is_bit_identical_and_evaluates(run, run_killed, simple, tmp_path):
     command = [*simple, "--max_steps", 4, "--eval_every", 0, "--no_eval_first", "--grad_checkpointing"]
     assert run(*command, "--experiments", "whole")[0] == 0
     command += ["--experiments", "killed", "--save_every", 2, "--resume", "auto"]
@@ -34,7 +34,7 @@ def test_killed_and_resumed_it_ends_bit_identical_and_evaluates_from_its_checkpo
 
 
 @pytest.mark.parametrize("extra", ["--loss siglip", "--trainable linear_projection", "--grad_cache 5 --freeze_text"])
-def test_it_learns_in_each_way(run, simple, tmp_path, extra):
+def test_model_trains_with_other_losses_and_options(run, simple, tmp_path, extra):
     code, out, err = run(*simple, *extra.split(), "--max_steps", 2)
     assert code == 0, err
     assert read_json(tmp_path / "logs/ex0/results.json")["images"] == 6
@@ -46,14 +46,14 @@ def test_it_learns_in_each_way(run, simple, tmp_path, extra):
         assert "tower is frozen" in out
 
 
-def test_torchvisions_weights_are_a_start_and_said(run, simple, tmp_path):
+def test_torchvision_weights_are_loaded_and_logged(run, simple, tmp_path):
     torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "resnet18-f37072fd.pth")
     code, out, err = run(*simple, "--pretrained", tmp_path / "resnet18-f37072fd.pth", "--max_steps", 1)
     assert code == 0, err
     assert "resnet18-f37072fd.pth for images, none for captions" in out
 
 
-def test_simple_clips_own_checkpoint_is_evaluated_and_finetuned(run, arguments, captioned, tmp_path):
+def test_simple_clip_checkpoint_is_evaluated_and_finetuned(run, arguments, captioned, tmp_path):
     torch.save(Reference().state_dict(), tmp_path / "clip_model.pth")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     theirs = ("--resume", tmp_path / "clip_model.pth", "--tokenizer", tmp_path / "vocab.txt", "--image_size", 32)

@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
 
 
 class Reference(nn.Module):
-    """A model as simple-clip builds it: a sequence of the trunk's children, and parameters named t_prime and b."""
+    """simple-clip's own model: a sequence of the trunk's children, and parameters named t_prime and b."""
 
     def __init__(self, name="resnet18", bias=0.0, width=128):
         super().__init__()
@@ -55,7 +55,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def features(self):
-        """Of PIXELS and of IDS."""
+        """Encode PIXELS and IDS."""
         return self.image_projection(self.image_encoder(PIXELS)), self.text_projection(self.text_encoder(IDS))
 
 
@@ -80,14 +80,14 @@ def reference(tmp_path):
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A small model's config, as --vision_model takes it."""
+    """A small model config for --vision_model."""
     path = tmp_path / "simple.json"
     path.write_text(json.dumps({"model_cfg": small_simple_config(), "preprocess_cfg": {"mean": [0.4, 0.5, 0.6]}}))
     return str(path)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_v2_s"])
-def test_a_checkpoint_of_simple_clip_tells_its_model_and_gives_its_features(reference, name):
+def test_simple_clip_checkpoint_gives_its_model_and_features(reference, name):
     model, path = reference(name=name)
     built = build_model(ModelOptions(pretrained=path))
     for ours, theirs in zip(features(built.clip), model.features(), strict=True):
@@ -95,13 +95,13 @@ def test_a_checkpoint_of_simple_clip_tells_its_model_and_gives_its_features(refe
     assert (built.name, built.weights) == (name, path)
     hf_config = built.config["text_cfg"]["hf_config"]
     assert (hf_config["dim"], hf_config["n_heads"], hf_config["n_layers"], hf_config["hidden_dim"]) == (128, 2, 2, 48)
-    assert built.config["text_cfg"]["context_length"] == 32  # its positions; 100 where there are more
+    assert built.config["text_cfg"]["context_length"] == 32  # its positions; 100 if it has more
     assert (built.clip.logit_scale.item(), built.clip.logit_bias) == (pytest.approx(1.7), None)
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_a_checkpoint_of_its_first_layout_has_a_head_for_images_only(reference, tmp_path, scale):
-    """Until 2024: the captions' features are as DistilBERT pools them, and there may be no temperature."""
+def test_checkpoint_of_its_first_layout_has_a_head_for_images_only(reference, tmp_path, scale):
+    """Until 2024, captions had no projection head, and the temperature may be missing."""
     model, path = reference(width=128)
     model.image_projection[2] = nn.Linear(512, 128, bias=False)
     model.text_projection = nn.Identity()
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_its_first_layout_has_a_head_for_images_only(reference, 
     assert torch.equal(features(again.clip)[1], features(built.clip)[1])
 
 
-def test_its_images_are_squashed_and_only_scaled(reference):
+def test_images_are_squashed_and_only_scaled(reference):
     _, path = reference()
     built = build_model(ModelOptions(pretrained=path, image_size=32, context_length=16))
     expected = {"mean": [0, 0, 0], "std": [1, 1, 1], "resize_mode": "squash", "interpolation": "bilinear", "size": 32}
@@ -135,7 +135,7 @@ def test_only_a_bias_that_siglip_trained_is_kept(reference, bias, kept):
     _, path = reference(bias=bias)
     built = build_model(ModelOptions(pretrained=path))
     assert (built.clip.logit_bias is None) if kept is None else (built.clip.logit_bias.item() == kept)
-    # To train it with SigLIP, a scale and bias that InfoNCE left start where SigLIP's do.
+    # SigLIP training replaces a scale and bias from InfoNCE by SigLIP's initial values.
     built = build_model(ModelOptions(pretrained=path), logit_bias=True)
     scale = torch.tensor(10.0).log().item() if kept is None else 1.7
     assert (built.clip.logit_bias.item(), built.clip.logit_scale.item()) == (
@@ -144,7 +144,7 @@ def test_only_a_bias_that_siglip_trained_is_kept(reference, bias, kept):
     )
 
 
-def test_a_wrapped_checkpoint_is_recognised(reference, tmp_path):
+def test_wrapped_checkpoint_is_recognised(reference, tmp_path):
     model, path = reference()
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"model_state_dict": state}, path)
@@ -168,13 +168,13 @@ def test_names_that_contradict_the_checkpoint_are_refused(reference, config_file
     "lost, words",
     [
         ("image_encoder.5.", "it has no resnet18, resnet50, efficientnet_v2_s"),
-        ("text_encoder.model.embeddings.word", "it has no text.transformer.embeddings.word_embeddings.weight"),
-        ("image_projection", "it has no visual.head.2.weight"),
+        ("text_encoder.model.embeddings.word", "text.transformer.embeddings.word_embeddings.weight is missing"),
+        ("image_projection", "visual.head.2.weight is missing"),
         ("text_encoder.model.transformer.layer.1.ffn", "does not fit resnet18: 4 missing"),
         ("t_prime", "does not fit resnet18: 1 missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(reference, lost, words):
+def test_damaged_checkpoint_is_refused(reference, lost, words):
     model, path = reference()
     torch.save({name: v for name, v in model.state_dict().items() if not name.startswith(lost)}, path)
     with pytest.raises(UserError, match=rf"^[^\n]*clip_model.pth[^\n]*{words}[^\n]*$"):
@@ -182,13 +182,12 @@ def test_a_damaged_checkpoint_is_refused(reference, lost, words):
 
 
 @pytest.mark.parametrize("typed", ["resnet18", "resnet50", "efficientnet", "efficientnet_v2_s"])
-def test_simple_clips_names_are_its_models(typed):
+def test_simple_clip_names_build_its_models(typed):
     with torch.device("meta"):
         built = build_model(ModelOptions(vision_model=typed, text_model="distilbert-base-uncased"))
     state = built.clip.state_dict()
     assert built.name == ("efficientnet_v2_s" if typed == "efficientnet" else typed)
-    assert simple_clip_weights.infer_name(state, "x.pth") == built.name
-    assert simple_clip_weights.infer_config(state, "x.pth") == built.config
+    assert simple_clip_weights.infer(state, "x.pth") == (built.name, built.config)
     heads = {"resnet18": 512, "resnet50": 2048}.get(built.name, 1280), 768
     assert tuple(len(state[f"{tower}.0.weight"]) for tower in ("visual.head", "text.proj")) == heads
     assert (built.weights, built.clip.logit_bias, built.config["text_cfg"]["context_length"]) == ("none", None, 100)
@@ -196,25 +195,25 @@ def test_simple_clips_names_are_its_models(typed):
     assert built.preprocess.items() >= imagenet.items()
 
 
-def test_its_text_tower_is_distilbert_base_uncased():
+def test_text_tower_is_distilbert_base_uncased():
     with torch.device("meta"):
         built = build_model(ModelOptions(vision_model="resnet18", context_length=512, image_size=50))
         reference = DistilBertModel(DistilBertConfig())
     assert built.config["text_cfg"]["context_length"] == 512 and built.preprocess["size"] == 50
     shapes = {name: value.shape for name, value in reference.state_dict().items()}
     assert {name: value.shape for name, value in built.clip.text.transformer.state_dict().items()} == shapes
-    with pytest.raises(UserError, match="--context_length 513: resnet18 takes up to 512 tokens"):
+    with pytest.raises(UserError, match="--context_length 513: must be at most 512 for resnet18"):
         build_model(ModelOptions(vision_model="resnet18", context_length=513))
 
 
-def test_a_text_tower_that_does_not_go_with_the_image_tower_is_refused():
+def test_text_tower_of_another_family_is_refused():
     with pytest.raises(
         UserError, match=r"distilbert-base-uncased goes with --vision_model resnet18.* not with ViT-B/32"
     ):
         build_model(ModelOptions(text_model="distilbert-base-uncased"))
     with pytest.raises(UserError, match=r"RBT3-chinese goes with .* not with resnet18"):
         build_model(ModelOptions(vision_model="resnet18", text_model="RBT3-chinese"))
-    with pytest.raises(UserError, match=r"distilbert-base: no such text tower; known are .*distilbert-base-uncased"):
+    with pytest.raises(UserError, match=r"distilbert-base: no such text tower; choose from .*distilbert-base-uncased"):
         build_model(ModelOptions(vision_model="resnet18", text_model="distilbert-base"))
 
 
@@ -226,7 +225,7 @@ def test_a_text_tower_that_does_not_go_with_the_image_tower_is_refused():
         ({"hf_config": {"model_type": "bert"}}, "model_type distilbert"),
     ],
 )
-def test_a_config_that_cannot_be_built_is_one_line(tmp_path, text, words):
+def test_config_that_cannot_be_built_is_refused_in_one_line(tmp_path, text, words):
     config = small_simple_config()
     config["text_cfg"] |= text
     (tmp_path / "broken.json").write_text(json.dumps(config))
@@ -235,7 +234,7 @@ def test_a_config_that_cannot_be_built_is_one_line(tmp_path, text, words):
 
 
 def torchvision_file(folder, name="resnet18"):
-    """A classifier of torchvision with batch statistics of its own, saved as of old, without their counts."""
+    """Save a torchvision classifier with its own batch statistics, without their counts (as old versions did)."""
     trunk = getattr(models, name)(weights=None).train()
     with torch.no_grad():
         trunk(PIXELS)
@@ -245,7 +244,7 @@ def torchvision_file(folder, name="resnet18"):
 
 
 def text_weights(folder, kind):
-    """DistilBERT's weights as Hugging Face saves them, or as the hub has them: with a prefix and what pretrained it."""
+    """Save DistilBERT as Hugging Face does, or as on the hub: with a prefix and a pretraining head."""
     hf_config = small_simple_config()["text_cfg"]["hf_config"]
     bert = DistilBertModel(DistilBertConfig(**{k: v for k, v in hf_config.items() if k != "model_type"}))
     state = bert.state_dict()
@@ -281,7 +280,7 @@ def test_each_tower_starts_from_weights_of_its_own(config_file, tmp_path, kind):
     assert built.random == ("visual.head", "text.proj")
 
 
-def test_a_tower_without_weights_stays_random_and_is_said(config_file, tmp_path):
+def test_tower_without_weights_stays_random_and_is_reported(config_file, tmp_path):
     trunk, image_place = torchvision_file(tmp_path)
     text, text_place = text_weights(tmp_path, "saved folder")
     only_image = build_model(ModelOptions(vision_model=config_file, pretrained=image_place))
@@ -297,7 +296,7 @@ def test_a_tower_without_weights_stays_random_and_is_said(config_file, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_v2_s"])
-def test_torchvisions_other_classifiers_fit_as_well(tmp_path, name):
+def test_other_torchvision_classifiers_fit(tmp_path, name):
     trunk, path = torchvision_file(tmp_path, name)
     config = small_simple_config()
     config["vision_cfg"]["torchvision_model_name"] = name
@@ -306,7 +305,7 @@ def test_torchvisions_other_classifiers_fit_as_well(tmp_path, name):
     assert_holds(built.clip.visual.trunk, trunk)
 
 
-def test_weights_that_are_none_for_the_towers_are_refused(config_file, tmp_path):
+def test_weights_of_other_models_are_refused_for_the_towers(config_file, tmp_path):
     _, path = torchvision_file(tmp_path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=13, **sizes)).save_pretrained(tmp_path / "bert")
@@ -321,18 +320,18 @@ def test_weights_that_are_none_for_the_towers_are_refused(config_file, tmp_path)
             build_model(ModelOptions(**{"vision_model": config_file} | options))
 
 
-def test_a_text_tower_that_computes_something_else_is_refused(config_file, tmp_path):
+def test_text_tower_with_a_contradicting_config_is_refused(config_file, tmp_path):
     _, place = text_weights(tmp_path, "saved folder")
     settings = json.loads((tmp_path / "bert/config.json").read_text())
     (tmp_path / "bert/config.json").write_text(json.dumps(settings | {"n_heads": 1}))
-    with pytest.raises(UserError, match=r"bert/config.json: n_heads is 1, the text tower's 2"):
+    with pytest.raises(UserError, match=r"bert/config.json: n_heads is 1, but the text tower's 2"):
         build_model(ModelOptions(vision_model=config_file, text_pretrained=place))
     (tmp_path / "bert/config.json").write_text(json.dumps(settings | {"activation": "relu"}))
-    with pytest.raises(UserError, match=r"bert/config.json: activation is relu, the text tower's gelu"):
+    with pytest.raises(UserError, match=r"bert/config.json: activation is relu, but the text tower's gelu"):
         build_model(ModelOptions(vision_model=config_file, text_pretrained=place))
 
 
-def test_the_vocabulary_beside_the_text_towers_weights_is_used(config_file, tmp_path, no_network):
+def test_vocabulary_beside_the_text_towers_weights_is_used(config_file, tmp_path, no_network):
     _, place = text_weights(tmp_path, "saved folder")
     (tmp_path / "bert/vocab.txt").write_text("\n".join(WORDS) + "\n")
     options = ModelOptions(vision_model=config_file, text_pretrained=place)
@@ -340,7 +339,7 @@ def test_the_vocabulary_beside_the_text_towers_weights_is_used(config_file, tmp_
     assert tokenizer.words == WORDS
 
 
-def test_torchvisions_weights_have_tags(tmp_path, monkeypatch):
+def test_torchvision_weights_have_tags(tmp_path, monkeypatch):
     trunk, path = torchvision_file(tmp_path)
     asked = {}
 
@@ -360,7 +359,7 @@ def test_torchvisions_weights_have_tags(tmp_path, monkeypatch):
         build_model(ModelOptions(vision_model="resnet18", pretrained="IMAGENET1K"))
 
 
-def test_without_network_one_line_says_what_is_missing(no_network):
+def test_without_network_one_line_names_the_missing_file(no_network):
     with pytest.raises(UserError, match=r"IMAGENET1K_V1 weights of resnet18 .*download.pytorch.org.*--pretrained FILE"):
         build_model(ModelOptions(vision_model="resnet18", pretrained="IMAGENET1K_V1"))
     with pytest.raises(UserError, match=r"--text_pretrained distilbert-base-uncased: no such file or folder"):
@@ -371,7 +370,7 @@ def test_without_network_one_line_says_what_is_missing(no_network):
         build_tokenizer(ModelOptions(), built)
 
 
-def test_a_checkpoint_of_ours_rebuilds_the_model_without_a_network(config_file, tmp_path, no_network):
+def test_checkpoint_of_ours_rebuilds_the_model_without_a_network(config_file, tmp_path, no_network):
     built = build_model(ModelOptions(vision_model=config_file, image_size=48, context_length=9), logit_bias=True)
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     tokenizer = build_tokenizer(ModelOptions(tokenizer=str(tmp_path / "vocab.txt")), built)
@@ -392,7 +391,7 @@ def test_a_checkpoint_of_ours_rebuilds_the_model_without_a_network(config_file, 
     assert torch.equal(features(from_file.clip)[0], features(built.clip)[0])
 
 
-def test_a_config_of_other_sizes_contradicts_the_checkpoint(config_file, tmp_path):
+def test_config_of_other_sizes_contradicts_the_checkpoint(config_file, tmp_path):
     path = as_checkpoint(
         build_model(ModelOptions(vision_model=config_file)), tmp_path / "best.pt", vision_model=config_file
     )
@@ -404,18 +403,18 @@ def test_a_config_of_other_sizes_contradicts_the_checkpoint(config_file, tmp_pat
     build_model(ModelOptions(vision_model=str(tmp_path / "words.json"), pretrained=path), typed_model=True)
 
 
-def test_a_bare_state_dict_of_ours_is_the_whole_model(config_file, tmp_path):
+def test_bare_state_dict_of_ours_is_the_whole_model(config_file, tmp_path):
     torch.save(small_simple_clip(seed=1).state_dict(), tmp_path / "whole.pt")
     built = build_model(ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "whole.pt")))
     for ours, theirs in zip(features(built.clip), features(small_simple_clip(seed=1)), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(UserError, match=r"whole.pt has the weights of its text tower; leave --text_pretrained out"):
+    with pytest.raises(UserError, match=r"whole.pt has the weights of its text tower; drop --text_pretrained"):
         build_model(
             ModelOptions(vision_model=config_file, pretrained=str(tmp_path / "whole.pt"), text_pretrained="bert")
         )
 
 
-def test_the_text_tower_may_be_named_for_a_checkpoint_of_a_config_that_does_not(config_file, tmp_path):
+def test_text_model_may_be_typed_for_a_checkpoint_without_its_name(config_file, tmp_path):
     options = ModelOptions(vision_model=config_file, text_model="distilbert-base-uncased")
     path = as_checkpoint(build_model(options), tmp_path / "best.pt", vision_model=config_file)
     build_model(ModelOptions(pretrained=path, text_model="distilbert-base-uncased"))

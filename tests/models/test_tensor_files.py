@@ -1,4 +1,4 @@
-"""Weight files read without running them, compared with torch's own readers on files that may be trusted."""
+"""Weight files are read without running them; compared with torch's own readers on trusted files."""
 
 import collections
 import os
@@ -21,22 +21,22 @@ DTYPES = ["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16",
 DTYPES += ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"]
 
 
-def same(a, b):
-    """Whether two contents are equal, their tensors bit for bit and in their strides."""
+def is_equal(a, b):
+    """Whether two contents are equal, tensors in every bit and in their strides."""
     if isinstance(b, torch.Tensor):
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         equal = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
         view = bits[b.element_size()]
         return equal and torch.equal(a.contiguous().view(view), b.detach().contiguous().view(view))
     if isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in b)
+        return a.keys() == b.keys() and all(is_equal(a[name], b[name]) for name in b)
     if isinstance(b, (list, tuple)):
-        return type(a) is (tuple if isinstance(b, tuple) else list) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is (tuple if isinstance(b, tuple) else list) and len(a) == len(b) and all(map(is_equal, a, b))
     return type(a) is type(b) and a == b
 
 
 def tensors():
-    """Tensors of every type and layout that a file may hold."""
+    """Make tensors of every dtype and layout that a file may hold."""
     torch.manual_seed(0)
     base = torch.randn(6, 8)
     kinds = {name: (100 * torch.rand(3, 4)).to(getattr(torch, name)) for name in DTYPES}
@@ -57,14 +57,14 @@ def tensors():
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_tensors_are_those_that_torch_reads(tmp_path, is_zip):
+def test_tensors_equal_torch_load(tmp_path, is_zip):
     state = collections.OrderedDict(tensors())
     if not is_zip:  # torch itself does not read these in the old format
         state = {name: v for name, v in state.items() if not name.startswith(("uint16", "uint32", "uint64", "float8"))}
     torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     read = read_tensor_file(tmp_path / "a.pt").content
     expected = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert same(read, {"state_dict": dict(expected["state_dict"])})
+    assert is_equal(read, {"state_dict": dict(expected["state_dict"])})
     assert read["state_dict"]["tied"] is read["state_dict"]["tied again"]
 
 
@@ -82,22 +82,22 @@ def test_values_beside_tensors_are_kept(tmp_path, is_zip):
     }
     torch.save(values, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     read = read_tensor_file(tmp_path / "a.pt").content
-    assert same(read, {**values, "size": (2, 3)})
+    assert is_equal(read, {**values, "size": (2, 3)})
     torch.save([{3, 4}, collections.Counter("aab"), torch.float16], tmp_path / "b.pt")
     members, counter, _ = read_tensor_file(tmp_path / "b.pt").content
     assert (sorted(members), counter) == ([3, 4], {"a": 2, "b": 1})
 
 
-def test_safetensors_are_those_that_were_saved(tmp_path):
+def test_safetensors_equal_the_saved_tensors(tmp_path):
     state = {name: v.detach().contiguous() for name, v in tensors().items() if not name.startswith("tied")}
     save_file(state, tmp_path / "a.safetensors")
     (tmp_path / "named.bin").write_bytes((tmp_path / "a.safetensors").read_bytes())
-    assert same(read_tensor_file(tmp_path / "a.safetensors").content, state)
-    assert same(read_tensor_file(tmp_path / "named.bin").content, state)
+    assert is_equal(read_tensor_file(tmp_path / "a.safetensors").content, state)
+    assert is_equal(read_tensor_file(tmp_path / "named.bin").content, state)
 
 
-def rewritten(path, change=lambda name, content: content, *, drop=(), rename=str):
-    """The archive at `path` with entries changed by change(name, content), dropped and renamed, stored plainly."""
+def rewrite_archive(path, change=lambda name, content: content, *, drop=(), rename=str):
+    """Rewrite the archive at `path`, uncompressed, with entries changed, dropped and renamed."""
     with zipfile.ZipFile(path) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(path, "w") as archive:
@@ -107,7 +107,7 @@ def rewritten(path, change=lambda name, content: content, *, drop=(), rename=str
     return path
 
 
-def test_numbers_of_a_big_endian_machine_are_turned_round(tmp_path):
+def test_big_endian_numbers_are_byte_swapped(tmp_path):
     state = {"a": torch.arange(5, dtype=torch.float32), "b": torch.arange(7), "c": torch.tensor([True, False])}
     torch.save(state, tmp_path / "a.pt")
 
@@ -117,11 +117,11 @@ def test_numbers_of_a_big_endian_machine_are_turned_round(tmp_path):
         size = {"0": 4, "1": 8}.get(name.rpartition("/data/")[2], 1)
         return b"".join(content[i : i + size][::-1] for i in range(0, len(content), size))
 
-    assert same(read_tensor_file(rewritten(tmp_path / "a.pt", swap)).content, state)
+    assert is_equal(read_tensor_file(rewrite_archive(tmp_path / "a.pt", swap)).content, state)
 
 
 def refusal(path):
-    """The one line that refuses a file."""
+    """Return the error message for a file; it is one line."""
     with pytest.raises(UserError) as error:
         read_tensor_file(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -143,9 +143,9 @@ def strided(size, stride, storage=1, dtype=torch.float32):
         torch.zeros(8)[:1].expand(9),
     ],
 )
-def test_a_tensor_of_more_numbers_than_its_file_is_refused(tmp_path, tensor, is_zip):
+def test_tensor_of_more_numbers_than_its_file_is_refused(tmp_path, tensor, is_zip):
     torch.save({"w": tensor}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
-    assert "of which it holds" in refusal(tmp_path / "a.pt")
+    assert "but holds only" in refusal(tmp_path / "a.pt")
 
 
 def test_many_views_of_the_same_numbers_are_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_many_views_of_the_same_numbers_are_refused(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_tensor_without_plain_numbers_is_told_apart(tmp_path, make, words):
+def test_tensor_without_plain_numbers_is_unusable(tmp_path, make, words):
     for is_zip in (True, False):
         torch.save({"fine": torch.ones(2), "w": make()}, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
         content = read_tensor_file(tmp_path / "a.pt").content
@@ -199,8 +199,8 @@ PICKLES = {
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_crafted_pickle_is_refused_at_once(name, tmp_path):
-    """As the pickle of an archive, and of a file in the old format."""
+def test_crafted_pickle_is_refused_at_once(name, tmp_path):
+    """In an archive, and in a file of the old format."""
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/data.pkl", PICKLES[name])
     (tmp_path / "b.pt").write_bytes(b"".join(PICKLE_START) + PICKLES[name])
@@ -213,7 +213,7 @@ PICKLE_START = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02M\xe9\x03
 
 
 @pytest.mark.parametrize("part", [b"}", b"]q\x00", b"K\x01", b"h\x00"])
-def test_a_pickle_of_too_many_parts_is_refused(part, monkeypatch):
+def test_pickle_of_too_many_parts_is_refused(part, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.unpickle.MOST_OPCODES", 10_000)
     with pytest.raises(DamagedError, match="more than 10,000 parts"):
         Unpickler(b"\x80\x02Nq\x00" + part * 20_000 + b".", None).load()
@@ -226,8 +226,8 @@ def test_deep_nesting_is_read_without_recursion():
     assert value == ()
 
 
-def test_no_name_is_looked_up(monkeypatch):
-    """A name that the tables lack ends the reading, also one that exists, and one that torch would admit."""
+def test_names_in_pickles_are_never_imported(monkeypatch):
+    """Every name outside the tables is an error, also existing ones and those that torch allows."""
     for name in (
         b"os\nsystem",
         b"builtins\neval",
@@ -240,8 +240,8 @@ def test_no_name_is_looked_up(monkeypatch):
             Unpickler(b"\x80\x02c" + name + b"\n.", None).load()
 
 
-def with_entries(path, *entries):
-    """An archive of a saved tensor, with further entries."""
+def add_entries(path, *entries):
+    """Save a tensor and add entries to its archive."""
     torch.save({"w": torch.arange(6.0)}, path)
     with zipfile.ZipFile(path, "a") as archive:
         for name, content in entries:
@@ -252,7 +252,7 @@ def with_entries(path, *entries):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["a/data.pkl", "a/Data.pkl", "A/data.pkl", "a/data/0", "a/DATA/0"])
 def test_two_entries_of_a_name_are_refused(name, tmp_path):
-    assert "two entries" in refusal(with_entries(tmp_path / "a.pt", (name, b"\x80\x02N.")))
+    assert "two entries" in refusal(add_entries(tmp_path / "a.pt", (name, b"\x80\x02N.")))
 
 
 def test_compressed_tensors_are_refused(tmp_path):
@@ -265,14 +265,14 @@ def test_compressed_tensors_are_refused(tmp_path):
     assert "compressed" in refusal(tmp_path / "b.pt")
 
 
-def test_a_compressed_pickle_has_a_limit(tmp_path, monkeypatch):
+def test_compressed_pickle_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("clip_retrieval.models.tensor_files.MOST_TEXT", 10_000)
     with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02" + b"N" * 20_000 + b".")
     assert "longer than 10,000 bytes" in refusal(tmp_path / "a.pt")
 
 
-def test_an_entry_that_claims_more_than_the_file_is_refused(tmp_path):
+def test_entry_that_claims_more_than_the_file_is_refused(tmp_path):
     torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
     content = bytearray((tmp_path / "a.pt").read_bytes())
     at = content.rindex(b"PK\x01\x02", 0, content.rindex(b"a/data/0"))
@@ -281,13 +281,13 @@ def test_an_entry_that_claims_more_than_the_file_is_refused(tmp_path):
     assert "longer than the file" in refusal(tmp_path / "a.pt")
 
 
-def test_a_storage_that_claims_more_than_its_entry_is_refused(tmp_path):
+def test_storage_that_claims_more_than_its_entry_is_refused(tmp_path):
     torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
-    path = rewritten(tmp_path / "a.pt", lambda name, content: content[:8] if name.endswith("data/0") else content)
-    assert "longer than its part" in refusal(path)
+    path = rewrite_archive(tmp_path / "a.pt", lambda name, content: content[:8] if name.endswith("data/0") else content)
+    assert "longer than its entry" in refusal(path)
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_special_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo.pt")
     assert "not a regular file" in refusal(tmp_path / "fifo.pt")
     (tmp_path / "link.pt").symlink_to("/dev/zero")
@@ -298,7 +298,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     assert "empty" in refusal(tmp_path / "empty.pt")
 
 
-def test_a_tar_of_the_first_torch_is_named(tmp_path):
+def test_tar_of_the_first_torch_is_named(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"storages".ljust(257, b"\0") + b"ustar\x0000".ljust(300, b"\0"))
     assert "before 2017" in refusal(tmp_path / "a.pt")
 
@@ -323,7 +323,7 @@ def test_bogus_safetensors_are_refused(tmp_path, header, length):
 
 @pytest.mark.slow
 def test_hostile_files_need_little_memory(tmp_path):
-    """All of them in a process that may take 1.5 GB of addresses."""
+    """Read all of them in a process limited to 1.5 GB of address space."""
     torch.save({"w": strided((50_000, 40_000), (0, 0), dtype=torch.float16)}, tmp_path / "a.pt")
     for number, content in enumerate(PICKLES.values()):
         (tmp_path / f"{number}.pt").write_bytes(b"".join(PICKLE_START) + content)

@@ -1,13 +1,14 @@
 import os
+from functools import partial
 
 import pytest
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from transformers import BertTokenizer
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.hugging_face import load_open_clip_tokenizer
-from clip_retrieval.models.tokenizers import ChineseTokenizer, WordPieceTokenizer
+from clip_retrieval.models.hugging_face import load_tokenizer
+from clip_retrieval.models.word_piece import ChineseTokenizer, WordPieceTokenizer
 from tests.models.small import WORDS
 
 CAPTIONS = ["A red dogs thing", "cafés", "[SEP] a", "", "a a a a a a a a"]
@@ -21,13 +22,13 @@ def vocabulary(tmp_path):
     return path
 
 
-def test_captions_become_lower_case_pieces_without_accents_between_cls_and_sep(vocabulary):
+def test_captions_become_lower_case_pieces_between_cls_and_sep(vocabulary):
     for source in (vocabulary, vocabulary.parent):
         tokens = tokenize(CAPTIONS, WordPieceTokenizer(str(source), 7, len(WORDS)))
         assert tokens.ids.tolist() == [
             [2, 5, 7, 9, 10, 6, 3],
             [2, 11, 10, 3, 0, 0, 0],
-            [2, 1, 1, 1, 5, 3, 0],  # spelled out, it is no special token
+            [2, 1, 1, 1, 5, 3, 0],  # text, not a special token
             [2, 3, 0, 0, 0, 0, 0],
             [2, 5, 5, 5, 5, 5, 3],  # cut, [SEP] kept
         ]
@@ -35,7 +36,7 @@ def test_captions_become_lower_case_pieces_without_accents_between_cls_and_sep(v
 
 
 @pytest.mark.parametrize("kind", [WordPieceTokenizer, ChineseTokenizer])
-def test_the_words_alone_make_the_same_tokenizer(vocabulary, kind):
+def test_list_of_words_makes_the_same_tokenizer(vocabulary, kind):
     tokenizer = kind(str(vocabulary), 7, len(WORDS))
     assert tokenizer.words == WORDS
     again = kind(tokenizer.words, 7, len(WORDS))
@@ -43,7 +44,7 @@ def test_the_words_alone_make_the_same_tokenizer(vocabulary, kind):
     assert again(CAPTIONS).tolist() == tokenizer(CAPTIONS).tolist()
 
 
-def test_a_vocabulary_of_another_size_is_refused(vocabulary):
+def test_vocabulary_of_another_size_is_refused(vocabulary):
     with pytest.raises(UserError, match=r"--tokenizer .*vocab.txt has 13 entries, the text tower 20"):
         WordPieceTokenizer(str(vocabulary), 7, 20)
     with pytest.raises(UserError, match=r"the vocabulary in the model config has 12 entries, the text tower 13"):
@@ -58,7 +59,7 @@ def saved(vocabulary, tmp_path):
     return tmp_path / "saved"
 
 
-def test_a_saved_tokenizer_is_read_without_a_network(vocabulary, saved, monkeypatch):
+def test_saved_tokenizer_is_read_without_a_network(vocabulary, saved, monkeypatch):
     def refuse(*_):
         raise AssertionError("the network is asked")
 
@@ -68,26 +69,26 @@ def test_a_saved_tokenizer_is_read_without_a_network(vocabulary, saved, monkeypa
     assert tokenizer(CAPTIONS).tolist() == WordPieceTokenizer(str(vocabulary), 7, len(WORDS))(CAPTIONS).tolist()
 
 
-def test_a_broken_saved_tokenizer_is_named(saved):
+def test_broken_saved_tokenizer_is_named(saved):
     (saved / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"the tokenizer .*saved cannot be read \(.*; give another --tokenizer"):
         WordPieceTokenizer(str(saved), 7, len(WORDS))
 
 
-def test_a_vocabulary_whose_padding_the_towers_would_not_mask_is_refused(vocabulary):
+def test_vocabulary_with_nonzero_padding_id_is_refused(vocabulary):
     vocabulary.write_text("\n".join([*WORDS[1:], "[PAD]"]) + "\n")
     with pytest.raises(UserError, match=r"--tokenizer .*vocab.txt: \[PAD\] must be its first entry"):
         WordPieceTokenizer(str(vocabulary), 7, len(WORDS))
 
 
-def test_a_cased_vocabulary_is_refused(vocabulary):
+def test_cased_vocabulary_is_refused(vocabulary):
     (vocabulary.parent / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     with pytest.raises(UserError, match=r"tokenizer_config.json: its vocabulary is cased"):
         WordPieceTokenizer(str(vocabulary.parent), 7, len(WORDS))
 
 
 @pytest.mark.parametrize("token", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-def test_a_vocabulary_without_a_special_token_is_refused(vocabulary, token):
+def test_vocabulary_without_a_special_token_is_refused(vocabulary, token):
     words = [word for word in WORDS if word != token]
     vocabulary.write_text("\n".join(words) + "\n")
     for size in (len(words), len(WORDS)):
@@ -98,13 +99,13 @@ def test_a_vocabulary_without_a_special_token_is_refused(vocabulary, token):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00", b"a" * 1000, bytes(range(256))])
-def test_a_file_that_is_no_vocabulary_is_refused(vocabulary, content):
+def test_invalid_vocabulary_file_is_refused(vocabulary, content):
     vocabulary.write_bytes(content)
     with pytest.raises(UserError, match=r"^--tokenizer [^\n]*vocab.txt [^\n]*$"):
         WordPieceTokenizer(str(vocabulary), 7, len(WORDS))
 
 
-def test_a_vocabulary_that_is_no_regular_file_is_refused(vocabulary):
+def test_special_vocabulary_file_is_refused(vocabulary):
     vocabulary.unlink()
     os.mkfifo(vocabulary)
     with pytest.raises(UserError, match="not a regular file"):
@@ -114,7 +115,7 @@ def test_a_vocabulary_that_is_no_regular_file_is_refused(vocabulary):
 
 
 @pytest.mark.parametrize("words", [["\ud800", *WORDS[1:]], [*WORDS[:-1], WORDS[0]], [*WORDS[:-1], ""]])
-def test_words_of_a_checkpoint_that_make_no_vocabulary_are_refused_or_read(words):
+def test_invalid_words_of_a_checkpoint_are_refused_or_read(words):
     try:
         assert WordPieceTokenizer(words, 7, len(words))(["a"]).shape == (1, 7)
     except UserError as error:
@@ -125,7 +126,7 @@ def test_words_of_a_checkpoint_that_make_no_vocabulary_are_refused_or_read(words
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"model": 3}', b'{"a": ' + b"9" * 5000 + b"}"]
 )
-def test_a_saved_tokenizer_of_garbage_is_named(saved, name, content):
+def test_invalid_saved_tokenizer_is_named(saved, name, content):
     (saved / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"^[^\n]*{saved}[^\n]*$"):
         WordPieceTokenizer(str(saved), 7, len(WORDS))
@@ -144,12 +145,15 @@ CAPTIONS_OF_ANY_CHARACTERS = [
 
 @pytest.mark.parametrize("kind", ["WordPiece", "Chinese-CLIP", "CLIP", "Hugging Face", "canonicalize"])
 def test_every_caption_is_tokenised(saved, kind):
+    load = partial(load_tokenizer, HFTokenizer, str(saved), "")
     tokenizers = {
         "WordPiece": lambda: WordPieceTokenizer(WORDS, 7, len(WORDS)),
         "Chinese-CLIP": lambda: ChineseTokenizer(WORDS, 7, len(WORDS)),
         "CLIP": lambda: SimpleTokenizer(context_length=7),
-        "Hugging Face": lambda: load_open_clip_tokenizer(str(saved), 7),
-        "canonicalize": lambda: load_open_clip_tokenizer(str(saved), 7, clean="canonicalize", strip_sep_token=True),
+        "Hugging Face": lambda: load(context_length=7),
+        "canonicalize": lambda: load_tokenizer(
+            HFTokenizer, str(saved), "", context_length=7, clean="canonicalize", strip_sep_token=True
+        ),
     }
     tokens = tokenize(CAPTIONS_OF_ANY_CHARACTERS, tokenizers[kind]())
     assert tokens.ids.shape == (len(CAPTIONS_OF_ANY_CHARACTERS), 7) and (tokens.lengths >= 1).all()

@@ -1,4 +1,4 @@
-"""TorchScript archives, read without torch.jit.load: the same state dict, and nothing in them runs."""
+"""TorchScript archives are read without torch.jit.load: the same state dict, and no code runs."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models.tensor_files import read_tensor_file
 from clip_retrieval.models.weights import read_weights
 from tests.models.small import small_clip
-from tests.models.test_tensor_files import rewritten, same
+from tests.models.test_tensor_files import is_equal, rewrite_archive
 from tests.models.test_weights import jit_archive
 
 
@@ -90,28 +90,28 @@ def archive(request, tmp_path):
     return path
 
 
-def by_torch(path):
+def load_with_torch(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
 
 
-def test_the_state_dict_is_that_of_torch(archive):
+def test_state_dict_equals_torch(archive):
     file = read_tensor_file(archive)
     assert file.is_torchscript
-    assert same(file.content, by_torch(archive))
+    assert is_equal(file.content, load_with_torch(archive))
 
 
 def test_containers_of_older_torch_are_read_the_same(archive):
-    expected = by_torch(archive)
+    expected = load_with_torch(archive)
     # torch 1.7 wrote neither the order of bytes nor an id.
-    old = rewritten(archive, drop=("byteorder", "serialization_id", ".debug_pkl"))
-    assert same(read_tensor_file(old).content, expected)
-    other_root = rewritten(old, rename=lambda name: name.replace("model/", "ViT-B-32/", 1))
-    assert same(read_tensor_file(other_root).content, expected) and same(by_torch(other_root), expected)
+    old = rewrite_archive(archive, drop=("byteorder", "serialization_id", ".debug_pkl"))
+    assert is_equal(read_tensor_file(old).content, expected)
+    other_root = rewrite_archive(old, rename=lambda name: name.replace("model/", "ViT-B-32/", 1))
+    assert is_equal(read_tensor_file(other_root).content, expected) and is_equal(load_with_torch(other_root), expected)
     # Before torch 1.6 a class named its parameters alone.
-    without = rewritten(old, lambda name, content: re.sub(rb"  __buffers__ = [^\n]*\n", b"", content))
-    assert same(read_tensor_file(without).content, by_torch(without))
+    without = rewrite_archive(old, lambda name, content: re.sub(rb"  __buffers__ = [^\n]*\n", b"", content))
+    assert is_equal(read_tensor_file(without).content, load_with_torch(without))
 
 
 class OwnState(nn.Module):
@@ -141,25 +141,25 @@ def test_code_in_an_archive_never_runs(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(OwnState()), "own.pt")
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), "plain.pt")
-    with pytest.raises(UserError, match=r"own.pt .*code of its own"):
+    with pytest.raises(UserError, match=r"own.pt .*its own code"):
         read_weights("own.pt")
     # A default argument that creates a file when torch.jit.load evaluates it.
     default = b'input: Tensor=torch.from_file("marker", True, 4))'
-    evil = rewritten(tmp_path / "plain.pt", lambda _, content: content.replace(b"input: Tensor)", default))
+    evil = rewrite_archive(tmp_path / "plain.pt", lambda _, content: content.replace(b"input: Tensor)", default))
     assert set(read_weights(evil).state) == {"weight", "bias"}
     assert not (tmp_path / "marker").exists()
 
 
-def test_code_in_a_folder_of_another_case_is_not_taken(tmp_path):
+def test_code_in_a_folder_of_another_case_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "a.pt"))
-    path = rewritten(tmp_path / "a.pt", rename=lambda name: name.replace("/code/", "/Code/"))
+    path = rewrite_archive(tmp_path / "a.pt", rename=lambda name: name.replace("/code/", "/Code/"))
     with pytest.raises(UserError, match="declares no module"):
         read_tensor_file(path)
 
 
-def pickled(*parts):
+def make_pickle(*parts):
     return b"\x80\x02" + b"".join(parts) + b"."
 
 
@@ -167,9 +167,9 @@ def pickled(*parts):
     "content",
     [
         # A module in itself.
-        pickled(b"c__torch__\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb"),
+        make_pickle(b"c__torch__\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb"),
         # Modules of which each holds the one before twice: 2 to the 40.
-        pickled(
+        make_pickle(
             b"c__torch__\nA\n)\x81}bq\x00",
             *(b"c__torch__\nA\n)\x81}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00" for _ in range(40)),
         ),
@@ -184,10 +184,10 @@ def test_modules_without_end_are_refused(tmp_path, content):
         read_tensor_file(tmp_path / "a.pt")
 
 
-def test_an_archive_of_other_objects_is_refused(tmp_path):
+def test_archive_of_other_objects_is_refused(tmp_path):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("a/data.pkl", pickled(b"cos\nmkdir\n)\x81"))
+        archive.writestr("a/data.pkl", make_pickle(b"cos\nmkdir\n)\x81"))
         archive.writestr("a/constants.pkl", b"\x80\x02).")
     (tmp_path / "a.pt").write_bytes(content.getvalue())
     with pytest.raises(UserError, match="Python objects"):

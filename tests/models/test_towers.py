@@ -18,7 +18,7 @@ SOT, EOT = 49406, 49407
 
 
 def captions(lengths, context=16):
-    """Token ids as CLIP's tokenizer makes them; the first caption is all "!", whose id is that of the padding."""
+    """Make token ids like CLIP's tokenizer; the first caption is all "!", whose id is also the padding's."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.zeros(len(lengths), context, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -28,7 +28,7 @@ def captions(lengths, context=16):
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_trimmed_text_gives_open_clips_features(custom_text):
+def test_trimmed_text_gives_open_clip_features(custom_text):
     model = RetrievalModel(small_clip(custom_text=custom_text), small_preprocess()).eval()
     ids = captions([4, 3, 7, 5])
     assert model.trims_text
@@ -57,14 +57,14 @@ def test_trimmed_text_gives_the_same_features_in_a_masked_bert():
             torch.testing.assert_close(model.encode_text(ids[:, :7]), reference, rtol=0, atol=1e-6)
 
 
-def test_text_is_not_trimmed_where_the_tower_sees_its_padding():
+def test_text_is_not_trimmed_if_the_tower_attends_to_padding():
     text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
     model = RetrievalModel(small_clip(custom_text=True, text_cfg=text), small_preprocess()).eval()
     assert not model.trims_text
     ids = captions([4, 3])
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(ids), model.clip.encode_text(ids, normalize=True))
-        # Cutting would change the features: that is why it is not done.
+        # cutting the padding would change the features
         shorter = model.clip.text.transformer(
             model.clip.text.token_embedding(ids[:, :4]) + model.clip.text.positional_embedding[:4]
         )
@@ -76,7 +76,7 @@ def test_text_is_not_trimmed_where_the_tower_sees_its_padding():
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (15, 33)])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
-def test_pixels_normalised_on_the_device_are_open_clips_preprocessing(size, resize_mode):
+def test_pixels_normalised_on_the_device_equal_open_clip(size, resize_mode):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     preprocess = small_preprocess() | {"resize_mode": resize_mode}
@@ -93,7 +93,7 @@ def test_pixels_normalised_on_the_device_are_open_clips_preprocessing(size, resi
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
 
 
-def test_the_adaptor_mixes_a_fifth_into_the_image_features_only():
+def test_adaptor_mixes_a_fifth_into_the_image_features_only():
     torch.manual_seed(0)
     model = RetrievalModel(small_clip(), small_preprocess(), adaptor=True).eval()
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_the_adaptor_mixes_a_fifth_into_the_image_features_only():
     assert down.shape == (6, 24) and up.shape == (24, 6)
 
 
-def test_weights_carry_open_clips_names_and_load_back():
+def test_weights_have_open_clip_names_and_load_back():
     model = RetrievalModel(small_clip(seed=1), small_preprocess(), adaptor=True)
     state = model.weights()
     other = RetrievalModel(small_clip(seed=2), small_preprocess(), adaptor=True)
@@ -121,7 +121,7 @@ def test_weights_carry_open_clips_names_and_load_back():
 
 
 def towers(kind):
-    """A small model of each kind of tower that has its projection in another place."""
+    """Make a small model for each location of a projection, and return its image size."""
     if kind == "timm":
         vision = {
             "timm_model_name": "resnet18",
@@ -152,7 +152,7 @@ def towers(kind):
 
 @pytest.mark.parametrize("kind", ["vit", "custom text", "resnet", "timm", "hugging face", "simple-clip", "coca"])
 @pytest.mark.parametrize("adaptor", [False, True])
-def test_the_projection_can_be_computed_apart(kind, adaptor):
+def test_projection_can_be_computed_separately(kind, adaptor):
     torch.manual_seed(0)
     clip, size = towers(kind)
     model = RetrievalModel(clip, small_preprocess(size), adaptor=adaptor).eval()
@@ -172,7 +172,7 @@ def test_the_projection_can_be_computed_apart(kind, adaptor):
         torch.testing.assert_close(model.encode_image(images), whole[0])
 
 
-def test_coca_has_the_features_of_open_clip():
+def test_coca_features_equal_open_clip():
     model = RetrievalModel(towers("coca")[0], small_preprocess()).eval()
     images, ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), captions([4, 9], 16)
     pixels = (images / 255 - model.mean) / model.std

@@ -13,7 +13,7 @@ KINDS = ("vit", "resnet", "simple-clip")
 
 
 def changed_by_steps(model, size, steps=2, loss="infonce", **options):
-    """Names of the entries of the state dict that training steps change."""
+    """Return the names in the state dict that training steps change."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train_options = TrainOptions(lr=1e-2, **options)
     trainer = Trainer(model, LossOptions(loss=loss), train_options, precision="fp32", device=CPU)
@@ -33,7 +33,7 @@ def model_of(kind, adaptor=False):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all(kind):
+def test_all_parameters_are_trainable(kind):
     model, size = model_of(kind)
     set_trainable(model)
     changed = changed_by_steps(model, size)
@@ -49,7 +49,7 @@ PROJECTIONS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_linear_projection_changes_the_projections_and_the_scale_and_no_batch_statistics(kind):
+def test_linear_projection_changes_only_projections_and_scale(kind):
     model, size = model_of(kind)
     set_trainable(model, "linear_projection")
     assert changed_by_steps(model, size) == PROJECTIONS[kind] | {"clip.logit_scale"}
@@ -63,7 +63,7 @@ def test_adaptor_changes_only_the_adaptor_and_the_scale(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_freezing_a_tower_leaves_all_of_it_as_it_was(kind):
+def test_frozen_tower_does_not_change(kind):
     model, size = model_of(kind)
     set_trainable(model, freeze_vision=True)
     assert not any("visual." in name for name in changed_by_steps(model, size))
@@ -94,7 +94,7 @@ def test_only_siglip_learns_a_bias():
         assert model.clip.logit_bias.requires_grad == learn_bias
 
 
-def test_a_loss_without_temperature_leaves_the_scale_alone():
+def test_loss_without_temperature_does_not_change_the_scale():
     model, size = model_of("vit")
     set_trainable(model, learn_scale=False)
     changed = changed_by_steps(model, size, loss="margin")

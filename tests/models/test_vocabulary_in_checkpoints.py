@@ -1,4 +1,4 @@
-"""A run's checkpoints carry the words of its tokenizer: what reads them needs neither vocab.txt nor network."""
+"""Checkpoints of a run hold its tokenizer's vocabulary: reading them needs neither vocab.txt nor network."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from tests.models.test_chinese_clip import checkpoint as chinese_checkpoint
 
 @pytest.fixture
 def words(captioned, tmp_path):
-    """A copy of the vocabulary that the test may take away."""
+    """A copy of the vocabulary that the test may delete."""
     return shutil.copy(captioned / "vocab.txt", tmp_path / "vocab.txt")
 
 
 @pytest.fixture
 def finetune(run, arguments, tmp_path, words, captioned):
-    """finetune(*model arguments): three steps with this vocabulary, which is then gone."""
+    """finetune(*model arguments): train three steps with this vocabulary, then delete it."""
 
     def finetune_with(*model):
         at = arguments.index("--vision_model")
@@ -45,7 +45,7 @@ def of_chinese_clip(tmp_path):
 
 
 @pytest.mark.parametrize("model", [of_simple_clip, of_chinese_clip])
-def test_a_checkpoint_is_evaluated_and_resumed_without_the_vocabulary(finetune, run, tmp_path, model, no_network):
+def test_checkpoint_is_evaluated_and_resumed_without_the_vocabulary(finetune, run, tmp_path, model, no_network):
     folder = finetune(*model(tmp_path))
     result = read_json(folder / "results.json")
     code, _, err = run("--eval", "--resume", folder / "best.pt")
@@ -56,12 +56,12 @@ def test_a_checkpoint_is_evaluated_and_resumed_without_the_vocabulary(finetune, 
     assert code == 0, err
     last = torch.load(folder / "last.pt", weights_only=True)
     assert last["step"] == 4 and last["model_config"]["text_cfg"]["vocab"][:3] == ["[PAD]", "[UNK]", "[CLS]"]
-    # What was resumed carries them on.
+    # a resumed run keeps the vocabulary
     code, _, err = run("--eval", "--resume", folder / "last.pt", "--overwrite")
     assert code == 0, err
 
 
-def test_a_tokenizer_that_is_typed_goes_first(finetune, run, tmp_path, captioned, no_network):
+def test_typed_tokenizer_takes_precedence(finetune, run, tmp_path, captioned, no_network):
     folder = finetune(*of_simple_clip(tmp_path))
     (tmp_path / "few.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     code, _, err = run("--eval", "--resume", folder / "best.pt", "--tokenizer", tmp_path / "few.txt")
@@ -70,7 +70,7 @@ def test_a_tokenizer_that_is_typed_goes_first(finetune, run, tmp_path, captioned
     assert code == 0, err
 
 
-def test_a_checkpoint_without_the_words_asks_for_them(finetune, run, tmp_path, captioned, no_network):
+def test_checkpoint_without_a_vocabulary_asks_for_one(finetune, run, tmp_path, captioned, no_network):
     folder = finetune(*of_simple_clip(tmp_path))
     content = torch.load(folder / "best.pt", weights_only=True)
     del content["model_config"]["text_cfg"]["vocab"]
@@ -81,7 +81,7 @@ def test_a_checkpoint_without_the_words_asks_for_them(finetune, run, tmp_path, c
     assert code == 0, err
 
 
-def test_a_chinese_clip_with_words_is_exported_as_before(finetune, tmp_path):
+def test_chinese_clip_with_a_vocabulary_is_exported(finetune, tmp_path):
     folder = finetune(*of_chinese_clip(tmp_path))
     export_chinese_clip(folder / "best.pt", tmp_path / "exported.pt")
     assert "module.bert.embeddings.word_embeddings.weight" in torch.load(tmp_path / "exported.pt")["state_dict"]

@@ -18,7 +18,7 @@ ARCHIVE_FACTS = {"input_resolution": 16, "context_length": 16, "vocab_size": 494
 
 
 def features(clip, size=16):
-    """Image and text features of a fixed batch."""
+    """Encode a fixed batch of images and texts."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, size, size, generator=generator)
     ids = torch.randint(1, 49407, (3, clip.context_length), generator=generator)
@@ -26,13 +26,13 @@ def features(clip, size=16):
         return torch.cat([clip.encode_image(images), clip.encode_text(ids)])
 
 
-def fill(clip, path):
+def load_file(clip, path):
     """Load the file at `path` into `clip`."""
     load_into(clip, read_weights(path).state, str(path), "small")
     return clip
 
 
-def half(state):
+def to_half(state):
     return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
 
 
@@ -49,7 +49,7 @@ def jit_archive(clip, path):
 
 
 def our_checkpoint(clip, **changes):
-    """What a run of ours saves of `clip`, without an optimizer."""
+    """Make the content of a checkpoint of ours, without an optimizer."""
     content = {
         "model": clip.state_dict(),
         "model_config": small_config(),
@@ -61,8 +61,8 @@ def our_checkpoint(clip, **changes):
     return content | changes
 
 
-def saved(layout, clip, folder):
-    """`clip` written to a file of one of the layouts."""
+def save_as(layout, clip, folder):
+    """Save `clip` in one of the layouts."""
     path, state = folder / "weights.pt", clip.state_dict()
     ddp = {f"module.{name}": v for name, v in state.items()}
     contents = {
@@ -89,56 +89,56 @@ LAYOUTS = ["bare", "legacy", "open_clip", "compiled", "safetensors", "openai", "
 
 @pytest.mark.parametrize("resnet", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_back_the_models_features(layout, resnet, tmp_path):
+def test_every_layout_gives_the_models_features(layout, resnet, tmp_path):
     if layout == "openai" and resnet:
         pytest.skip("tracing is tried on the ViT")
     source = small_clip(resnet, seed=1)
     wanted = features(source, 32 if resnet else 16)
-    loaded = fill(small_clip(resnet, seed=2), saved(layout, source, tmp_path))
+    loaded = load_file(small_clip(resnet, seed=2), save_as(layout, source, tmp_path))
     assert torch.allclose(features(loaded, 32 if resnet else 16), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind"),
+    ("layout", "family"),
     [
-        ("bare", "state dict"),
-        ("clip_itm", "state dict"),
+        ("bare", "open_clip"),
+        ("clip_itm", "open_clip"),
         ("openai", "openai archive"),
         ("clip_training", "clip-training"),
         ("ours", "ours"),
     ],
 )
-def test_the_kind_is_told(layout, kind, tmp_path):
-    assert read_weights(saved(layout, small_clip(), tmp_path)).kind == kind
+def test_family_of_file_is_recognised(layout, family, tmp_path):
+    assert read_weights(save_as(layout, small_clip(), tmp_path)).family.name == family
 
 
-def test_an_archives_sizes_are_no_weights(tmp_path):
-    state = read_weights(saved("openai", small_clip(), tmp_path)).state
+def test_sizes_in_an_archive_are_not_weights(tmp_path):
+    state = read_weights(save_as("openai", small_clip(), tmp_path)).state
     assert not set(ARCHIVE_FACTS) & set(state)
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
     source = small_clip(seed=1)
-    torch.save({"state_dict": half(source.state_dict())}, tmp_path / "half.pt")
+    torch.save({"state_dict": to_half(source.state_dict())}, tmp_path / "half.pt")
     state = read_weights(tmp_path / "half.pt").state
     assert all(v.dtype == torch.float32 for v in state.values())
-    assert torch.allclose(features(fill(small_clip(), tmp_path / "half.pt")), features(source), atol=1e-2)
+    assert torch.allclose(features(load_file(small_clip(), tmp_path / "half.pt")), features(source), atol=1e-2)
 
 
-def test_the_adaptor_of_clip_crossmodal_retrieval_is_found(tmp_path):
+def test_adaptor_of_clip_crossmodal_retrieval_is_found(tmp_path):
     clip, first, second = small_clip(seed=1), torch.randn(6, 24), torch.randn(24, 6)
     state = {f"clip_model.{name}": v for name, v in clip.state_dict().items()}
     layers = {"additional_layers.fc.0.weight": first, "additional_layers.fc.2.weight": second}
     torch.save({"logit_scale": torch.tensor(3.5), **state, **layers}, tmp_path / "best_model.pth")
     found = read_weights(tmp_path / "best_model.pth")
-    assert found.kind == "openai code"
+    assert found.family.name == "Clip_crossmodal_retrieval"
     assert torch.equal(found.state["adaptor.0.weight"], first)
     assert torch.equal(found.state["adaptor.2.weight"], second)
     assert found.state["logit_scale"] == 3.5
     assert set(found.state) - {"adaptor.0.weight", "adaptor.2.weight"} == set(clip.state_dict())
 
 
-def test_a_checkpoint_of_ours_keeps_what_it_knows(tmp_path):
+def test_checkpoint_of_ours_keeps_its_config_and_options(tmp_path):
     content = our_checkpoint(small_clip())
     torch.save(content, tmp_path / "last.pt")
     found = read_weights(tmp_path / "last.pt")
@@ -148,12 +148,12 @@ def test_a_checkpoint_of_ours_keeps_what_it_knows(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["bare", "safetensors", "openai", "clip_itm"])
-def test_others_files_are_no_checkpoint_of_ours(layout, tmp_path):
-    assert read_checkpoint(saved(layout, small_clip(), tmp_path)) is None
+def test_other_files_are_not_checkpoints_of_ours(layout, tmp_path):
+    assert read_checkpoint(save_as(layout, small_clip(), tmp_path)) is None
 
 
 class Malicious:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -184,7 +184,7 @@ def write_module(path, marker):
 
 @pytest.mark.parametrize("write", [write_pickled, write_saved, write_saved_legacy, write_namespace, write_module])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_python_objects_are_refused_and_never_made(write, suffix, tmp_path):
+def test_python_objects_are_refused_and_never_created(write, suffix, tmp_path):
     path, marker = tmp_path / f"evil{suffix}", tmp_path / "marker"
     write(path, marker)
     message = refusal(path)
@@ -195,7 +195,7 @@ def test_python_objects_are_refused_and_never_made(write, suffix, tmp_path):
 
 
 def refusal(path):
-    """The one line that refuses a file; both readers say the same."""
+    """Return the error message for a file; it is one line."""
     with pytest.raises(UserError) as error:
         read_weights(path)
     assert str(path) in str(error.value)
@@ -224,19 +224,19 @@ class RunsOnLoad(torch.nn.Module):
         self.training = state[1]
 
 
-def test_an_archive_that_runs_code_is_refused(tmp_path, monkeypatch):
+def test_archive_that_runs_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(RunsOnLoad()), str(tmp_path / "evil.pt"))
-    assert "code of its own" in refusal(tmp_path / "evil.pt")
+    assert "its own code" in refusal(tmp_path / "evil.pt")
     assert not (tmp_path / "marker-of-torchscript").exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_truncated_file_is_refused(layout, share, tmp_path):
-    path = saved(layout, small_clip(), tmp_path)
+def test_truncated_file_is_refused(layout, share, tmp_path):
+    path = save_as(layout, small_clip(), tmp_path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     refusal(path)
 
@@ -245,7 +245,7 @@ def test_a_truncated_file_is_refused(layout, share, tmp_path):
     "content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b'{"a": 1}', b"<html>", bytes(range(256)) * 20]
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_is_no_checkpoint_is_refused(content, suffix, tmp_path):
+def test_file_that_is_not_a_checkpoint_is_refused(content, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     refusal(path)
@@ -260,7 +260,7 @@ def test_other_archives_and_contents_are_refused(tmp_path):
         refusal(tmp_path / name)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_missing_file_and_a_folder_are_named(tmp_path):
     assert "no such" in refusal(tmp_path / "absent.pt")
     assert "folder" in refusal(tmp_path)
 
@@ -268,28 +268,28 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 def test_weights_of_another_model_are_listed(tmp_path):
     torch.save(small_clip(vision_cfg={**VIT, "layers": 3, "width": 64}).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(UserError) as error:
-        fill(small_clip(vision_cfg={**VIT, "patch_size": 16}), tmp_path / "wide.pt")
+        load_file(small_clip(vision_cfg={**VIT, "patch_size": 16}), tmp_path / "wide.pt")
     message = str(error.value)
     assert "wide.pt does not fit small" in message
     assert "12 unexpected (visual.transformer.resblocks.2." in message
-    assert "visual.proj (64, 24) where the model has (32, 24)" in message
+    assert "visual.proj (64, 24) instead of (32, 24)" in message
     assert "\n" not in message
 
 
 def test_missing_weights_are_listed(tmp_path):
     torch.save(small_clip(True).visual.state_dict(), tmp_path / "tower.pt")
     with pytest.raises(UserError, match=r"missing \(positional_embedding, text_projection, .*unexpected \(conv1"):
-        fill(small_clip(), tmp_path / "tower.pt")
+        load_file(small_clip(), tmp_path / "tower.pt")
 
 
-def test_a_plain_clip_loads_into_one_with_a_text_module():
+def test_plain_clip_loads_into_one_with_a_text_module():
     source = small_clip(seed=1)
     custom = small_clip(seed=2, custom_text=True)
     load_into(custom, source.state_dict(), "file", "small")
     assert torch.allclose(features(custom), features(source), atol=1e-6)
 
 
-def test_a_scale_of_another_shape_and_old_buffers_are_accepted():
+def test_scale_of_another_shape_and_old_buffers_are_accepted():
     source = small_clip(seed=1)
     state = source.state_dict() | {"attn_mask": torch.zeros(16, 16), "logit_scale": torch.tensor([2.0])}
     clip = small_clip(init_logit_bias=-10.0)
@@ -298,7 +298,7 @@ def test_a_scale_of_another_shape_and_old_buffers_are_accepted():
     assert (clip.logit_scale.item(), clip.logit_bias.item()) == (2.0, -10.0)
 
 
-def test_a_shorter_context_leaves_the_features_of_captions_that_fit():
+def test_shorter_context_keeps_the_features_of_captions_that_fit():
     source = small_clip(seed=1)
     short = small_clip(text_cfg={**TEXT, "context_length": 8})
     load_into(short, source.state_dict(), "file", "small")
@@ -308,14 +308,14 @@ def test_a_shorter_context_leaves_the_features_of_captions_that_fit():
         assert torch.allclose(short.encode_text(ids[:, :8]), source.encode_text(ids), atol=1e-6)
 
 
-def test_a_longer_context_is_interpolated():
+def test_longer_context_is_interpolated():
     source, long = small_clip(seed=1), small_clip(text_cfg={**TEXT, "context_length": 32})
     load_into(long, source.state_dict(), "file", "small")
     old, new = source.positional_embedding, long.positional_embedding
     assert torch.allclose((new[1] + new[2]) / 2, (old[0] + old[1]) / 2, atol=1e-6)
 
 
-def test_positions_are_fitted_to_another_image_size():
+def test_positions_are_resized_to_another_image_size():
     for resnet, tower, size in ((False, VIT, 32), (True, RESNET, 96)):
         source, large = small_clip(resnet, seed=1), small_clip(resnet, vision_cfg={**tower, "image_size": size})
         load_into(large, source.state_dict(), "file", "small")
