@@ -10,6 +10,7 @@ import sys
 from clip_retrieval.command_line import parse
 from clip_retrieval.config import read_config
 from clip_retrieval.errors import run_and_exit
+from clip_retrieval.signals import ignore_stop_signals
 
 
 def main() -> None:
@@ -25,4 +26,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    code = run_and_exit(main)
+    ignore_stop_signals()
+    sys.exit(code)

@@ -12,7 +12,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from clip_retrieval.data.batches.loader import TrainBatch
-from clip_retrieval.data.split import Split
+from clip_retrieval.data.batches.split import Split
 from clip_retrieval.device import choose_device, deterministic_algorithms
 from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError

@@ -55,6 +55,12 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
+def ignore_stop_signals() -> None:
+    """Ignore SIGINT and SIGTERM from here on: the program is complete, and its process only ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_first_signal(worker: int) -> None:
     """For loader processes: a signal to the whole process group reaches them too, but their parent decides.
 

@@ -94,11 +94,19 @@ class Workers:
                 with _hold_signals():  # until new processes can handle them
                     results = iter(self._loader)
             except OSError as error:  # of the semaphores and pipes between the processes
-                _abandon_iterator(error)
+                for frame, _ in traceback.walk_tb(error.__traceback__):
+                    _abandon_iterator(frame.f_locals.get("self"))
                 raise make_loading_error(error) from error
         while True:
             with guard():
-                result = next(results, _END)
+                try:
+                    result = next(results, _END)
+                except (
+                    BaseException
+                ):  # a lost worker, a signal: torch's own shutdown would wait for them, or raise again
+                    self._loader._iterator = None
+                    _abandon_iterator(results)
+                    raise
             if result is _END:
                 return
             if isinstance(result, _Failed):
@@ -178,12 +186,14 @@ def _hold_signals() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _abandon_iterator(error: OSError) -> None:
-    """Mark torch's iterator as shut down if its constructor raised this error: __del__ needs a complete one."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        iterator = frame.f_locals.get("self")
-        if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
-            iterator._shutdown = True
+def _abandon_iterator(iterator: object) -> None:
+    """Kill the workers of torch's iterator, and mark it as shut down. It may be incomplete, and its __del__ is not."""
+    if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
+        iterator._shutdown = True
+        if getattr(iterator, "_worker_pids_set", False):
+            dataloader._utils.signal_handling._remove_worker_pids(id(iterator))
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()
 
 
 def _begin_worker(worker: int, pixels: int) -> None:

@@ -14,13 +14,13 @@ from clip_retrieval.classification.labelled_sets import OptionNames, ZeroShotDat
 from clip_retrieval.classification.task import ZeroShotTask, prepare_task
 from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
+from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.catalog import is_streamed, skips_unreadable
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.shards.train_split import open_stream
-from clip_retrieval.data.split import Split
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError

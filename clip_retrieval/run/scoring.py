@@ -8,7 +8,7 @@ from typing import Any
 
 from clip_retrieval.classification.report import summary
 from clip_retrieval.classification.task import ZeroShotTask, score_task
-from clip_retrieval.data.split import Split
+from clip_retrieval.data.batches.split import Split
 from clip_retrieval.errors import NotFiniteError, RunError
 from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
 from clip_retrieval.log import log

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels.pixels import AutoAugmented, MixedPixels, Pixels, choose_num_workers, make_pixels
-from clip_retrieval.data.split import Split
 from clip_retrieval.errors import one_line
 from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions

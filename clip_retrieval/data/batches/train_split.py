@@ -15,9 +15,9 @@ from torch import Tensor
 
 from clip_retrieval.data.batches.loader import Loader, TrainLoader
 from clip_retrieval.data.batches.sampler import BatchSampler, Sampler, number_of_samples, process_slice
+from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.pixels.pixels import Pixels, choose_num_workers
-from clip_retrieval.data.split import Split
 from clip_retrieval.distributed import Processes
 from clip_retrieval.log import log
 
