@@ -14,6 +14,7 @@ from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import encode_split, score
 from clip_retrieval.log import log, log_to_file, start_log
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.reporting.table import results_table
@@ -38,9 +39,7 @@ def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
         evaluate_with(options, checkpoint, typed, processes)
 
 
-def evaluate_with(
-    options: Options, checkpoint: dict[str, Any] | None, typed: dict[str, Any], processes: Processes
-) -> None:
+def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[str, Any], processes: Processes) -> None:
     """The evaluation of one or of several processes, which share the work."""
     device = choose_device(options.run.device)
     with processes.main_first():  # it may download

@@ -26,6 +26,7 @@ from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.errors import UserError
 from clip_retrieval.jsonl import Id
 from clip_retrieval.log import log, start_log
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import Options
 from clip_retrieval.retrieval.features import write_array, write_features
 from clip_retrieval.run.folder import evaluation_folder, make_folder
@@ -94,7 +95,7 @@ def extract(typed: dict[str, Any], request: ExtractionRequest) -> None:
 
 
 def extract_with(
-    options: Options, checkpoint: dict[str, Any] | None, request: ExtractionRequest, processes: Processes
+    options: Options, checkpoint: Checkpoint | None, request: ExtractionRequest, processes: Processes
 ) -> None:
     """Extract the features; several processes share the work."""
     # read the data and load the model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from clip_retrieval.data.batches.loader import TrainBatch
@@ -17,7 +18,7 @@ from clip_retrieval.device import choose_device, deterministic_algorithms
 from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
-from clip_retrieval.models.weights import read_checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
@@ -50,7 +51,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
         # take the folder: a process reads it only while no other one writes there
         processes.barrier()  # for the lock
         if checkpoint is not None and resumes_in(folder, options):
-            checkpoint = read_checkpoint(options.run.resume)  # until the lock was held, another run may have written it
+            checkpoint = Checkpoint.load(options.run.resume)  # until the lock was held, another run may have written it
         refuse_another_run(folder, options, checkpoint)
         processes.barrier()
 
@@ -187,7 +188,7 @@ def evaluate_val(run: Run, val: Split) -> None:
     )
     if better:
         progress.best = {"step": progress.step, "epoch": epoch, "block": block}
-        save(run, "best.pt", lambda run: make_model_checkpoint(run) | {"val": block})
+        save(run, "best.pt", lambda run: replace(make_model_checkpoint(run), val=block))
 
 
 def finish(run: Run) -> None:
@@ -196,7 +197,7 @@ def finish(run: Run) -> None:
     progress, best = run.progress, run.folder / "best.pt"
     if progress.best is not None:
         if run.processes.is_main:
-            run.model.load_weights(read_checkpoint(best)["model"])
+            run.model.load_weights(Checkpoint.load(best).model)
         run.processes.broadcast(run.model.weights())
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
 

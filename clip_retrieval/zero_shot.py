@@ -21,6 +21,7 @@ from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import printable
 from clip_retrieval.files import write_text
 from clip_retrieval.log import log, log_to_file, start_log
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.run.folder import make_folder
@@ -46,7 +47,7 @@ def classify(typed: dict[str, Any], request: ZeroShotData, output: Path | None =
 
 def classify_with(
     options: Options,
-    checkpoint: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
     request: ZeroShotData,
     output: Path | None,
     processes: Processes,

@@ -187,7 +187,7 @@ def test_closed_stdout_does_not_end_the_run(start, arguments, tmp_path):
 def test_lost_loader_process_is_exit_code_3(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.data.batches import loader
 
-    monkeypatch.setattr(loader._PixelsOfMany, "__call__", lambda self, request: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(loader._FetchPixels, "__call__", lambda self, request: os.kill(os.getpid(), 9))
     code, _, err = run(*arguments, "--num_workers", "1", "--no_eval_first")
     assert code == 3 and is_one_line(err) and "--num_workers" in err and "--resume auto" in err
 
@@ -208,7 +208,7 @@ def test_unwritable_output_is_named(run, arguments, tmp_path):
 def test_full_disk_is_exit_code_3_and_keeps_the_checkpoint(run, arguments, tmp_path, monkeypatch):
     import errno
 
-    from clip_retrieval.training import checkpoint
+    from clip_retrieval.models import checkpoint
 
     normal, calls = torch.save, []
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clip_retrieval.data.readers import csv_file
+from clip_retrieval.models.checkpoint import Checkpoint
 from tests.conftest import Killed, read_json, read_lines
 
 
@@ -114,20 +115,18 @@ def test_resume_after_kill_in_the_last_evaluation_evaluates_again(run, arguments
 
 
 def test_resume_after_kill_before_save_writes_the_evaluation_once(run, arguments, tmp_path, whole, monkeypatch):
-    from clip_retrieval.run import saving as module
+    normal = Checkpoint.save
 
-    normal = module.save_checkpoint
-
-    def save(path, content):
-        if path.name == "last.pt" and content["progress"]["evaluated_step"] == 3:
+    def save(checkpoint, path):
+        if path.name == "last.pt" and checkpoint.progress["evaluated_step"] == 3:
             raise Killed
-        normal(path, content)
+        normal(checkpoint, path)
 
     command = [*arguments, "--augment", "crop", "--resume", "auto"]
-    monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(Checkpoint, "save", save)
     with pytest.raises(Killed):
         run(*command)
-    monkeypatch.setattr(module, "save_checkpoint", normal)
+    monkeypatch.setattr(Checkpoint, "save", normal)
     assert run(*command)[0] == 0
     assert_same_ending(whole, tmp_path / "logs" / "ex0")
 

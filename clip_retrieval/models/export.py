@@ -9,7 +9,7 @@ import torch
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import write_atomic
 from clip_retrieval.models import chinese_clip
-from clip_retrieval.models.weights import read_checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint
 
 
 def export_chinese_clip(checkpoint: Path, output: Path) -> None:
@@ -17,11 +17,11 @@ def export_chinese_clip(checkpoint: Path, output: Path) -> None:
 
     Raises UserError if `checkpoint` holds something else, or `output` exists.
     """
-    content = read_checkpoint(checkpoint)
-    if content is None or not chinese_clip.is_chinese_clip(content["model_config"]):
+    content = Checkpoint.load(checkpoint)
+    if content is None or not chinese_clip.is_chinese_clip(content.model_config):
         raise UserError(f"{checkpoint} is not a checkpoint of ours with a Chinese-CLIP model; give one")
     if output.exists():
         raise UserError(f"{output} already exists; choose another name, or delete it")
-    state = chinese_clip.to_reference(content["model"])
+    state = chinese_clip.to_reference(content.model)
     with write_atomic(output) as file:
-        torch.save({"epoch": content["epoch"], "step": content["step"], "name": "", "state_dict": state}, file)
+        torch.save({"epoch": content.epoch, "step": content.step, "name": "", "state_dict": state}, file)

@@ -13,7 +13,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import checkpoint_schema, hub, names
+from clip_retrieval.models import config_schema, hub, names
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
@@ -47,7 +47,7 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
         overrides = config.pop("preprocess_cfg", None) or {}
         config = config.get("model_cfg", config)
     try:
-        checkpoint_schema.model_config(config, "")
+        config_schema.model_config(config, "")
         return config, find_preprocess(overrides)
     except SchemaError as error:
         raise UserError(f"--vision_model {name.name} is not a model config: {error}") from None
@@ -58,7 +58,7 @@ def find_preprocess(overrides: Config) -> Config:
 
     One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
     """
-    checkpoint_schema.preprocess(overrides, "preprocess_cfg")
+    config_schema.preprocess(overrides, "preprocess_cfg")
     merged = json.loads(json.dumps(merge_preprocess_dict(asdict(PreprocessCfg()), overrides)))
     for key in ("mean", "std"):
         values = merged[key] if isinstance(merged[key], list) else [merged[key]] * 3

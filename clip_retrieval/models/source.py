@@ -9,7 +9,7 @@ from open_clip import factory
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import checkpoint_schema, hub, names, simple_clip_weights
+from clip_retrieval.models import config_schema, hub, names, simple_clip_weights
 from clip_retrieval.models.families import FAMILIES, Family, find_family
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.model_config import (
@@ -145,7 +145,7 @@ def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) ->
     else:
         with translate_errors(f"{file.source} {UNKNOWN_WEIGHTS}"):
             held, config = file.family.infer(file.state, file.source)
-            checkpoint_schema.model_config(config, "")
+            config_schema.model_config(config, "")
         preprocess = find_preprocess(file.family.preprocess)
     held = find_family(config).config_name(config) or held
     check_names(options, typed_model, config, held, file.source)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import checkpoint_schema, hub
+from clip_retrieval.models import hub
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recognise
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import State
 from clip_retrieval.models.pickled import Unusable
-from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.tensor_files import read_tensor_file
 
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -109,36 +109,9 @@ def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
             )
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
-    """Read a whole checkpoint of ours, including the state of its run. Returns None for any other file.
-
-    Raises UserError as `read_weights` does.
-    """
-    path = Path(path)
-    file = read_tensor_file(path)
-    if file.is_torchscript or not _is_ours(file.content):
-        return None
-    _check_ours(path, file.content)
-    return file.content
-
-
-def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and "model" in content and "model_config" in content
-
-
-def _check_ours(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError for a checkpoint of ours with missing or invalid values."""
-    try:
-        checkpoint_schema.checkpoint(content)
-    except SchemaError as error:
-        raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
-
-
 def _from_content(path: Path, content: Any) -> Weights:
-    if _is_ours(content):
-        _check_ours(path, content)
-        state = _float32(path, content["model"])
-        return Weights(str(path), OURS, state, content["model_config"], content["preprocess"], content["options"])
+    if ours := Checkpoint.from_content(path, content):
+        return Weights(str(path), OURS, _float32(path, ours.model), ours.model_config, ours.preprocess, ours.options)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
     holder = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), dict)), None)

@@ -11,14 +11,12 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
-from clip_retrieval.models.weights import read_checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
-from clip_retrieval.training.checkpoint import save_checkpoint
 
 try:
     import fcntl
@@ -147,7 +145,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any] | None) -> None:
+def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | None) -> None:
     """Raise UserError if `folder` holds a run that is neither resumed nor to be overwritten.
 
     --overwrite must not delete the file that the new run starts from.
@@ -160,7 +158,7 @@ def refuse_another_run(folder: Path, options: Options, checkpoint: dict[str, Any
             raise UserError(
                 f"--overwrite would delete {source} ({name}); leave it out, or choose another --experiments"
             )
-    resumes_here = checkpoint is not None and "optimizer" in checkpoint and resumes_in(folder, options)
+    resumes_here = checkpoint is not None and checkpoint.can_resume and resumes_in(folder, options)
     if not resumes_here and not options.run.overwrite:
         raise UserError(
             f"{folder} already holds a run; resume it (--resume auto), start afresh there (--overwrite), or choose "
@@ -192,11 +190,12 @@ def clear_run(folder: Path) -> None:
 
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:
     """Whether best.pt in `source` is of one of these steps."""
-    content = read_checkpoint(source / "best.pt") if (source / "best.pt").is_file() else None
-    return content is not None and content["step"] in steps
+    best = Checkpoint.load(source / "best.pt") if (source / "best.pt").is_file() else None
+    return best is not None and best.step in steps
 
 
 def copy_best(source: Path, folder: Path) -> None:
     """Copy best.pt from `source` to `folder` if these differ."""
     if source.resolve() != folder.resolve():
-        save_checkpoint(folder / "best.pt", read_checkpoint(source / "best.pt"))
+        best = Checkpoint.load(source / "best.pt")
+        best.save(folder / "best.pt")

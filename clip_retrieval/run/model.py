@@ -8,12 +8,13 @@ from typing import Any
 from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 
 
-def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[RetrievalModel, BuiltModel, Any]:
+def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[RetrievalModel, BuiltModel, Any]:
     """Load the model of the options, or of a checkpoint of ours.
 
     Returns:
@@ -24,10 +25,10 @@ def load_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[Ret
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
     else:
         built = rebuild_model(
-            checkpoint["model_config"],
-            checkpoint["preprocess"],
-            checkpoint["model"],
-            name=checkpoint["options"]["vision_model"],
+            checkpoint.model_config,
+            checkpoint.preprocess,
+            checkpoint.model,
+            name=checkpoint.options["vision_model"],
             source=options.run.resume,
             image_size=options.model.image_size,
             context_length=options.model.context_length,

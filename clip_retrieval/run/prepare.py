@@ -28,6 +28,7 @@ from clip_retrieval.log import MetricsLog, log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.towers import RetrievalModel, check_compiles
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import EvalOptions, Options
@@ -94,7 +95,7 @@ class Run:
 
 def prepare(
     options: Options,
-    checkpoint: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
     folder: Path,
     lock: FolderLock | None,
     stop: StopSignal,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from clip_retrieval.errors import RunError
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.run.folder import without_resume
 from clip_retrieval.run.prepare import Run
 from clip_retrieval.run.settings import with_absolute_paths
-from clip_retrieval.training.checkpoint import save_checkpoint
 from clip_retrieval.training.state import training_state
 
 
@@ -20,13 +20,13 @@ def save_last(run: Run) -> None:
     save(run, "last.pt", make_checkpoint)
 
 
-def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
+def save(run: Run, name: str, make: Callable[[Run], Checkpoint]) -> None:
     """Save a checkpoint; only the main process writes. Raises RunError if it cannot be written."""
     if run.lock is None:
         return
     run.lock.check()
     try:
-        save_checkpoint(run.folder / name, content(run))
+        make(run).save(run.folder / name)
     except RunError as error:
         run.lock.check()  # if the folder has just been deleted, that is the reason
         if isinstance(error.__cause__, FileNotFoundError):  # it is being deleted, file by file
@@ -34,18 +34,18 @@ def save(run: Run, name: str, content: Callable[[Run], dict[str, Any]]) -> None:
         raise
 
 
-def make_checkpoint(run: Run) -> dict[str, Any]:
+def make_checkpoint(run: Run) -> Checkpoint:
     """Make a checkpoint from which the run can be resumed."""
-    return make_model_checkpoint(run) | training_state(run.trainer, run.sampler, run.progress)
+    return replace(make_model_checkpoint(run), **training_state(run.trainer, run.sampler, run.progress))
 
 
-def make_model_checkpoint(run: Run) -> dict[str, Any]:
+def make_model_checkpoint(run: Run) -> Checkpoint:
     """Make the part of a checkpoint that an evaluation needs."""
-    return {
-        "model": run.model.weights(),
-        "model_config": run.built.config,
-        "preprocess": run.built.preprocess,
-        "options": with_absolute_paths(without_resume(run.options, run.folder).flat()),
-        "epoch": run.progress.step // len(run.sampler),
-        "step": run.progress.step,
-    }
+    return Checkpoint(
+        model=run.model.weights(),
+        model_config=run.built.config,
+        preprocess=run.built.preprocess,
+        options=with_absolute_paths(without_resume(run.options, run.folder).flat()),
+        epoch=run.progress.step // len(run.sampler),
+        step=run.progress.step,
+    )

@@ -15,9 +15,9 @@ from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.chinese_clip import UNNAMED, split_model_name
 from clip_retrieval.models.source import check_names
-from clip_retrieval.models.weights import read_checkpoint
 from clip_retrieval.options import (
     AUTO,
     BELONGING,
@@ -36,9 +36,7 @@ NO_PATHS = {"zero_shot_eval": ZERO_SHOT_NAMES, "zero_shot_templates": tuple(TEMP
 ONLY_TYPED = ("overwrite", "reset_optimizer", "reset_data_offset")  # what a command that is repeated would do again
 
 
-def settle_options(
-    typed: dict[str, Any], config: dict[str, Any] | None = None
-) -> tuple[Options, dict[str, Any] | None]:
+def settle_options(typed: dict[str, Any], config: dict[str, Any] | None = None) -> tuple[Options, Checkpoint | None]:
     """Settle the options of a run: defaults < --config < the checkpoint's options < the command line.
 
     A --resume that is no checkpoint of ours gives initial weights, as --pretrained does.
@@ -56,7 +54,7 @@ def settle_options(
     return options, checkpoint
 
 
-def _settle_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+def _settle_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tuple[Options, Checkpoint | None]:
     # defaults, --config and the command line: bad values are refused before any file is read
     for name in ONLY_TYPED:
         if config.pop(name, False):
@@ -68,21 +66,21 @@ def _settle_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tu
         return _mark_given(settle(config, typed), config, typed), None
 
     # the checkpoint of --resume
-    checkpoint = read_checkpoint(path)
-    started_from = checkpoint["options"].get("pretrained") if checkpoint else None  # a command may be repeated
+    checkpoint = Checkpoint.load(path)
+    started_from = checkpoint.options.get("pretrained") if checkpoint else None  # a command may be repeated
     if typed.get("pretrained") not in (None, str(path), started_from):
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
         log.info(f"{path} is not a checkpoint of this tool: its weights are taken, as --pretrained takes them")
         options = settle(config, typed, {"pretrained": str(path), "resume": None})
         return _mark_given(options, config, typed), None
-    stored = checkpoint["options"]
+    stored = checkpoint.options
     named = split_model_name(options.model)
-    check_names(named, "vision_model" in typed, checkpoint["model_config"], stored["vision_model"], str(path))
+    check_names(named, "vision_model" in typed, checkpoint.model_config, stored["vision_model"], str(path))
 
     # its options, except those that the command line replaces
     taken = select_for_resume(stored)
-    if checkpoint["model_config"]["text_cfg"].get("vocab"):
+    if checkpoint.model_config["text_cfg"].get("vocab"):
         taken["tokenizer"] = None  # the checkpoint holds the vocabulary
     if "dataset_root" in typed:
         taken = {name: value for name, value in taken.items() if name not in PLACES}

@@ -1,4 +1,4 @@
-"""What a run needs, besides its model, to go on exactly where it stood."""
+"""The state of a run besides its model: saved in a checkpoint, and restored from it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.training.step import Trainer
 
 
 @dataclass
 class Progress:
-    """How far a run is, and what has been found on the way.
+    """The progress of a run, and its results so far.
 
     Attributes:
         step: steps done.
-        evaluated_step: the step whose model was last scored on the val split, at an epoch's end.
-        best: of the best model on the val split: step, epoch and results block.
-        before: results block of the model that the run started from.
-        zero_shot_before: the same of its zero-shot classification.
-        seconds: time spent in training steps.
-        weights: what the run started from, as results.json has it; None in checkpoints that do not tell.
+        evaluated_step: the last step whose milestone is complete.
+        best: step, epoch and results block of the best model on the val split.
+        before: results block of the initial model.
+        zero_shot_before: results block of its zero-shot classification.
+        seconds: time spent on training.
+        weights: source of the initial weights, as in results.json; None if the checkpoint does not record it.
     """
 
     step: int = 0
@@ -37,7 +38,7 @@ class Progress:
     weights: str | None = None
 
     def kept_lines(self) -> dict[str, int]:
-        """The lines of metrics.jsonl that stand when a run goes on from here: the last step of each kind."""
+        """Return the last step of each kind whose lines of metrics.jsonl a resumed run keeps."""
         if self.step == 0 and self.before is None and self.zero_shot_before is None:
             return {}
         before = 0 if self.before else -1
@@ -46,20 +47,20 @@ class Progress:
 
 
 def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
-    """The part of a checkpoint that lets a run go on: plain tensors and primitives."""
+    """Return the fields of a `Checkpoint` from which a run resumes: plain tensors and primitives."""
     epoch, batch = divmod(progress.step, len(sampler))
     return {
         "optimizer": trainer.optimizer.state_dict(),
         "learning": trainer.learning,
         "scaler": trainer.scaler.state_dict(),
-        "random": {"seed": trainer.seed, "step": progress.step},  # all that a step draws follows from these
+        "random": {"seed": trainer.seed, "step": progress.step},  # all random numbers of a step follow from these
         "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
         "progress": asdict(progress),
     }
 
 
 def restore_training(
-    checkpoint: dict[str, Any],
+    checkpoint: Checkpoint,
     source: str,
     trainer: Trainer,
     sampler: Sampler,
@@ -67,15 +68,15 @@ def restore_training(
     reset_optimizer: bool = False,
     reset_data_offset: bool = False,
 ) -> Progress:
-    """Bring optimizer and scaler to where the checkpoint stood, and return how far that was.
+    """Restore optimizer and scaler from a checkpoint, and return its progress.
 
-    Raises UserError, naming `source`, where the run cannot go on as it was.
+    Raises UserError, naming `source`, if the run cannot be resumed with these options and data.
     """
-    if "optimizer" not in checkpoint:
+    if not checkpoint.can_resume:
         log.info(f"{source} holds a model without its optimizer: its weights start a new run")
         return Progress()
-    # (Names that are not there belong to other data, of which more below.)
-    stored = {name: checkpoint["sampler"].get(name, value) for name, value in sampler.settings.items()}
+    # the options that decide the order of the pairs (missing names belong to other data: see below)
+    stored = {name: checkpoint.sampler.get(name, value) for name, value in sampler.settings.items()}
     if stored != sampler.settings and not reset_data_offset:
         differing = {name: value for name, value in stored.items() if value != sampler.settings[name]}
         words = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
@@ -83,47 +84,46 @@ def restore_training(
             f"{source} was trained with {' '.join(words)} and goes on only so; to change them add --reset_data_offset, "
             "or start a new run from its weights (--pretrained)"
         )
-    if checkpoint["sampler"]["data"] != sampler.fingerprint and not reset_data_offset:
+    # the data
+    if checkpoint.sampler["data"] != sampler.fingerprint and not reset_data_offset:
         raise UserError(
             f"{source} was trained on other data than there are now, and cannot go on with them; bring the data back, "
             "or add --reset_data_offset"
         )
+    # the optimizer: with moments of another shape it would read beyond them
     if not reset_optimizer:
-        # Sizes too: the optimizer itself would take moments of another shape, and read beyond them.
-        if checkpoint["learning"] != trainer.learning:
+        if checkpoint.learning != trainer.learning:
             raise UserError(
                 f"{source}: other parameters learned there, or of other sizes; keep --trainable, --freeze_*, --loss, "
                 "--image_size and --context_length as they were, or add --reset_optimizer"
             )
-        _check_moments(checkpoint["optimizer"], trainer.optimizer, source)
-        trainer.load_optimizer(checkpoint["optimizer"], checkpoint["scaler"])
+        _check_moments(checkpoint.optimizer, trainer.optimizer, source)
+        trainer.load_optimizer(checkpoint.optimizer, checkpoint.scaler)
     if reset_data_offset:
         return Progress()
-    log.info(f"going on from {source}, step {checkpoint['step']}")
-    # Fields of a newer version are left out.
-    return Progress(
-        **{f.name: checkpoint["progress"][f.name] for f in fields(Progress) if f.name in checkpoint["progress"]}
-    )
+    log.info(f"going on from {source}, step {checkpoint.step}")
+    # the progress, without fields of a newer version
+    return Progress(**{f.name: checkpoint.progress[f.name] for f in fields(Progress) if f.name in checkpoint.progress})
 
 
 def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: str) -> None:
-    """Raise UserError, naming `source`, unless AdamW's state is that of these parameters: it would trust the shapes."""
+    """Raise UserError, naming `source`, unless the state fits these parameters: AdamW does not check the shapes."""
     groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     problem = None
     if [list(group["params"]) for group in stored["param_groups"]] != groups:
-        problem = "its parameters are grouped otherwise"
+        problem = "its parameters have other groups"
     for number, state in stored["state"].items():
         if not 0 <= number < len(parameters):
             problem = f"there is no parameter {number}"
         elif problem is None and not _fits(state, parameters[number]):
-            problem = f"that of parameter {number} has other tensors, shapes, types or values"
+            problem = f"parameter {number} has other tensors, shapes, types or values"
     if problem:
         raise UserError(f"{source}: its optimizer's state does not fit ({problem}); add --reset_optimizer")
 
 
 def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
-    """Whether AdamW can go on with this state of a parameter."""
+    """Whether AdamW can continue with this state of a parameter."""
     moments = ("exp_avg", "exp_avg_sq")
     if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
         return False

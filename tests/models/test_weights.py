@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.load import load_into
-from clip_retrieval.models.weights import read_checkpoint, read_weights
+from clip_retrieval.models.weights import read_weights
 from tests.models.small import RESNET, TEXT, VIT, small_clip, small_config, small_preprocess
 
 ARCHIVE_FACTS = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}
@@ -144,12 +145,12 @@ def test_checkpoint_of_ours_keeps_its_config_and_options(tmp_path):
     found = read_weights(tmp_path / "last.pt")
     assert (found.model_config, found.preprocess) == (content["model_config"], content["preprocess"])
     assert found.options == {"vision_model": "tiny"}
-    assert read_checkpoint(tmp_path / "last.pt")["step"] == 5
+    assert Checkpoint.load(tmp_path / "last.pt").step == 5
 
 
 @pytest.mark.parametrize("layout", ["bare", "safetensors", "openai", "clip_itm"])
 def test_other_files_are_not_checkpoints_of_ours(layout, tmp_path):
-    assert read_checkpoint(save_as(layout, small_clip(), tmp_path)) is None
+    assert Checkpoint.load(save_as(layout, small_clip(), tmp_path)) is None
 
 
 class Malicious:

@@ -36,9 +36,9 @@ def test_images_are_read_once_and_not_in_each_epoch(run, arguments, tmp_path, mo
     from clip_retrieval.data.batches import loader
 
     read = []
-    normal = loader._PixelsOfMany.__call__
+    normal = loader._FetchPixels.__call__
     monkeypatch.setattr(
-        loader._PixelsOfMany, "__call__", lambda self, request: read.extend(request[0]) or normal(self, request)
+        loader._FetchPixels, "__call__", lambda self, request: read.extend(request[0]) or normal(self, request)
     )
     options = ("--freeze_vision", "--no_eval_first", "--eval_every", "0", "--epochs", "5")
     code, _, err = run(*arguments, *options, "--experiments", "kept")

@@ -111,10 +111,10 @@ def _read_torchscript(path: Path) -> None:
 
 def _read_ours(path: Path) -> None:
     from clip_retrieval.models.build import build_model
-    from clip_retrieval.models.weights import read_checkpoint
+    from clip_retrieval.models.checkpoint import Checkpoint
     from clip_retrieval.options import ModelOptions
 
-    read_checkpoint(path)
+    Checkpoint.load(path)
     built = build_model(ModelOptions(pretrained=str(path)), typed_model=False)
     _use_model(built)
 

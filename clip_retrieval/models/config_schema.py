@@ -1,4 +1,4 @@
-"""Schemas of a model config, its preprocessing, and a checkpoint of ours."""
+"""Schemas of a model config and its preprocessing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from clip_retrieval.models.schema import (
     Check,
     SchemaError,
     either,
-    entries,
     fields,
     nothing,
     number,
     one_of,
     record,
     sequence,
-    tensor,
     text,
     unknown,
     whole,
 )
-from clip_retrieval.options import GROUPS
 
 SIDE = whole(1, 2048)
 MOST_PATCHES = 2**13
@@ -97,63 +94,3 @@ preprocess = record(
         }
     )
 )
-
-_METRICS = record(required=dict.fromkeys(("R@1", "R@5", "R@10", "MedR", "MeanR"), number()), rest=number())
-_RESULTS = record(required={"split": text, "i2t": _METRICS, "t2i": _METRICS, "mean_recall": number(), "rsum": number()})
-
-
-def results(value: Any, place: str) -> None:
-    """Check a block of results.json: both directions must have the same metrics."""
-    _RESULTS(value, place)
-    if value["i2t"].keys() != value["t2i"].keys():
-        raise SchemaError(f"{place} has different metrics for i2t and t2i")
-
-
-_MODEL = {
-    "model": entries(tensor),
-    "model_config": model_config,
-    "preprocess": preprocess,
-    "options": record(
-        required={"vision_model": text}, optional=fields(*GROUPS.values()) | {"dataset": either(text, sequence(text))}
-    ),
-    "epoch": whole(),
-    "step": whole(),
-}
-
-_SCALER = record(
-    required={
-        **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), number(above=0)),
-        **dict.fromkeys(("growth_interval", "_growth_tracker"), whole()),
-    }
-)
-
-_TRAINING = {
-    "optimizer": record(
-        required={
-            "state": entries(entries(tensor), key=int),
-            "param_groups": sequence(record(required={"params": sequence(whole()), "lr": number()})),
-        }
-    ),
-    "learning": entries(sequence(whole())),
-    "scaler": either(one_of({}), _SCALER),
-    "random": record(required={"seed": whole(), "step": whole()}),
-    "sampler": record(required={"data": either(text, whole())}),
-    "progress": record(
-        optional={
-            "step": whole(),
-            "evaluated_step": whole(),
-            "best": either(nothing, record(required={"step": whole(), "epoch": whole(), "block": results})),
-            "before": either(nothing, results),
-            "zero_shot_before": either(nothing, record()),
-            "seconds": number(),
-        }
-    ),
-}
-
-_WITHOUT_OPTIMIZER = record(required=_MODEL, optional={"val": results})
-_WITH_OPTIMIZER = record(required={**_MODEL, **_TRAINING})
-
-
-def checkpoint(value: Any) -> None:
-    """Check a checkpoint of ours, with or without the state needed to resume. Raises SchemaError."""
-    (_WITH_OPTIMIZER if "optimizer" in value else _WITHOUT_OPTIMIZER)(value, "")

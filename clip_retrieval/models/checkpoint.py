@@ -1,0 +1,207 @@
+"""Checkpoints of ours: what best.pt, last.pt and the numbered checkpoints hold, how they are saved and loaded.
+
+The file is a plain dict of tensors and primitives, which `torch.load(weights_only=True)` reads. It is written
+atomically: a crash never leaves half of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from clip_retrieval import __version__
+from clip_retrieval.errors import RunError, UserError, describe
+from clip_retrieval.files import write_atomic
+from clip_retrieval.models.config_schema import model_config, preprocess
+from clip_retrieval.models.schema import (
+    SchemaError,
+    either,
+    entries,
+    nothing,
+    number,
+    one_of,
+    record,
+    sequence,
+    tensor,
+    text,
+    whole,
+)
+from clip_retrieval.models.schema import fields as field_checks
+from clip_retrieval.models.tensor_files import read_tensor_file
+from clip_retrieval.options import GROUPS
+
+FORMAT = 1
+"""Increased when an older version of the package cannot read a checkpoint any more."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint of ours.
+
+    Attributes:
+        model: state dict, float32.
+        model_config: open_clip's model config.
+        preprocess: open_clip's PreprocessCfg.
+        options: all options, by name.
+        epoch, step: how many are complete.
+        val: the results block of the val split, in best.pt.
+        optimizer, scaler: their state dicts; these and all below only in checkpoints that a run resumes from.
+        learning: the trainable parameters, in order, with their shapes.
+        random: seed and step, from which all random numbers of a step follow.
+        sampler: epoch, batch, the options that decide the order, and a checksum of the data.
+        progress: fields of `training.state.Progress`.
+        format: FORMAT of the version that wrote it.
+        version: of the package that wrote it; None before these were recorded.
+    """
+
+    model: dict[str, Tensor]
+    model_config: dict[str, Any]
+    preprocess: dict[str, Any]
+    options: dict[str, Any]
+    epoch: int
+    step: int
+    val: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    learning: dict[str, list[int]] | None = None
+    scaler: dict[str, Any] | None = None
+    random: dict[str, int] | None = None
+    sampler: dict[str, Any] | None = None
+    progress: dict[str, Any] | None = None
+    format: int = FORMAT
+    version: str | None = __version__
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it holds the state of a run, and not only its model."""
+        return self.optimizer is not None
+
+    def save(self, path: Path) -> None:
+        """Save it atomically. Raises RunError if it cannot be written; the file from before is kept."""
+        content = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        try:
+            with write_atomic(path) as file:
+                recorder = _Recorder(file)
+                try:
+                    torch.save(content, recorder)
+                except RuntimeError:
+                    if recorder.error is None:
+                        raise
+                    raise recorder.error from None
+        except OSError as error:
+            raise RunError(
+                f"could not write {path} ({describe(error)}); the checkpoint from before is kept. Free some space or "
+                "check the disk, then resume with --resume auto"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Checkpoint | None:
+        """Load a checkpoint; None if the file is something else, such as another system's weights.
+
+        Raises UserError if the file is missing or damaged, holds Python objects, or is of a newer format.
+        """
+        path = Path(path)
+        file = read_tensor_file(path)
+        return None if file.is_torchscript else cls.from_content(path, file.content)
+
+    @classmethod
+    def from_content(cls, path: Path, content: Any) -> Checkpoint | None:
+        """Make a checkpoint from the content of a file; None if it is something else. Raises UserError as `load`."""
+        if not isinstance(content, dict) or "model" not in content or "model_config" not in content:
+            return None
+        cls.check(path, content)
+        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}  # a later version may add entries
+        return cls(**{"format": FORMAT, "version": None, **known})
+
+    @staticmethod
+    def check(path: Path, content: dict[str, Any]) -> None:
+        """Raise UserError, naming the file, unless every entry has a known name and a valid type and shape."""
+        written = content.get("format", FORMAT)
+        if type(written) is int and written > FORMAT:
+            raise UserError(
+                f"{path} was written by a newer version of clip_retrieval (format {written}, here {FORMAT}); update "
+                "the package"
+            )
+        try:
+            (_WITH_TRAINING if "optimizer" in content else _MODEL_ONLY)(content, "")
+        except SchemaError as error:
+            raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
+
+
+class _Recorder:
+    """Keeps the error of a write: on its way through torch.save's C++ it would lose its cause."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+_METRICS = record(required=dict.fromkeys(("R@1", "R@5", "R@10", "MedR", "MeanR"), number()), rest=number())
+_RESULTS = record(required={"split": text, "i2t": _METRICS, "t2i": _METRICS, "mean_recall": number(), "rsum": number()})
+
+
+def check_results(value: Any, place: str) -> None:
+    """Check a block of results.json: both directions must have the same metrics."""
+    _RESULTS(value, place)
+    if value["i2t"].keys() != value["t2i"].keys():
+        raise SchemaError(f"{place} has different metrics for i2t and t2i")
+
+
+_MODEL = {
+    "model": entries(tensor),
+    "model_config": model_config,
+    "preprocess": preprocess,
+    "options": record(
+        required={"vision_model": text},
+        optional=field_checks(*GROUPS.values()) | {"dataset": either(text, sequence(text))},
+    ),
+    "epoch": whole(),
+    "step": whole(),
+}
+
+_SCALER = record(
+    required={
+        **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), number(above=0)),
+        **dict.fromkeys(("growth_interval", "_growth_tracker"), whole()),
+    }
+)
+
+_TRAINING = {
+    "optimizer": record(
+        required={
+            "state": entries(entries(tensor), key=int),
+            "param_groups": sequence(record(required={"params": sequence(whole()), "lr": number()})),
+        }
+    ),
+    "learning": entries(sequence(whole())),
+    "scaler": either(one_of({}), _SCALER),
+    "random": record(required={"seed": whole(), "step": whole()}),
+    "sampler": record(required={"data": either(text, whole())}),
+    "progress": record(
+        optional={
+            "step": whole(),
+            "evaluated_step": whole(),
+            "best": either(nothing, record(required={"step": whole(), "epoch": whole(), "block": check_results})),
+            "before": either(nothing, check_results),
+            "zero_shot_before": either(nothing, record()),
+            "seconds": number(),
+        }
+    ),
+}
+
+_WRITTEN_BY = {"format": whole(1, FORMAT), "version": text}
+_MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_WRITTEN_BY})
+_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_WRITTEN_BY)

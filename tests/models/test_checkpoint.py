@@ -1,0 +1,76 @@
+"""Checkpoints of ours: saved, loaded and refused."""
+
+import pytest
+import torch
+
+from clip_retrieval import __version__
+from clip_retrieval.errors import UserError
+from clip_retrieval.models.checkpoint import FORMAT, Checkpoint
+from tests.models.small import small_clip, small_config, small_preprocess
+
+
+@pytest.fixture
+def checkpoint():
+    return Checkpoint(
+        model=small_clip().state_dict(),
+        model_config=small_config(),
+        preprocess=small_preprocess(),
+        options={"vision_model": "small"},
+        epoch=1,
+        step=3,
+    )
+
+
+def rewrite(path, **changes):
+    """Change entries of a saved checkpoint; None removes one."""
+    content = torch.load(path, weights_only=True) | changes
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+
+
+def test_what_is_saved_is_loaded(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    loaded = Checkpoint.load(tmp_path / "best.pt")
+    assert loaded.model.keys() == checkpoint.model.keys()
+    assert all(torch.equal(loaded.model[name], value) for name, value in checkpoint.model.items())
+    for name in ("model_config", "preprocess", "options", "epoch", "step", "val", "optimizer"):
+        assert getattr(loaded, name) == getattr(checkpoint, name), name
+    assert (loaded.format, loaded.version, loaded.can_resume) == (FORMAT, __version__, False)
+
+
+def test_the_file_is_a_plain_dict_without_missing_entries(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    content = torch.load(tmp_path / "best.pt", weights_only=True)
+    entries = {"model", "model_config", "preprocess", "options", "epoch", "step", "format", "version"}
+    assert type(content) is dict and content.keys() == entries
+
+
+def test_a_file_from_before_versions_is_loaded(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", format=None, version=None)
+    assert Checkpoint.load(tmp_path / "best.pt").version is None
+
+
+def test_a_newer_format_is_refused_with_the_remedy(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", format=FORMAT + 1, unknown={"entry": 1})
+    with pytest.raises(UserError, match=rf"best\.pt was written by a newer .*format {FORMAT + 1}.*update the package"):
+        Checkpoint.load(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("changes", [{"format": 0}, {"format": "1"}, {"version": 1}, {"step": -1}])
+def test_an_invalid_entry_is_named(checkpoint, tmp_path, changes):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", **changes)
+    with pytest.raises(UserError, match=rf"best\.pt is a damaged checkpoint: .*{next(iter(changes))}"):
+        Checkpoint.load(tmp_path / "best.pt")
+
+
+def test_a_plain_entry_of_a_later_version_is_ignored(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", later={"name": 1})
+    assert Checkpoint.load(tmp_path / "best.pt").step == 3
+
+
+def test_another_file_is_none(tmp_path):
+    torch.save(small_clip().state_dict(), tmp_path / "weights.pt")
+    assert Checkpoint.load(tmp_path / "weights.pt") is None
