@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def number(above: float = -math.inf) -> Check:
     """Check for a finite int or float greater than `above`."""
 
     def check(value: Any, place: str) -> None:
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max or value <= above:
             raise _mismatch(value, place, "a finite number" + f" above {above:g}" * (above > -math.inf))
 
     return check
