@@ -166,7 +166,7 @@ _MODEL = {
     "preprocess": preprocess,
     "options": record(
         required={"vision_model": text},
-        optional=field_checks(*GROUPS.values()) | {"dataset": either(text, sequence(text))},
+        optional=field_checks(*GROUPS.values()) | {"dataset": either(text, sequence(text, empty=False))},
     ),
     "epoch": whole(),
     "step": whole(),

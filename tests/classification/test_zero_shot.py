@@ -42,7 +42,7 @@ def test_checkpoint_and_folder_need_no_other_option(script, own, colours):
     results = read_json(folder / "results.json")
     assert list(results) == [
         *("model", "weights", "dataset", "data_root", "class_names", "precision", "template_set", "templates"),
-        *("images", "classes", "top1", "mean_per_class", "seconds", "per_class"),
+        *("images", "classes", "top1", "mean_per_class", "seconds", "per_class", "version"),
     ]
     assert (results["weights"], results["template_set"], len(results["templates"])) == (str(own), "imagenet", 80)
     text = (folder / "results.txt").read_text(encoding="utf-8")

@@ -115,10 +115,10 @@ def read_some():
 
     def reader(**splits):
         def read(options, split):
-            has = splits[options.dataset]
+            has = splits[options.name]
             if has == UNSPLIT:
-                return None if split == "val" else make_dataset([1, 2], options.dataset, split=UNSPLIT)
-            return make_dataset([1, 2], options.dataset, split=split) if split in has else None
+                return None if split == "val" else make_dataset([1, 2], options.name, split=UNSPLIT)
+            return make_dataset([1, 2], options.name, split=split) if split in has else None
 
         return lambda split: read_mixture("mix", [DataOptions(dataset=name) for name in splits], split, read)
 

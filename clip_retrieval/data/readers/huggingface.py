@@ -44,7 +44,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     root = Path(options.dataset_root)
     check_root(root)
     if options.name == "combined":
-        parts = [replace(options, dataset=name, dataset_root=str(root / folder)) for name, folder in FOLDERS.items()]
+        parts = [replace(options, dataset=(name,), dataset_root=str(root / folder)) for name, folder in FOLDERS.items()]
         return read_mixture("combined", parts, split, _read_saved)
     folder = FOLDERS.get(options.name)
     if folder and (root / folder).is_dir():

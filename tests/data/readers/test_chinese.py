@@ -169,7 +169,7 @@ def test_places_by_option(tmp_path, read):
 
 def test_train_data_implies_the_data_set():
     def dataset_of(*layers):
-        return settle(*layers).data.dataset
+        return settle(*layers).data.name
 
     typed = parse(["--train-data=DATA/lmdb/train", "--val-data=DATA/lmdb/valid"])
     assert typed == {"train_data": "DATA/lmdb/train", "val_data": "DATA/lmdb/valid"}
