@@ -23,7 +23,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Handle SIGINT and SIGTERM in this block; if one arrived, ignore further ones after it, while the program exits."""
+        """Handle SIGINT and SIGTERM in this block. After a stop, ignore them outside too: the program is exiting."""
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
