@@ -85,8 +85,8 @@ def make_interrupted(run: Run) -> Interrupted:
     """Make the error of a run that was stopped and saved."""
     without = ", without --overwrite," if run.options.run.overwrite else ""
     return Interrupted(
-        f"interrupted at step {run.progress.step} of {run.schedule.total_steps}, saved; the same command{without} with "
-        f"resume with --resume {run.folder / 'last.pt'}"
+        f"interrupted at step {run.progress.step} of {run.schedule.total_steps}, saved; to resume, "
+        f"repeat the command{without} with --resume {run.folder / 'last.pt'}"
     )
 
 

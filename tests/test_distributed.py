@@ -369,7 +369,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_resumes(torchrun, captioned, 
     assert 5 <= step < 64
     for rank in range(2):
         assert f"error (process {rank}): interrupted at step {step} of 64, saved; " in err
-    assert f"resume with --resume {tmp_path / 'stopped/last.pt'}" in err
+    assert f"repeat the command with --resume {tmp_path / 'stopped/last.pt'}" in err
 
     resumed = finetune(captioned, tmp_path, "stopped", *long, "--resume", "auto")
     whole = finetune(captioned, tmp_path, "whole", *long)
