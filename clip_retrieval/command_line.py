@@ -1,4 +1,4 @@
-"""The command line: argparse, built from the groups of options."""
+"""The command line: an argparse parser built from the option groups."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from clip_retrieval.options import GROUPS, as_tuple
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Takes hyphens for underscores in option names; an error is one line, with the nearest option."""
+    """Accepts hyphens for underscores in option names. An error is one line, with the nearest option."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        typed = [self._underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
+        typed = [self._normalize(arg) for arg in (sys.argv[1:] if args is None else args)]
         namespace, unknown = self.parse_known_args(typed, namespace)
         if unknown:
-            self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
+            self.error(f"unknown option {unknown[0]}{self.suggest(unknown[0].split('=')[0])}")
         return namespace
 
     def action(self, name: str) -> argparse.Action | None:
-        """What an option does, by any of its spellings."""
+        """Return the action of an option, by any of its spellings, or None."""
         return self._option_string_actions.get(name)
 
-    def nearest(self, name: str) -> str:
-        """What to add to a message: `; did you mean --lr?`, or nothing."""
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
-        return f"; did you mean {near[0]}?" if near else ""
+    def suggest(self, name: str) -> str:
+        """Return `; did you mean --lr?` for a message, or an empty text if no option is similar."""
+        matches = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+        return f"; did you mean {matches[0]}?" if matches else ""
 
-    def _underscored(self, arg: str) -> str:
+    def _normalize(self, arg: str) -> str:
         if not arg.startswith("-"):
             return arg
         name, equals, value = arg.partition("=")
         dashes = name[: len(name) - len(name.lstrip("-"))]
-        spelled = dashes + name.lstrip("-").replace("-", "_")
-        return spelled + equals + value if spelled in self._option_string_actions else arg
+        normalized = dashes + name.lstrip("-").replace("-", "_")
+        return normalized + equals + value if normalized in self._option_string_actions else arg
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
@@ -53,7 +53,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """All spellings, then what they take, once."""
+        """Format all spellings, then their value once."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
@@ -65,7 +65,7 @@ def build_parser(
     prog: str | None = None,
     parser_class: type[OptionParser] = OptionParser,
 ) -> OptionParser:
-    """A parser for the options of `groups`. The namespace it returns holds only what was typed."""
+    """Build a parser for the options of `groups`. Its namespace holds only the options that were typed."""
     parser = parser_class(
         prog=prog,
         usage="%(prog)s [options]",
@@ -81,7 +81,7 @@ def build_parser(
 
 
 def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequence[str] = ()) -> None:
-    """Add one argument per field of the dataclass `group`, or for some of them only."""
+    """Add one argument for each field of the dataclass `group`, or only for those named in `only`."""
     hints = typing.get_type_hints(group)
     for f in dataclasses.fields(group):
         if only and f.name not in only:
@@ -120,7 +120,7 @@ def _help(f: dataclasses.Field) -> str:
 
 
 class OneOrMore(argparse.Action):
-    """Keeps the value of an option that is given once, and a tuple of those of one that is given again."""
+    """Stores the value of an option that is given once, and a tuple for one that is given several times."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = as_tuple(getattr(namespace, self.dest)) if hasattr(namespace, self.dest) else ()
@@ -128,28 +128,28 @@ class OneOrMore(argparse.Action):
 
 
 def _is_list(hint: Any) -> bool:
-    """Whether an option takes several values at once: `tuple[int, ...]`, or that or None."""
+    """Whether an option takes several values at once: `tuple[int, ...]` or `tuple[int, ...] | None`."""
     return typing.get_origin(hint if not isinstance(hint, types.UnionType) else typing.get_args(hint)[0]) is tuple
 
 
 def _item_type(hint: Any) -> type:
-    """int of `int`, `int | None`, `tuple[int, ...]` and `tuple[int, ...] | None`."""
+    """Return int for `int`, `int | None`, `tuple[int, ...]` and `tuple[int, ...] | None`."""
     while isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
         hint = typing.get_args(hint)[0]
     return hint
 
 
 def _value_type(hint: type, meta: typing.Mapping[str, Any]):
-    """The function that turns a typed string into the option's value."""
+    """Return the function that converts a typed string to the option's value."""
 
     def convert(text: str) -> Any:
         text = meta["also"].get(text, text)
         if meta["auto"] and text == meta["auto"]:
             return None
         if meta["choices"] and text not in meta["choices"]:
-            near = difflib.get_close_matches(text, [*meta["choices"], *meta["also"]], n=1)
-            hint_text = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(meta['choices'])}{hint_text}")
+            matches = difflib.get_close_matches(text, [*meta["choices"], *meta["also"]], n=1)
+            suggestion = f"; did you mean {matches[0]}?" if matches else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(meta['choices'])}{suggestion}")
         try:
             return hint(text)
         except ValueError:
@@ -161,7 +161,7 @@ def _value_type(hint: type, meta: typing.Mapping[str, Any]):
 
 
 def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What was typed on the command line of main.py, as a flat dict."""
+    """Parse the command line of main.py into a flat dict of the options that were typed."""
     parser = build_parser(
         "Finetune CLIP for image-text retrieval, or evaluate it (--eval).",
         prog="main.py",
@@ -170,9 +170,10 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def take_values(group: argparse._ArgumentGroup, typed: dict[str, Any], paths: Collection[str] = ()) -> dict[str, Any]:
-    """Take the values of a group's options out of what was typed: those in `paths` as a Path, repeated ones as a tuple.
+    """Remove the values of a group's options from `typed` and return them.
 
-    Raises UserError for an empty one: as a Path it would be the working directory.
+    Options named in `paths` become a Path, repeated options a tuple. Raises UserError if a value is empty: as a Path it
+    would be the working directory.
     """
     own = {action.dest: typed.pop(action.dest) for action in group._group_actions if action.dest in typed}
     for name, value in own.items():

@@ -9,33 +9,33 @@ from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
-# What options.json holds beside options, and the file that its run read, whose options are all in it.
-RECORDED = ("versions", "device_used", "config")
-NOTHING = ("null", "~", "")
-LARGEST = 2**18  # bytes of a config file: YAML takes seconds for them
-TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML's, of version 1.1 as well
+# Keys of options.json that are skipped: no options, or the config file whose options it contains already.
+RECORDED_KEYS = ("versions", "device_used", "config")
+NULLS = ("null", "~", "")
+MAX_BYTES = 2**18  # bytes; YAML takes seconds to parse that many
+TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML 1.1 and 1.2
 FALSE = ("false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF")
 
 
 def read_config(path: str | Path | None) -> dict[str, Any]:
-    """The options in a YAML file, as a flat dict like that of what was typed; of no file, none.
+    """Read the options of a YAML file into a flat dict, like that of the command line. No file: an empty dict.
 
-    Its keys are the options of main.py in any of their spellings, a flag's value is true or false, and null leaves an
-    option as it is. A run's options.json is such a file. Raises UserError, naming file and key, where one is unknown or
-    its value is not what the option takes.
+    The keys are the options of main.py in any of their spellings. A flag is true or false; null skips the option. A
+    run's options.json is a valid config file. Raises UserError, naming file and key, if a key is unknown or its value
+    is invalid for the option.
     """
     if path is None:
         return {}
     parser = build_parser("", prog=f"--config {path}", parser_class=_ConfigParser)
     arguments: list[str] = []
     content = _read_mapping(Path(path))
-    recorded = RECORDED if "versions" in content else ()
+    skipped = RECORDED_KEYS if "versions" in content else ()
     spelled: dict[str, str] = {}
     for key, value in content.items():
-        if key not in recorded and value not in NOTHING:
-            option, words = _typed(parser, key, value)
+        if key not in skipped and value not in NULLS:
+            option, words = _to_arguments(parser, key, value)
             if spelled.setdefault(option, key) != key:
-                parser.error(f"{spelled[option]} and {key} are the same option; keep one of them")
+                parser.error(f"{spelled[option]} and {key} are the same option; give one of them")
             arguments += words
     return vars(parser.parse_args(arguments))
 
@@ -48,18 +48,18 @@ class _ConfigParser(OptionParser):
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         with open_regular(path) as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise UserError(f"--config {path}: more than {LARGEST:,} bytes; give a YAML file of options")
-        content = _parsed(text.decode("utf-8-sig"))
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"--config {path}: more than {MAX_BYTES:,} bytes; give a YAML file of options")
+        content = _parse_yaml(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read ({describe(error)}); give a YAML file") from None
     except RecursionError:
-        raise UserError(f"--config {path}: no YAML (nested too deeply)") from None
+        raise UserError(f"--config {path}: not valid YAML (nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"--config {path}: no YAML ({error})") from None
+        raise UserError(f"--config {path}: not valid YAML ({error})") from None
     if content is None or content == "":
         return {}
     if not isinstance(content, dict):
@@ -67,10 +67,10 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _parsed(text: str) -> Any:
-    """The content of YAML, every value as it is written: that 010 is no 8, and 1.10 no 1.1.
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML and keep every value as text: 010 stays 010, not 8, and 1.10 does not become 1.1.
 
-    Raises ValueError, with the line, if it is no YAML, a key is no text, or a key is given twice.
+    Raises ValueError, with the line, if it is not valid YAML, or if a key is not a text or a duplicate.
     """
     import yaml
 
@@ -87,28 +87,28 @@ def _parsed(text: str) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader)  # a BaseLoader makes texts, lists and dicts, and nothing else
+        return yaml.load(text, Loader)  # a BaseLoader makes only texts, lists and dicts
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from None
+        prefix = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{prefix}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from None
 
 
-def _typed(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
-    """The option's own name, and what would be typed for `key: value`."""
+def _to_arguments(parser: OptionParser, key: str, value: Any) -> tuple[str, list[str]]:
+    """Return the option's canonical name, and the command-line arguments for `key: value`."""
     name = f"--{key.lstrip('-').replace('-', '_')}"
     action = parser.action(name)
     if action is None or action.dest in ("help", "version", "config"):
-        parser.error(f"unknown option {key}{parser.nearest(name)}")
+        parser.error(f"unknown option {key}{parser.suggest(name)}")
     values = value if isinstance(value, list) else [value]
     if not values or any(isinstance(v, (dict, list)) for v in values):
-        parser.error(f"{key} holds no value; options stand side by side")
+        parser.error(f"{key}: empty or nested value; give one line for each option")
     if action.nargs == 0:
         if value not in TRUE + FALSE:
             parser.error(f"{key}: {value!r} is not true or false")
         inverse = f"--{name[5:]}" if name.startswith("--no_") else f"--no_{name[2:]}"
         return action.dest, [name] if value in TRUE else [inverse] if parser.action(inverse) else []
-    words = ["auto" if v in NOTHING else str(v) for v in values]
+    words = ["auto" if v in NULLS else str(v) for v in values]
     if action.nargs:
         return action.dest, [name, *words]
     if len(words) > 1 and not isinstance(action, OneOrMore):

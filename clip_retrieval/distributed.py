@@ -1,8 +1,8 @@
-"""The processes of a run, as torchrun starts them, and what they say to each other.
+"""The processes of a run that torchrun started, and their collective operations.
 
 torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32
 
-A run of one process is the same code: there every function here gives back what it got.
+A run of one process uses the same code: every operation returns its input.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from clip_retrieval.errors import UserError
 
-# torch renamed them; under the old names the new versions warn. (Builds without torch.distributed have neither.)
+# torch renamed these, and new versions warn about the old names. Builds without torch.distributed have neither.
 all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
+    """The process group of a run, as seen by this process.
 
     Attributes:
-        rank: its number, from 0; process 0 writes the files and speaks.
-        world_size: how many there are.
+        rank: the number of this process, from 0. Rank 0 writes the files and the log.
+        world_size: the number of processes.
     """
 
     rank: int = 0
@@ -41,11 +41,11 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all processes, in place."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The maximum over all processes, in place."""
+        """Take the maximum over all processes, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
@@ -54,18 +54,18 @@ class Processes:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is True in any process."""
         return flag if self.world_size == 1 else bool(self.max(torch.tensor(int(flag))))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(world_size * n, ...) of every process's (n, ...), in the order of the ranks.
+        """Concatenate the (n, ...) of all processes, in the order of ranks, to (world_size * n, ...).
 
-        The gradient of a process's part is the sum of what all processes have for it.
+        The gradient of a part is the sum of its gradients in all processes.
         """
         return tensor if self.world_size == 1 else _AllGather.apply(tensor, self)
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        """Like `all_gather`, for parts of different length; without a gradient."""
+        """Concatenate parts of different lengths, in the order of ranks, without a gradient."""
         if self.world_size == 1:
             return tensor
         lengths = self.all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
@@ -75,19 +75,19 @@ class Processes:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def broadcast(self, state: dict[str, Tensor]) -> None:
-        """Overwrite the tensors of `state` with process 0's."""
+        """Overwrite the tensors of `state` with those of rank 0."""
         if self.world_size > 1:
             for tensor in state.values():
                 dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         if self.world_size > 1:
             self.any(False)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """A block that process 0 goes through before the others (a download, a cache that is built)."""
+        """Run a block in rank 0 before the other processes (a download, a cache)."""
         if not self.is_main:
             self.barrier()
         yield
@@ -115,25 +115,25 @@ SINGLE_PROCESS = Processes()
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did; `device` is the one asked for.
+    """Join the process group if torchrun started this process. `device` is the value of --device.
 
-    Raises UserError where there are more processes on a machine than GPUs.
+    Raises UserError if a machine has more processes than GPUs.
     """
     if (world_size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         yield SINGLE_PROCESS
         return
     on_gpus = torch.cuda.is_available() and device in (None, "cuda")
     if device not in (None, "cuda", "cpu"):
-        raise UserError(f"--device {device}: torchrun gives each process a GPU of its own; use cuda or cpu")
+        raise UserError(f"--device {device}: torchrun assigns the GPUs to the processes; use cuda or cpu")
     if on_gpus:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(
-                f"there are more processes on this machine than its {gpus} GPUs; use --nproc_per_node {gpus}"
+                f"torchrun: more processes on this machine than its {gpus} GPUs; use --nproc_per_node {gpus}"
             )
         torch.cuda.set_device(local_rank)
-    # Waiting is no failure: process 0 may download, or build a cache of images. Who is lost is noticed by torchrun.
+    # A long timeout: rank 0 may download, or build a cache of images. torchrun notices lost processes.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(days=1))
     yield Processes(int(os.environ["RANK"]), world_size)
-    # Not after an error: the others may be waiting for what will never come, and torchrun ends them.
+    # Not after an error: the others may be blocked in a collective operation, and torchrun ends them.
     dist.destroy_process_group()

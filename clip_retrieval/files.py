@@ -1,4 +1,4 @@
-"""Files: opened so that they cannot hang a run, read as text or JSON, and written atomically."""
+"""Open files without blocking, read text and JSON, and write files atomically."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from clip_retrieval.memory import memory_limit
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading bytes.
 
-    A FIFO, a socket or a device would block for ever or never end; all of them raise OSError here, as a folder does.
-    A name that no file can have (a NUL, half a surrogate pair) raises OSError too, instead of ValueError.
+    Raises OSError for a folder, and for a FIFO, a socket or a device, which could block for ever or never end. Raises
+    OSError, not ValueError, for an invalid file name (with a NUL or half a surrogate pair).
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for its writer.
+        # Without O_NONBLOCK, opening a FIFO blocks until it has a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except ValueError:
-        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
+        raise OSError(errno.EINVAL, "invalid file name", str(path)) from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -43,11 +43,11 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def write_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only when all of it is on the disk.
+    """Open a file for writing; it appears at `path` when it is complete and on the disk.
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed. If anything
-    fails, the file that was there before stays and the temporary one is removed. A symbolic link under this name is
-    replaced, not followed. Raises OSError, with `filename` set to `path`.
+    The content is written to a temporary file in the same folder, synced, and renamed. If anything fails, the old file
+    stays and the temporary file is deleted. A symbolic link at `path` is replaced, not followed. Raises OSError, with
+    `filename` set to `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,7 +67,7 @@ def write_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_append(path: Path) -> TextIO:
-    """Open a UTF-8 text file for appending; a symbolic link, FIFO or device under this name is replaced, not followed.
+    """Open a UTF-8 text file for appending. A symbolic link, FIFO or device at `path` is replaced, not followed.
 
     Raises OSError.
     """
@@ -80,9 +80,9 @@ def open_append(path: Path) -> TextIO:
 
 
 def remove_special(path: Path, *, keep_folder: bool = False) -> None:
-    """Delete a symbolic link, FIFO, socket or device under this name, so that writing there cannot reach elsewhere.
+    """Delete a symbolic link, FIFO, socket or device at `path`. A regular file stays.
 
-    A regular file stays, and a folder does too with `keep_folder`; without it, a folder raises IsADirectoryError.
+    Raises IsADirectoryError for a folder; with `keep_folder`, it stays.
     """
     try:
         mode = path.lstat().st_mode
@@ -96,7 +96,7 @@ def remove_special(path: Path, *, keep_folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """A block whose OSErrors without a file name are about `path`."""
+    """Set the file name of OSErrors in this block to `path` if they have none."""
     try:
         yield
     except OSError as error:
@@ -106,13 +106,13 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write a UTF-8 text file atomically; half a surrogate pair becomes \udXXX, as JSON escapes it. Raises OSError."""
+    r"""Write a UTF-8 text file atomically. Half a surrogate pair becomes \udXXX, JSON's escape. Raises OSError."""
     with write_atomic(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, on the file systems that can."""
+    """Sync a folder to make a rename durable, if the file system supports that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -127,28 +127,28 @@ def _sync_folder(folder: Path) -> None:
 
 CHUNK = 2**20  # bytes read at a time
 
-# A gzip that unpacks to more than BOMB_FROM bytes, and BOMB_RATIO times its own, is a bomb: captions shrink to a fifth.
+# A gzip file that unpacks to more than BOMB_FROM bytes and BOMB_RATIO times its size is a bomb. Captions reach 5 times.
 BOMB_FROM, BOMB_RATIO = 2**28, 200
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark, gzipped if its name ends in .gz.
+    """Read a UTF-8 file, with or without a byte order mark. A name ending in .gz means gzip.
 
-    Raises UserError, naming the file and where possible the line, if it is missing, something else, or too large.
+    Raises UserError, naming the file and, if known, the line, if the file is missing, invalid or too large.
     """
     try:
         data = _read_bytes(path)
         text = data.decode("utf-8-sig")
         if "\0" in text:
             line = data.count(b"\n", 0, data.index(0)) + 1
-            raise UserError(f"{path}, line {line}: holds a NUL, as UTF-16 and binary files do; save it as UTF-8")
+            raise UserError(f"{path}, line {line}: contains a NUL, like UTF-16 and binary files; save it as UTF-8")
         return text
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a file") from None
+        raise UserError(f"{path}: is a folder, not a file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+        raise UserError(f"{path}: not a complete gzip file ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except UnicodeDecodeError as error:
@@ -160,9 +160,9 @@ def read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytearray:
-    """The content of a file, decompressed. Raises UserError for more than a quarter of the memory, and for a bomb.
+    """Read a file and decompress it. Raises UserError if it exceeds a quarter of the memory, or is a gzip bomb.
 
-    What is read becomes text, and then objects: a file of a quarter of the memory fills all of it.
+    The content becomes text and then objects, which together take four times its size.
     """
     limit = memory_limit() // 4
     data = bytearray()
@@ -171,37 +171,37 @@ def _read_bytes(path: Path) -> bytearray:
         while chunk := source.read(CHUNK):
             data += chunk
             if len(data) > limit:
-                raise UserError(f"{path}: holds more than {limit:,} bytes, a quarter of the memory here; split it")
+                raise UserError(f"{path}: larger than {limit:,} bytes, a quarter of the memory; split it")
             if source is not file and len(data) > max(BOMB_FROM, BOMB_RATIO * file.tell()):
                 raise UserError(
-                    f"{path}: {file.tell():,} bytes unpack to {len(data):,}, as no captions do; fetch it again"
+                    f"{path}: {file.tell():,} bytes unpack to {len(data):,}, too many for captions; download it again"
                 )
     return data
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file (.json or .json.gz). Raises UserError, naming file and line, if it is none."""
+    """Read a JSON file (.json or .json.gz). Raises UserError, naming file and line, if it is invalid."""
     try:
         return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); fetch it again"
+            f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); download it again"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from None
+        raise UserError(f"{path}: broken JSON ({error}); download it again") from None
 
 
 def check_root(root: Path) -> None:
     """Raise UserError unless `root` is a folder."""
     if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of the data set as --dataset_root")
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {problem}; give the folder of the data set as --dataset_root")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of JSON. Raises ValueError for anything else: UnicodeDecodeError, JSONDecodeError or with a reason.
+    """Parse JSON. Raises ValueError (UnicodeDecodeError, JSONDecodeError, or one with a reason) if it is invalid.
 
-    Half surrogate pairs are kept: ids and names of files may have them.
+    Half surrogate pairs are kept, because ids and file names may contain them.
     """
     try:
         if isinstance(text, bytes):
@@ -213,21 +213,21 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
     except MemoryError:
         raise ValueError("larger than the memory") from None
-    except ValueError:  # int refuses thousands of digits, which would take it very long
+    except ValueError:  # int refuses thousands of digits, which would take very long
         raise ValueError("a number has thousands of digits") from None
 
 
 def to_json(content: Any, indent: int | None = None) -> bytes:
-    """JSON as UTF-8, readable in any language; half a surrogate pair is written as JSON's escape and read back."""
+    """Encode JSON as UTF-8, without escapes except for half surrogate pairs, which `parse_json` reads back."""
     return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
 
 
 def path_exists(path: str) -> bool:
-    """Whether there is such a file or folder. What is typed may also be no path at all, and longer than any."""
+    """Whether a file or folder exists at `path`. Any text is accepted, also one too long for a path."""
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises OSError for a name that is too long
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically. Raises OSError if the place cannot be written."""
+    """Write JSON atomically. Raises OSError."""
     with write_atomic(path) as file:
         file.write(to_json(content, indent=2) + b"\n")

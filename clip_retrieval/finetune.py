@@ -73,7 +73,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
                 if processes.world_size > 1 or not run.progress.step:
                     raise
                 save_last(run)
-                saved = f"saved at step {run.progress.step}; once that is fixed, --resume auto goes on"
+                saved = f"saved at step {run.progress.step}; once that is fixed, resume with --resume auto"
                 raise UserError(f"{error} ({saved})") from None
             try:
                 finish(run)
@@ -85,8 +85,8 @@ def make_interrupted(run: Run) -> Interrupted:
     """Make the error of a run that was stopped and saved."""
     without = ", without --overwrite," if run.options.run.overwrite else ""
     return Interrupted(
-        f"interrupted at step {run.progress.step} of {run.schedule.total_steps}, saved; the same command{without} with "
-        f"--resume {run.folder / 'last.pt'} goes on"
+        f"interrupted at step {run.progress.step} of {run.schedule.total_steps}, saved; to resume, "
+        f"repeat the command{without} with --resume {run.folder / 'last.pt'}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run says: on the terminal, in log.txt, in metrics.jsonl and in TensorBoard."""
+"""The log of a run: the terminal, log.txt, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ log = logging.getLogger("clip_retrieval")
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes above a progress bar instead of through it; warnings go to standard error."""
+    """Writes above a progress bar instead of through it, and warnings to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         try:
             tqdm.write(self.format(record), file=stream)
-            stream.flush()  # a log that is a file or a pipe shows the line now, not pages later
+            stream.flush()  # a pipe or a file would buffer the line
         except BrokenPipeError:
-            # Nobody reads any more (`| head`): the run goes on, and log.txt has everything.
+            # The reader has exited (`| head`). The run continues, and log.txt is complete.
             silence(stream)
 
 
@@ -46,7 +46,7 @@ class _FileFormatter(logging.Formatter):
 
 
 class _LogFile(logging.StreamHandler):
-    """Appends to log.txt. An error of the disk ends the run instead of being printed for each line."""
+    """Appends to log.txt. A disk error ends the run; logging would print it for each line."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,13 +59,13 @@ class _LogFile(logging.StreamHandler):
         raise error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # reported when it could not be written
+        with contextlib.suppress(OSError):  # a failed write was reported before
             self.stream.close()
         super().close()
 
 
-class _Kept(logging.Handler):
-    """Keeps what is said before there is a folder to write it to."""
+class _RecordBuffer(logging.Handler):
+    """Keeps the records that are logged before the output folder exists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,19 +76,19 @@ class _Kept(logging.Handler):
 
 
 def is_main() -> bool:
-    """Whether this process speaks: the first, where torchrun started several."""
+    """Whether this process writes the log: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
-    """A tqdm bar, on a terminal, of the process that speaks."""
+    """Make a tqdm bar. It is shown by the main process only, and on a terminal only."""
     if "desc" in options:
         options["desc"] = one_line(options["desc"])
     return tqdm(*arguments, disable=None if is_main() else True, **options)
 
 
 def start_log() -> None:
-    """Say everything on the terminal from here on."""
+    """Log to the terminal; keep the records for `log_to_file`."""
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):
@@ -98,31 +98,31 @@ def start_log() -> None:
     terminal.setFormatter(_Formatter())
     if is_main():
         log.addHandler(terminal)
-        log.addHandler(_Kept())
+        log.addHandler(_RecordBuffer())
     else:
         log.addHandler(logging.NullHandler())
 
 
 def log_to_file(folder: Path) -> None:
-    """Write what has been said since `start_log`, and all that follows, to `folder`/log.txt as well."""
+    """Log to `folder`/log.txt too, with all records since `start_log`."""
     file = _LogFile(folder / "log.txt")
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
-    for kept in [handler for handler in log.handlers if isinstance(handler, _Kept)]:
-        log.removeHandler(kept)
-        for record in kept.records:
+    for buffer in [handler for handler in log.handlers if isinstance(handler, _RecordBuffer)]:
+        log.removeHandler(buffer)
+        for record in buffer.records:
             file.handle(record)
     log.addHandler(file)
 
 
 class MetricsLog:
-    """Numbers over steps: one line each in metrics.jsonl, and TensorBoard scalars.
+    """Metrics by step: one line each in metrics.jsonl, and TensorBoard scalars.
 
     Args:
         folder: the run's folder.
-        keep: for a resumed run, the last step of each kind that stays. Lines that a killed run wrote after it are
-            deleted, because they will be written again; so are damaged ones.
+        keep: for a resumed run, the last step to keep of each kind. Later lines are deleted, because the run writes
+            them again. Damaged lines are deleted too.
 
-    Every method raises OSError, naming the file, if the disk does not take it.
+    Every method raises OSError, naming the file, if writing fails.
     """
 
     def __init__(self, folder: Path, keep: Mapping[str, int] | None = None):
@@ -140,18 +140,18 @@ class MetricsLog:
             for line in file:
                 try:
                     content = json.loads(line)
-                    kept = content["step"] <= keep.get(content["kind"], -1)
-                # Not JSON or UTF-8, not a table, or without its keys; a killed run leaves half a line at the end.
+                    keeps = content["step"] <= keep.get(content["kind"], -1)
+                # Not JSON, not UTF-8, not a dict, or without the keys. A killed run leaves half a line at the end.
                 except (ValueError, TypeError, LookupError, RecursionError):
                     damaged += line.endswith(b"\n")
                     continue
-                if kept:
+                if keeps:
                     yield json.dumps(content) + "\n"
         if damaged:
-            log.warning(f"{self._path}: {damaged:,} damaged lines are left out")
+            log.warning(f"{self._path}: {damaged:,} damaged lines are skipped")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Record `values` (numbers, or dicts of them) of `kind` ("train", "val", ...) at `step`."""
+        """Write `values` (numbers, or dicts of numbers) of `kind` ("train", "val", ...) at `step`."""
         with named_errors(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -164,13 +164,13 @@ class MetricsLog:
 
 
 class _EventFile:
-    """A TensorBoard event file, written at once.
+    """A TensorBoard event file, flushed after each event.
 
-    (torch's SummaryWriter writes in a thread of its own, which prints a traceback if the disk is full.)
+    torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
 
     Args:
-        folder: where it is made.
-        purge_step: TensorBoard hides the events of earlier files from this step on.
+        folder: the folder of the file.
+        purge_step: TensorBoard hides events of earlier files from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
@@ -191,7 +191,7 @@ class _EventFile:
             self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Add scalars by their tags."""
+        """Write scalars, a dict from tag to value."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]

@@ -1,7 +1,7 @@
-"""Every option of a run.
+"""All options of a run.
 
-Each group is a dataclass; the command line is built from them (`command_line`), so an option is declared once.
-`run.settings` settles their values. Nothing here imports torch: `--help` stays instant.
+Each group of options is a dataclass, and the command line is built from the groups (`command_line`). `run.settings`
+merges the values. Nothing here imports torch, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.losses import LOSSES
 
 AUTO = "auto"
-MAX_IMAGE_PIXELS = 500_000_000  # scans and maps pass; takes 2 GB in memory
-LARGEST = 2**63  # what a number may be, in size
+MAX_IMAGE_PIXELS = 500_000_000  # enough for scans and maps; takes 2 GB of memory
+NUMBER_LIMIT = 2**63  # the absolute value of a number must be less
 
 
 def option(
@@ -36,11 +36,17 @@ def option(
 ) -> Any:
     """Declare an option as a dataclass field.
 
-    `aliases` are further spellings of the option, with their dashes. `also` maps other spellings of a value to
-    the canonical one; `flags` maps flag options to the value they stand for. A number must be at least
-    `minimum`, greater than `above` and less than `below`. `auto` admits the word "auto", or the
-    word that it is, kept as None. A `repeatable` option that is given several times is a tuple. One with
-    `from_checkpoint=False` is never taken from a checkpoint.
+    Args:
+        default: the default value.
+        help: the text for --help.
+        aliases: other spellings of the option, with dashes.
+        choices: the valid values.
+        also: from another spelling of a value to the canonical one.
+        flags: from a flag to the value that it sets.
+        minimum, above, below: a number must be at least `minimum`, greater than `above` and less than `below`.
+        auto: accept the word "auto", or this word, and store None.
+        repeatable: store a tuple if the option is given several times.
+        from_checkpoint: take the value from a checkpoint when a run is resumed or evaluated.
     """
     return field(
         default=default,
@@ -61,7 +67,7 @@ def option(
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """What a repeatable option holds, given once or several times."""
+    """Return the values of a repeatable option, given once or several times."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -71,41 +77,39 @@ class ModelOptions:
 
     vision_model: str = option(
         "ViT-B/32",
-        "the CLIP model: an OpenAI name, an open_clip name, hf-hub:ORG/NAME, local-dir:PATH, a model config .json, or "
-        "one of ours: tiny, small, RN50-text6 (clip-training's), resnet18, resnet50, efficientnet (simple-clip's, with "
-        "DistilBERT for captions)",
+        "CLIP model: an OpenAI name, an open_clip name, hf-hub:ORG/NAME, local-dir:PATH, a model config .json, or "
+        "a built-in one: tiny, small, RN50-text6 (clip-training's), resnet18, resnet50, efficientnet (simple-clip's, "
+        "with DistilBERT as text tower)",
         "--model",
         "--image_encoder_name",
     )
     text_model: str | None = option(
         None,
-        "the text tower, where it is named apart: RoBERTa-wwm-ext-base-chinese, RoBERTa-wwm-ext-large-chinese or "
-        "RBT3-chinese with Chinese-CLIP's image towers, distilbert-base-uncased with simple-clip's (default: the "
-        "model's)",
+        "text tower: RoBERTa-wwm-ext-base-chinese, RoBERTa-wwm-ext-large-chinese or RBT3-chinese for Chinese-CLIP's "
+        "image towers, distilbert-base-uncased for simple-clip's (default: the model's)",
         "--text_encoder_name",
     )
     tokenizer: str | None = option(
         None,
-        "for Hugging Face text towers: a vocab.txt, a local folder or a hub name (default: what the checkpoint "
-        "carries, else the model's)",
+        "tokenizer of a Hugging Face text tower: a vocab.txt, a local folder or a hub name (default: the "
+        "checkpoint's, else the model's)",
     )
     pretrained: str | None = option(
         None,
-        "weights to start from: a tag of open_clip, or of torchvision for simple-clip's image towers (IMAGENET1K_V1), "
-        "`none` for random ones, or a file (default: openai for OpenAI's names, a hub id's own, else none)",
+        "initial weights: an open_clip tag, a torchvision tag for simple-clip's image towers (IMAGENET1K_V1), a file, "
+        "or `none` for random weights (default: openai for OpenAI's names, the hub's for a hub id, else none)",
         "--clip_weight_path",
     )
     text_pretrained: str | None = option(
         None,
-        "with --text_model, or simple-clip's image towers: weights that the text tower starts from, a BERT's or "
-        "DistilBERT's folder, weight file or hub name; the image tower's come from --pretrained (default: none)",
+        "initial weights of the text tower, with --text_model or simple-clip's image towers: folder, weight file or "
+        "hub name of a BERT or DistilBERT; --pretrained then is for the image tower (default: none)",
         "--bert_weight_path",
     )
-    context_length: int | None = option(None, "length captions are cut to, in tokens (default: the model's)", minimum=3)
+    context_length: int | None = option(None, "maximum length of captions, in tokens (default: the model's)", minimum=3)
     image_size: int | None = option(
         None,
-        "side of the square the images are brought to, in pixels; position embeddings are interpolated (default: "
-        "the model's)",
+        "side of the square input image, in pixels; position embeddings are interpolated (default: the model's)",
         minimum=1,
     )
 
@@ -117,13 +121,13 @@ class DataOptions:
     dataset: tuple[str, ...] = option(
         ("coco",),
         "coco, flickr30k, flickr8k, karpathy, csv, chinese, webdataset, huggingface, shapes (built in, needs no files) "
-        "or simple-clip's textcap, sbucaptions, yfcc7m and combined; given several times: a mixture, with "
-        "--dataset_root (--annotations, ...: auto for a data set's own) once for each",
+        "or simple-clip's textcap, sbucaptions, yfcc7m and combined; repeat it for a mixture, with one --dataset_root "
+        "for each data set (also --annotations, ...; auto: the data set's own)",
         "--dataset_name",
         repeatable=True,
     )
     dataset_weights: tuple[float, ...] | None = option(
-        None, "a mixture's parts in an epoch, a weight for each data set (default: all their pairs)", above=0
+        None, "weight of each data set of a mixture in an epoch (default: all pairs of all)", above=0
     )
     dataset_root: str | tuple[str, ...] = option(
         "datasets", "folder of the data set", "--dataset_path", repeatable=True
@@ -144,63 +148,60 @@ class DataOptions:
     )
     train_data: str | tuple[str | None, ...] | None = option(
         None,
-        "chinese: LMDB folder of the train split, or what the names of its _imgs.tsv and _texts.jsonl begin with; "
-        "webdataset: its shards ('shards/{00000..01537}.tar'); instead of those in dataset_root",
+        "train split, instead of the one in dataset_root; chinese: LMDB folder, or prefix of _imgs.tsv and "
+        "_texts.jsonl; webdataset: shards ('shards/{00000..01537}.tar')",
         auto=True,
         repeatable=True,
     )
     val_data: str | tuple[str | None, ...] | None = option(
-        None, "the same for the val split", auto=True, repeatable=True
+        None, "val split, like --train_data", auto=True, repeatable=True
     )
     no_restval: bool = option(False, "coco: train on the train images only (82,783), without restval (30,504)")
-    image_column: str = option("image", "csv: column of the image path; huggingface: of the image")
+    image_column: str = option("image", "csv: column of the image path; huggingface: column of the image")
     caption_column: str = option("caption", "csv and huggingface: column of the caption")
     split_column: str = option(
         "split",
-        "csv: column of the split (train, val, test); without it all rows are to train on, and all are "
-        "what --eval scores",
+        "csv: column of the split (train, val, test); if it is missing, all rows are used for training, or by --eval",
     )
     caption_key: str | None = option(
-        None, "webdataset: key of the caption, or of a list of them, in the .json (default: the .txt, else `caption`)"
+        None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
     )
     train_num_samples: int | None = option(
-        None, "webdataset: pairs in an epoch (default: all, counted, or as sizes.json has them)", minimum=2
+        None, "webdataset: pairs in an epoch (default: all, counted or from sizes.json)", minimum=2
     )
-    shuffle_buffer: int = option(
-        4096, "webdataset: pairs held in memory, over all processes, to shuffle those of each shard", minimum=0
-    )
+    shuffle_buffer: int = option(4096, "webdataset: size of the shuffle buffer, in pairs over all processes", minimum=0)
     caption_sampling: str = option(
         "all",
-        "all: every caption once an epoch; one: each image once an epoch with a random caption, of shards that are "
-        "streamed always one",
+        "all: every caption once an epoch; one: every image once an epoch, with a random caption (streamed shards: "
+        "always one)",
         choices=("all", "one"),
     )
     augment: str = option(
         "none",
-        "training images: as in evaluation, a random crop, or a crop changed by AutoAugment",
+        "augmentation of training images: none, random crop, or random crop with AutoAugment",
         choices=("none", "crop", "auto"),
         flags={"--use_augment": "auto"},
     )
     decoder: str = option(
         "pillow",
-        "how images are decoded and resized: as the reference does, or 2.5 times faster with pixels that differ by a "
-        "grey level or two",
+        "image decoder: pillow as in the reference, or fast, 2.5 times faster, with pixels that differ by one or two "
+        "grey levels",
         choices=("pillow", "fast"),
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
-        "pixels of the largest image that is read: a file of a few kilobytes may ask for more memory than there is; an "
-        "image takes up to 4 bytes a pixel in each loading process",
+        "maximum pixels of an image, against small files that decode to huge images; an image takes up to 4 bytes a "
+        "pixel in each loader process",
         minimum=1,
     )
     image_cache: str | None = option(
         None,
-        "folder for the decoded, resized images: later epochs and runs read them at memory speed",
+        "folder that caches decoded, resized images for later epochs and runs",
         from_checkpoint=False,
     )
     num_workers: int | None = option(
         None,
-        "processes that load images, in each training process",
+        "loader processes of each training process",
         minimum=0,
         auto=True,
         from_checkpoint=False,
@@ -211,19 +212,19 @@ class DataOptions:
 
     @property
     def name(self) -> str:
-        """Name of the data set, for messages and file names: a mixture is `coco+sbucaptions`."""
+        """Name of the data set for messages and file names; `coco+sbucaptions` for a mixture."""
         return "+".join(self.dataset)
 
     @property
     def place(self) -> str:
-        """Where the data are, for messages."""
+        """Paths of the data, for messages."""
         places = self.annotations or self.train_data or self.val_data or self.dataset_root
         return ", ".join(place for place in as_tuple(places) if place)
 
     def parts(self) -> list[DataOptions]:
-        """The options of each data set of a mixture; of one data set, these.
+        """Return the options of each data set of a mixture, or of the one data set.
 
-        Raises UserError where an option was given neither once nor once for each of them.
+        Raises UserError if an option was given neither once nor once for each data set.
         """
         names = self.dataset
         if self.dataset_weights and len(self.dataset_weights) != len(names):
@@ -236,7 +237,7 @@ class DataOptions:
                 continue
             given = as_tuple(getattr(self, name))
             if len(given) == 1 and (given[0] is None or name == "dataset_root" or len(names) == 1):
-                given *= len(names)  # a folder that holds them all
+                given *= len(names)  # one folder for all data sets
             if len(given) != len(names):
                 raise UserError(
                     f"--{name} was given {len(given)} time{'s' * (len(given) > 1)}, --dataset {len(names)}: give it "
@@ -260,59 +261,59 @@ class LossOptions:
         also={"cross_entropy": "infonce", "cos_embedd": "margin"},
         flags={"--use_siglip": "siglip"},
     )
-    margin: float = option(0.1, "cosine below which a negative pair costs nothing (margin)")
+    margin: float = option(0.1, "margin loss: cosine above which a negative pair has a loss")
 
 
 @dataclass
 class TrainOptions:
     """training"""
 
-    epochs: int = option(10, "length of the run, in epochs", "--num_epoch", "--num_epochs", "--max_epochs", minimum=1)
-    max_steps: int | None = option(None, "length of the run, in steps, instead of --epochs", minimum=1)
-    batch_size: int = option(256, "pairs in a step, over all processes", "-b", minimum=2)
+    epochs: int = option(10, "epochs of the run", "--num_epoch", "--num_epochs", "--max_epochs", minimum=1)
+    max_steps: int | None = option(None, "steps of the run, instead of --epochs", minimum=1)
+    batch_size: int = option(256, "global batch size, in pairs over all processes", "-b", minimum=2)
     grad_cache: int | None = option(
         None,
-        "pairs each process computes at a time, for a batch larger than the memory; same gradients, twice the forward "
-        "passes (default: all)",
+        "chunk of pairs that a process computes at a time, to fit a large batch into memory; same gradients, twice the "
+        "forward passes (default: the whole batch)",
         minimum=1,
     )
-    accum_freq: int = option(1, "the same as --grad_cache, as a number of parts", minimum=1)
+    accum_freq: int = option(1, "number of chunks, instead of --grad_cache", minimum=1)
     lr: float = option(1e-5, "peak learning rate", "--learning_rate", "-lr", above=0)
     beta1: float = option(0.9, "AdamW's beta1", minimum=0, below=1)
     beta2: float = option(0.98, "AdamW's beta2", minimum=0, below=1)
     eps: float = option(1e-6, "AdamW's epsilon", above=0)
     weight_decay: float = option(
         0.2,
-        "AdamW's weight decay; never on biases, norms, scale and position embeddings",
+        "AdamW's weight decay; not applied to biases, norms, logit scale and position embeddings",
         "--wd",
         "-wd",
         minimum=0,
     )
     warmup: float = option(500, "steps of linear warmup, or a fraction of the run if below 1", minimum=0)
-    grad_clip: float | None = option(None, "clip the gradient to this norm (default: not at all)", above=0)
+    grad_clip: float | None = option(None, "maximum norm of the gradient (default: no clipping)", above=0)
     trainable: str = option(
         "all",
-        "what learns: everything, the two projections and the scale, or a small adaptor behind the image tower",
+        "trainable parameters: all, the two projections and the logit scale, or a small adaptor after the image tower",
         choices=("all", "linear_projection", "adaptor"),
     )
-    freeze_vision: bool = option(False, "keep the image tower as it is")
-    freeze_text: bool = option(False, "keep the text tower as it is")
+    freeze_vision: bool = option(False, "freeze the image tower")
+    freeze_text: bool = option(False, "freeze the text tower")
     precision: str = option(
         "auto",
-        "training precision; auto is bf16 AMP where the device has it, else fp16 AMP, and fp32 on a CPU",
+        "training precision; auto: bf16 AMP if the GPU supports it, else fp16 AMP; fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
         flags={"--fp16_precision": "fp16"},
     )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     no_feature_cache: bool = option(
-        False, "encode frozen towers anew in every epoch, instead of once (the same weights in the end)"
+        False, "run frozen towers in every epoch, instead of caching their features (same final weights)"
     )
     compile: bool = option(
-        False, "compile the towers with torch.compile: minutes at the start, then faster steps", from_checkpoint=False
+        False, "compile the towers with torch.compile: a slow start, then faster steps", from_checkpoint=False
     )
-    seed: int = option(99, "seed of everything random", minimum=0)
+    seed: int = option(99, "random seed", minimum=0)
     deterministic: bool = option(
-        False, "on a GPU: the same run twice gives the same weights, bit for bit, but slower (on a CPU it always does)"
+        False, "on a GPU: bit-identical weights from run to run, but slower (a CPU is always deterministic)"
     )
 
 
@@ -323,49 +324,49 @@ class EvalOptions:
     eval_split: str = option("test", "split that --eval scores", choices=("val", "test"))
     eval_batch_size: int | None = option(
         None,
-        "images, or captions, encoded at a time",
+        "images or captions in an evaluation batch",
         "--valid_batch_size",
         minimum=1,
         auto=True,
         from_checkpoint=False,
     )
-    eval_precision: str = option("fp32", "precision of encoding", choices=("fp32", "bf16", "fp16"))
+    eval_precision: str = option("fp32", "precision of the towers in evaluation", choices=("fp32", "bf16", "fp16"))
     eval_every: int = option(
         1,
-        "epochs between evaluations on the val split; 0: none before the end",
+        "epochs between evaluations on the val split; 0: only at the end",
         "--valid_epoch_interval",
         minimum=0,
         also={"-1": "0"},
     )
     eval_steps: int = option(
         0,
-        "steps between further evaluations on the val split; 0: none",
+        "steps between additional evaluations on the val split; 0: none",
         "--valid_step_interval",
         minimum=0,
         also={"-1": "0"},
     )
-    no_eval_first: bool = option(False, "do not evaluate the model before its first step")
+    no_eval_first: bool = option(False, "skip the evaluation before the first step")
     zero_shot_eval: str | None = option(
         None,
-        "zero-shot accuracy while training: cifar10, cifar100, stl10, imagenet, or a folder with a folder of images "
-        "for each class",
+        "zero-shot evaluation during training: cifar10, cifar100, stl10, imagenet, or a folder with one subfolder of "
+        "images for each class",
         flags={"--imagenet_eval": "imagenet"},
         auto="none",
     )
-    zero_shot_root: str | None = option(None, "folder of such a data set (default: --dataset_root)")
-    zero_shot_class_names: str | None = option(None, "file of its class names (default: its own)")
+    zero_shot_root: str | None = option(None, "folder of the zero-shot data set (default: --dataset_root)")
+    zero_shot_class_names: str | None = option(None, "file of class names (default: the data set's)")
     zero_shot_templates: str | None = option(
-        None, "its prompts: imagenet, cifar, simple, stl10, chinese, or a file (default: the data set's)"
+        None, "prompt templates: imagenet, cifar, simple, stl10, chinese, or a file (default: the data set's)"
     )
     zero_shot_steps: int = option(
         0,
-        "steps between zero-shot evaluations; 0: whenever the val split is evaluated, or would be",
+        "steps between zero-shot evaluations; 0: as often as the val split (--eval_every, --eval_steps)",
         "--imagenet_eval_steps",
         minimum=0,
         also={"-1": "0"},
     )
-    recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always there", minimum=1)
-    map: bool = option(False, "mean average precision at 1, 5 and 10 (mAP@K) besides recall")
+    recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always included", minimum=1)
+    map: bool = option(False, "also compute mean average precision at 1, 5 and 10 (mAP@K)")
 
 
 @dataclass
@@ -375,50 +376,56 @@ class RunOptions:
     eval: bool = option(False, "evaluate instead of finetuning", from_checkpoint=False)
     resume: str | None = option(
         None,
-        "checkpoint to go on from (ours), or weights to start from (others'); auto: this run's last.pt if there is one",
+        "checkpoint to resume, or a weight file of another tool to start from; auto: this run's last.pt, if it exists",
         "--ckpt_path",
         from_checkpoint=False,
     )
-    reset_optimizer: bool = option(False, "with --resume: start with a fresh optimizer", from_checkpoint=False)
-    reset_data_offset: bool = option(
-        False, "with --resume: start again at the first epoch and step", from_checkpoint=False
-    )
+    reset_optimizer: bool = option(False, "with --resume: reset the optimizer", from_checkpoint=False)
+    reset_data_offset: bool = option(False, "with --resume: restart at the first epoch and step", from_checkpoint=False)
     config: str | None = option(
         None,
-        "YAML file of options, e.g. another run's options.json; a checkpoint's and those that are typed go first",
+        "YAML file of options, e.g. options.json of a run; a checkpoint and the command line take precedence",
         from_checkpoint=False,
     )
     checkpoint_path: str = option(
         "logs", "folder of all runs", "--logs", "--save_model_dir", "-save_model_dir", from_checkpoint=False
     )
-    experiments: str = option("ex0", "name of this run, a folder in checkpoint_path", "--name", from_checkpoint=False)
-    overwrite: bool = option(False, "start afresh in a folder that holds a run", from_checkpoint=False)
+    experiments: str = option(
+        "ex0", "name of this run, and of its folder in checkpoint_path", "--name", from_checkpoint=False
+    )
+    overwrite: bool = option(False, "delete the run in this folder and start a new one", from_checkpoint=False)
     save_every: int | None = option(None, "steps between saves of last.pt (default: each epoch)", minimum=1)
     keep_every: int = option(
         0,
-        "epochs between numbered checkpoints that stay; 0: none",
+        "epochs between numbered checkpoints, which are kept; 0: none",
         "--save_epoch_frequency",
         minimum=0,
         also={"-1": "0"},
     )
     keep_steps: int = option(
-        0, "steps between numbered checkpoints that stay; 0: none", "--save_step_frequency", minimum=0, also={"-1": "0"}
+        0,
+        "steps between numbered checkpoints, which are kept; 0: none",
+        "--save_step_frequency",
+        minimum=0,
+        also={"-1": "0"},
     )
-    report_training_batch_acc: bool = option(True, "log the in-batch accuracy (--no_...: leave it out)")
+    report_training_batch_acc: bool = option(
+        True, "log the in-batch accuracy (--no_report_training_batch_acc: skip it)"
+    )
     display: int = option(20, "steps between log lines", "--log_every_n_steps", "--log_interval", minimum=1)
-    device: str | None = option(None, "cuda, mps or cpu, or a numbered one (cuda:1)", auto=True, from_checkpoint=False)
+    device: str | None = option(None, "device: cuda, cuda:1, mps or cpu", auto=True, from_checkpoint=False)
 
 
-PREFIXES = ("train_data", "val_data")  # they may be the beginning of the names of files
+PREFIXES = ("train_data", "val_data")  # values may be prefixes of file names
 PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
 PLACES += ("caption_key", "train_num_samples")
-"""Where and how the files of a data set are read: of no use for another one."""
+"""Options about the files of one data set, which do not apply to another."""
 
 BELONGING = {
     "dataset": (*PLACES, "dataset_weights"),
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
 }
-"""Options that go with what another one names."""
+"""Options that belong to the value of another option."""
 
 REPEATABLE = [f.name for f in dataclasses.fields(DataOptions) if f.metadata["repeatable"]]
 
@@ -434,7 +441,7 @@ GROUPS = {
 
 @dataclass
 class Options:
-    """All options of a run, one small group per concern."""
+    """All options of a run, in groups."""
 
     run: RunOptions = field(default_factory=RunOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -447,14 +454,14 @@ class Options:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> Options:
-        """Make options from a flat dict. Raises UserError on a value out of its declared range."""
+        """Make options from a flat dict. Raises UserError if a value is out of range."""
         options = cls(**{name: _fill(group, values) for name, group in GROUPS.items()})
         for name in GROUPS:
             check_values(getattr(options, name))
         return options
 
     def flat(self) -> dict[str, Any]:
-        """Return all options in one dict, as options.json and the checkpoints hold them."""
+        """Return all options in one flat dict, as in options.json and in checkpoints."""
         flat = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
         return flat | ({"dataset": flat["dataset"][0]} if len(flat["dataset"]) == 1 else {})
 
@@ -465,7 +472,7 @@ def _fill(group: type, values: dict[str, Any]) -> Any:
 
 
 def check_values(group: Any) -> None:
-    """Raise UserError for a value of `group` that is out of its declared range."""
+    """Raise UserError if a value of `group` is out of range."""
     for f in dataclasses.fields(group):
         meta, value = f.metadata, getattr(group, f.name)
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -476,9 +483,9 @@ def check_values(group: Any) -> None:
                 _check_text(f.name, v)
             if v is None or isinstance(v, (str, bool)):
                 continue
-            if not abs(v) < LARGEST:
-                shown = v if isinstance(v, float) or v.bit_length() < 1000 else "(hundreds of digits)"
-                raise UserError(f"--{f.name} {shown}: must be a number of less than 64 bits")
+            if not abs(v) < NUMBER_LIMIT:
+                text = v if isinstance(v, float) or v.bit_length() < 1000 else "(hundreds of digits)"
+                raise UserError(f"--{f.name} {text}: must be a number of less than 64 bits")
             if meta["below"] is not None and v >= meta["below"]:
                 raise UserError(f"--{f.name} {v:g}: must be less than {meta['below']:g}")
             if meta["minimum"] is not None and v < meta["minimum"]:
@@ -490,16 +497,16 @@ def check_values(group: Any) -> None:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Raise UserError for a text that can be no name of a file: the system refuses NUL, and half surrogate pairs."""
+    """Raise UserError if a text has characters that are invalid in file names: a NUL or half a surrogate pair."""
     try:
-        possible = b"\0" not in os.fsencode(value)
+        valid = b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise UserError(f"--{name} {value}: holds a character that no name of a file can have; correct it")
+        valid = False
+    if not valid:
+        raise UserError(f"--{name} {value}: contains a character that is invalid in file names; remove it")
 
 
 def select_for_resume(flat: dict[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint's options that a new run takes over: unknown and run-bound ones are left out."""
+    """Return the options of a checkpoint that a new run inherits, without unknown and run-specific ones."""
     fields = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
     return {name: v for name, v in flat.items() if name in fields and fields[name].metadata["from_checkpoint"]}

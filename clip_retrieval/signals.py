@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, turned into a clean end."""
+"""A clean end on Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """Notes that an end was asked for; a run asks at the points where it can stop (`check`).
+    """Records a stop signal; a run calls `check` at the points where it can stop.
 
-    Work that can be broken off anywhere, because nothing of it has to be kept, runs in `interruptible`. Processes that
-    share a run set `agree`, which says whether any of them was asked: then they stop together, at `check` only.
+    Work without results to save runs in `interruptible` and stops anywhere. Processes that share a run set `agree`,
+    which returns whether any of them received a signal: they stop together, at `check` only.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Handle SIGINT and SIGTERM in this block; a run that was stopped ignores further ones, as it only ends."""
+        """Handle SIGINT and SIGTERM in this block. After a stop, ignore them outside too: the program is exiting."""
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
@@ -33,7 +33,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block in which a signal raises KeyboardInterrupt at once."""
+        """Raise KeyboardInterrupt in this block as soon as a signal arrives."""
         if self.agree is not None:
             yield
             return
@@ -45,7 +45,7 @@ class StopSignal:
             self._interruptible = False
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if an end was asked for."""
+        """Raise KeyboardInterrupt if a stop was requested."""
         if self.agree(self._requested) if self.agree else self._requested:
             raise KeyboardInterrupt
 
@@ -56,15 +56,16 @@ class StopSignal:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore SIGINT and SIGTERM from here on: the program is complete, and its process only ends."""
+    """Ignore SIGINT and SIGTERM from now on: the program is complete, and its process exits."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def ignore_first_signal(worker: int) -> None:
-    """For loader processes: a signal to the whole process group reaches them too, but their parent decides.
+    """Ignore the first SIGTERM, and every SIGINT, in a loader worker: its parent decides when to stop.
 
-    A second SIGTERM, which is what the parent sends to one that does not end by itself, ends them.
+    A signal to the process group reaches the workers too. The second SIGTERM, which the parent sends to a worker that
+    does not exit, ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -60,10 +60,10 @@ def test_image_that_breaks_during_a_run_loses_no_steps(run, arguments, captioned
     (data / "3.jpg").write_bytes(whole[:300])
     command = [*arguments, "--dataset_root", data, "--no_eval_first", "--batch_size", "5"]
     code, _, err = run(*command, "--seed", "1")
-    assert code == 2 and is_one_line(err) and "3.jpg" in err and "--resume auto goes on" in err
+    assert code == 2 and is_one_line(err) and "3.jpg" in err and "resume with --resume auto" in err
     (data / "3.jpg").write_bytes(whole)
     code, out, err = run(*command, "--seed", "1", "--resume", "auto")
-    assert code == 0 and "going on from" in out, err
+    assert code == 0 and "resuming from" in out, err
     assert run(*command, "--seed", "1", "--name", "whole")[0] == 0
     files = (tmp_path / "logs" / name / "last.pt" for name in ("ex0", "whole"))
     resumed, undisturbed = (torch.load(file, weights_only=True)["model"] for file in files)

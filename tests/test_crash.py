@@ -83,7 +83,7 @@ def test_kill_between_any_two_writes_loses_nothing(run, command, tmp_path, whole
         shutil.rmtree(tmp_path / "logs" / "ex0")
         replaced_files(run, command, monkeypatch, number, before)
         code, _, err = run(*command)
-        assert code == 0 and "chosen anew" not in err, (names[number], before, err)
+        assert code == 0 and "chosen again" not in err, (names[number], before, err)
         assert outputs(tmp_path / "logs" / "ex0") == whole, (names[number], before)
 
 

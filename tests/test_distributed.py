@@ -369,7 +369,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_resumes(torchrun, captioned, 
     assert 5 <= step < 64
     for rank in range(2):
         assert f"error (process {rank}): interrupted at step {step} of 64, saved; " in err
-    assert f"--resume {tmp_path / 'stopped/last.pt'} goes on" in err
+    assert f"repeat the command with --resume {tmp_path / 'stopped/last.pt'}" in err
 
     resumed = finetune(captioned, tmp_path, "stopped", *long, "--resume", "auto")
     whole = finetune(captioned, tmp_path, "whole", *long)
@@ -393,7 +393,7 @@ def test_killed_process_ends_all_and_keeps_the_checkpoint(torchrun, captioned, t
     assert 4 <= step < 60
     resumed = finetune(captioned, tmp_path, "killed", *long, "--resume", "auto", "--max_steps", step + 2)
     code, out, err = run_alone(resumed)
-    assert code == 0 and f"going on from {tmp_path / 'killed/last.pt'}, step {step}" in out, err
+    assert code == 0 and f"resuming from {tmp_path / 'killed/last.pt'}, step {step}" in out, err
     assert not list((tmp_path / "killed").glob(".*"))
 
 

@@ -252,7 +252,7 @@ def test_bad_input_is_one_line_before_training(run, on_shards, shards, damage, e
 
 def test_stream_options_are_refused_for_other_datasets(run, arguments, settings, tmp_path):
     code, _, err = run(*arguments, "--train_num_samples", "9")
-    assert code == 2 and is_one_line(err) and "--train_num_samples is for --dataset webdataset" in err
+    assert code == 2 and is_one_line(err) and "--train_num_samples is only for --dataset webdataset" in err
     code, _, err = run("--dataset", "webdataset", "--dataset_root", tmp_path / "nowhere", *settings)
     assert code == 2 and is_one_line(err) and "nowhere: no such folder" in err
 

@@ -1,7 +1,7 @@
-"""The losses by name: pure functions of features, positives and, if they use one, a temperature.
+"""The losses by name: pure functions of features, positives and, for some, a logit scale.
 
-To add a loss, write its function in a file here and add a row to LOSSES. This table imports no torch, as the command
-line takes the choices of --loss from it.
+To add a loss, write its function in a new file and add a row to LOSSES. This file must not import torch, because
+the command line reads the choices of --loss from it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Loss:
     """A row of LOSSES.
 
     Attributes:
-        function: its name in a file of this folder, `file.function`.
-        arguments: its arguments besides features and positives: logit_scale, logit_bias or margin.
-        learns_scale: the logit scale is trained.
-        learns_bias: the logit bias is trained; a model without one gets it.
-        highest_scale: the logit scale is clamped to [1, this] after each step; None: it is not clamped.
+        function: `file.function`, in this folder.
+        arguments: the arguments besides features and positives: logit_scale, logit_bias or margin.
+        learns_scale: the logit scale is trainable.
+        learns_bias: the logit bias is trainable; it is added to a model without one.
+        highest_scale: the logit scale is clamped to [1, highest_scale] after each step; None: not clamped.
     """
 
     function: str
@@ -47,7 +47,7 @@ LOSSES = {
 def make_loss(options: LossOptions, processes: Processes) -> Callable[..., Tensor]:
     """Return the chosen loss as a function of (image_features, text_features, positives, logit_scale, logit_bias=None).
 
-    Each process passes the features of its own images and of all captions, and gets its part of the loss.
+    Each process passes the features of its own images and of all captions; the result is its part of the loss.
     """
     row = LOSSES[options.loss]
     file, function_name = row.function.split(".")

@@ -25,20 +25,20 @@ def infonce(
 ) -> Tensor:
     """Compute the mean of the image-to-text and the text-to-image cross-entropy.
 
-    The target of a row is spread evenly over its positives, so two captions of one image do not compete. A row
-    without a positive does not count.
+    The target of a row is uniform over its positives, so two captions of one image do not compete. Rows without a
+    positive are skipped.
 
     Args:
-        image_features: (images, dim), L2-normalised; with several processes, this one's.
-        text_features: (captions, dim), L2-normalised; with several processes, those of all.
-        positives: int64 (P, 2), rows of image_features and text_features that belong together.
+        image_features: (images, dim), L2-normalised; of this process.
+        text_features: (captions, dim), L2-normalised; of all processes.
+        positives: int64 (P, 2), matching rows of image_features and text_features.
         logit_scale: the factor on the cosines (not its logarithm), a scalar.
-        processes: those that share the batch.
+        processes: the process group that shares the batch.
 
     Returns:
-        The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
+        The loss, a scalar; with several processes, the part of this process: the parts sum to the loss.
     """
-    # The weight of each row and column: each direction is a mean over those with a positive, and counts for one half.
+    # Weights of rows and columns: each direction is a mean over those with a positive, and counts for one half.
     row, column = positives.T
     positives_of_row = count_positives(row, len(image_features))
     positives_of_column = processes.sum(count_positives(column, len(text_features)))
@@ -47,11 +47,11 @@ def infonce(
     row_weight = (positives_of_row > 0).to(image_features.dtype) / (2 * rows)
     column_weight = (positives_of_column > 0).to(image_features.dtype) / (2 * columns)
 
-    # log sum exp of the logits, over all pairs. Every process has all columns, and counts its share of them.
+    # log sum exp of the logits over all pairs. Every process has all columns and counts 1 / world_size of them.
     row_sums, column_sums = _log_sums(image_features, text_features, logit_scale, processes)
     log_sums = row_weight @ row_sums + column_weight @ column_sums / processes.world_size
 
-    # The mean logit of the positives of each row and column.
+    # Mean logit of the positives of each row and column.
     weight = row_weight[row] / positives_of_row[row] + column_weight[column] / positives_of_column[column]
     return log_sums - weight @ (logit_scale * positive_cosines(image_features, text_features, positives))
 
@@ -59,11 +59,11 @@ def infonce(
 def _log_sums(image: Tensor, text: Tensor, scale: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
     """Compute log sum exp of the logits of each row (images,), and of each column over all processes (captions,)."""
 
-    def log_sums_of_tile(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_tile(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         logits = scale * (images @ texts.T)
         return logits.logsumexp(1), logits.logsumexp(0)
 
-    tiles = map_tiles(log_sums_of_tile, image, text, scale)
-    of_rows = torch.cat([torch.stack([by_row for by_row, _ in row]).logsumexp(0) for row in tiles])
-    of_columns = [torch.stack([by_column for _, by_column in column]).logsumexp(0) for column in zip(*tiles)]
-    return of_rows, processes.all_gather(torch.cat(of_columns)[None]).logsumexp(0)
+    tiles = map_tiles(compute_tile, image, text, scale)
+    row_sums = torch.cat([torch.stack([by_row for by_row, _ in row]).logsumexp(0) for row in tiles])
+    column_sums = [torch.stack([by_column for _, by_column in column]).logsumexp(0) for column in zip(*tiles)]
+    return row_sums, processes.all_gather(torch.cat(column_sums)[None]).logsumexp(0)

@@ -15,24 +15,24 @@ def margin_pairwise(
     margin: float = 0.1,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Compute 0.5 (1 - cosine) for pairs that match, 0.5 max(0, cosine - margin) for the rest; mean over all pairs.
+    """Compute the mean over all pairs: 0.5 (1 - cosine) for positives, 0.5 max(0, cosine - margin) for negatives.
 
     Args:
-        image_features: (images, dim), L2-normalised; with several processes, this one's, as many in each.
-        text_features: (captions, dim), L2-normalised; with several processes, those of all.
-        positives: int64 (P, 2), rows of image_features and text_features that belong together.
-        margin: cosine below which a pair that does not match costs nothing.
-        processes: those that share the batch.
+        image_features: (images, dim), L2-normalised; of this process, with equal numbers in all processes.
+        text_features: (captions, dim), L2-normalised; of all processes.
+        positives: int64 (P, 2), matching rows of image_features and text_features.
+        margin: cosine below which a negative pair has no loss.
+        processes: the process group that shares the batch.
 
     Returns:
-        The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
+        The loss, a scalar; with several processes, the part of this process: the parts sum to the loss.
     """
 
-    def cost_of_negatives(cosines: Tensor) -> Tensor:
+    def negative_loss(cosines: Tensor) -> Tensor:
         return (cosines - margin).clamp(min=0)
 
-    # Every pair as a negative, then the difference that a positive makes.
-    total = sum_over_pairs(cost_of_negatives, image_features, text_features)
+    # Count every pair as a negative, then correct the positives.
+    total = sum_over_pairs(negative_loss, image_features, text_features)
     cosines = positive_cosines(image_features, text_features, positives)
-    total = total + ((1 - cosines) - cost_of_negatives(cosines)).sum()
+    total = total + ((1 - cosines) - negative_loss(cosines)).sum()
     return 0.5 * total / (len(image_features) * processes.world_size * len(text_features))

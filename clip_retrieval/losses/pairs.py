@@ -1,8 +1,7 @@
 """Sums over all (image, caption) pairs of a batch, in tiles: memory grows with images + captions, not their product.
 
-Every loss here is a sum over all pairs, and a correction for the few positive ones (`positive_cosines`). The sum is
-computed tile by tile under `torch.utils.checkpoint`: the backward pass computes a tile's logits again instead of
-keeping them.
+Every loss is a sum over all pairs, plus a correction for the positives (`positive_cosines`). The sum is computed tile
+by tile under `torch.utils.checkpoint`: the backward pass recomputes the logits of a tile instead of storing them.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ TILE = 4096
 def map_tiles(function: Callable[..., Any], image: Tensor, text: Tensor, *scalars: Tensor) -> list[list[Any]]:
     """Return function(image rows, caption rows, *scalars) for each tile of at most TILE x TILE pairs, differentiable.
 
-    The outer list is over rows of tiles, the inner one over their columns. The function must be deterministic.
+    The outer list is over rows of tiles, the inner list over columns. The function must be deterministic.
     """
 
     def compute(*arguments: Tensor) -> Any:
-        # (The state of the random generator would be read from the GPU, which stalls it.)
+        # Saving the state of the random generator would stall the GPU.
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     texts = text.split(TILE)
@@ -41,11 +40,11 @@ def sum_over_pairs(function: Callable[[Tensor], Tensor], image: Tensor, text: Te
 
 
 def positive_cosines(image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
-    """Return the cosines (P,) of the positive pairs; positives int64 (P, 2) holds their image and caption rows."""
-    # index_select: the backward of image[...] adds repeated rows with atomics, in any order.
+    """Return the cosines (P,) of the positive pairs; positives: int64 (P, 2), image and caption rows."""
+    # index_select, because the backward of image[...] adds duplicate rows in random order (atomics).
     return (image.index_select(0, positives[:, 0]) * text.index_select(0, positives[:, 1])).sum(dim=1)
 
 
 def count_positives(index: Tensor, size: int) -> Tensor:
-    """Count how often each of 0 to size - 1 is in `index`, int64 (size,). (torch.bincount waits for the GPU.)"""
+    """Count each of 0 to size - 1 in `index`, int64 (size,). torch.bincount would synchronize with the GPU."""
     return torch.zeros(size, dtype=torch.int64, device=index.device).index_add_(0, index, torch.ones_like(index))

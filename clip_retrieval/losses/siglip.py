@@ -17,24 +17,24 @@ def siglip(
     logit_bias: Tensor,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Compute -log sigmoid(z (scale * cosine + bias)), summed over all pairs, over the number of images.
+    """Compute the sum over all pairs of -log sigmoid(z (scale * cosine + bias)), divided by the number of images.
 
-    z is 1 for a positive pair and -1 for the others.
+    z is 1 for positive pairs and -1 for negative pairs.
 
     Args:
-        image_features: (images, dim), L2-normalised; with several processes, this one's, as many in each.
-        text_features: (captions, dim), L2-normalised; with several processes, those of all.
-        positives: int64 (P, 2), rows of image_features and text_features that belong together.
+        image_features: (images, dim), L2-normalised; of this process, with equal numbers in all processes.
+        text_features: (captions, dim), L2-normalised; of all processes.
+        positives: int64 (P, 2), matching rows of image_features and text_features.
         logit_scale: the factor on the cosines (not its logarithm), a scalar.
         logit_bias: a scalar.
-        processes: those that share the batch.
+        processes: the process group that shares the batch.
 
     Returns:
-        The loss, a scalar; with several processes, this one's part of it: the loss is their sum.
+        The loss, a scalar; with several processes, the part of this process: the parts sum to the loss.
     """
-    # Every pair as a negative: -log sigmoid(-l) = softplus(l).
+    # Count every pair as a negative: -log sigmoid(-l) = softplus(l).
     total = sum_over_pairs(_softplus_of_logits, image_features, text_features, logit_scale, logit_bias)
-    # A positive costs -log sigmoid(l) = softplus(l) - l.
+    # Correct the positives: -log sigmoid(l) = softplus(l) - l.
     cosines = positive_cosines(image_features, text_features, positives)
     total = total - (logit_scale * cosines.sum() + logit_bias * len(positives))
     return total / (len(image_features) * processes.world_size)

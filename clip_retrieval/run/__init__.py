@@ -1,1 +1,1 @@
-"""What the programs share at their start: the folder of a run."""
+"""A run: its options, folder, model, data, scores and checkpoints."""

@@ -1,4 +1,4 @@
-"""The output folder of a run: made, locked, cleared, and brought to the state that a resumed run left."""
+"""The output folder of a run: create it, lock it, clear it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,22 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def run_folder(options: Options) -> Path:
-    """The output folder of a finetune."""
+    """Return the output folder of a finetune."""
     return Path(options.run.checkpoint_path) / options.run.experiments
 
 
 def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
-    """The output folder of an evaluation: the one named by the user, or one of its own; never a training run's."""
+    """Return the output folder of an evaluation: the one that the user `named`, or its own.
+
+    Raises UserError if it holds a training run.
+    """
     suffix = f"{options.data.name}_{options.evaluation.eval_split}"
     if named:
         folder = run_folder(options)
         if (folder / "metrics.jsonl").exists():
-            raise UserError(f"{folder} holds a training run; give the evaluation another --experiments, or none")
+            raise UserError(
+                f"{folder} holds a training run; choose another --experiments for the evaluation, or drop it"
+            )
         return folder
     if of_checkpoint:
         return Path(options.run.resume).parent / f"eval_{suffix}"
@@ -47,9 +52,9 @@ def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool,
 
 
 def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
-    """Make `folder` and check that files can be made in it.
+    """Create `folder` and check that it is writable.
 
-    Raises UserError, naming the options that choose another place, if not.
+    Raises UserError, naming the `options` that choose another folder, if not.
     """
     probe = folder / f".writable.{os.getpid()}"
     try:
@@ -57,7 +62,7 @@ def make_folder(folder: Path, options: str = "--checkpoint_path and --experiment
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
     except ValueError:
-        raise UserError(f"{folder}: no folder can have this name; choose another one with {options}") from None
+        raise UserError(f"{folder}: invalid folder name; choose another one with {options}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
             raise
@@ -66,36 +71,33 @@ def make_folder(folder: Path, options: str = "--checkpoint_path and --experiment
 
 @dataclass
 class FolderLock:
-    """The lock of a run on its output folder. Released by the system if the run is killed.
+    """The lock of a run on its output folder. The system releases it if the run is killed.
 
     Attributes:
-        folder: the folder.
-        descriptor: of the open lock file; None if the file system cannot lock.
+        folder: the output folder.
+        descriptor: the open lock file; None if the file system cannot lock.
     """
 
     folder: Path
     descriptor: int | None
 
     def check(self) -> None:
-        """Raise RunError if the folder was deleted, or deleted and made again: what is there is another run's."""
-        is_there = self.folder.is_dir() if self.descriptor is None else _is_file(self.descriptor, self.folder / LOCK)
-        if not is_there:
+        """Raise RunError if the folder was deleted, or replaced by the folder of another run."""
+        exists = self.folder.is_dir() if self.descriptor is None else _is_file(self.descriptor, self.folder / LOCK)
+        if not exists:
             raise self.deleted()
 
     def deleted(self) -> RunError:
-        """The error for a folder that was deleted."""
-        return RunError(
-            f"{self.folder} was deleted while the run was writing there, and its checkpoints with it; start the run "
-            "again"
-        )
+        """Return the error for a deleted folder."""
+        return RunError(f"{self.folder} was deleted during the run, together with its checkpoints; start the run again")
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[FolderLock]:
-    """Make `folder` and hold it for this run alone; remove half-written files of a run that was killed.
+    """Create `folder` and lock it for this run. Delete the temporary files of a run that was killed.
 
-    The lock is a POSIX record lock: loader processes do not inherit it, and it works over NFS. Raises UserError if
-    another run holds the folder.
+    The lock is a POSIX record lock: loader workers do not inherit it, and it works over NFS. Raises UserError if
+    another run holds the lock.
     """
     make_folder(folder)
     descriptor = _lock(folder)
@@ -124,12 +126,12 @@ def _lock(folder: Path) -> int | None:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
-                log.warning(f"{folder} is on a file system without locks: start only one run there at a time")
+                log.warning(f"{folder} is on a file system without locks: start only one run at a time in it")
                 return None
             raise UserError(
                 f"{folder} is in use by another run ({holder}); wait for it to end, or choose another --experiments"
             ) from None
-        # The run that held it before may have removed the file in the meantime.
+        # The previous holder may have deleted the file between open and lock: try again.
         if _is_file(descriptor, path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -138,7 +140,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether `path` is still the file that is open."""
+    """Whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:
@@ -146,41 +148,39 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | None) -> None:
-    """Raise UserError if `folder` holds a run that is neither resumed nor to be overwritten.
+    """Raise UserError if `folder` holds a run that is neither resumed nor overwritten.
 
-    --overwrite must not delete the file that the new run starts from.
+    Also raises UserError if --overwrite would delete the initial weights of the new run.
     """
     if not (folder / "last.pt").exists():
         return
     sources = {"--resume": options.run.resume, "--pretrained": options.model.pretrained}
     for name, source in sources.items():
         if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
-            raise UserError(
-                f"--overwrite would delete {source} ({name}); leave it out, or choose another --experiments"
-            )
+            raise UserError(f"--overwrite would delete {source} ({name}); drop it, or choose another --experiments")
     resumes_here = checkpoint is not None and checkpoint.can_resume and resumes_in(folder, options)
     if not resumes_here and not options.run.overwrite:
         raise UserError(
-            f"{folder} already holds a run; resume it (--resume auto), start afresh there (--overwrite), or choose "
+            f"{folder} already holds a run; resume it (--resume auto), replace it (--overwrite), or choose "
             "another --experiments"
         )
 
 
 def resumes_in(folder: Path, options: Options) -> bool:
-    """Whether the checkpoint that is resumed lies in `folder`."""
+    """Whether --resume is a file in `folder`."""
     source = options.run.resume
     return source not in (None, AUTO) and Path(source).resolve().parent == folder.resolve()
 
 
 def without_resume(options: Options, folder: Path) -> Options:
-    """The options that begin the run in `folder` anew: a run and its continuation record the same."""
+    """Return the options without --resume if that resumes in `folder`: a resumed run records the same options."""
     if options.run.resume != AUTO and not resumes_in(folder, options):
         return options
     return replace(options, run=replace(options.run, resume=None))
 
 
 def clear_run(folder: Path) -> None:
-    """Delete the files of a run, and nothing else."""
+    """Delete the files of a run, and no others."""
     files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", "log.txt"]
     for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
         path.unlink(missing_ok=True)
@@ -189,13 +189,13 @@ def clear_run(folder: Path) -> None:
 
 
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:
-    """Whether best.pt in `source` is of one of these steps."""
+    """Whether best.pt in `source` was saved at one of these steps."""
     best = Checkpoint.load(source / "best.pt") if (source / "best.pt").is_file() else None
     return best is not None and best.step in steps
 
 
 def copy_best(source: Path, folder: Path) -> None:
-    """Copy best.pt from `source` to `folder` if these differ."""
+    """Copy best.pt from `source` to `folder` if the folders differ."""
     if source.resolve() != folder.resolve():
         best = Checkpoint.load(source / "best.pt")
         best.save(folder / "best.pt")

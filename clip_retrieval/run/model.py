@@ -1,4 +1,4 @@
-"""The model of a program, built from the options or a checkpoint, and its tokenizer."""
+"""Load the model and its tokenizer from the options or a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from clip_retrieval.options import Options
 
 
 def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[RetrievalModel, BuiltModel, Any]:
-    """Load the model of the options, or of a checkpoint of ours.
+    """Load the model of the options, or of a checkpoint.
 
     Returns:
-        The model, on the CPU; its config and where its weights come from; its tokenizer.
+        The model, on the CPU; its config and the source of its weights; its tokenizer.
     """
     logit_bias = LOSSES[options.loss.loss].learns_bias and not options.run.eval
     if checkpoint is None:
@@ -46,15 +46,15 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
 
 
 def record_model_name(options: Options, built: BuiltModel) -> Options:
-    """Return the options with the name of the model that was built: a file or a folder may hold a known one."""
+    """Return the options with the name of the built model, which may come from a file or a folder."""
     return replace(options, model=replace(options.model, vision_model=built.name))
 
 
 def warn_of_random_weights(built: BuiltModel) -> None:
-    """Log a warning if weights are random."""
+    """Log a warning if the weights, or parts of them, are random."""
     if built.weights == "none":
-        tags = ", ".join(known_tags(built.name)) or "none are known for this model; give a file"
-        log.warning(f"THE WEIGHTS ARE RANDOM: what follows is chance. Give --pretrained ({tags}) or --resume")
+        tags = ", ".join(known_tags(built.name)) or "no known tag for this model; give a file"
+        log.warning(f"THE WEIGHTS ARE RANDOM: results are at chance level. Give --pretrained ({tags}) or --resume")
     elif built.random:
         parts = ", ".join(built.random)
-        log.warning(f"PARTS OF THE WEIGHTS ARE RANDOM ({parts}): what follows is chance before a finetune of them")
+        log.warning(f"PARTS OF THE WEIGHTS ARE RANDOM ({parts}): results are at chance level until they are finetuned")

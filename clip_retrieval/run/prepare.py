@@ -1,4 +1,4 @@
-"""A finetune before its first step: its data, model and trainer, new or restored from a checkpoint."""
+"""Prepare a finetune: its data, model and trainer, new or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.step import Trainer
 
-COMPILED_LENGTHS = 16  # a compiled text tower receives lengths that are multiples of this
+COMPILED_LENGTHS = 16  # caption lengths of a compiled text tower are multiples of this
 
 
 @dataclass
 class Run:
-    """Everything that belongs to a finetune.
+    """The state of a finetune.
 
     Attributes:
-        options: of the run.
+        options: the options of the run.
         folder: its output folder.
-        lock: on the folder; None in processes other than the main one.
-        stop: tells whether the run was asked to stop.
+        lock: the lock on the folder; None except in the main process.
+        stop: records stop signals.
         built: config, name and source of the model.
-        model: on its device.
-        trainer: the model's optimizer step.
+        model: the model, on its device.
+        trainer: loss and optimizer.
         sampler: the order of the global batches.
-        loader: this process's part of the batches.
-        val, test: the splits that are scored, if there are any.
-        zero_shot: the labelled images that are classified, if there are any.
-        schedule: the steps at which something is due.
-        progress: how far the run is.
-        metrics: metrics.jsonl and TensorBoard; None in processes other than the main one.
-        processes: those of the run.
-        collapse: watches the loss; None for losses whose chance value is unknown.
+        loader: the batches of this process.
+        val, test: the splits to score, if any.
+        zero_shot: the zero-shot classification, if any.
+        schedule: the steps that log, save and evaluate.
+        progress: steps and results so far.
+        metrics: metrics.jsonl and TensorBoard; None except in the main process.
+        processes: the process group.
+        collapse: checks the loss for collapse; None for losses without a known chance value.
     """
 
     options: Options
@@ -103,7 +103,7 @@ def prepare(
 ) -> Run:
     """Read the data, build the model, and restore both to the state of the checkpoint.
 
-    `lock` is the main process's, on `folder`; None in the others.
+    `lock` is the main process's lock on `folder`; None in the others.
     """
     # model and data
     device = choose_device(options.run.device)
@@ -144,12 +144,12 @@ def prepare(
         encode_frozen=make_frozen_encoder(options, model, precision, device, processes),
     )
 
-    # folder: nothing can be refused after this, so a run that --overwrite replaces is deleted only now
+    # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
     source = Path(options.run.resume or folder).parent
     if progress.best is not None and not has_best(source, (progress.best["step"], progress.step)):
-        log.warning("the best checkpoint so far is not beside the one that is resumed: the best is chosen anew")
+        log.warning("best.pt is missing beside the resumed checkpoint: the best is chosen again")
         progress.best = None
     metrics = None
     if processes.is_main:
@@ -186,7 +186,7 @@ def prepare(
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
-        f"{trainable:,.2f} M parameters learn; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "
+        f"{trainable:,.2f} M trainable parameters; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "
         f"{run.describe_batch()} pairs, {precision} on {device}"
     )
     return run
@@ -195,7 +195,7 @@ def prepare(
 def load_data(
     options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device, processes: Processes
 ) -> tuple[TrainSplit, Split | None, Split | None]:
-    """Load the train, val and test splits. A data set without splits is all to train on, with no val and test split."""
+    """Load the train, val and test splits. A data set without splits is used for training only."""
     # train
     data, train = options.data, None
     if is_streamed(data):
@@ -211,7 +211,7 @@ def load_data(
             skip_unreadable=skips_unreadable(data),
         )
     if train is None:
-        raise UserError(f"{data.name} in {data.place} has no train split; give the data to train on")
+        raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
 
     # val and test
     val = test = None
@@ -219,9 +219,9 @@ def load_data(
         val = load_split(data, "val", tokenizer, preprocess, device)
         test = load_split(data, "test", tokenizer, preprocess, device, require_pairs=False)
     if val is None:
-        log.warning("there is no val split: no checkpoint is chosen as the best, the last one is reported")
+        log.warning("there is no val split: there will be no best checkpoint, and the last one is reported")
     if test is None:
-        log.warning("there is no test split: the final numbers are those of val, if there is one")
+        log.warning("there is no test split: the final results are on val, if there is one")
     return train, val, test
 
 
@@ -242,13 +242,13 @@ def load_zero_shot(
 
 
 def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) -> int:
-    """Return the batch size, or that of the whole split if it is smaller. Raises UserError for fewer than two pairs."""
+    """Return the batch size, at most the size of the split. Raises UserError if that is below two pairs."""
     samples = train.samples
     if samples >= batch_size:
         return batch_size
     shrunk = samples - samples % processes.world_size
     if shrunk < 2:
-        raise UserError(f"the train split has {samples} pairs: too few to train on")
+        raise UserError(f"the train split has {samples} pairs: too few for training")
     log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
     return shrunk
 
@@ -256,7 +256,7 @@ def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) 
 def make_frozen_encoder(
     options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
 ) -> EncodeFrozen:
-    """Make the function that encodes a split with the frozen towers, once, before the first step."""
+    """Return a function that encodes a split with the frozen towers."""
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
         images, texts = split.pixels, split.tokens
@@ -282,7 +282,7 @@ def make_frozen_encoder(
 def make_trainer(
     options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
 ) -> Trainer:
-    """Choose the trainable parameters, and make their loss and optimizer."""
+    """Set the trainable parameters and make the loss and the optimizer."""
     loss = LOSSES[options.loss.loss]
     set_trainable(
         model,

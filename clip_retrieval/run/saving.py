@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what they hold, and how they are saved."""
+"""Make and save the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clip_retrieval.training.state import training_state
 
 
 def save_last(run: Run) -> None:
-    """Save last.pt. Raises RunError, and keeps the last.pt from before, if the loss or a weight is not finite."""
+    """Save last.pt. Raises RunError, and keeps the old last.pt, if the loss or a weight is not finite."""
     run.trainer.check_finite()
     run.trainer.check_weights_finite()
     save(run, "last.pt", make_checkpoint)
@@ -28,19 +28,19 @@ def save(run: Run, name: str, make: Callable[[Run], Checkpoint]) -> None:
     try:
         make(run).save(run.folder / name)
     except RunError as error:
-        run.lock.check()  # if the folder has just been deleted, that is the reason
-        if isinstance(error.__cause__, FileNotFoundError):  # it is being deleted, file by file
+        run.lock.check()  # a deleted folder is the better reason
+        if isinstance(error.__cause__, FileNotFoundError):  # the folder is being deleted, file by file
             raise run.lock.deleted() from error
         raise
 
 
 def make_checkpoint(run: Run) -> Checkpoint:
-    """Make a checkpoint from which the run can be resumed."""
+    """Make a checkpoint that can resume the run."""
     return replace(make_model_checkpoint(run), **training_state(run.trainer, run.sampler, run.progress))
 
 
 def make_model_checkpoint(run: Run) -> Checkpoint:
-    """Make the part of a checkpoint that an evaluation needs."""
+    """Make a checkpoint for evaluation only, without the training state."""
     return Checkpoint(
         model=run.model.weights(),
         model_config=run.built.config,

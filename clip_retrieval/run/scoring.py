@@ -1,4 +1,4 @@
-"""The scores of a run's model: recall on a split, accuracy of zero-shot classification, and their log lines."""
+"""Score the model of a run: recall on a split, zero-shot accuracy, and their log lines."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
 
 @contextmanager
 def _evaluation(run: Run) -> Iterator[None]:
-    """A block that a signal may interrupt; a feature in it that is not finite is a RunError: the run has diverged."""
+    """Make this block interruptible by a signal. Raises RunError if a feature is not finite: the run has diverged."""
     try:
         with run.stop.interruptible():
             yield

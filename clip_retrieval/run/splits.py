@@ -1,4 +1,4 @@
-"""The splits of a data set, tokenized, and their images as the model receives them."""
+"""Load the splits of a data set: their images as model input, and their tokens."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def load_split(
     *,
     require_pairs: bool = True,
 ) -> Split | None:
-    """Read a split and log its size; None if the data set has no such split.
+    """Read a split and log its size. Returns None if the data set has no such split.
 
     Args:
-        options: of the data set.
+        options: the options of the data set.
         split: "train", "val" or "test".
-        tokenizer, preprocess: the model's.
-        device: the device of the model; it decides the number of loader processes.
+        tokenizer, preprocess: those of the model.
+        device: the device of the model, which determines the number of loader workers.
         augment: "none", "crop" or "auto".
-        require_pairs: raise UserError if no image has a caption; otherwise return None.
+        require_pairs: raise UserError if no image has a caption; if False, return None instead.
     """
     dataset = read_dataset(options, split)
     if dataset is None:
         return None
     if not require_pairs and len(dataset.pairs) == 0:
-        log.warning(f"{dataset.name}, {split} split: no image has a caption, so that it cannot be scored")
+        log.warning(f"{dataset.name}, {split} split: no image has a caption; it cannot be scored")
         return None
     dataset.require_pairs()
     tokens = tokenize(dataset.captions, tokenizer)
@@ -57,7 +57,7 @@ def load_split(
 def load_pixels(
     options: DataOptions, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
 ) -> Pixels:
-    """Return the images as the model receives them, from --image_cache if it is given."""
+    """Return the images as model input, from --image_cache if it is given."""
     if augment == "auto":
         return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
     if isinstance(dataset, Mixture):

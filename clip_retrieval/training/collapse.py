@@ -1,17 +1,17 @@
-"""A run whose features have become all the same is noticed."""
+"""Detect a run whose features have all become equal."""
 
 from __future__ import annotations
 
 import math
 
-LINES = 5  # log lines in a row
+LINES = 5  # consecutive log lines
 TOLERANCE = 1e-3
 
 
 class CollapseWatch:
-    """Notices an InfoNCE loss that stays at ln(batch_size), its value if all features are equal.
+    """Detects an InfoNCE loss that stays at ln(batch_size), its value if all features are equal.
 
-    A fresh random model begins there too, and leaves it within the first log lines.
+    A random model starts there too, but leaves it within the first log lines.
     """
 
     def __init__(self, batch_size: int):
@@ -19,6 +19,6 @@ class CollapseWatch:
         self._lines = 0
 
     def has_collapsed(self, loss: float) -> bool:
-        """Whether the loss of this log line is the LINES-th in a row at chance: True once."""
+        """Whether this loss is the LINES-th in a row at chance. True only once."""
         self._lines = self._lines + 1 if abs(loss - self._chance) < TOLERANCE else 0
         return self._lines == LINES

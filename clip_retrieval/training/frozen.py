@@ -1,4 +1,4 @@
-"""Frozen towers: what they give for a split is computed once, and trained on in every epoch."""
+"""Features of frozen towers, computed once for all epochs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ def encode_frozen_images(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """float32 (images, width), on the CPU: what the image tower gives before its projection.
+    """Encode the images with the frozen image tower, without its projection.
 
     The pixels must be the same in every epoch: no random crops.
+
+    Returns:
+        float32 (images, width), on the CPU.
     """
     model.train()
     with autocast(precision, device):
@@ -38,7 +41,7 @@ def encode_frozen_images(
             device=device,
             processes=processes,
         )
-    return pooled.cpu().clone()  # (a clone is no inference tensor: a graph can be built on it)
+    return pooled.cpu().clone()  # unlike an inference tensor, a clone can be part of a graph
 
 
 def encode_frozen_texts(
@@ -51,7 +54,11 @@ def encode_frozen_texts(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """float32 (captions, width), on the CPU: what the text tower gives before its projection."""
+    """Encode the captions with the frozen text tower, without its projection.
+
+    Returns:
+        float32 (captions, width), on the CPU.
+    """
     model.train()
     with autocast(precision, device):
         pooled = encode_captions(

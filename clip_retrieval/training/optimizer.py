@@ -1,4 +1,4 @@
-"""AdamW, with weight decay where it belongs."""
+"""AdamW, with weight decay on weight matrices only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NOT_DECAYED += ("pos_embed", "cls_token", "reg_token")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters in two groups: with weight decay, and without.
+    """Split the trainable parameters into two groups, with and without weight decay.
 
-    Without: every parameter with fewer than two dimensions (biases, normalisation layers, LayerScale, the logit scale
-    and bias), and position and class embeddings.
+    No weight decay applies to parameters with fewer than two dimensions (biases, normalisation layers, LayerScale, the
+    logit scale and bias) and to position and class embeddings.
     """
     decayed, not_decayed = [], []
     for name, parameter in model.named_parameters():
@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the parameters that learn; one fused kernel on CUDA."""
+    """Make AdamW over the trainable parameters, fused on CUDA and CPU."""
     return torch.optim.AdamW(
         parameter_groups(model, options.weight_decay),
         lr=options.lr,

@@ -9,7 +9,7 @@ from clip_retrieval.options import Options
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Return the steps of warmup: `warmup` itself, or that fraction of the run if below 1; at most the whole run."""
+    """Return the number of warmup steps: `warmup`, or that fraction of the run if below 1; at most `total_steps`."""
     steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
     return min(steps, total_steps)
 
@@ -24,16 +24,16 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run at which something is due. A step here is the number of steps done, from 1.
+    """The steps at which a run logs, saves and evaluates. Steps count from 1.
 
     Attributes:
         total_steps: length of the run.
         steps_per_epoch: length of an epoch.
         log_every: steps between log lines.
         save_every: steps between saves of last.pt; None: only at milestones.
-        eval_every: epochs between evaluations on the val split; 0: none before the end.
-        eval_steps: steps between further evaluations; 0: none.
-        zero_shot_steps: steps between zero-shot evaluations; 0: together with those on the val split.
+        eval_every: epochs between evaluations on the val split; 0: only at the end.
+        eval_steps: steps between additional evaluations; 0: none.
+        zero_shot_steps: steps between zero-shot evaluations; 0: at those on the val split.
         keep_every: epochs between numbered checkpoints; 0: none.
         keep_steps: steps between numbered checkpoints; 0: none.
     """
@@ -50,7 +50,7 @@ class Schedule:
 
     @classmethod
     def from_options(cls, options: Options, steps_per_epoch: int) -> Schedule:
-        """Make the schedule of a run's options."""
+        """Make the schedule from the options of a run."""
         return cls(
             total_steps=options.train.max_steps or options.train.epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,

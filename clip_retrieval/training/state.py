@@ -1,4 +1,4 @@
-"""The state of a run besides its model: saved in a checkpoint, and restored from it."""
+"""Save and restore the training state of a run: optimizer, sampler and progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Progress:
     weights: str | None = None
 
     def kept_lines(self) -> dict[str, int]:
-        """Return the last step of each kind whose lines of metrics.jsonl a resumed run keeps."""
+        """Return the last step of each kind in metrics.jsonl that a resumed run keeps."""
         if self.step == 0 and self.before is None and self.zero_shot_before is None:
             return {}
         before = 0 if self.before else -1
@@ -47,7 +47,7 @@ class Progress:
 
 
 def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
-    """Return the fields of a `Checkpoint` from which a run resumes: plain tensors and primitives."""
+    """Return the fields of a `Checkpoint` that resume a run, as plain tensors and primitives."""
     epoch, batch = divmod(progress.step, len(sampler))
     return {
         "optimizer": trainer.optimizer.state_dict(),
@@ -68,61 +68,61 @@ def restore_training(
     reset_optimizer: bool = False,
     reset_data_offset: bool = False,
 ) -> Progress:
-    """Restore optimizer and scaler from a checkpoint, and return its progress.
+    """Restore the optimizer and the scaler from a checkpoint, and return its progress.
 
     Raises UserError, naming `source`, if the run cannot be resumed with these options and data.
     """
     if not checkpoint.can_resume:
-        log.info(f"{source} holds a model without its optimizer: its weights start a new run")
+        log.info(f"{source} contains a model without its optimizer: its weights start a new run")
         return Progress()
-    # the options that decide the order of the pairs (missing names belong to other data: see below)
+    # check the options that determine the order of the pairs (missing names belong to other data: see below)
     stored = {name: checkpoint.sampler.get(name, value) for name, value in sampler.settings.items()}
     if stored != sampler.settings and not reset_data_offset:
         differing = {name: value for name, value in stored.items() if value != sampler.settings[name]}
-        words = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
+        typed = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
         raise UserError(
-            f"{source} was trained with {' '.join(words)} and goes on only so; to change them add --reset_data_offset, "
-            "or start a new run from its weights (--pretrained)"
+            f"{source} was trained with {' '.join(typed)} and resumes only with that; to change it add "
+            "--reset_data_offset, or start a new run from its weights (--pretrained)"
         )
-    # the data
+    # check the data
     if checkpoint.sampler["data"] != sampler.fingerprint and not reset_data_offset:
         raise UserError(
-            f"{source} was trained on other data than there are now, and cannot go on with them; bring the data back, "
-            "or add --reset_data_offset"
+            f"{source} was trained on other data and cannot resume with these; restore the data, or "
+            "add --reset_data_offset"
         )
-    # the optimizer: with moments of another shape it would read beyond them
+    # restore the optimizer; AdamW would read out of bounds with moments of another shape
     if not reset_optimizer:
         if checkpoint.learning != trainer.learning:
             raise UserError(
-                f"{source}: other parameters learned there, or of other sizes; keep --trainable, --freeze_*, --loss, "
-                "--image_size and --context_length as they were, or add --reset_optimizer"
+                f"{source}: its trainable parameters or their shapes differ; use the --trainable, --freeze_*, --loss, "
+                "--image_size and --context_length of that run, or add --reset_optimizer"
             )
         _check_moments(checkpoint.optimizer, trainer.optimizer, source)
         trainer.load_optimizer(checkpoint.optimizer, checkpoint.scaler)
     if reset_data_offset:
         return Progress()
-    log.info(f"going on from {source}, step {checkpoint.step}")
-    # the progress, without fields of a newer version
+    log.info(f"resuming from {source}, step {checkpoint.step}")
+    # restore the progress, without fields of a newer version
     return Progress(**{f.name: checkpoint.progress[f.name] for f in fields(Progress) if f.name in checkpoint.progress})
 
 
 def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: str) -> None:
-    """Raise UserError, naming `source`, unless the state fits these parameters: AdamW does not check the shapes."""
+    """Raise UserError, naming `source`, if the state does not fit these parameters. AdamW does not check shapes."""
     groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     problem = None
     if [list(group["params"]) for group in stored["param_groups"]] != groups:
-        problem = "its parameters have other groups"
+        problem = "its parameter groups differ"
     for number, state in stored["state"].items():
         if not 0 <= number < len(parameters):
-            problem = f"there is no parameter {number}"
-        elif problem is None and not _fits(state, parameters[number]):
-            problem = f"parameter {number} has other tensors, shapes, types or values"
+            problem = f"unexpected parameter {number}"
+        elif problem is None and not _is_valid_state(state, parameters[number]):
+            problem = f"parameter {number} has invalid keys, shapes, dtypes or values"
     if problem:
-        raise UserError(f"{source}: its optimizer's state does not fit ({problem}); add --reset_optimizer")
+        raise UserError(f"{source}: its optimizer state does not fit ({problem}); add --reset_optimizer")
 
 
-def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
+def _is_valid_state(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
     """Whether AdamW can continue with this state of a parameter."""
     moments = ("exp_avg", "exp_avg_sq")
     if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
@@ -131,5 +131,5 @@ def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
         return False
     if any(state[name].shape != parameter.shape or state[name].dtype != torch.float32 for name in moments):
         return False
-    # Mean squares that are NaN or negative would make the weights NaN.
+    # NaN or negative mean squares would make the weights NaN.
     return not parameter.numel() or bool(state["exp_avg_sq"].min() >= 0 and not state["exp_avg"].min().isnan())

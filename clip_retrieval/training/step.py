@@ -1,4 +1,4 @@
-"""One optimizer step, without waiting for the device."""
+"""One optimizer step, without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import make_optimizer
 
-ACCURACY_ROWS = 1024  # images that are compared with all captions at a time
+ACCURACY_ROWS = 1024  # images compared with all captions at a time
 
 
 @dataclass
 class StepResult:
-    """What a step leaves for the log, still on the device.
+    """The loss and the features of a step, on the device.
 
     Attributes:
-        loss: of the global batch, a scalar.
-        image_features: (n, dim), this process's.
-        text_features: (m, dim), those of the global batch.
+        loss: the loss of the global batch, a scalar.
+        image_features: (n, dim), of this process.
+        text_features: (m, dim), of the global batch.
         positives: int64 (P, 2), rows of image_features and text_features that belong together.
     """
 
@@ -44,7 +44,8 @@ class StepResult:
     positives: Tensor
 
     def accuracy(self, processes: Processes = SINGLE_PROCESS) -> tuple[float, float]:
-        """In-batch accuracy of the global batch, image-to-text and text-to-image, in percent. Waits for the device."""
+        """Compute the in-batch accuracy of the global batch: image-to-text and text-to-image, in percent."""
+        # count hits, tile by tile
         captions = torch.arange(len(self.text_features), device=self.text_features.device)
         positives = self.positives[:, 0] * len(captions) + self.positives[:, 1]
         hits_i2t = torch.zeros((), dtype=torch.int64, device=captions.device)
@@ -57,7 +58,7 @@ class StepResult:
             hit = torch.isin(rows[row] * len(captions) + captions, positives)
             hit_t2i = torch.where(highest > best, hit, hit_t2i)
             best = torch.maximum(highest, best)
-        # A caption's nearest image is that of the process with the highest cosine.
+        # reduce over the processes: the nearest image of a caption has the highest cosine of all
         nearest = processes.all_gather(best[None]).argmax(0, keepdim=True)
         t2i = processes.all_gather(hit_t2i[None]).gather(0, nearest).mean()
         i2t = processes.sum(hits_i2t) / (len(self.image_features) * processes.world_size)
@@ -65,18 +66,20 @@ class StepResult:
 
 
 class Trainer:
-    """The model with everything that a step changes.
+    """The model with its loss and optimizer.
 
-    A batch is computed at once or in chunks (`grad_cache`): then the towers run a first time without a graph, the
-    loss of the whole batch gives the gradient of each feature, and with it each chunk runs a second time (Gao et al.
-    2021, arXiv:2101.06983). The gradients are those of the whole batch, the memory is that of a chunk. With InfoNCE the
-    logit scale is held within [0, ln 100].
+    A batch is computed at once or in chunks (`grad_cache`; Gao et al. 2021, arXiv:2101.06983). In chunks, the towers
+    first run without a graph, the loss of the whole batch gives the gradient of each feature, and each chunk runs again
+    for the gradients of its parameters. The gradients are those of the whole batch; the memory is that of a chunk. With
+    InfoNCE the logit scale is clamped to [0, ln 100].
 
     Args:
-        model: on its device, with the parameters that learn already chosen.
-        loss: which loss.
+        model: the model, on its device, with its trainable parameters set.
+        loss: options of the loss.
+        options: options of the optimizer and of the chunks.
         precision: "fp32", "bf16" or "fp16".
-        processes: those that share a batch.
+        device: the device of the model.
+        processes: the process group that shares a batch.
     """
 
     def __init__(
@@ -103,20 +106,20 @@ class Trainer:
         self.scaler = make_scaler(precision, device)
         self._towers: nn.Module = model
         if processes.world_size > 1:
-            # Averages the gradients over the processes while the backward pass goes on.
+            # averages the gradients over the processes during the backward pass
             self._towers = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._first_bad_step = torch.tensor(-1, device=device)
 
     @property
     def learning(self) -> dict[str, list[int]]:
-        """The parameters that learn, in order, with their sizes."""
+        """The shapes of the trainable parameters by name, in order."""
         return {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
 
     def load_optimizer(self, optimizer: dict, scaler: dict) -> None:
-        """Load moments, loss scale and last learning rate; the hyperparameters stay those of this run's options.
+        """Load moments, loss scale and last learning rate. The hyperparameters stay those of this run's options.
 
-        The moments are those of these parameters (`training.state` checks that); they are copied into tensors laid out
-        as the parameters are, which AdamW's kernels rely on.
+        `training.state` has checked that the moments fit the parameters. They are copied to tensors with the memory
+        format of the parameters, because AdamW's kernels rely on it.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state = {
@@ -131,7 +134,7 @@ class Trainer:
         }
         groups = self.optimizer.state_dict()["param_groups"]
         for group, stored in zip(groups, optimizer["param_groups"], strict=True):
-            group["lr"] = stored["lr"]  # that of the last step, as in a run that was not stopped
+            group["lr"] = stored["lr"]  # of the last step, as in an uninterrupted run
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
@@ -140,18 +143,19 @@ class Trainer:
         """Compute the loss of `batch` and update the weights. `step` counts from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        chunks = self._chunks(len(batch.images))
+        chunks = self._split_rows(len(batch.images))
         whole = len(chunks) == 1
-        features = self._features(batch, step, 0) if whole else self._features_without_graph(batch, step, chunks)
+        features = self._encode(batch, step, 0) if whole else self._encode_without_graph(batch, step, chunks)
 
-        # The graphs of the towers end here: the loss gives the gradient of each feature, of the scale and the bias.
+        # forward: cut the graph at the features, for their gradients and those of the logit scale and bias
         ends = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
         text_features = self.processes.all_gather(ends[1])
-        # Outside autocast: the logits are float32, whatever the towers compute in.
+        # outside autocast, so that the logits are float32
         loss = self.loss(ends[0], text_features, batch.positives, *ends[2:])
-        # (The gradients are averaged over the processes, and the loss is the sum of their parts.)
+        # the gradients are averaged over the processes, but the loss is the sum of their parts
         self.scaler.scale(loss * self.processes.world_size).backward()
 
+        # backward through the towers, and update
         gradients = [end.grad for end in ends]
         if whole:
             self._backward([*features, *self._scale_and_bias()], gradients)
@@ -159,24 +163,24 @@ class Trainer:
             self._backward_in_chunks(batch, step, chunks, gradients)
         self._update()
         loss = self.processes.sum(loss.detach())
-        self._note_bad_step(loss, step)
+        self._record_bad_step(loss, step)
         return StepResult(loss, ends[0].detach(), text_features.detach(), batch.positives)
 
     @torch.no_grad()
     def validate(
         self, image_features: Tensor, text_features: Tensor, dataset: RetrievalDataset, batch_size: int
     ) -> dict[str, float]:
-        """Mean loss and in-batch accuracy (percent) of a split's features, in batches as training has them.
+        """Compute the mean loss and in-batch accuracy (percent) of a split, in batches like those of training.
 
         Args:
-            image_features: (images, dim), all of the split, also with several processes.
-            text_features: (captions, dim).
-            dataset: the split; its pairs are drawn in the same order each time.
-            batch_size: pairs in a batch, or fewer where the split has fewer.
+            image_features: (images, dim), of the whole split, also with several processes.
+            text_features: (captions, dim), of the whole split.
+            dataset: the split. The order of its pairs is the same each time.
+            batch_size: pairs in a batch, at most all pairs of the split.
         """
         batch_size = min(batch_size, len(dataset.pairs))
         loss = make_loss(self.loss_options, SINGLE_PROCESS)
-        found = []
+        results = []
         for batch in BatchSampler(dataset, batch_size).epoch(0):
             images, texts = (
                 image_features[torch.from_numpy(batch.images)],
@@ -184,24 +188,24 @@ class Trainer:
             )
             positives = torch.from_numpy(dataset.positives(batch.images, batch.captions)).to(self.device)
             result = StepResult(loss(images, texts, positives, *self._scale_and_bias()), images, texts, positives)
-            found.append((result.loss.item(), *result.accuracy()))
-        means = np.mean(found, axis=0).tolist()
+            results.append((result.loss.item(), *result.accuracy()))
+        means = np.mean(results, axis=0).tolist()
         return dict(zip(("loss", "i2t_accuracy", "t2i_accuracy"), means)) | {"batch_size": batch_size}
 
-    def _chunks(self, pairs: int) -> list[slice]:
+    def _split_rows(self, pairs: int) -> list[slice]:
         size = self.grad_cache or -(-pairs // self.accum_freq)
         return [slice(start, min(start + size, pairs)) for start in range(0, pairs, size)]
 
-    def _features(self, batch: TrainBatch, step: int, chunk: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Features of a part of the batch. Dropout draws the same each time, in whatever run."""
-        torch.manual_seed(_mixed(self.seed, step, self.processes.rank, chunk))
+    def _encode(self, batch: TrainBatch, step: int, chunk: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Compute the features of a chunk. Dropout is the same each time, in every run."""
+        torch.manual_seed(_mix_seed(self.seed, step, self.processes.rank, chunk))
         towers = self._towers if torch.is_grad_enabled() else self.model
         with autocast(self.precision, self.device):
             return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
 
-    def _features_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
+    def _encode_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
         with torch.no_grad(), freeze_statistics(self.model):
-            parts = [self._features(batch, step, number, rows) for number, rows in enumerate(chunks)]
+            parts = [self._encode(batch, step, number, rows) for number, rows in enumerate(chunks)]
         return [torch.cat(features) for features in zip(*parts, strict=True)]
 
     def _scale_and_bias(self) -> list[Tensor]:
@@ -209,7 +213,7 @@ class Trainer:
         return [clip.logit_scale.exp()] + ([] if clip.logit_bias is None else [clip.logit_bias])
 
     def _backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Carry gradients on to the parameters; a loss need not use the scale, and a frozen tower has no graph."""
+        """Backpropagate gradients. Unused scales and frozen towers, which have no graph, are skipped."""
         used = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad and g is not None]
         if used:
             torch.autograd.backward(*zip(*used))
@@ -217,54 +221,54 @@ class Trainer:
     def _backward_in_chunks(
         self, batch: TrainBatch, step: int, chunks: Sequence[slice], gradients: Sequence[Tensor | None]
     ) -> None:
-        of_images, of_texts, *of_scale_and_bias = gradients
+        images, texts, *scale_and_bias = gradients
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1
             # The processes exchange their gradients once, with the last chunk.
             with nullcontext() if last or self.processes.world_size == 1 else self._towers.no_sync():
-                tensors = list(self._features(batch, step, number, rows))
-                parts = [of_images[rows], of_texts[rows]]
+                tensors = list(self._encode(batch, step, number, rows))
+                parts = [images[rows], texts[rows]]
                 if last:
                     tensors += self._scale_and_bias()
-                    parts += of_scale_and_bias
+                    parts += scale_and_bias
                 self._backward(tensors, parts)
 
     def _update(self) -> None:
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(learning, self.grad_clip)
+            trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trainable, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if (highest := LOSSES[self.loss_options.loss].highest_scale) is not None:
             self.model.clip.logit_scale.data.clamp_(0, math.log(highest))
 
-    def _note_bad_step(self, loss: Tensor, step: int) -> None:
-        """Remember, on the device, the first step whose loss is not finite: asking at each step would stall it."""
+    def _record_bad_step(self, loss: Tensor, step: int) -> None:
+        """Record, on the device, the first step whose loss is not finite; reading it at each step would stall."""
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, step, self._first_bad_step)
 
     def check_finite(self) -> None:
-        """Raise RunError if the loss of any step so far was not finite. Waits for the device."""
+        """Raise RunError if the loss of any step so far was not finite. Synchronizes with the device."""
         step = int(self._first_bad_step)
         if step >= 0:
-            raise _not_finite(f"the loss is not finite at step {step}")
+            raise _not_finite_error(f"the loss is not finite at step {step}")
 
     def check_weights_finite(self) -> None:
-        """Raise RunError if a weight that learns is not finite: the last step may have had a finite loss."""
+        """Raise RunError if a trainable weight is not finite, which the loss does not show after the last step."""
         norms = torch._foreach_norm([p.detach() for group in self.optimizer.param_groups for p in group["params"]])
         if not torch.stack(norms).isfinite().all():
-            raise _not_finite("the weights are not finite")
+            raise _not_finite_error("the weights are not finite")
 
 
-def _mixed(*numbers: int) -> int:
-    """A seed made of several numbers."""
+def _mix_seed(*numbers: int) -> int:
+    """Hash several numbers to a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _not_finite(what: str) -> RunError:
+def _not_finite_error(problem: str) -> RunError:
     return RunError(
-        f"{what}; a checkpoint from before is kept where there was one. Go on from it with --resume auto and a lower "
-        "--lr, --grad_clip 1, or --precision fp32"
+        f"{problem}; an earlier checkpoint, if any, is kept. Resume from it with --resume auto and a lower --lr, "
+        "--grad_clip 1, or --precision fp32"
     )

@@ -1,4 +1,4 @@
-"""The losses against plain float64 loops over their published formulas."""
+"""The losses compared with float64 loops over their published formulas."""
 
 import math
 
@@ -17,7 +17,7 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def batch(seed=0, pairs=7, dim=5, dtype=torch.float64):
-    """Features of a batch in which images 0 and 3, and captions 1 and 2, are the same; and the matrix of positives."""
+    """Make features with duplicates (images 0 and 3, captions 1 and 2), and the matrix of positives."""
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
     text = F.normalize(torch.randn(pairs, dim, generator=generator, dtype=torch.float64), dim=-1)
@@ -61,7 +61,7 @@ def margin_loop(image, text, positives, margin):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_each_loss_equals_its_formula_with_repeated_items(dtype, seed):
+def test_losses_equal_their_formulas_with_duplicates(dtype, seed):
     image, text, positives = batch(seed, dtype=dtype)
     plain = image.double(), text.double(), positives
     scale, bias = torch.tensor(14.3, dtype=dtype), torch.tensor(-3.0, dtype=dtype)
@@ -72,7 +72,7 @@ def test_each_loss_equals_its_formula_with_repeated_items(dtype, seed):
     assert margin_pairwise(image, text, rows, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
 
 
-def test_infonce_without_repeats_is_clips_symmetric_cross_entropy():
+def test_infonce_without_duplicates_is_the_loss_of_clip():
     image, text, _ = batch()
     logits = 20 * image @ text.T
     labels = torch.arange(len(image))
@@ -80,7 +80,7 @@ def test_infonce_without_repeats_is_clips_symmetric_cross_entropy():
     assert infonce(image, text, torch.eye(7).nonzero(), torch.tensor(20.0)) == pytest.approx(expected.item())
 
 
-def test_a_row_without_positives_does_not_count():
+def test_rows_without_positives_are_skipped():
     image, text, positives = batch()
     kept = torch.tensor([0, 1, 2, 3, 5, 6])
     positives[4] = False
@@ -104,7 +104,7 @@ def test_gradients(name):
     )
 
 
-def test_the_options_choose_the_loss_and_its_margin():
+def test_options_choose_the_loss_and_its_margin():
     image, text, positives = batch()
     positives = positives.nonzero()
     arguments = (image, text, positives, torch.tensor(10.0), torch.tensor(-5.0))
@@ -117,7 +117,7 @@ def test_the_options_choose_the_loss_and_its_margin():
 
 
 @pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
-def test_tiles_change_neither_loss_nor_gradients(name, monkeypatch):
+def test_tiles_keep_loss_and_gradients(name, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = [F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=-1) for n in (11, 17)]
     positives = torch.randint(0, 11, (20, 2), generator=generator).unique(dim=0)
@@ -133,21 +133,21 @@ def test_tiles_change_neither_loss_nor_gradients(name, monkeypatch):
             torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
 
 
-def test_no_matrix_of_the_whole_batch_is_kept():
+def test_no_tensor_is_larger_than_a_tile():
     size = 3000
-    monitor = []
+    sizes = []
 
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
-            monitor.append(max((t.numel() for t in [result] if isinstance(t, torch.Tensor)), default=0))
+            sizes.append(max((t.numel() for t in [result] if isinstance(t, torch.Tensor)), default=0))
             return result
 
     image, text = (F.normalize(torch.randn(size, 8), dim=-1).requires_grad_() for _ in range(2))
     rows = torch.arange(size)[:, None].repeat(1, 2)
     for name in ("infonce", "siglip", "margin"):
         loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)
-        with pytest.MonkeyPatch.context() as patch, Largest():
+        with pytest.MonkeyPatch.context() as patch, RecordSizes():
             patch.setattr(pairs, "TILE", 500)
             loss(image, text, rows, torch.tensor(10.0), torch.tensor(-10.0)).backward()
-    assert max(monitor) <= 500 * 500
+    assert max(sizes) <= 500 * 500

@@ -1,4 +1,4 @@
-"""The output folder of a run: locked while it is used, and never written through a link."""
+"""The output folder of a run: its lock, and outputs that replace links."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ with lock_folder(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds tmp_path/run."""
+    """A process that holds the lock of tmp_path/run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -36,7 +36,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_folder_in_use_is_refused_and_a_killed_holder_blocks_nobody(holder, tmp_path):
+def test_locked_folder_is_refused_until_the_holder_is_killed(holder, tmp_path):
     with (
         pytest.raises(UserError, match=f"in use by another run .process {holder.pid} on"),
         lock_folder(tmp_path / "run"),
@@ -50,7 +50,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_blocks_nobody(holder, tm
     assert not (tmp_path / "run" / LOCK).exists()
 
 
-def test_half_written_files_are_removed_under_the_lock_only(holder, tmp_path):
+def test_temporary_files_are_deleted_only_under_the_lock(holder, tmp_path):
     half_written = tmp_path / "run" / ".last.pt.123.tmp"
     half_written.write_bytes(b"half")
     with pytest.raises(UserError), lock_folder(tmp_path / "run"):
@@ -63,7 +63,7 @@ def test_half_written_files_are_removed_under_the_lock_only(holder, tmp_path):
         assert not half_written.exists()
 
 
-def test_a_forked_child_neither_holds_nor_releases_the_lock(tmp_path):
+def test_forked_child_neither_holds_nor_releases_the_lock(tmp_path):
     code = f"""
 import os, sys, time
 from pathlib import Path
@@ -90,7 +90,7 @@ with lock_folder(Path({str(tmp_path / "run")!r})):
         os.killpg(process.pid, 9)
 
 
-def test_a_deleted_folder_is_reported_as_deleted(tmp_path):
+def test_deleted_folder_is_reported(tmp_path):
     with ExitStack() as stack:
         lock = stack.enter_context(lock_folder(tmp_path / "run"))
         (tmp_path / "run" / LOCK).unlink()
@@ -103,7 +103,7 @@ def test_a_deleted_folder_is_reported_as_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, caplog, number):
+def test_file_system_without_locks_gives_one_warning(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -115,7 +115,7 @@ def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("place", ["file/run", "a\0b", "\ud800"])
-def test_an_impossible_folder_is_one_line(run, arguments, tmp_path, place):
+def test_invalid_folder_is_one_line(run, arguments, tmp_path, place):
     (tmp_path / "file").write_text("")
     code, _, err = run(*arguments[:-1], tmp_path / place if "\0" not in place else place)
     assert code == 2 and err.count("\n") == 1 and "--checkpoint_path" in err
@@ -124,7 +124,7 @@ def test_an_impossible_folder_is_one_line(run, arguments, tmp_path, place):
 OUTPUTS = ("log.txt", "metrics.jsonl", "options.json", "results.json", "last.pt", "best.pt", ".lock", "epoch_1.pt")
 
 
-def test_no_output_follows_a_link_that_was_there_before(run, arguments, tmp_path):
+def test_outputs_replace_existing_links(run, arguments, tmp_path):
     folder, outside = tmp_path / "logs" / "ex0", tmp_path / "outside"
     folder.mkdir(parents=True)
     outside.mkdir()
@@ -143,7 +143,7 @@ def test_no_output_follows_a_link_that_was_there_before(run, arguments, tmp_path
 
 
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "options.json"])
-def test_a_fifo_in_place_of_an_output_is_replaced(run, arguments, tmp_path, name):
+def test_fifo_in_place_of_an_output_is_replaced(run, arguments, tmp_path, name):
     folder = tmp_path / "logs" / "ex0"
     folder.mkdir(parents=True)
     os.mkfifo(folder / name)
@@ -153,7 +153,7 @@ def test_a_fifo_in_place_of_an_output_is_replaced(run, arguments, tmp_path, name
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_and_the_first_unharmed(run, start, arguments, tmp_path):
+def test_second_run_is_refused_and_the_first_continues(run, start, arguments, tmp_path):
     folder = tmp_path / "logs" / "ex0"
     first = start(*arguments, "--epochs", "1000", "--eval_every", "0", "--no_eval_first", "--save_every", "1")
     end = time.time() + 120

@@ -3,7 +3,7 @@ import torch
 
 
 @pytest.mark.slow
-def test_a_compiled_run_ends_with_the_same_weights_and_has_few_lengths(run, arguments, tmp_path):
+def test_compiled_run_has_the_same_weights_and_few_graphs(run, arguments, tmp_path):
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters
     counted.clear()

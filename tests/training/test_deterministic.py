@@ -1,4 +1,4 @@
-"""The same training step gives the same weights, bit for bit, on several CPU threads."""
+"""Training steps are bit-identical from run to run with several CPU threads."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from tests.models.test_towers import captions, towers
 CPU = torch.device("cpu")
 FAMILIES = ["vit", "custom text", "resnet", "timm", "timm swin", "hugging face", "simple-clip", "coca", "siglip text"]
 # timm's relative positions and patch dropout index with repetition; only torch's deterministic mode orders their sums.
-OF_TIMM = ("timm swin",)
+ACCUMULATING_FAMILIES = ("timm swin",)
 
 
 def build(family):
-    """A small model of a family, and the side of its images in pixels."""
+    """Build a small model of a family; return it and the side of its images in pixels."""
     if family == "timm swin":
         vision = {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_model_pretrained": False, "image_size": 32}
         vision |= {"timm_pool": "avg", "timm_proj": "linear"}
@@ -41,7 +41,7 @@ def build(family):
 
 
 def take_step(family, loss, **options):
-    """One training step of a batch in which images and captions repeat; the weights after it."""
+    """Train one step on a batch with duplicate images and captions; return the weights."""
     torch.manual_seed(0)
     clip, size = build(family)
     if loss == "siglip" and clip.logit_bias is None:
@@ -58,7 +58,7 @@ def take_step(family, loss, **options):
 
 
 class AccumulatingIndexPuts(TorchDispatchMode):
-    """Counts the operation whose sums depend on the threads: index_put_ that accumulates."""
+    """Counts accumulating index_put_, whose sums depend on the threads."""
 
     def __init__(self):
         super().__init__()
@@ -81,22 +81,22 @@ def two_threads():
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_each_family_and_loss_is_deterministic(family, loss, two_threads):
+def test_step_of_each_family_and_loss_is_deterministic(family, loss, two_threads):
     with deterministic_algorithms(CPU), AccumulatingIndexPuts() as accumulating:
         assert torch.are_deterministic_algorithms_enabled()
         first, second = take_step(family, loss), take_step(family, loss)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert family in OF_TIMM or accumulating.count == 0
+    assert family in ACCUMULATING_FAMILIES or accumulating.count == 0
 
 
 @pytest.mark.parametrize("options", [{"grad_cache": 32}, {"grad_clip": 0.1}])
-def test_a_step_in_chunks_or_clipped_is_deterministic(options, two_threads):
+def test_step_in_chunks_or_clipped_is_deterministic(options, two_threads):
     with deterministic_algorithms(CPU):
         first, second = take_step("vit", "infonce", **options), take_step("vit", "infonce", **options)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_settings_before_the_block_come_back():
+def test_settings_are_restored_after_the_block():
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic_algorithms(CPU):
         assert torch.are_deterministic_algorithms_enabled()
@@ -105,7 +105,7 @@ def test_the_settings_before_the_block_come_back():
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_gpu_is_left_fast_unless_asked(monkeypatch):
+def test_gpu_is_deterministic_only_on_request(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     cuda = torch.device("cuda")
     with deterministic_algorithms(cuda):
@@ -118,7 +118,7 @@ def test_a_gpu_is_left_fast_unless_asked(monkeypatch):
 
 @pytest.fixture
 def busy_cores():
-    """Two processes that never sleep, so that threads of others are interrupted at any moment."""
+    """Two processes that never sleep, to interrupt other threads at any moment."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     yield
     for process in busy:
@@ -127,20 +127,20 @@ def busy_cores():
 
 
 @pytest.mark.slow
-def test_two_runs_with_two_threads_on_a_busy_machine_are_equal(arguments, captioned, tmp_path, busy_cores):
+def test_runs_with_two_threads_on_busy_cores_are_bit_identical(arguments, captioned, tmp_path, busy_cores):
     config = json.loads((captioned / "small.json").read_text())
     config["text_cfg"] |= {"width": 128, "heads": 4}
     (tmp_path / "wide.json").write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    lasts = []
+    checkpoints = []
     for name in ("first", "second"):
         command = [*arguments, "--vision_model", tmp_path / "wide.json", "--batch_size", "35", "--epochs", "12"]
         command += ["--no_eval_first", "--eval_every", "0", "--experiments", name]
         process = [sys.executable, "-c", THREADS.format(root=str(ROOT)), *map(str, command)]
         done = subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        lasts.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True))
-    first, second = lasts
+        checkpoints.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True))
+    first, second = checkpoints
     assert first["step"] == 12
     differing = [name for name, value in first["model"].items() if not torch.equal(value, second["model"][name])]
     assert not differing
@@ -148,7 +148,7 @@ def test_two_runs_with_two_threads_on_a_busy_machine_are_equal(arguments, captio
     assert all(torch.equal(a[name], b[name]) for a, b in moments for name in a)
 
 
-# main.py with two threads, however many cores there are.
+# main.py with two threads, for any number of cores
 THREADS = """
 import sys; sys.path.insert(0, {root!r})
 import torch; torch.set_num_threads(2)
@@ -161,7 +161,7 @@ sys.exit(run_and_exit(main.main))
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("model", ["small.json", "resnet.json"])
-def test_two_deterministic_runs_on_a_gpu_are_equal(run, arguments, captioned, tmp_path, model):
+def test_deterministic_runs_on_a_gpu_are_bit_identical(run, arguments, captioned, tmp_path, model):
     weights = []
     for name in ("first", "second"):
         command = [*arguments, "--device", "cuda", "--deterministic", "--vision_model", captioned / model]

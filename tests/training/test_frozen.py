@@ -1,4 +1,4 @@
-"""Frozen towers: trained on what was computed once, a run ends where the plain way ends."""
+"""Cached features of frozen towers give the same weights as running the towers in every epoch."""
 
 import pytest
 import torch
@@ -18,39 +18,39 @@ from clip_retrieval import encode
     ],
     ids=" ".join,
 )
-def test_the_weights_are_those_of_the_plain_way(run, arguments, captioned, tmp_path, model, extra):
+def test_cached_features_give_the_same_weights(run, arguments, captioned, tmp_path, model, extra):
     command = [*arguments, "--vision_model", captioned / model, "--eps", "1e-3", "--no_eval_first", *extra]
     weights = []
-    for name, plain in (("plain", ["--no_feature_cache"]), ("kept", [])):
+    for name, plain in (("plain", ["--no_feature_cache"]), ("cached", [])):
         code, out, err = run(*command, *plain, "--experiments", name)
         assert code == 0, err
         assert ("encoded once" in out) == (not plain)
         weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
-    start = weights[0].keys()
-    assert start == weights[1].keys()
-    for name in start:
+    names = weights[0].keys()
+    assert names == weights[1].keys()
+    for name in names:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_images_are_read_once_and_not_in_each_epoch(run, arguments, tmp_path, monkeypatch):
+def test_images_are_read_once(run, arguments, tmp_path, monkeypatch):
     from clip_retrieval.data.batches import loader
 
-    read = []
+    rows_read = []
     normal = loader._FetchPixels.__call__
     monkeypatch.setattr(
-        loader._FetchPixels, "__call__", lambda self, request: read.extend(request[0]) or normal(self, request)
+        loader._FetchPixels, "__call__", lambda self, request: rows_read.extend(request[0]) or normal(self, request)
     )
     options = ("--freeze_vision", "--no_eval_first", "--eval_every", "0", "--epochs", "5")
-    code, _, err = run(*arguments, *options, "--experiments", "kept")
+    code, _, err = run(*arguments, *options, "--experiments", "cached")
     assert code == 0, err
     evaluated = 6 + 6  # val and test, at the end
-    assert len(read) == 14 + evaluated
-    read.clear()
+    assert len(rows_read) == 14 + evaluated
+    rows_read.clear()
     run(*arguments, *options, "--experiments", "plain", "--no_feature_cache")
-    assert len(read) >= 5 * 30 + evaluated
+    assert len(rows_read) >= 5 * 30 + evaluated
 
 
-def test_random_crops_are_encoded_anew(run, arguments, monkeypatch):
+def test_random_crops_are_not_cached(run, arguments, monkeypatch):
     encoded = []
     normal = encode.encode_images
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The schedule of a run, against a plain definition."""
+"""The steps at which a run logs, saves and evaluates."""
 
 import pytest
 
@@ -17,13 +17,13 @@ from clip_retrieval.training.schedule import Schedule
         ({"display": 4, "save_every": 3}, {"logs": [4, 8, 10], "saves": [3, 6, 9], "is_milestone": [4, 8, 10]}),
     ],
 )
-def test_steps_at_which_something_is_due(options, due):
+def test_schedule_of_steps(options, due):
     zero_shot = {"zero_shot_eval": "cifar10"} if "zero_shot_steps" in options else {}
     schedule = Schedule.from_options(settle({"max_steps": 10, **zero_shot, **options}), steps_per_epoch=4)
-    for question, steps in due.items():
-        assert [step for step in range(1, 11) if getattr(schedule, question)(step)] == steps, question
+    for predicate, steps in due.items():
+        assert [step for step in range(1, 11) if getattr(schedule, predicate)(step)] == steps, predicate
 
 
-def test_the_length_is_in_epochs_or_steps():
+def test_length_is_in_epochs_or_steps():
     assert Schedule.from_options(settle({"epochs": 3}), 4).total_steps == 12
     assert Schedule.from_options(settle({"epochs": 3, "max_steps": 5}), 4).total_steps == 5

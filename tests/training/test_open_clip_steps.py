@@ -1,4 +1,4 @@
-"""Ten float64 steps beside open_clip's own loss, schedule, parameter groups and clamp."""
+"""Ten float64 steps compared with open_clip's loss, schedule, parameter groups and clamp."""
 
 import math
 
@@ -24,7 +24,7 @@ EMBEDDINGS = ("positional_embedding", "class_embedding", "pos_embed", "cls_token
 
 
 def open_clip_exempts(name, parameter):
-    """The rule in open_clip_train/main.py, which is no function there."""
+    """The rule in open_clip_train/main.py, which has no function for it."""
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
@@ -37,7 +37,7 @@ def make_batches():
 
 
 def train_as_open_clip(clip):
-    """open_clip's training loop for these batches; the loss of each step."""
+    """Train on the batches with open_clip's loop; return the loss of each step."""
     named = list(clip.named_parameters())
     exempt = {n for n, p in named if open_clip_exempts(n, p) or n.rpartition(".")[2] in EMBEDDINGS}
     groups = [
@@ -65,8 +65,8 @@ def train_as_open_clip(clip):
 
 @pytest.mark.parametrize("options", [{}, {"grad_cache": 3}])
 @pytest.mark.parametrize("logit_scale", [2.6, 5.0, -0.5])
-def test_ten_steps_equal_open_clips(options, logit_scale, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # features, too, stay float64
+def test_ten_steps_equal_those_of_open_clip(options, logit_scale, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # keep features in float64 too
     ours, theirs = (small_clip().double() for _ in range(2))
     for clip in (ours, theirs):
         clip.logit_scale.data.fill_(logit_scale)
@@ -86,7 +86,7 @@ def test_ten_steps_equal_open_clips(options, logit_scale, monkeypatch):
     for name, parameter in ours.named_parameters():
         difference = (parameter - reference[name]).detach().abs()
         if name.endswith("in_proj_bias"):
-            # The bias of the keys has no gradient (softmax does not see it), and AdamW divides rounding by eps = 1e-6.
+            # The bias of the keys has no gradient (softmax is invariant to it); AdamW divides rounding by 1e-6.
             _, keys, _ = difference.chunk(3)
             assert keys.max() < 1e-9, name
             keys.zero_()
@@ -105,13 +105,13 @@ def make_model(kind):
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "convnext_atto", "vit_tiny_patch16_224", "resnet18"])
-def test_weight_decay_reaches_the_parameters_of_open_clips_rule(kind):
+def test_weight_decay_follows_the_rule_of_open_clip(kind):
     clip = make_model(kind)
     names = {parameter: name for name, parameter in clip.named_parameters()}
     decayed, exempt = ({names[p] for p in group["params"]} for group in parameter_groups(clip, 0.2))
-    of_open_clip = {name for name, parameter in clip.named_parameters() if open_clip_exempts(name, parameter)}
-    assert not decayed & of_open_clip
-    assert all(name.rpartition(".")[2] in EMBEDDINGS for name in exempt - of_open_clip)
+    expected = {name for name, parameter in clip.named_parameters() if open_clip_exempts(name, parameter)}
+    assert not decayed & expected
+    assert all(name.rpartition(".")[2] in EMBEDDINGS for name in exempt - expected)
     assert all(clip.get_parameter(name).ndim >= 2 for name in decayed)
     if kind in ("vit", "convnext_atto"):
         assert any("gamma" in name for name in exempt)  # LayerScale's

@@ -12,7 +12,7 @@ def group_names(model):
     return [{names[p] for p in group["params"]} for group in parameter_groups(model, 0.2)]
 
 
-def test_norms_biases_scale_and_embeddings_of_a_vit_are_not_decayed():
+def test_vit_norms_biases_scale_and_embeddings_have_no_decay():
     decayed, exempt = group_names(RetrievalModel(small_clip(), small_preprocess()))
     assert {
         "clip.logit_scale",
@@ -33,15 +33,15 @@ def test_norms_biases_scale_and_embeddings_of_a_vit_are_not_decayed():
     } <= decayed
 
 
-def test_batch_norms_of_a_resnet_are_exempt_under_any_name():
+def test_resnet_batch_norms_have_no_decay_under_any_name():
     model = RetrievalModel(small_clip(resnet=True), small_preprocess())
     decayed, exempt = group_names(model)
     assert "clip.visual.bn1.weight" in exempt
-    assert "clip.visual.layer1.0.downsample.1.weight" in exempt  # a BatchNorm2d whose name does not say so
+    assert "clip.visual.layer1.0.downsample.1.weight" in exempt  # a BatchNorm2d without bn in its name
     assert "clip.visual.layer1.0.downsample.0.weight" in decayed
 
 
-def test_only_what_learns_is_in_the_groups_and_the_options_reach_adamw():
+def test_adamw_has_the_options_and_only_trainable_parameters():
     model = RetrievalModel(small_clip(), small_preprocess())
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name == "clip.visual.proj"
@@ -52,7 +52,7 @@ def test_only_what_learns_is_in_the_groups_and_the_options_reach_adamw():
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 1e-7, 0.05)
 
 
-def test_open_clips_own_list_of_undecayed_parameters_is_covered():
+def test_no_weight_decay_list_of_open_clip_is_covered():
     clip = small_clip()
     _, exempt = group_names(RetrievalModel(clip, small_preprocess()))
     assert {f"clip.{name}" for name in open_clip.CLIP.no_weight_decay(clip)} <= exempt

@@ -5,7 +5,7 @@ import pytest
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
 
 
-def test_warmup_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero():
+def test_linear_warmup_to_the_peak_then_cosine_to_zero():
     def at(step):
         return learning_rate(step, peak=2.0, warmup_steps=4, total_steps=12)
 
@@ -16,7 +16,7 @@ def test_warmup_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero():
     assert at(12) == pytest.approx(0.0)
 
 
-def test_warmup_is_steps_or_a_fraction_and_never_longer_than_the_run():
+def test_warmup_is_steps_or_a_fraction_at_most_the_run():
     assert warmup_steps(500, 10_000) == 500
     assert warmup_steps(0.2, 1000) == 200
     assert warmup_steps(500, 30) == 30

@@ -19,7 +19,7 @@ from tests.models.small import small_clip, small_preprocess
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def trainer_of(loss="infonce", device="cpu", precision="fp32", resnet=False, **options):
+def make_trainer(loss="infonce", device="cpu", precision="fp32", resnet=False, **options):
     clip = small_clip(resnet=resnet, init_logit_bias=-10.0 if loss == "siglip" else None)
     model = RetrievalModel(clip, small_preprocess()).to(device)
     set_trainable(model, learn_scale=loss != "margin", learn_bias=loss == "siglip")
@@ -41,10 +41,10 @@ def batch(pairs=8, seed=0, size=16):
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
 @pytest.mark.parametrize("split", [{"grad_cache": 3}, {"grad_cache": 1}, {"accum_freq": 2}])
-def test_a_batch_in_chunks_has_the_gradients_of_the_whole(loss, split):
+def test_chunks_have_the_gradients_of_the_whole_batch(loss, split):
     gradients = []
     for options in ({}, split):
-        trainer = trainer_of(loss=loss, **options)
+        trainer = make_trainer(loss=loss, **options)
         trainer._update = lambda: None
         result = trainer.step(batch(), 1, 1e-3)
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
@@ -54,9 +54,9 @@ def test_a_batch_in_chunks_has_the_gradients_of_the_whole(loss, split):
         torch.testing.assert_close(gradients[1][name], whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item(), msg=name)
 
 
-def test_a_chunk_runs_with_the_same_dropout_both_times():
+def test_chunk_has_the_same_dropout_in_both_passes():
     drawn = []
-    trainer = trainer_of(grad_cache=4)
+    trainer = make_trainer(grad_cache=4)
     trainer.model.clip.transformer.register_forward_hook(
         lambda module, inputs, output: torch.nn.functional.dropout(output, 0.5)
     )
@@ -67,17 +67,17 @@ def test_a_chunk_runs_with_the_same_dropout_both_times():
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_chunks_leave_one_trace_in_the_batch_statistics():
+def test_each_chunk_updates_the_batch_statistics_once():
     means = []
     for grad_cache in (None, 8, 4):
-        trainer = trainer_of(resnet=True, grad_cache=grad_cache)
+        trainer = make_trainer(resnet=True, grad_cache=grad_cache)
         trainer.step(batch(size=32), 1, 1e-3)
         bn = trainer.model.clip.visual.bn1
         means.append((bn.running_mean.clone(), bn.momentum))
     assert torch.equal(means[0][0], means[1][0])
     assert means[2][1] == means[0][1] == 0.1
-    # Two chunks are two updates with their own means, not four.
-    trainer = trainer_of(resnet=True)
+    # Two chunks make two updates, not four.
+    trainer = make_trainer(resnet=True)
     whole = batch(size=32)
     for half in (slice(0, 4), slice(4, 8)):
         trainer.model(whole.images[half], whole.texts[half])
@@ -91,61 +91,61 @@ def on_gpu(b):
 @gpu
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
 @pytest.mark.parametrize("resnet", [False, True])
-def test_a_gpu_finds_the_gradients_of_a_cpu(loss, resnet):
-    found = []
+def test_gpu_gradients_equal_cpu_gradients(loss, resnet):
+    results = []
     for device in ("cpu", "cuda"):
-        trainer = trainer_of(loss=loss, resnet=resnet, device=device)
+        trainer = make_trainer(loss=loss, resnet=resnet, device=device)
         trainer._update = lambda: None
         moved = on_gpu(batch(size=32 if resnet else 16))
         if device == "cpu":
             moved = TrainBatch(*(tensor.cpu() for tensor in vars(moved).values()))
         with disable_tf32():
             result = trainer.step(moved, 1, 1e-3)
-        found.append({n: p.grad.cpu() for n, p in trainer.model.named_parameters() if p.grad is not None})
-        found[-1]["loss"] = result.loss.cpu()
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        results.append({n: p.grad.cpu() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        results[-1]["loss"] = result.loss.cpu()
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_gradients_are_clipped_to_the_norm():
     moved = []
     for grad_clip in (None, 1e-4):
-        trainer = trainer_of(grad_clip=grad_clip, eps=1e-3, weight_decay=0)
+        trainer = make_trainer(grad_clip=grad_clip, eps=1e-3, weight_decay=0)
         before = trainer.model.clip.visual.proj.detach().clone()
         trainer.step(batch(), 1, 1e-2)
         moved.append((trainer.model.clip.visual.proj - before).abs().max().item())
     assert moved[1] < moved[0] / 5
 
 
-def test_the_scale_stays_within_1_and_100_for_infonce_only():
+def test_only_infonce_clamps_the_scale_to_1_and_100():
     for loss, start, expected in (("infonce", 6.0, math.log(100)), ("infonce", -1.0, 0.0), ("siglip", 6.0, 6.0)):
-        trainer = trainer_of(loss)
+        trainer = make_trainer(loss)
         trainer.model.clip.logit_scale.data.fill_(start)
         trainer.step(batch(), 1, 1e-9)
         assert trainer.model.clip.logit_scale.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
-def test_validation_is_the_mean_over_batches_of_the_pairs(loss):
-    trainer = trainer_of(loss)
+def test_validation_is_the_mean_over_batches(loss):
+    trainer = make_trainer(loss)
     pairs = np.array([(i // 2, i) for i in range(10)])
     dataset = RetrievalDataset("test", "val", ImageFiles([str(i) for i in range(5)]), ["a caption"] * 10, pairs)
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(n, 24, generator=generator), dim=-1) for n in (5, 10))
-    found = trainer.validate(image, text, dataset, 4)
+    results = trainer.validate(image, text, dataset, 4)
     losses, hits = [], []
     for rows in BatchSampler(dataset, 4).epoch(0):
         images, texts = image[rows.images], text[rows.captions]
         matrix = torch.from_numpy(rows.images[:, None] == rows.captions // 2)
         losses.append(trainer.loss(images, texts, matrix.nonzero(), *trainer._scale_and_bias()).item())
         hits += [matrix[i, j].item() for i, j in enumerate((images @ texts.T).argmax(1).tolist())]
-    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6) and found["batch_size"] == 4
-    assert found["i2t_accuracy"] == pytest.approx(100 * np.mean(hits))
+    assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6) and results["batch_size"] == 4
+    assert results["i2t_accuracy"] == pytest.approx(100 * np.mean(hits))
     assert trainer.validate(image, text, dataset, 256)["batch_size"] == 10
 
 
-def test_the_first_step_that_is_not_finite_is_named():
-    trainer = trainer_of()
+def test_first_non_finite_step_is_reported():
+    trainer = make_trainer()
     trainer.step(batch(), 1, 1e-3)
     trainer.check_finite()
     trainer.model.clip.visual.proj.data[0, 0] = float("inf")
@@ -156,7 +156,7 @@ def test_the_first_step_that_is_not_finite_is_named():
 
 
 def test_accuracy_counts_any_positive():
-    result = trainer_of().step(batch(), 1, 1e-3)
+    result = make_trainer().step(batch(), 1, 1e-3)
     result.image_features = torch.eye(4)
     result.text_features = torch.eye(4)[[1, 0, 2, 3]]
     result.positives = torch.eye(4).nonzero()
@@ -165,10 +165,10 @@ def test_accuracy_counts_any_positive():
     assert result.accuracy() == (100.0, 100.0)
 
 
-def test_mixed_precision_keeps_float32_weights_and_is_close_to_float32():
-    losses = [trainer_of(precision=p).step(batch(), 1, 1e-3).loss.item() for p in ("fp32", "bf16")]
+def test_mixed_precision_keeps_float32_weights_and_a_close_loss():
+    losses = [make_trainer(precision=p).step(batch(), 1, 1e-3).loss.item() for p in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
-    trainer = trainer_of(precision="bf16")
+    trainer = make_trainer(precision="bf16")
     trainer.step(batch(), 1, 1e-3)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -176,8 +176,8 @@ def test_mixed_precision_keeps_float32_weights_and_is_close_to_float32():
 @gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"grad_clip": 1.0}, {"grad_cache": 3}], ids=str)
-def test_a_step_never_waits_for_the_gpu(precision, options):
-    trainer = trainer_of(device="cuda", precision=precision, **options)
+def test_step_never_synchronizes_with_the_gpu(precision, options):
+    trainer = make_trainer(device="cuda", precision=precision, **options)
     pinned = on_gpu(batch())
     trainer.step(pinned, 1, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
