@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
+LOCK_SECONDS = 1.0
+"""How long a run waits for the lock."""
 # File systems that cannot lock: NFS without its lock service, some FUSE mounts.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -117,6 +120,7 @@ def _lock(folder: Path) -> int | None:
     if fcntl is None:
         return None
     path = folder / LOCK
+    deadline = time.monotonic() + LOCK_SECONDS
     while True:
         remove_special(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -128,6 +132,9 @@ def _lock(folder: Path) -> int | None:
             if error.errno in _NO_LOCKS:
                 log.warning(f"{folder} is on a file system without locks: start only one run at a time in it")
                 return None
+            if time.monotonic() < deadline:  # a process that was just killed may not have released it yet
+                time.sleep(0.05)
+                continue
             raise UserError(
                 f"{folder} is in use by another run ({holder}); wait for it to end, or choose another --experiments"
             ) from None
