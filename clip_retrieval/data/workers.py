@@ -93,10 +93,12 @@ class Workers:
             try:
                 with _hold_signals():  # until new processes can handle them
                     results = iter(self._loader)
-            except OSError as error:  # of the semaphores and pipes between the processes
+            except BaseException as error:
                 for frame, _ in traceback.walk_tb(error.__traceback__):
                     _abandon_iterator(frame.f_locals.get("self"))
-                raise make_loading_error(error) from error
+                if isinstance(error, OSError):  # of the semaphores and pipes between the processes
+                    raise make_loading_error(error) from error
+                raise
         while True:
             with guard():
                 try:

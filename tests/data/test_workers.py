@@ -61,6 +61,27 @@ def test_a_signal_to_a_freshly_forked_worker_is_ignored(monkeypatch, number):
     assert len(found) == 8 and all(map(is_result, found, range(8)))
 
 
+def test_a_worker_lost_while_others_start_is_one_line():
+    code = """
+        import os, time
+        from torch.utils.data import dataloader
+        fork, children = os.fork, []
+        def fork_and_kill():
+            child = fork()
+            if child:
+                children.append(child)
+                if len(children) == 2:
+                    os.kill(children[0], 9)
+                    time.sleep(0.5)
+                    raise RuntimeError(f"DataLoader worker (pid {children[0]}) is killed by signal: Killed.")
+            return child
+        os.fork = fork_and_kill
+        workers = 2
+    """
+    code, err = in_small_shm("64m", code)
+    assert code == 3 and err.count("\n") == 1 and "was lost" in err, err
+
+
 def test_a_signal_reaches_the_main_process_after_workers_start(monkeypatch):
     fork, received = os.fork, []
     before = signal.signal(signal.SIGINT, lambda *_: received.append(len(forked)))
