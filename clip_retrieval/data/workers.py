@@ -103,9 +103,8 @@ class Workers:
             with guard():
                 try:
                     result = next(results, _END)
-                except (
-                    BaseException
-                ):  # a lost worker, a signal: torch's own shutdown would wait for them, or raise again
+                except BaseException:
+                    # a lost worker or a signal: torch's own shutdown would wait for the workers, or raise again
                     self._loader._iterator = None
                     _abandon_iterator(results)
                     raise
