@@ -58,7 +58,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     folder = evaluation_folder(
         options,
         built.name,
-        of_checkpoint=checkpoint is not None,
+        checkpoint,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
     if processes.is_main:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import count_broken, read_dataset
-from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import choose_device, disable_tf32
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
@@ -109,7 +110,7 @@ def extract_with(
     # make the output folders
     folder = request.output
     if folder is None:
-        folder = evaluation_folder(options, built.name, of_checkpoint=checkpoint is not None, named=False)
+        folder = evaluation_folder(options, built.name, checkpoint, named=False)
         folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
     paths = output_paths(request, folder)
     if processes.is_main:
@@ -117,7 +118,7 @@ def extract_with(
             make_folder(parent, "--output")
     # encode and write
     encoder = encoding_model(model.to(device), options.evaluation.eval_precision)
-    shared = {"device": device, "processes": processes}
+    shared: dict[str, Any] = {"device": device, "processes": processes}
     with disable_tf32():
         if "image" in paths:
             with processes.main_first() if options.data.image_cache else nullcontext():  # may build the cache
@@ -174,10 +175,11 @@ def read_files(request: ExtractionRequest) -> RetrievalDataset:
 
     records = read_texts(request.text_data).records if request.text_data is not None else []
     texts = {text.text_id: clean_caption(text.text) for text in records} if request.includes_texts else {}
-    images, image_ids = [], []
-    if request.includes_images:
-        images = open_images(request.image_data)
-        image_ids = infer_id_types(images.keys, (image_id for text in records for image_id in text.image_ids))
+    images: Images = ImageFiles([])
+    image_ids: list[Id] = []
+    if request.includes_images and request.image_data is not None:
+        images = base64_images = open_images(request.image_data)
+        image_ids = infer_id_types(base64_images.keys, (image_id for text in records for image_id in text.image_ids))
     pairs = np.empty((0, 2), np.int64)
     dataset = RetrievalDataset("files", UNSPLIT, images, list(texts.values()), pairs, image_ids, list(texts))
     count_broken(dataset)
@@ -196,12 +198,15 @@ def output_paths(request: ExtractionRequest, folder: Path) -> dict[str, Path]:
         default = _image_feat_path(request.image_data) if request.image_data else folder / "image_features.npy"
         paths["image"] = request.image_feat_output_path or default
     if request.includes_texts:
-        texts = request.text_data
-        default = texts.with_name(f"{texts.name.removesuffix('.jsonl')}.txt_feat.jsonl") if texts else None
-        paths["text"] = request.text_feat_output_path or default or folder / "text_features.npy"
+        default = _text_feat_path(request.text_data) if request.text_data else folder / "text_features.npy"
+        paths["text"] = request.text_feat_output_path or default
     if request.includes_images and request.includes_texts and not request.uses_files:
         paths["pairs"] = folder / "pairs.npy"
     return paths
+
+
+def _text_feat_path(texts: Path) -> Path:
+    return texts.with_name(f"{texts.name.removesuffix('.jsonl')}.txt_feat.jsonl")
 
 
 def _image_feat_path(images: Path) -> Path:

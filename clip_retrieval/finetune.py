@@ -7,7 +7,7 @@ torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32 --dataset_root DATA
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -51,7 +51,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
         # take the folder: a process reads it only while no other one writes there
         processes.barrier()  # for the lock
         if checkpoint is not None and resumes_in(folder, options):
-            checkpoint = Checkpoint.load(options.run.resume)  # until the lock was held, another run may have written it
+            checkpoint = Checkpoint.load(checkpoint.path)  # until the lock was held, another run may have written it
         refuse_another_run(folder, options, checkpoint)
         processes.barrier()
 
@@ -146,7 +146,7 @@ def train(run: Run) -> None:
                     complete_milestone(run)
 
 
-def load_batches(run: Run) -> Iterator[TrainBatch]:
+def load_batches(run: Run) -> Generator[TrainBatch]:
     """Yield this process's batches from the current step on, epoch after epoch."""
     while True:
         epoch, first_batch = divmod(run.progress.step, run.schedule.steps_per_epoch)

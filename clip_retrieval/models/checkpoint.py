@@ -56,6 +56,7 @@ class Checkpoint:
         progress: fields of `training.state.Progress`.
         format: FORMAT of the version that wrote it.
         version: of the package that wrote it; None before these were recorded.
+        path: the file that it was loaded from; not part of the content.
     """
 
     model: dict[str, Tensor]
@@ -73,6 +74,7 @@ class Checkpoint:
     progress: dict[str, Any] | None = None
     format: int = FORMAT
     version: str | None = __version__
+    path: Path = Path()
 
     @property
     def can_resume(self) -> bool:
@@ -81,7 +83,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Save it atomically. Raises RunError if it cannot be written; the file from before is kept."""
-        content = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        content = {name: value for name, value in vars(self).items() if value is not None and name != "path"}
         try:
             with write_atomic(path) as file:
                 recorder = _Recorder(file)
@@ -98,7 +100,15 @@ class Checkpoint:
             ) from error
 
     @classmethod
-    def load(cls, path: str | Path) -> Checkpoint | None:
+    def load(cls, path: str | Path) -> Checkpoint:
+        """Load a checkpoint of ours. Raises UserError as `load_if_ours`, and if the file is something else."""
+        checkpoint = cls.load_if_ours(path)
+        if checkpoint is None:
+            raise UserError(f"{path} is not a checkpoint of this tool")
+        return checkpoint
+
+    @classmethod
+    def load_if_ours(cls, path: str | Path) -> Checkpoint | None:
         """Load a checkpoint; None if the file is something else, such as another system's weights.
 
         Raises UserError if the file is missing or damaged, holds Python objects, or is of a newer format.
@@ -109,12 +119,12 @@ class Checkpoint:
 
     @classmethod
     def from_content(cls, path: Path, content: Any) -> Checkpoint | None:
-        """Make a checkpoint from the content of a file; None if it is something else. Raises UserError as `load`."""
+        """Make a checkpoint from the content of a file; None if it is something else. Raises UserError as `load_if_ours`."""
         if not isinstance(content, dict) or "model" not in content or "model_config" not in content:
             return None
         cls.check(path, content)
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}  # a later version may add entries
-        return cls(**{"format": FORMAT, "version": None, **known})
+        return cls(**{"format": FORMAT, "version": None, **known, "path": path})
 
     @staticmethod
     def check(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ def export_chinese_clip(checkpoint: Path, output: Path) -> None:
 
     Raises UserError if `checkpoint` holds something else, or `output` exists.
     """
-    content = Checkpoint.load(checkpoint)
+    content = Checkpoint.load_if_ours(checkpoint)
     if content is None or not chinese_clip.is_chinese_clip(content.model_config):
         raise UserError(f"{checkpoint} is not a checkpoint of ours with a Chinese-CLIP model; give one")
     if output.exists():

@@ -22,7 +22,7 @@ from clip_retrieval.options import AUTO, Options
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 LOCK_SECONDS = 1.0
@@ -36,7 +36,7 @@ def run_folder(options: Options) -> Path:
     return Path(options.run.checkpoint_path) / options.run.experiments
 
 
-def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool, named: bool) -> Path:
+def evaluation_folder(options: Options, model_name: str, checkpoint: Checkpoint | None, *, named: bool) -> Path:
     """Return the output folder of an evaluation: the one that the user `named`, or its own.
 
     Raises UserError if it holds a training run.
@@ -49,8 +49,8 @@ def evaluation_folder(options: Options, model_name: str, *, of_checkpoint: bool,
                 f"{folder} holds a training run; choose another --experiments for the evaluation, or drop it"
             )
         return folder
-    if of_checkpoint:
-        return Path(options.run.resume).parent / f"eval_{suffix}"
+    if checkpoint is not None:
+        return checkpoint.path.parent / f"eval_{suffix}"
     return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
 
 
@@ -176,7 +176,7 @@ def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | 
 def resumes_in(folder: Path, options: Options) -> bool:
     """Whether --resume is a file in `folder`."""
     source = options.run.resume
-    return source not in (None, AUTO) and Path(source).resolve().parent == folder.resolve()
+    return source is not None and source != AUTO and Path(source).resolve().parent == folder.resolve()
 
 
 def without_resume(options: Options, folder: Path) -> Options:
@@ -197,12 +197,10 @@ def clear_run(folder: Path) -> None:
 
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:
     """Whether best.pt in `source` was saved at one of these steps."""
-    best = Checkpoint.load(source / "best.pt") if (source / "best.pt").is_file() else None
-    return best is not None and best.step in steps
+    return (source / "best.pt").is_file() and Checkpoint.load(source / "best.pt").step in steps
 
 
 def copy_best(source: Path, folder: Path) -> None:
     """Copy best.pt from `source` to `folder` if the folders differ."""
     if source.resolve() != folder.resolve():
-        best = Checkpoint.load(source / "best.pt")
-        best.save(folder / "best.pt")
+        Checkpoint.load(source / "best.pt").save(folder / "best.pt")

@@ -29,14 +29,14 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
             checkpoint.preprocess,
             checkpoint.model,
             name=checkpoint.options["vision_model"],
-            source=options.run.resume,
+            source=str(checkpoint.path),
             image_size=options.model.image_size,
             context_length=options.model.context_length,
             logit_bias=logit_bias,
         )
     adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
     model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
-    if built.adaptor_state is not None:
+    if model.adaptor is not None and built.adaptor_state is not None:
         model.adaptor.load_state_dict(built.adaptor_state)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")

@@ -31,7 +31,7 @@ from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.towers import RetrievalModel, check_compiles
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
-from clip_retrieval.options import EvalOptions, Options
+from clip_retrieval.options import DataOptions, EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.run.folder import FolderLock, clear_run, copy_best, has_best, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
@@ -115,7 +115,9 @@ def prepare(
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
-        train, val, test = load_data(options, tokenizer, built.preprocess, device, processes)
+        train, val, test = load_data(
+            options.data, tokenizer, built.preprocess, seed=options.train.seed, device=device, processes=processes
+        )
     with processes.main_first():  # it may extract an archive
         zero_shot = load_zero_shot(
             options.evaluation, options.data.parts()[0].dataset_root, tokenizer, built.preprocess
@@ -128,7 +130,6 @@ def prepare(
     if checkpoint is not None:
         progress = restore_training(
             checkpoint,
-            options.run.resume,
             trainer,
             sampler,
             reset_optimizer=options.run.reset_optimizer,
@@ -147,7 +148,7 @@ def prepare(
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
-    source = Path(options.run.resume or folder).parent
+    source = checkpoint.path.parent if checkpoint is not None else folder
     if progress.best is not None and not has_best(source, (progress.best["step"], progress.step)):
         log.warning("best.pt is missing beside the resumed checkpoint: the best is chosen again")
         progress.best = None
@@ -193,19 +194,25 @@ def prepare(
 
 
 def load_data(
-    options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device, processes: Processes
+    data: DataOptions,
+    tokenizer: Any,
+    preprocess: dict[str, Any],
+    *,
+    seed: int,
+    device: torch.device,
+    processes: Processes,
 ) -> tuple[TrainSplit, Split | None, Split | None]:
     """Load the train, val and test splits. A data set without splits is used for training only."""
     # train
-    data, train = options.data, None
+    train: TrainSplit | None = None
     if is_streamed(data):
-        train = open_stream(data, options.train.seed, tokenizer, preprocess, device, processes)
+        train = open_stream(data, seed, tokenizer, preprocess, device, processes)
     elif split := load_split(data, "train", tokenizer, preprocess, device, data.augment):
         log_samples(split.dataset)
         train = IndexedTrainSplit(
             split,
             data.caption_sampling,
-            options.train.seed,
+            seed,
             weights=data.dataset_weights if len(data.parts()) > 1 else None,
             num_workers=data.num_workers,
             skip_unreadable=skips_unreadable(data),
@@ -259,10 +266,11 @@ def make_frozen_encoder(
     """Return a function that encodes a split with the frozen towers."""
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
-        images, texts = split.pixels, split.tokens
+        images: Pixels | Tensor = split.pixels
+        texts: Tokens | Tensor = split.tokens
         if options.train.no_feature_cache:
             return images, texts
-        encoding = {
+        encoding: dict[str, Any] = {
             "batch_size": options.evaluation.eval_batch_size,
             "precision": precision,
             "device": device,

@@ -14,6 +14,9 @@ from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, sco
 from clip_retrieval.log import log
 from clip_retrieval.run.prepare import Run
 
+SCORES: tuple[str, ...] = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
+SCORES += ("top1", "top5", "top10", "mean_per_class")
+
 
 def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
     """Encode and score a split; return its features and its block of results.json."""
@@ -54,9 +57,7 @@ def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> di
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:
     """Write one line of metrics.jsonl for an evaluation."""
     if run.metrics:
-        names = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
-        names += ("top1", "top5", "top10", "mean_per_class")
-        scores = {name: block[name] for name in names if name in block}
+        scores = {name: block[name] for name in SCORES if name in block}
         run.metrics.write(kind, run.progress.step, scores)
 
 

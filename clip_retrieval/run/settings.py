@@ -30,7 +30,7 @@ from clip_retrieval.options import (
 )
 from clip_retrieval.run.folder import run_folder
 
-PATHS = ("dataset_root", "annotations", "image_dir", "tokenizer")
+PATHS: tuple[str, ...] = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
 KNOWN_NAMES = {
     "zero_shot_eval": ZERO_SHOT_NAMES,
@@ -69,10 +69,9 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
         return _mark_given(settle(config, typed), config, typed), None
 
     # the checkpoint of --resume
-    checkpoint = Checkpoint.load(path)
-    initial = (
-        checkpoint.options.get("pretrained") if checkpoint else None
-    )  # valid: the command of the first run, repeated
+    checkpoint = Checkpoint.load_if_ours(path)
+    # repeating the first run's command is valid, with its --pretrained
+    initial = checkpoint.options.get("pretrained") if checkpoint else None
     if typed.get("pretrained") not in (None, str(path), initial):
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:

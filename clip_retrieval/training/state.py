@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,6 @@ def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> di
 
 def restore_training(
     checkpoint: Checkpoint,
-    source: str,
     trainer: Trainer,
     sampler: Sampler,
     *,
@@ -70,8 +70,9 @@ def restore_training(
 ) -> Progress:
     """Restore the optimizer and the scaler from a checkpoint, and return its progress.
 
-    Raises UserError, naming `source`, if the run cannot be resumed with these options and data.
+    Raises UserError, naming the file, if the run cannot be resumed with these options and data.
     """
+    source = checkpoint.path
     if not checkpoint.can_resume:
         log.info(f"{source} contains a model without its optimizer: its weights start a new run")
         return Progress()
@@ -106,7 +107,7 @@ def restore_training(
     return Progress(**{f.name: checkpoint.progress[f.name] for f in fields(Progress) if f.name in checkpoint.progress})
 
 
-def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: str) -> None:
+def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: Path) -> None:
     """Raise UserError, naming `source`, if the state does not fit these parameters. AdamW does not check shapes."""
     groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

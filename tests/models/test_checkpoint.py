@@ -73,4 +73,4 @@ def test_a_plain_entry_of_a_later_version_is_ignored(checkpoint, tmp_path):
 
 def test_another_file_is_none(tmp_path):
     torch.save(small_clip().state_dict(), tmp_path / "weights.pt")
-    assert Checkpoint.load(tmp_path / "weights.pt") is None
+    assert Checkpoint.load_if_ours(tmp_path / "weights.pt") is None

@@ -150,7 +150,7 @@ def test_checkpoint_of_ours_keeps_its_config_and_options(tmp_path):
 
 @pytest.mark.parametrize("layout", ["bare", "safetensors", "openai", "clip_itm"])
 def test_other_files_are_not_checkpoints_of_ours(layout, tmp_path):
-    assert Checkpoint.load(save_as(layout, small_clip(), tmp_path)) is None
+    assert Checkpoint.load_if_ours(save_as(layout, small_clip(), tmp_path)) is None
 
 
 class Malicious:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -36,7 +36,7 @@ class Sampler(Protocol):
     batch_size: int
 
     @property
-    def settings(self) -> dict[str, int | str | None]:
+    def settings(self) -> Mapping[str, int | str | None]:
         """The options that decide the order, by name: a run resumes only with the same ones."""
         ...
 

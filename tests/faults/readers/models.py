@@ -114,7 +114,7 @@ def _read_ours(path: Path) -> None:
     from clip_retrieval.models.checkpoint import Checkpoint
     from clip_retrieval.options import ModelOptions
 
-    Checkpoint.load(path)
+    Checkpoint.load_if_ours(path)
     built = build_model(ModelOptions(pretrained=str(path)), typed_model=False)
     _use_model(built)
 
