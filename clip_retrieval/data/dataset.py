@@ -29,6 +29,7 @@ class Images(Protocol):
         ...
 
 
+@runtime_checkable
 class StoredImages(Images, Protocol):
     """Images in files, with stamps that change when the files do."""
 

@@ -119,7 +119,7 @@ class Checkpoint:
 
     @classmethod
     def from_content(cls, path: Path, content: Any) -> Checkpoint | None:
-        """Make a checkpoint from the content of a file; None if it is something else. Raises UserError as `load_if_ours`."""
+        """Make a checkpoint from the content of a file; None if it is something else. Raises UserError as above."""
         if not isinstance(content, dict) or "model" not in content or "model_config" not in content:
             return None
         cls.check(path, content)

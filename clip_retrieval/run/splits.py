@@ -10,7 +10,7 @@ import torch
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset, size_warning
-from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.dataset import RetrievalDataset, StoredImages
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.data.pixels.pixels import AutoAugmented, MixedPixels, Pixels, choose_num_workers, make_pixels
 from clip_retrieval.errors import one_line
@@ -62,9 +62,9 @@ def load_pixels(
         return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
     if isinstance(dataset, Mixture):
         return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
-    settings = {"augment": augment, "decoder": options.decoder}
+    settings: dict[str, Any] = {"augment": augment, "decoder": options.decoder}
     pixels = make_pixels(dataset.images, preprocess, **settings)
-    if not options.image_cache or pixels.in_memory:
+    if not options.image_cache or not isinstance(dataset.images, StoredImages):
         return pixels
     from clip_retrieval.data.pixels.cache import open_cached_pixels  # its file locks do not exist on Windows
 
