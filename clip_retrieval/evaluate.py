@@ -41,6 +41,7 @@ def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
 
 def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[str, Any], processes: Processes) -> None:
     """The evaluation of one or of several processes, which share the work."""
+    # load the model and the data
     device = choose_device(options.run.device)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
@@ -55,6 +56,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         )
     log_samples(split.dataset)
 
+    # make the output folder
     folder = evaluation_folder(
         options,
         built.name,
@@ -65,6 +67,8 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         make_folder(folder)
         log_to_file(folder)
         write_options(folder, options, f"{device} ({device_name(device)})")
+
+    # encode and score
     encoded = encode_split(
         model.to(device),
         split.dataset,
@@ -76,6 +80,8 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         processes=processes,
     )
     block = score(encoded, split.dataset, options.evaluation, processes)
+
+    # write the results
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
         write_results(folder, results)

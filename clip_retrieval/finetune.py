@@ -236,6 +236,7 @@ def finish(run: Run) -> None:
 
 def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> None:
     """Log the last step. Reads its numbers from the device, and so waits for it."""
+    # collect the values
     run.trainer.check_finite()
     step, epoch = run.progress.step, -(-run.progress.step // run.schedule.steps_per_epoch)
     loss, scale = result.loss.item(), run.model.clip.logit_scale.exp().item()
@@ -254,11 +255,13 @@ def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> Non
     if run.options.run.report_training_batch_acc:
         values["i2t_accuracy"], values["t2i_accuracy"] = i2t, t2i = result.accuracy(run.processes)
         accuracy = f"accuracy i2t {i2t:.1f} t2i {t2i:.1f}  "
+    # warn of a collapse
     if run.collapse is not None and run.collapse.has_collapsed(loss):
         log.warning(
             f"the loss has stayed at {loss:.4f}, chance for a batch of {run.sampler.batch_size}: the features may have "
             "collapsed to one point; start again with a lower --lr or a longer --warmup"
         )
+    # write them
     if run.metrics:
         run.metrics.write("train", step, values)
     log.info(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, lint and test. --full also runs the fault campaigns (one or two hours) and prints their tables.
+# Set up, lint, check the types and test. --full also runs the fault campaigns (one or two hours) and prints their tables.
 #
 #     bash scripts/test.sh [--full] [arguments of pytest]
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt
@@ -10,6 +10,7 @@ if [ "${1:-}" = --full ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 if $full; then
     .venv/bin/python -m tests.faults.full
