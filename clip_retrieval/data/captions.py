@@ -70,8 +70,8 @@ def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     index_of: dict[str, int] = {}
     rows = np.fromiter((index_of.setdefault(c, len(index_of)) for c in captions), np.int64, len(captions))
     distinct = list(index_of)
-    if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
-        ids, lengths, cut = _pack(_encode_clip(distinct, tokenizer), tokenizer.context_length, 0)
+    if isinstance(tokenizer, SimpleTokenizer):
+        ids, lengths, cut = _tokenize_clip(distinct, tokenizer)
     else:
         # a Hugging Face tokenizer is made from a user's files, and may fail in any way at any caption
         try:
@@ -96,6 +96,16 @@ def _pack(
     packed = np.full((len(lengths), context_length), pad, np.int32)
     packed[np.arange(context_length) < lengths[:, None]] = np.asarray(flat, np.int32)
     return packed, lengths, np.asarray(cut, bool)
+
+
+def _tokenize_clip(captions: list[str], tokenizer: SimpleTokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenize captions: ids, lengths, and whether they are cut, as `_pack` returns them."""
+    if tokenizer.reduction_fn is None:
+        return _pack(_encode_clip(captions, tokenizer), tokenizer.context_length, 0)
+    # a reduction drops random tokens of captions that do not fit
+    ids = tokenizer(captions).numpy().astype(np.int32)
+    is_end = ids == tokenizer.eot_token_id
+    return ids, ids.shape[1] - is_end[:, ::-1].argmax(axis=1), np.zeros(len(ids), bool)
 
 
 def _encode_clip(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterator[tuple[list[int], bool]]:
