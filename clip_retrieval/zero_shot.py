@@ -91,7 +91,7 @@ def classify_with(
 
 def results_folder(options: Options, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
     """The folder of the results: beside a checkpoint of ours, else in --checkpoint_path under the model's name."""
-    if of_checkpoint:
+    if of_checkpoint and options.run.resume:
         return Path(options.run.resume).parent / f"zero_shot_{_file_name(data_name)}"
     return Path(options.run.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
 
@@ -123,7 +123,7 @@ def record_data(options: Options, request: ZeroShotData) -> Options:
         options.evaluation,
         zero_shot_eval=request.data,
         zero_shot_root=str(request.data_root),
-        zero_shot_class_names=request.class_names and str(request.class_names),
+        zero_shot_class_names=str(request.class_names) if request.class_names else None,
         zero_shot_templates=request.templates,
     )
     return replace(options, evaluation=evaluation)

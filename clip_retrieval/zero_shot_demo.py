@@ -70,7 +70,10 @@ class Demo:
     @property
     def figure(self) -> Path:
         """The file to draw; many images are drawn on several pages with this name."""
-        name = self.img_path.stem if self.img_path else self.img_dir.resolve().name
+        if self.img_path:
+            name = self.img_path.stem
+        elif self.img_dir:
+            name = self.img_dir.resolve().name
         return self.output / f"zero_shot_{name}.png"
 
 
@@ -84,7 +87,9 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     templates = choose_templates(demo.templates, demo.template, names, default="single")
     if demo.img_path:
         check_image(demo.img_path)
-    paths = [demo.img_path] if demo.img_path else find_readable_images(demo.img_dir, demo.figure)
+        paths = [demo.img_path]
+    elif demo.img_dir:
+        paths = find_readable_images(demo.img_dir, demo.figure)
     if demo.show_prediction:
         make_folder(demo.output, "--output")
     # encode

@@ -39,7 +39,7 @@ def accuracy_report(
     # group the images by class
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    per_class = []
+    per_class: list[dict[str, Any]] = []
     for rows in np.split(order, starts[1:]):
         label = int(labels[rows[0]])
         class_ranks = Ranks(ranks.above[rows], ranks.tied[rows], ranks.positives[rows])

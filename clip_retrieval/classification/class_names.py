@@ -73,18 +73,18 @@ def read_names(path: Path) -> list[str]:
 
 def _read_content(path: Path) -> dict[str, str] | list[tuple[int, str]]:
     """{folder: name}, or [(line number, line), ...]."""
+    content: dict[str, str] | list[tuple[int, str]]
     if path.suffix.lower() != ".json":
         lines = enumerate(read_text(path).splitlines(), 1)
         content = [(number, text.strip()) for number, text in lines if text.strip()]
     else:
-        content = read_json(path)
-        if isinstance(content, dict) and all(key.isdigit() and _is_pair(value) for key, value in content.items()):
-            content = dict(content.values())  # imagenet_class_index.json: {"0": ["n01440764", "tench"], ...}
-        names = list(content.values()) if isinstance(content, dict) else content
+        loaded = read_json(path)
+        if isinstance(loaded, dict) and all(key.isdigit() and _is_pair(value) for key, value in loaded.items()):
+            loaded = dict(loaded.values())  # imagenet_class_index.json: {"0": ["n01440764", "tench"], ...}
+        names = list(loaded.values()) if isinstance(loaded, dict) else loaded
         if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
             raise UserError(f"{path}: expected a JSON list of class names, or an object from folder to name")
-        if isinstance(content, list):
-            content = list(enumerate(content, 1))
+        content = loaded if isinstance(loaded, dict) else list(enumerate(names, 1))
     if not content:
         raise UserError(f"{path}: names no classes")
     return content
@@ -100,8 +100,8 @@ def _parse_list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[
     if code := next((text for text in names if text.startswith(CODE)), None):
         raise UserError(f"{path}: {code[:40]} is not a class name; write one per line, or save a list as .json")
     # drop line numbers that start at 0 or 1
-    matches = [POSITION.match(name) for name in names]
-    if all(matches):
+    matches = [match for name in names if (match := POSITION.match(name))]
+    if len(matches) == len(names):
         numbers = [int(match[1]) for match in matches]
         if numbers[0] < 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             names = [name[match.end() :] for name, match in zip(names, matches)]
@@ -144,7 +144,7 @@ def _parse_mapping(path: Path, lines: Sequence[tuple[int, str]], folders: Sequen
             break
     else:
         return {}
-    if name < 0:
+    if header and name < 0:
         raise UserError(f"{path}: none of its columns ({', '.join(header)}) is called name; rename the one with names")
     # without further columns, the name is the rest of the line
     if header is None or len(header) < 3:

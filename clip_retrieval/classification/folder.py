@@ -75,7 +75,8 @@ def sort_naturally(names: Iterable[str]) -> list[str]:
 
 def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], list[Path]]:
     """The image files of `folder`, recognised by suffix, and its other files; both sorted."""
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     seen: set[str] = set()
     for place, subfolders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -36,12 +36,30 @@ class Tokens:
     cut: int
 
 
-def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
+class HuggingFaceTokenizer(Protocol):
+    """open_clip's HFTokenizer, or a WordPieceTokenizer."""
+
+    tokenizer: Any
+    """The tokenizer of transformers."""
+    context_length: int
+    tokenizer_mode: str
+    strip_sep_token: bool
+
+    def clean_fn(self, text: str, /) -> str: ...
+
+    def __call__(self, texts: list[str], /) -> torch.Tensor: ...
+
+
+Tokenizer: TypeAlias = "SimpleTokenizer | HuggingFaceTokenizer"
+"""SimpleTokenizer is CLIP's own."""
+
+
+def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     """Tokenize captions, with the ids of `tokenizer`, each distinct caption once.
 
     Args:
         captions: the captions.
-        tokenizer: a tokenizer of open_clip or of models.tokenizers; it has a context length.
+        tokenizer: a tokenizer of open_clip or of models.tokenizers.
 
     Raises:
         UserError: a Hugging Face tokenizer fails.
@@ -52,8 +70,8 @@ def tokenize(captions: Sequence[str], tokenizer: Callable) -> Tokens:
     index_of: dict[str, int] = {}
     rows = np.fromiter((index_of.setdefault(c, len(index_of)) for c in captions), np.int64, len(captions))
     distinct = list(index_of)
-    if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
-        ids, lengths, cut = _pack(_encode_clip(distinct, tokenizer), tokenizer.context_length, 0)
+    if isinstance(tokenizer, SimpleTokenizer):
+        ids, lengths, cut = _tokenize_clip(distinct, tokenizer)
     else:
         # a Hugging Face tokenizer is made from a user's files, and may fail in any way at any caption
         try:
@@ -69,15 +87,25 @@ def _pack(
     encoded: Iterator[tuple[list[int], bool]], context_length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pad ids to the context: int32 (rows, context_length), their lengths, and whether each row is cut."""
-    flat, lengths, cut = array("i"), array("q"), array("b")
+    flat, counts, cut = array("i"), array("q"), array("b")
     for ids, is_cut in encoded:
         flat.extend(ids)
-        lengths.append(len(ids))
+        counts.append(len(ids))
         cut.append(is_cut)
-    lengths = np.asarray(lengths, np.int64)
+    lengths = np.asarray(counts, np.int64)
     packed = np.full((len(lengths), context_length), pad, np.int32)
     packed[np.arange(context_length) < lengths[:, None]] = np.asarray(flat, np.int32)
     return packed, lengths, np.asarray(cut, bool)
+
+
+def _tokenize_clip(captions: list[str], tokenizer: SimpleTokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenize captions: ids, lengths, and whether they are cut, as `_pack` returns them."""
+    if tokenizer.reduction_fn is None:
+        return _pack(_encode_clip(captions, tokenizer), tokenizer.context_length, 0)
+    # a reduction drops random tokens of captions that do not fit
+    ids = tokenizer(captions).numpy().astype(np.int32)
+    is_end = ids == tokenizer.eot_token_id
+    return ids, ids.shape[1] - is_end[:, ::-1].argmax(axis=1), np.zeros(len(ids), bool)
 
 
 def _encode_clip(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterator[tuple[list[int], bool]]:
@@ -111,7 +139,9 @@ def _encode_clip(captions: Sequence[str], tokenizer: SimpleTokenizer) -> Iterato
         yield ([*ids[: limit - 1], end] if is_cut else ids), is_cut
 
 
-def _tokenize_hugging_face(captions: Sequence[str], tokenizer: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokenize_hugging_face(
+    captions: list[str], tokenizer: HuggingFaceTokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize captions: ids, lengths, and whether they are cut, as `_pack` returns them."""
     if _pads_right(tokenizer):
         pad = tokenizer.tokenizer.pad_token_id
@@ -120,14 +150,14 @@ def _tokenize_hugging_face(captions: Sequence[str], tokenizer: Callable) -> tupl
     return ids, np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
 
 
-def _pads_right(tokenizer: Callable) -> bool:
+def _pads_right(tokenizer: HuggingFaceTokenizer) -> bool:
     """Whether a Hugging Face tokenizer returns the ids, then the end token, then only padding."""
     return (
         not tokenizer.tokenizer_mode and not tokenizer.strip_sep_token and tokenizer.tokenizer.padding_side == "right"
     )
 
 
-def _encode_hugging_face(captions: Sequence[str], tokenizer: Callable) -> Iterator[tuple[list[int], bool]]:
+def _encode_hugging_face(captions: list[str], tokenizer: HuggingFaceTokenizer) -> Iterator[tuple[list[int], bool]]:
     """Yield the ids of a Hugging Face tokenizer, with special tokens, and whether they are cut."""
     limit = tokenizer.context_length
     for begin in range(0, len(captions), HF_CHUNK):

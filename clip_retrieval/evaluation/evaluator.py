@@ -44,7 +44,7 @@ def encode_split(
 ) -> SplitFeatures:
     """Encode each image and each distinct caption of a split once. The model keeps its training mode."""
     training = model.training
-    shared = {"batch_size": options.eval_batch_size, "device": device, "processes": processes}
+    shared: dict[str, Any] = {"batch_size": options.eval_batch_size, "device": device, "processes": processes}
     started = time.perf_counter()
     encoder = encoding_model(model, options.eval_precision)
     # Eager: the compiled graphs of training are specialised to its batch shapes.

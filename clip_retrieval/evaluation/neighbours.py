@@ -155,7 +155,8 @@ class _Direction:
         crowded = processes.max(self.crowded) > 0
         candidates = [processes.all_gather_rows(part) for part in self.candidates[0]]
         exact = _ExactNeighbours(self.queries, self.items, self.k)
-        exact.sort_candidates(*(part[~crowded[candidates[0]]] for part in candidates), self.slack)
+        query, item, score = (part[~crowded[candidates[0]]] for part in candidates)
+        exact.sort_candidates(query, item, score, self.slack)
         exact.sort_all_items(crowded.nonzero()[:, 0])
         return exact.neighbours()
 

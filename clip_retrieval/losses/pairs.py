@@ -30,7 +30,7 @@ def map_tiles(function: Callable[..., Any], image: Tensor, text: Tensor, *scalar
     return [[compute(rows, columns, *scalars) for columns in texts] for rows in image.split(TILE)]
 
 
-def sum_over_pairs(function: Callable[[Tensor], Tensor], image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
+def sum_over_pairs(function: Callable[..., Tensor], image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
     """Return the sum of function(cosines, *scalars) over all pairs, a scalar. See `map_tiles`."""
 
     def sum_tile(rows: Tensor, columns: Tensor, *scalars: Tensor) -> Tensor:

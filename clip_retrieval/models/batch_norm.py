@@ -36,6 +36,11 @@ def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
 class _SharedBatchNorm(_BatchNorm):
     """Batch normalisation over the batches of all processes, for inputs with any number of dimensions."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 

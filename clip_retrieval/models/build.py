@@ -15,7 +15,7 @@ from clip_retrieval.models.families import find_family
 from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.load import check_adaptor, load_into
-from clip_retrieval.models.model_config import Config, State, find_preprocess
+from clip_retrieval.models.model_config import ClipModule, Config, State, find_preprocess
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
 from clip_retrieval.models.towers import split_adaptor
 from clip_retrieval.options import ModelOptions
@@ -43,7 +43,7 @@ class BuiltModel:
         config_from: source of the config, for messages: the name, or a checkpoint's file.
     """
 
-    clip: torch.nn.Module
+    clip: ClipModule
     config: Config
     preprocess: Config
     name: str
@@ -146,12 +146,12 @@ def _set_sizes(config: Config, name: str, image_size: int | None, context_length
         text["context_length"] = context_length
 
 
-def _has_other_size(clip: torch.nn.Module, state: State) -> bool:
+def _has_other_size(clip: ClipModule, state: State) -> bool:
     key = "visual.trunk.pos_embed"
     return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
 
 
-def _resize_timm(clip: torch.nn.Module, config: Config, name: str) -> None:
+def _resize_timm(clip: ClipModule, config: Config, name: str) -> None:
     """Resize a timm image tower from timm's default image size to the config's."""
     if not isinstance(clip.visual, TimmModel):
         return

@@ -49,11 +49,6 @@ class Checkpoint:
         options: all options, by name.
         epoch, step: how many are complete.
         val: the results block of the val split, in best.pt.
-        optimizer, scaler: their state dicts; these and all below only in checkpoints that a run resumes from.
-        learning: the trainable parameters, in order, with their shapes.
-        random: seed and step, from which all random numbers of a step follow.
-        sampler: epoch, batch, the options that decide the order, and a checksum of the data.
-        progress: fields of `training.state.Progress`.
         format: FORMAT of the version that wrote it.
         version: of the package that wrote it; None before these were recorded.
         path: the file that it was loaded from; not part of the content.
@@ -66,20 +61,9 @@ class Checkpoint:
     epoch: int
     step: int
     val: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    learning: dict[str, list[int]] | None = None
-    scaler: dict[str, Any] | None = None
-    random: dict[str, int] | None = None
-    sampler: dict[str, Any] | None = None
-    progress: dict[str, Any] | None = None
     format: int = FORMAT
     version: str | None = __version__
     path: Path = Path()
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether it holds the state of a run, and not only its model."""
-        return self.optimizer is not None
 
     def save(self, path: Path) -> None:
         """Save it atomically. Raises RunError if it cannot be written; the file from before is kept."""
@@ -88,7 +72,7 @@ class Checkpoint:
             with write_atomic(path) as file:
                 recorder = _Recorder(file)
                 try:
-                    torch.save(content, recorder)
+                    torch.save(content, recorder)  # type: ignore[arg-type]  # it needs only write and flush
                 except RuntimeError:
                     if recorder.error is None:
                         raise
@@ -123,8 +107,9 @@ class Checkpoint:
         if not isinstance(content, dict) or "model" not in content or "model_config" not in content:
             return None
         cls.check(path, content)
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}  # a later version may add entries
-        return cls(**{"format": FORMAT, "version": None, **known, "path": path})
+        kind = TrainingCheckpoint if "optimizer" in content else Checkpoint
+        known = {f.name: content[f.name] for f in fields(kind) if f.name in content}  # a later version may add entries
+        return kind(**{"format": FORMAT, "version": None, **known, "path": path})
 
     @staticmethod
     def check(path: Path, content: dict[str, Any]) -> None:
@@ -139,6 +124,26 @@ class Checkpoint:
             (_WITH_TRAINING if "optimizer" in content else _MODEL_ONLY)(content, "")
         except SchemaError as error:
             raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
+
+
+@dataclass(kw_only=True)
+class TrainingCheckpoint(Checkpoint):
+    """A checkpoint that a run resumes from.
+
+    Attributes:
+        optimizer, scaler: their state dicts.
+        learning: the trainable parameters, in order, with their shapes.
+        random: seed and step, from which all random numbers of a step follow.
+        sampler: epoch, batch, the options that decide the order, and a checksum of the data.
+        progress: fields of `training.state.Progress`.
+    """
+
+    optimizer: dict[str, Any]
+    learning: dict[str, list[int]]
+    scaler: dict[str, Any]
+    random: dict[str, int]
+    sampler: dict[str, Any]
+    progress: dict[str, Any]
 
 
 class _Recorder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,19 +19,19 @@ class Towers:
     """Models whose towers may start from their own weights.
 
     Attributes:
-        vision_models, text_models: known names of the towers.
+        vision_models, text_models: known names of the towers; empty for a family without such towers.
         pair: config of two of these names; None if --vision_model alone names a config of the family.
         vision_weights, text_weights: rename the weights of a tower; empty for other weights.
         vision_source, text_kind: descriptions of these weights, for messages.
     """
 
-    vision_models: Collection[str]
-    text_models: Collection[str]
-    pair: Callable[[str, str], Config] | None
-    vision_weights: Callable[[State], State]
-    text_weights: Callable[[State], State]
-    vision_source: str
-    text_kind: str
+    vision_models: Collection[str] = ()
+    text_models: Collection[str] = ()
+    pair: Callable[[str, str], Config] | None = None
+    vision_weights: Callable[[State], State] = lambda state: {}
+    text_weights: Callable[[State], State] = lambda state: {}
+    vision_source: str = ""
+    text_kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Family:
     quick_gelu: bool = False
     model: str | None = None
     infer: Callable[[State, str], tuple[str, Config]] | None = None
-    preprocess: Config | None = None
+    preprocess: Config = field(default_factory=dict)
     is_config: Callable[[Config], bool] = lambda config: False
     config_name: Callable[[Config], str | None] = lambda config: None
     module: type[nn.Module] | None = None
     tokenizer: type[WordPieceTokenizer] | None = None
-    towers: Towers | None = None
+    towers: Towers = Towers()
 
 
 def _crossmodal_to_open_clip(state: State) -> State:
@@ -116,7 +116,6 @@ FAMILIES = (
         towers=Towers(
             vision_models=simple_clip_weights.IMAGE_MODELS,
             text_models=(simple_clip_weights.TEXT_MODEL,),
-            pair=None,
             vision_weights=simple_clip_weights.trunk_weights,
             text_weights=simple_clip_weights.distilbert_weights,
             vision_source="torchvision's weights for it",

@@ -51,7 +51,7 @@ def filter_config(config: Any, source: str) -> dict[str, Any]:
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind: Any = config.get("model_type") if isinstance(config, dict) else None
     if kind not in TEXT_TOWERS:
         raise UserError(f"{source}: unknown model_type {kind!r} of a text tower; known are {', '.join(TEXT_TOWERS)}")
     config_class = CONFIG_MAPPING[kind]

@@ -7,7 +7,6 @@ import tempfile
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from open_clip.coca_model import CoCa
@@ -20,13 +19,14 @@ from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import filter_config, read_model_json
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.memory import build_within_memory
+from clip_retrieval.models.model_config import ClipModule, Config
 from clip_retrieval.models.towers import RetrievalModel
 
 DEFAULT_CONTEXT_LENGTH = 77
 INVALID, REMEDY = "has a model config that cannot be built", "give another one"
 
 
-def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
+def instantiate(config: Config, name: str) -> ClipModule:
     """Build the module of `config` with random weights; adds a fetched text tower's own config to `config`."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_config"):
@@ -56,7 +56,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
         stack.enter_context(translate_errors(f"{name} {INVALID}", REMEDY))
-        clip = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
+        clip: ClipModule = build_within_memory(lambda: model_class(**deepcopy(arguments)), name)
 
     # complete the weights and the config
     if isinstance(clip, CoCa):
@@ -68,7 +68,7 @@ def instantiate(config: dict[str, Any], name: str) -> torch.nn.Module:
     return clip
 
 
-def _read_hf_config(tower: str, name: str) -> dict[str, Any]:
+def _read_hf_config(tower: str, name: str) -> Config:
     """Read the config.json of a text tower from a folder or the hub."""
     path = f"{tower}/config.json"
     if not Path(tower).is_dir():
@@ -85,7 +85,7 @@ def _check_timm_name(tower: str, name: str) -> None:
         raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
 
 
-def try_model(clip: torch.nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str) -> None:
+def try_model(clip: ClipModule, config: Config, preprocess: Config, name: str) -> None:
     """Encode an image and a caption: some faults of a config show only then. Raises UserError."""
     if clip.logit_scale.is_meta:
         return

@@ -10,12 +10,12 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.libraries import translate_errors
-from clip_retrieval.models.model_config import State
-from clip_retrieval.models.towers import make_adaptor
+from clip_retrieval.models.model_config import ClipModule, State
+from clip_retrieval.models.towers import make_adaptor, pool_type, text_part
 from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 
 
-def load_into(clip: torch.nn.Module, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
+def load_into(clip: ClipModule, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
     """Load `state` into a model, strictly; only `logit_bias` and names that start with `random` may be missing.
 
     Position embeddings are resized to the model's image size and context length. Raises UserError, naming `source`,
@@ -60,7 +60,7 @@ def refuse_not_finite(state: State, source: str) -> None:
             raise UserError(f"{source}: {name} is not finite (NaN or infinity); give other weights")
 
 
-def _fit(clip: torch.nn.Module, state: State, own: State) -> State:
+def _fit(clip: ClipModule, state: State, own: State) -> State:
     """Convert `state` to the names and sizes of this version of open_clip and this model."""
     state = convert_state_dict(clip, dict(state))
     if "positional_embedding" in state and "positional_embedding" not in own:
@@ -101,14 +101,14 @@ def _resize_image_positions(positions: torch.Tensor, length: int) -> torch.Tenso
     return state["visual.positional_embedding"]
 
 
-def _resize_text_positions(clip: torch.nn.Module, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def _resize_text_positions(clip: ClipModule, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Resize positions to another context length.
 
     A shorter context keeps the first positions, so the features of captions that fit do not change. A longer one, or
     a tower that pools its last position, is interpolated as open_clip does.
     """
-    text = getattr(clip, "text", clip)
-    pools_end_token = (getattr(text, "text_pool_type", None) or text.pool_type) in ("argmax", "eos")
+    text = text_part(clip)
+    pools_end_token = pool_type(text) in ("argmax", "eos")
     if len(own) < len(positions) and pools_end_token and getattr(text, "cls_emb", None) is None:
         return positions[: len(own)]
     state = {"positional_embedding": positions}

@@ -24,6 +24,10 @@ State = dict[str, torch.Tensor]
 Config = dict[str, Any]
 """A model config or the preprocessing of a model, as plain JSON."""
 
+ClipModule = Any
+"""A CLIP or a part of it: open_clip's classes, or ours with the same attributes. nn.Module declares every attribute as
+`Tensor | Module`, and open_clip has no type hints for them."""
+
 
 def find_model_config(name: ModelName) -> tuple[Config, Config]:
     """Return the model config and the preprocessing (see `find_preprocess`) of a name.
@@ -42,7 +46,8 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
         path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
     else:
         path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
-    config, overrides = read_model_json(path, "model config"), {}
+    config = read_model_json(path, "model config")
+    overrides: Config = {}
     if isinstance(config, dict):
         overrides = config.pop("preprocess_cfg", None) or {}
         config = config.get("model_cfg", config)

@@ -27,9 +27,9 @@ STORAGES |= {f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped",
 # Tensors of these dtypes are Unusable.
 STORAGES |= {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("QInt8", "QUInt8", "QInt32")}
 
-_DTYPE_NAMES = ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
-_DTYPE_NAMES += ("complex64", "complex128", "uint16", "uint32", "uint64")
-_DTYPE_NAMES += ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_DTYPE_NAMES = ["float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool"]
+_DTYPE_NAMES += ["complex64", "complex128", "uint16", "uint32", "uint64"]
+_DTYPE_NAMES += ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
 
 UNUSABLE = {

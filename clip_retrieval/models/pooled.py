@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clip_retrieval.models.model_config import ClipModule
 
-def pools_one_image_token(visual: nn.Module) -> bool:
+
+def pools_one_image_token(visual: ClipModule) -> bool:
     """Whether `pooled_image_token` works for this image tower: a ViT that pools its class token."""
     return (
         isinstance(visual, VisionTransformer)
@@ -29,7 +31,7 @@ def pools_one_image_token(visual: nn.Module) -> bool:
     )
 
 
-def pools_the_end_token(text: nn.Module, pool_type: str) -> bool:
+def pools_the_end_token(text: ClipModule, pool_type: str) -> bool:
     """Whether `pooled_end_token` works for this text tower: open_clip's causal one that pools its end token."""
     return (
         getattr(text, "attn_mask", None) is not None
@@ -39,7 +41,7 @@ def pools_the_end_token(text: nn.Module, pool_type: str) -> bool:
     )
 
 
-def _has_plain_blocks(transformer: nn.Module) -> bool:
+def _has_plain_blocks(transformer: ClipModule) -> bool:
     blocks = getattr(transformer, "resblocks", ())
     return transformer.batch_first and all(type(block) is ResidualAttentionBlock for block in blocks)
 
@@ -80,9 +82,9 @@ class Packing:
         """Pack captions of these lengths, int64 (n,) on the CPU, so that nothing waits for the device."""
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         index, end = mask.flatten().nonzero()[:, 0], lengths.cumsum(0) - 1
-        tensors = (index, end, mask[:, None, None])
+        tensors = [index, end, mask[:, None, None]]
         if device.type == "cuda":
-            tensors = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
         return cls(*(tensor.to(device) for tensor in tensors))
 
     def pad(self, x: Tensor, heads: int) -> Tensor:
@@ -92,7 +94,7 @@ class Packing:
         return padded.view(n, longest, heads, -1).transpose(1, 2)
 
 
-def pooled_end_token(text: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Compute the end token (n, width) of captions, before the projection.
 
     Args:
@@ -141,7 +143,7 @@ def _feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _runner(transformer: nn.Module) -> Callable[..., Tensor]:
+def _runner(transformer: ClipModule) -> Callable[..., Tensor]:
     """Return a function that runs a block, with gradient checkpointing if the transformer has it enabled."""
     if transformer.grad_checkpointing and torch.is_grad_enabled():
         return lambda function, *arguments: checkpoint(function, *arguments, use_reentrant=False)

@@ -123,17 +123,18 @@ class DistilBertTower(nn.Module):
         super().__init__()
         from transformers import DistilBertConfig, DistilBertModel
 
-        config = DistilBertConfig.from_dict(hf_config)
+        config: Any = DistilBertConfig.from_dict(hf_config)
         self.transformer = DistilBertModel(config)
         if not has_head and config.dim != output_dim:
             raise ValueError(f"without a head its features have {config.dim} dimensions, not {output_dim}")
         self.proj = make_projection_head(config.dim, output_dim) if has_head else nn.Identity()
         self.output_dim = output_dim
         self.vocab_size = config.vocab_size
+        self.pad_token_id: int = config.pad_token_id
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode int64 ids (n, length), padded to any length, as (n, output_dim)."""
-        mask = tokens != self.transformer.config.pad_token_id
+        mask = tokens != self.pad_token_id
         hidden = self.transformer(tokens, attention_mask=mask).last_hidden_state
         total = (hidden * mask[..., None]).sum(dim=1)
         return self.proj(total / mask.sum(dim=1, keepdim=True).clamp(min=1))

@@ -35,7 +35,7 @@ RENAMED = {
 }
 RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 EFFICIENTNET_PARTS = {"0": "features"}
-BLOCKS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
+BLOCKS: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}
 
 
 def is_reference(state: State) -> bool:

@@ -64,8 +64,8 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     if pretrained != NO_WEIGHTS and not is_own and not tag:
         _refuse_misspelt_tag(pretrained, name)
         file = read_weights(pretrained)
-        if file.model_config or file.family.infer:
-            return _from_checkpoint(file, options, typed_model)
+        if source := _from_checkpoint(file, options, typed_model):
+            return source
         if file.family.model and not typed_model and not options.text_model:
             name = names.resolve(file.family.model)
 
@@ -137,16 +137,18 @@ def _find_own_weights(name: ModelName) -> str:
     return path
 
 
-def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource:
-    """Find the model that a file defines; typed names must agree with it."""
-    _refuse_text_pretrained(options, file.source)
-    if file.model_config:
-        config, preprocess, held = file.model_config, file.preprocess, file.options["vision_model"]
-    else:
+def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:
+    """Find the model that a file defines, if it does; typed names must agree with it."""
+    if ours := file.checkpoint:
+        config, preprocess, held = ours.model_config, ours.preprocess, ours.options["vision_model"]
+    elif infer := file.family.infer:
         with translate_errors(f"{file.source} {UNKNOWN_WEIGHTS}"):
-            held, config = file.family.infer(file.state, file.source)
+            held, config = infer(file.state, file.source)
             config_schema.model_config(config, "")
         preprocess = find_preprocess(file.family.preprocess)
+    else:
+        return None
+    _refuse_text_pretrained(options, file.source)
     held = find_family(config).config_name(config) or held
     check_names(options, typed_model, config, held, file.source)
     return ModelSource(held, config, preprocess, file.source, file.state, config_from=file.source)
@@ -155,8 +157,8 @@ def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) ->
 def _choose_family(options: ModelOptions, name: ModelName, config: Config) -> Family | None:
     """Return the family of a model whose towers start from their own weights, or None for other models."""
     family, text_model = find_family(config), options.text_model
-    if text_model and not (family.towers and text_model in family.towers.text_models):
-        by_text_model = {text: family for family in FAMILIES if family.towers for text in family.towers.text_models}
+    if text_model and text_model not in family.towers.text_models:
+        by_text_model = {text: family for family in FAMILIES for text in family.towers.text_models}
         if text_model not in by_text_model:
             known = ", ".join(by_text_model)
             raise UserError(f"--text_model {text_model}: no such text tower; choose from {known}")
@@ -164,7 +166,7 @@ def _choose_family(options: ModelOptions, name: ModelName, config: Config) -> Fa
         if family.towers.pair is None or name.config not in family.towers.vision_models:
             known = ", ".join(family.towers.vision_models)
             raise UserError(f"--text_model {text_model} goes with --vision_model {known}, not with {name.name}")
-    if family.towers and (text_model or not family.towers.pair):
+    if family.towers.text_models and (text_model or not family.towers.pair):
         return family
     if _text_pretrained(options):
         raise UserError(f"--text_pretrained {options.text_pretrained} needs --text_model; give the name of the tower")
@@ -174,16 +176,17 @@ def _choose_family(options: ModelOptions, name: ModelName, config: Config) -> Fa
 def _combine_towers(source: ModelSource, family: Family, options: ModelOptions, name: ModelName) -> ModelSource:
     """Start the image tower from the weights of `source`, the text tower from those of --text_pretrained."""
     towers, config = family.towers, source.config
-    if not family.is_config(config):
+    if towers.pair and options.text_model and not family.is_config(config):
         config = towers.pair(name.config, options.text_model)
-        source = replace(source, name=family.config_name(config), preprocess=find_preprocess(family.preprocess))
+        name_of_pair = family.config_name(config) or source.name
+        source = replace(source, name=name_of_pair, preprocess=find_preprocess(family.preprocess))
     image = towers.vision_weights(source.state or {})
     if source.state and not image:
         raise UserError(
             f"--pretrained {source.weights} holds no image tower of {name.name}; give {towers.vision_source}"
         )
-    place, text = _text_pretrained(options), {}
-    if place:
+    text: State = {}
+    if place := _text_pretrained(options):
         text = read_text_tower(place, towers.text_weights, towers.text_kind, config["text_cfg"]["hf_config"])
     if not image and not text:
         return replace(source, config=config, state=None, weights=NO_WEIGHTS, is_known=False)
@@ -220,7 +223,7 @@ def check_names(options: ModelOptions, typed_model: bool, config: Config, held: 
     if name and held not in (name.name, name.config):
         typed = find_model_config(name)[0]
         # --vision_model names only the image tower of a pair
-        is_pair = bool(family.towers and family.towers.pair)
+        is_pair = family.towers.pair is not None
         towers = ("vision_cfg",) if is_pair else ("vision_cfg", "text_cfg")
         same = all(same_tower(typed[tower], config[tower]) for tower in towers)
         if not same or not (is_pair or typed["embed_dim"] == config["embed_dim"]):
@@ -228,9 +231,7 @@ def check_names(options: ModelOptions, typed_model: bool, config: Config, held: 
                 f"--vision_model {name.name} contradicts {source}, which holds a {family.config_name(config) or held}; "
                 "drop --vision_model, or give another checkpoint"
             )
-    text_model = config["text_cfg"].get("hf_model_name")
-    if not text_model and family.towers:
-        text_model = next(iter(family.towers.text_models))
+    text_model = config["text_cfg"].get("hf_model_name") or next(iter(family.towers.text_models), None)
     if options.text_model not in (None, text_model):
         holds = f", which holds {text_model}" if text_model else ""
         raise UserError(f"--text_model {options.text_model} contradicts {source}{holds}; drop --text_model")

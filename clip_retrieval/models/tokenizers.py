@@ -7,6 +7,7 @@ from typing import Any
 
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+from clip_retrieval.data.captions import Tokenizer
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import names
 from clip_retrieval.models.build import BuiltModel
@@ -21,7 +22,7 @@ from clip_retrieval.options import ModelOptions
 WORD_FILES = ("vocab.txt", "tokenizer.json")
 
 
-def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer | HFTokenizer | WordPieceTokenizer:
+def build_tokenizer(options: ModelOptions, model: BuiltModel) -> Tokenizer:
     """Build the tokenizer of `model`; `data.captions.tokenize` runs it.
 
     The vocabulary of a WordPiece tokenizer is --tokenizer's, else the one in the model's config, else the one beside
@@ -63,7 +64,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> SimpleTokenizer
     return tokenizer
 
 
-def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: int) -> None:
+def _try_tokenizer(tokenizer: Tokenizer, name: str, known: int) -> None:
     """Tokenize a few captions. Raises UserError for a tokenizer without padding, an unknown token, ..."""
     with translate_errors(f"{name}: its tokenizer cannot read captions", "give --tokenizer"):
         ids = tokenizer(["", "a dog", "\N{DOG FACE} é 狗"])
@@ -72,7 +73,7 @@ def _try_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer, name: str, known: i
         raise UserError(f"{name}: its tokenizer has ids outside the text tower's vocabulary; give --tokenizer")
 
 
-def keep_vocabulary(config: dict[str, Any], tokenizer: SimpleTokenizer | HFTokenizer | WordPieceTokenizer) -> None:
+def keep_vocabulary(config: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Add the vocabulary of a WordPiece tokenizer to the model config, so that a checkpoint needs no vocab.txt."""
     if isinstance(tokenizer, WordPieceTokenizer):
         config["text_cfg"]["vocab"] = tokenizer.words

@@ -14,6 +14,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import (
     pooled_end_token,
     pooled_image_token,
@@ -39,7 +40,10 @@ class RetrievalModel(nn.Module):
         adaptor: add Clip_crossmodal_retrieval's adaptor behind the image tower.
     """
 
-    def __init__(self, clip: nn.Module, preprocess: dict, adaptor: bool = False):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: ClipModule, preprocess: dict, adaptor: bool = False):
         super().__init__()
         self.clip = clip
         self.preprocess = preprocess
@@ -119,7 +123,7 @@ class RetrievalModel(nn.Module):
 
     def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
-        if lengths is not None and pools_the_end_token(text, _pool_type(text)):
+        if lengths is not None and pools_the_end_token(text, pool_type(text)):
             return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
@@ -135,7 +139,7 @@ class RetrievalModel(nn.Module):
         return isinstance(text, HUGGING_FACE) or (
             text.attn_mask is not None
             and getattr(text, "cls_emb", None) is None
-            and _pool_type(text) in ("argmax", "eos", "first")
+            and pool_type(text) in ("argmax", "eos", "first")
         )
 
     @property
@@ -149,14 +153,14 @@ class RetrievalModel(nn.Module):
             module.eval()
         return self
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> State:
         """Return the state dict of a checkpoint: open_clip's names, and `adaptor.*`."""
         state = self.clip.state_dict()
         if self.adaptor is not None:
             state.update({f"{ADAPTOR}{name}": value for name, value in self.adaptor.state_dict().items()})
         return state
 
-    def load_weights(self, state: dict[str, Tensor], source: str = "best.pt") -> None:
+    def load_weights(self, state: State, source: str = "best.pt") -> None:
         """Load a state dict from `weights`, strictly. Raises UserError, naming `source`, for another model's."""
         clip, adaptor = split_adaptor(state)
         with translate_errors(f"{source} holds the weights of another model"):
@@ -172,7 +176,7 @@ def check_compiles(device: torch.device) -> None:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
 
 
-def split_adaptor(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_adaptor(state: State) -> tuple[State, State]:
     """Split a checkpoint's state dict into that of the CLIP and that of the adaptor."""
     adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
     return {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}, adaptor
@@ -184,12 +188,17 @@ def make_adaptor(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.ReLU())
 
 
-def text_part(clip: nn.Module) -> nn.Module:
+def text_part(clip: ClipModule) -> ClipModule:
     """Return the module that holds the text tower's parts: `clip.text` of a CustomTextCLIP, or a CLIP itself."""
     return getattr(clip, "text", clip)
 
 
-def embedding_dim(clip: nn.Module) -> int:
+def pool_type(text: ClipModule) -> str:
+    """Return the name of a text tower's pooling, empty for Hugging Face towers."""
+    return getattr(text, "text_pool_type", "") or getattr(text, "pool_type", "")
+
+
+def embedding_dim(clip: ClipModule) -> int:
     """Return the width of the features."""
     text = text_part(clip)
     if isinstance(text, HUGGING_FACE):
@@ -204,7 +213,7 @@ def embedding_dim(clip: nn.Module) -> int:
 class Projection:
     """Location of a tower's projection into the shared space: a parameter, a module, or missing."""
 
-    owner: nn.Module
+    owner: ClipModule
     name: str
 
     @property
@@ -217,7 +226,7 @@ class Projection:
         return [] if self.value is None else [self.value]
 
 
-def vision_projection(clip: nn.Module) -> Projection:
+def vision_projection(clip: ClipModule) -> Projection:
     """Locate the image projection: ViT's `proj`, a ResNet's `attnpool.c_proj`, timm's and torchvision's `head`."""
     visual = clip.visual
     if isinstance(visual, (TimmModel, TorchvisionTower)):
@@ -227,7 +236,7 @@ def vision_projection(clip: nn.Module) -> Projection:
     return Projection(visual, "proj")
 
 
-def text_projection(clip: nn.Module) -> Projection:
+def text_projection(clip: ClipModule) -> Projection:
     """Locate the text projection: `text_projection`, or a Hugging Face tower's `proj`."""
     text = text_part(clip)
     return Projection(text, "proj" if isinstance(text, HUGGING_FACE) else "text_projection")
@@ -241,7 +250,8 @@ def without_projection(projection: Projection) -> Iterator[None]:
         yield
         return
     replacement: nn.Module | None = None
-    if projection.name == "c_proj":  # the attention before it reads weight and bias, so it needs both
+    if projection.name == "c_proj" and isinstance(value, nn.Linear):
+        # the attention before it reads weight and bias, so it needs both
         replacement = nn.Linear(value.in_features, value.in_features).to(value.weight)
         nn.init.eye_(replacement.weight)
         nn.init.zeros_(replacement.bias)
@@ -261,21 +271,17 @@ def _project(projection: Projection, pooled: Tensor) -> Tensor:
     return value(pooled) if isinstance(value, nn.Module) else pooled @ value
 
 
-def _pool_type(text: nn.Module) -> str:
-    return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "")
-
-
 def _drop_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Return a tower's pooled output; CoCa's towers also return all tokens."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _encode_trimmed(text: nn.Module, tokens: Tensor) -> Tensor:
+def _encode_trimmed(text: ClipModule, tokens: Tensor) -> Tensor:
     """Run open_clip's encode_text on ids shorter than the context length, which its own does not accept."""
     length = tokens.shape[1]
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
     eos = getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
-    x = text_global_pool(x, tokens, _pool_type(text), eos_token_id=eos)
+    x = text_global_pool(x, tokens, pool_type(text), eos_token_id=eos)
     return _project(Projection(text, "text_projection"), x)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.model_config import ClipModule
 from clip_retrieval.models.towers import Projection, RetrievalModel, text_projection, vision_projection
 
 
@@ -68,14 +69,14 @@ def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
         parameter.requires_grad = value
 
 
-def text_modules(clip: nn.Module) -> list[nn.Module]:
+def text_modules(clip: ClipModule) -> list[nn.Module]:
     """Return the modules of the text tower."""
     if hasattr(clip, "text"):
         return [clip.text]
     return [clip.transformer, clip.token_embedding, clip.ln_final]
 
 
-def text_parameters(clip: nn.Module) -> Iterable[nn.Parameter]:
+def text_parameters(clip: ClipModule) -> Iterable[nn.Parameter]:
     """Return the parameters of the text tower."""
     # CoCa's caption decoder takes no part in retrieval.
     other = ("visual.", "logit_scale", "logit_bias", "text_decoder.")

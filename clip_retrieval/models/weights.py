@@ -37,15 +37,13 @@ class Weights:
         source: the file.
         family: the system that saved it.
         state: float32 CPU tensors under open_clip's names; an adaptor's as `adaptor.*`.
-        model_config, preprocess, options: from a checkpoint of ours, else None.
+        checkpoint: the whole content of a checkpoint of ours, else None.
     """
 
     source: str
     family: Family
     state: State
-    model_config: dict[str, Any] | None = None
-    preprocess: dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -111,7 +109,7 @@ def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
 
 def _from_content(path: Path, content: Any) -> Weights:
     if ours := Checkpoint.from_content(path, content):
-        return Weights(str(path), OURS, _float32(path, ours.model), ours.model_config, ours.preprocess, ours.options)
+        return Weights(str(path), OURS, _float32(path, ours.model), ours)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
     holder = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), dict)), None)

@@ -62,18 +62,18 @@ def evaluate_feature_files(
 def _read_pairs(text_to_image: Path | None, pairs: Path | None, images: int, texts: int) -> np.ndarray:
     """The relevant (image row, text row), int64 (P, 2): the columns of the pairs file are swapped."""
     if pairs is not None:
-        rows = _read_integers(pairs)
+        source, rows = pairs, _read_integers(pairs)
         if rows.ndim != 2 or rows.shape[1] != 2 or len(rows) == 0:
             raise UserError(f"{pairs}: has shape {rows.shape}; expected (pairs, 2), rows of text row, image row")
         _check_range(pairs, rows[:, 0], texts, "text")
     elif text_to_image is not None:
-        image = _read_integers(text_to_image)
+        source, image = text_to_image, _read_integers(text_to_image)
         if image.shape != (texts,):
             raise UserError(f"{text_to_image}: has shape {image.shape}; expected ({texts},), one image row per text")
         rows = np.stack([np.arange(texts), image], axis=1)
     else:
         raise UserError("the relevant pairs are missing; give --text_to_image M.npy or --pairs P.npy")
-    _check_range(pairs or text_to_image, rows[:, 1], images, "image")
+    _check_range(source, rows[:, 1], images, "image")
     return rows[:, ::-1].astype(np.int64)
 
 

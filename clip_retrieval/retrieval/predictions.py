@@ -244,17 +244,17 @@ def _exact_nearest(
 
     target = scoring_device(images.vectors, choose_device(device))
     # a tile is images x captions: limit the side that is the gallery of a direction
-    tile = list(tile_size(target))
-    if gallery_batch_size is not None:
-        for side, direction in enumerate(("t2i", "i2t")):
-            if direction in directions:
-                tile[side] = min(tile[side], gallery_batch_size)
+    rows, columns = tile_size(target)
+    if gallery_batch_size is not None and "t2i" in directions:
+        rows = min(rows, gallery_batch_size)
+    if gallery_batch_size is not None and "i2t" in directions:
+        columns = min(columns, gallery_batch_size)
     neighbours = nearest(
         Features(images.vectors, target, "image", images.name),
         Features(texts.vectors, target, "text", texts.name),
         top_k,
         directions=list(directions),
-        tile=tuple(tile),
+        tile=(rows, columns),
     )
     return {direction: found.items for direction, found in neighbours.items()}
 

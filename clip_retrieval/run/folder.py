@@ -16,7 +16,7 @@ from pathlib import Path
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.options import AUTO, Options
 
 try:
@@ -165,7 +165,7 @@ def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | 
     for name, source in sources.items():
         if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
             raise UserError(f"--overwrite would delete {source} ({name}); drop it, or choose another --experiments")
-    resumes_here = checkpoint is not None and checkpoint.can_resume and resumes_in(folder, options)
+    resumes_here = isinstance(checkpoint, TrainingCheckpoint) and resumes_in(folder, options)
     if not resumes_here and not options.run.overwrite:
         raise UserError(
             f"{folder} already holds a run; resume it (--resume auto), replace it (--overwrite), or choose "

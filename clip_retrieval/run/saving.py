@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from clip_retrieval.errors import RunError
-from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.run.folder import without_resume
 from clip_retrieval.run.prepare import Run
 from clip_retrieval.run.settings import with_absolute_paths
@@ -34,9 +33,10 @@ def save(run: Run, name: str, make: Callable[[Run], Checkpoint]) -> None:
         raise
 
 
-def make_checkpoint(run: Run) -> Checkpoint:
+def make_checkpoint(run: Run) -> TrainingCheckpoint:
     """Make a checkpoint that can resume the run."""
-    return replace(make_model_checkpoint(run), **training_state(run.trainer, run.sampler, run.progress))
+    state = training_state(run.trainer, run.sampler, run.progress)
+    return TrainingCheckpoint(**vars(make_model_checkpoint(run)), **state)
 
 
 def make_model_checkpoint(run: Run) -> Checkpoint:

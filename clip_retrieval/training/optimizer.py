@@ -8,7 +8,7 @@ from torch import nn
 from clip_retrieval.options import TrainOptions
 
 # Position and class embeddings in open_clip, transformers and timm.
-NOT_DECAYED = ("positional_embedding", "class_embedding", "cls_emb", "position_embeddings")
+NOT_DECAYED: tuple[str, ...] = ("positional_embedding", "class_embedding", "cls_emb", "position_embeddings")
 NOT_DECAYED += ("pos_embed", "cls_token", "reg_token")
 
 
@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     No weight decay applies to parameters with fewer than two dimensions (biases, normalisation layers, LayerScale, the
     logit scale and bias) and to position and class embeddings.
     """
-    decayed, not_decayed = [], []
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

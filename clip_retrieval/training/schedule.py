@@ -101,4 +101,4 @@ class Schedule:
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:
-    return bool(interval) and step % interval == 0
+    return bool(interval and step % interval == 0)

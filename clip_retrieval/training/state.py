@@ -12,7 +12,7 @@ import torch
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.training.step import Trainer
 
 
@@ -48,7 +48,7 @@ class Progress:
 
 
 def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
-    """Return the fields of a `Checkpoint` that resume a run, as plain tensors and primitives."""
+    """Return the further fields of a `TrainingCheckpoint`, as plain tensors and primitives."""
     epoch, batch = divmod(progress.step, len(sampler))
     return {
         "optimizer": trainer.optimizer.state_dict(),
@@ -73,7 +73,7 @@ def restore_training(
     Raises UserError, naming the file, if the run cannot be resumed with these options and data.
     """
     source = checkpoint.path
-    if not checkpoint.can_resume:
+    if not isinstance(checkpoint, TrainingCheckpoint):
         log.info(f"{source} contains a model without its optimizer: its weights start a new run")
         return Progress()
     # check the options that determine the order of the pairs (missing names belong to other data: see below)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_retrieval.data.batches.loader import TrainBatch
@@ -104,7 +104,7 @@ class Trainer:
         self.seed = options.seed
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
-        self._towers: nn.Module = model
+        self._towers: RetrievalModel | DistributedDataParallel = model
         if processes.world_size > 1:
             # averages the gradients over the processes during the backward pass
             self._towers = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -216,18 +216,18 @@ class Trainer:
         """Backpropagate gradients. Unused scales and frozen towers, which have no graph, are skipped."""
         used = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad and g is not None]
         if used:
-            torch.autograd.backward(*zip(*used))
+            torch.autograd.backward([t for t, _ in used], [g for _, g in used])
 
     def _backward_in_chunks(
         self, batch: TrainBatch, step: int, chunks: Sequence[slice], gradients: Sequence[Tensor | None]
     ) -> None:
         images, texts, *scale_and_bias = gradients
         for number, rows in enumerate(chunks):
-            last = number == len(chunks) - 1
+            towers, last = self._towers, number == len(chunks) - 1
             # The processes exchange their gradients once, with the last chunk.
-            with nullcontext() if last or self.processes.world_size == 1 else self._towers.no_sync():
+            with nullcontext() if last or isinstance(towers, RetrievalModel) else towers.no_sync():
                 tensors = list(self._encode(batch, step, number, rows))
-                parts = [images[rows], texts[rows]]
+                parts = [None if gradient is None else gradient[rows] for gradient in (images, texts)]
                 if last:
                     tensors += self._scale_and_bias()
                     parts += scale_and_bias

@@ -81,6 +81,14 @@ def test_long_captions_keep_the_end_token_and_are_counted():
     assert tokens.cut == 3
 
 
+def test_a_reduction_keeps_some_tokens_of_a_long_caption():
+    tokenizer = SimpleTokenizer(context_length=5, reduction_mask="simple")
+    tokens = tokenize(["a dog", "a dog and a cat and a cow"], tokenizer)
+    assert tokens.ids[0].tolist() == [49406, 320, 1929, 49407, 0]
+    assert tokens.ids[1, [0, 4]].tolist() == [49406, 49407]
+    assert tokens.lengths.tolist() == [4, 5]
+
+
 def test_duplicate_captions_are_tokenized_once(monkeypatch):
     seen = []
     tokenizer = SimpleTokenizer(clean="whitespace")

@@ -142,7 +142,7 @@ def test_adaptor_of_clip_crossmodal_retrieval_is_found(tmp_path):
 def test_checkpoint_of_ours_keeps_its_config_and_options(tmp_path):
     content = our_checkpoint(small_clip())
     torch.save(content, tmp_path / "last.pt")
-    found = read_weights(tmp_path / "last.pt")
+    found = read_weights(tmp_path / "last.pt").checkpoint
     assert (found.model_config, found.preprocess) == (content["model_config"], content["preprocess"])
     assert found.options == {"vision_model": "tiny"}
     assert Checkpoint.load(tmp_path / "last.pt").step == 5
