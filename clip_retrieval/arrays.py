@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
                 raise ValueError(f"its header promises {size:,} bytes, but {max(available, 0):,} follow")
             if count == 0:
                 return np.empty(shape, dtype)
-            order = "F" if fortran else "C"
+            order: Literal["C", "F"] = "F" if fortran else "C"
             if memory_map and dtype.isnative:
                 return np.memmap(file, dtype, "r", begin, shape, order)
             if size > memory_limit():

@@ -75,7 +75,7 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.BaseLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys: set[str] = set()
             for key, _ in node.value:
                 line = f"line {key.start_mark.line + 1}"

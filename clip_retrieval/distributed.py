@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,8 @@ from torch import Tensor
 from clip_retrieval.errors import UserError
 
 # torch renamed these, and new versions warn about the old names. Builds without torch.distributed have neither.
-all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Processes:
         """Take the maximum over all processes, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(tensor, operation)
         return tensor
@@ -100,13 +101,13 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx, tensor: Tensor, processes: Processes) -> Tensor:
         ctx.processes = processes
         gathered = tensor.new_empty(processes.world_size * len(tensor), *tensor.shape[1:])
-        all_gather_single(gathered, tensor.contiguous())
+        _all_gather(gathered, tensor.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         part = gradient.new_empty(len(gradient) // ctx.processes.world_size, *gradient.shape[1:])
-        reduce_scatter_single(part, gradient.contiguous())
+        _reduce_scatter(part, gradient.contiguous())
         return part, None
 
 

@@ -81,7 +81,7 @@ def run_and_exit(run: Callable[[], int | None]) -> int:
     except OSError as error:
         # numpy's error for a full disk has no errno.
         if error.errno in DISK_FAULTS or (error.errno is None and error.filename is not None):
-            fault = DISK_FAULTS.get(error.errno) or describe(error)
+            fault = DISK_FAULTS.get(error.errno or 0) or describe(error)
             place = error.filename or "a file"
             return _report(f"{place}: {fault}; fix that and repeat the command (a finetune with --resume auto)", 3)
         if error.filename is not None:

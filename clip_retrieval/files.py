@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import errno
 import gzip
+import io
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ from clip_retrieval.errors import UserError, describe
 from clip_retrieval.memory import memory_limit
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 
     Raises OSError for a folder, and for a FIFO, a socket or a device, which could block for ever or never end. Raises

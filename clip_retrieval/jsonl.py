@@ -8,11 +8,12 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular, parse_json, write_atomic
 
+orjson: Any
 try:
     import orjson
 except ImportError:
@@ -96,7 +97,7 @@ def parse_record_of_numbers(line: bytes, key: str) -> dict[str, Any]:
     return parse_record(line)
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[Id]:
     """Whether a value can be an id: text, or an integer that can be printed."""
     return type(value) is str or (type(value) is int and value.bit_length() <= LONGEST_ID)
 

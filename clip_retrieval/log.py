@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class _LogFile(logging.StreamHandler):
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             error.filename = str(self.path)
-        raise error
+        raise
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a failed write was reported before
@@ -80,11 +80,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_bar(*arguments: Any, **options: Any) -> tqdm:
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Make a tqdm bar. It is shown by the main process only, and on a terminal only."""
     if "desc" in options:
         options["desc"] = one_line(options["desc"])
-    return tqdm(*arguments, disable=None if is_main() else True, **options)
+    return tqdm(iterable, disable=None if is_main() else True, **options)
 
 
 def start_log() -> None:

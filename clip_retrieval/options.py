@@ -221,7 +221,7 @@ class DataOptions:
         places = self.annotations or self.train_data or self.val_data or self.dataset_root
         return ", ".join(place for place in as_tuple(places) if place)
 
-    def parts(self) -> list[DataOptions]:
+    def parts(self) -> list[DatasetOptions]:
         """Return the options of each data set of a mixture, or of the one data set.
 
         Raises UserError if an option was given neither once nor once for each data set.
@@ -231,10 +231,8 @@ class DataOptions:
             raise UserError(
                 f"--dataset_weights has {len(self.dataset_weights)} values, --dataset {len(names)}; give one for each"
             )
-        values = {"dataset": [(name,) for name in names]}
+        values: dict[str, tuple[Any, ...]] = {}
         for name in REPEATABLE:
-            if name == "dataset":
-                continue
             given = as_tuple(getattr(self, name))
             if len(given) == 1 and (given[0] is None or name == "dataset_root" or len(names) == 1):
                 given *= len(names)  # one folder for all data sets
@@ -244,10 +242,20 @@ class DataOptions:
                     "once for each data set, in their order"
                 )
             values[name] = given
+        shared = vars(self) | {"dataset_weights": None}
         return [
-            dataclasses.replace(self, **{name: given[i] for name, given in values.items()}, dataset_weights=None)
-            for i in range(len(names))
+            DatasetOptions(**shared | {name: given[i] for name, given in values.items()}) for i in range(len(names))
         ]
+
+
+class DatasetOptions(DataOptions):
+    """The data options of a single data set: each path is given once, or not at all."""
+
+    dataset_root: str
+    annotations: str | None
+    image_dir: str | None
+    train_data: str | None
+    val_data: str | None
 
 
 @dataclass
@@ -417,8 +425,8 @@ class RunOptions:
 
 
 PREFIXES = ("train_data", "val_data")  # values may be prefixes of file names
-PLACES = ("dataset_root", "annotations", "image_dir", "image_column", "caption_column", "split_column", *PREFIXES)
-PLACES += ("caption_key", "train_num_samples")
+COLUMNS = ("image_column", "caption_column", "split_column")
+PLACES = ("dataset_root", "annotations", "image_dir", *COLUMNS, *PREFIXES, "caption_key", "train_num_samples")
 """Options about the files of one data set, which do not apply to another."""
 
 BELONGING = {

@@ -11,7 +11,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.options import DataOptions, as_tuple
+from clip_retrieval.options import DataOptions, DatasetOptions, as_tuple
 
 SHARDED = ("webdataset", "yfcc7m")
 """Data sets in tar shards."""
@@ -62,7 +62,7 @@ def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _read_one(parts[0], split)
 
 
-def _read_one(options: DataOptions, split: str) -> RetrievalDataset | None:
+def _read_one(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     name = options.name
     if name not in READERS:
         near = difflib.get_close_matches(name.lower(), READERS, n=2)

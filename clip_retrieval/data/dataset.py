@@ -83,6 +83,16 @@ class RetrievalDataset:
         pairs = np.stack(np.divmod(keys, len(self.captions)), axis=1)
         object.__setattr__(self, "pairs", pairs)
 
+    @property
+    def parts(self) -> tuple[RetrievalDataset, ...]:
+        """The data sets of a mixture, in order; their own indices begin at 0. Any other data set is its only part."""
+        return (self,)
+
+    @cached_property
+    def first_image(self) -> np.ndarray:
+        """int64 (parts + 1,): part i has the images first_image[i] to first_image[i + 1] - 1."""
+        return np.cumsum([0, *(len(part.images) for part in self.parts)])
+
     def require_pairs(self) -> None:
         """Raise UserError if there are no pairs, so that the split cannot be used for training or scored."""
         if len(self.pairs) == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -17,25 +16,16 @@ from PIL import Image
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
-Read = Callable[[DataOptions, str], "RetrievalDataset | None"]
+Read = Callable[[DatasetOptions, str], "RetrievalDataset | None"]
 
 
 @dataclass(frozen=True)
 class Mixture(RetrievalDataset):
-    """The concatenated images, captions and pairs of several data sets, without their ids.
-
-    Attributes:
-        parts: the data sets in order. Their own indices begin at 0.
-    """
+    """The concatenated images, captions and pairs of several data sets, without their ids."""
 
     parts: tuple[RetrievalDataset, ...] = ()
-
-    @cached_property
-    def first_image(self) -> np.ndarray:
-        """int64 (parts + 1,): part i has the images first_image[i] to first_image[i + 1] - 1."""
-        return _cumulate([len(part.images) for part in self.parts])
 
 
 class MixedImages:
@@ -82,7 +72,7 @@ def mix(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
     )
 
 
-def read_mixture(name: str, parts: Sequence[DataOptions], split: str, read: Read) -> RetrievalDataset | None:
+def read_mixture(name: str, parts: Sequence[DatasetOptions], split: str, read: Read) -> RetrievalDataset | None:
     """Read the mixture of the train splits, or the val or test split of the first data set that has it.
 
     A data set without splits is only used for training. If no data set has splits, the first one is scored as it would
@@ -105,7 +95,7 @@ def read_mixture(name: str, parts: Sequence[DataOptions], split: str, read: Read
     return mix(found, name)
 
 
-def _read_train_split(part: DataOptions, read: Read) -> RetrievalDataset:
+def _read_train_split(part: DatasetOptions, read: Read) -> RetrievalDataset:
     dataset = read(part, "train")
     if dataset is None:
         raise UserError(
@@ -114,7 +104,7 @@ def _read_train_split(part: DataOptions, read: Read) -> RetrievalDataset:
     return dataset
 
 
-def _read_held_out(parts: Sequence[DataOptions], split: str, read: Read) -> RetrievalDataset | None:
+def _read_held_out(parts: Sequence[DatasetOptions], split: str, read: Read) -> RetrievalDataset | None:
     found = []
     for part in parts:
         dataset = read(part, split)

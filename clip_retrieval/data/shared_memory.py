@@ -46,11 +46,12 @@ def _copy_to_shared_memory(tensor: Tensor) -> Tensor:
     if descriptor is None:
         return tensor.share_memory_()
     with os.fdopen(descriptor, "wb", buffering=0) as file:
-        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
         while rest:  # write() instead of a mapping: no page faults, and an error if the memory is full
             rest = rest[file.write(rest) :]
-        storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), tensor.nbytes)  # duplicates the descriptor
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+        # duplicates the descriptor
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), tensor.nbytes)  # type: ignore[attr-defined]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _open_memory_file() -> int | None:

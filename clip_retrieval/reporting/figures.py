@@ -20,7 +20,7 @@ from clip_retrieval.log import log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 PER_PAGE = 12
 COLUMNS = 2
@@ -142,7 +142,7 @@ def _draw_page(panels: Sequence[Panel], heading: str, fonts: list[str]) -> Figur
     height = HEADING + rows * (PHOTO + GAP) - GAP + MARGIN
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    style = {"family": fonts, "parse_math": False}
+    style: dict[str, Any] = {"family": fonts, "parse_math": False}
     title = _shorten(figure, heading, width - 2 * MARGIN, {"size": 9, **style})
     figure.text(MARGIN / width, 1 - 0.6 * HEADING / height, title, size=9, color=GREY, **style)
     # draw a photo and a chart per panel, in a grid
@@ -184,7 +184,7 @@ def _draw_chart(axes: Axes, panel: Panel, style: dict[str, Any]) -> None:
         axes.barh(bar, percent / 100, height=0.09, color=color)
 
 
-def _shorten(figure: Figure, text: str, inches: float, style: dict[str, Any]) -> str:
+def _shorten(figure: Figure | SubFigure, text: str, inches: float, style: dict[str, Any]) -> str:
     """The text on one line; if it is wider than `inches`, cut with an ellipsis."""
     text = " ".join(text.split())
     probe = figure.text(0, 0, "", **style)

@@ -30,7 +30,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def _is_results(results: dict[str, Any]) -> bool:
     """Whether the content has the recalls in percent, and the names, that a table needs."""
-    blocks = [results.get(direction) for direction in ("i2t", "t2i")]
+    blocks: list[Any] = [results.get(direction) for direction in ("i2t", "t2i")]
     if not all(isinstance(block, dict) for block in blocks):
         return False
     numbers = [block.get(name) for block in blocks for name in ("R@1", "R@5", "R@10")]

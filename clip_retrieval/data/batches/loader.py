@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_retrieval.data.batches.sampler import Batch, BatchSampler
 from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import Tokens
-from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.data.pixels.pixels import Indices, Pixels
 from clip_retrieval.data.workers import Workers, in_workers
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
@@ -46,7 +46,7 @@ class _FetchPixels:
     def __init__(self, pixels: Pixels):
         self.pixels = pixels
 
-    def __call__(self, request: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+    def __call__(self, request: tuple[Indices, Indices]) -> Tensor:
         return self.pixels.batch(*request)
 
 
@@ -99,12 +99,12 @@ class ToDevice:
         return self._copies is not None
 
     def __call__(
-        self, image_parts: Sequence[Tensor], texts: Tensor, positives: Tensor, lengths: Tensor | None
+        self, image_parts: list[Tensor], texts: Tensor, positives: Tensor, lengths: Tensor | None
     ) -> TrainBatch:
         """Make the batch on the device; its images are the concatenated parts."""
         if self._copies is None:
             images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
-            return TrainBatch(*(tensor.to(self.device) for tensor in (images, texts, positives)), lengths)
+            return TrainBatch(images.to(self.device), texts.to(self.device), positives.to(self.device), lengths)
         with torch.cuda.stream(self._copies):
             images = torch.cat([self._copy(part) for part in image_parts])
             texts, positives = self._copy(texts), self._copy(positives)

@@ -108,7 +108,7 @@ class BatchSampler:
     @cached_property
     def shares(self) -> list[int]:
         """The number of pairs of each part of a weighted mixture in an epoch, the dropped remainder included."""
-        return proportional(number_of_samples(self.dataset, self.sampling), self.weights)
+        return proportional(number_of_samples(self.dataset, self.sampling), self.weights or (1,))
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -174,7 +174,7 @@ class BatchSampler:
                 continue
             # the batches with the image in the last round, and the number of its pairs in this one
             met = order[round - 1, image[round - 1] == split_image]
-            ahead = np.count_nonzero(image[round] == split_image)
+            ahead = int(np.count_nonzero(image[round] == split_image))
             order[round] = _put_others_first(order[round], met, ahead)
         dealt = np.empty_like(order)
         np.put_along_axis(dealt, order, kept.reshape(self.batch_size, batches), axis=1)

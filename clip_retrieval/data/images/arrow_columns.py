@@ -187,8 +187,7 @@ class ArrowImages:
             self._contents = Contents(open_columns(self.folder).column(self.column))
         content = self._contents[int(self.rows[index])]
         check_encoded_size(len(content), self.name(index))
-        content = bytes(content)
-        return decode_base64(content, self.name(index)) if self.is_base64 else content
+        return decode_base64(bytes(content), self.name(index)) if self.is_base64 else bytes(content)
 
     def name(self, index: int) -> str:
         return f"{self.folder}, row {self.rows[index]}"

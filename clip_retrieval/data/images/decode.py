@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, _imaging
 
@@ -30,7 +30,7 @@ LONGEST = 256  # long side of an image in short sides; the excess is cropped
 for _plugin in ("Jpeg", "Mpo", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Jpeg2K", "Avif"):
     with contextlib.suppress(ImportError):  # Pillow before 11.3 has no AVIF
         importlib.import_module(f"PIL.{_plugin}ImagePlugin")
-FORMATS = [
+FORMATS: list[str] = [
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 ]
 
@@ -48,23 +48,26 @@ class _PngWithoutText(PngImagePlugin.PngStream):
     Pillow decompresses them, and refuses the image if one is longer than a megabyte.
     """
 
+    fp: IO[bytes]  # None only after the last chunk
+
     def _skip(self, pos: int, length: int) -> bytes:
         return ImageFile._safe_read(self.fp, length)
 
     chunk_tEXt = chunk_zTXt = chunk_iTXt = chunk_iCCP = _skip
 
 
-PngImagePlugin.PngStream = _PngWithoutText
+PngImagePlugin.PngStream = _PngWithoutText  # type: ignore[misc]  # a patch
+_pillow: Any = Image  # it annotates MAX_IMAGE_PIXELS as an int
 
 
 def limit_image_pixels(pixels: int) -> None:
     """Refuse larger images in this process, and in loader processes that it starts afterwards."""
-    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns above this number and raises above twice this number
+    _pillow.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns above this number and raises above twice this number
 
 
 def image_pixels_limit() -> int:
     """Return the limit set by `limit_image_pixels`."""
-    return int(Image.MAX_IMAGE_PIXELS * 2)
+    return int(_pillow.MAX_IMAGE_PIXELS * 2)
 
 
 limit_image_pixels(MAX_IMAGE_PIXELS)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from PIL import Image
 
 from clip_retrieval.data.dataset import StoredImages
 from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, open_partial, read_records
-from clip_retrieval.data.pixels.pixels import Pixels
+from clip_retrieval.data.pixels.pixels import Indices, Pixels
 from clip_retrieval.data.pixels.transforms import (
     crop_region,
     evaluation_transform,
@@ -262,7 +261,7 @@ class _ResizedPixels:
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
         return torch.from_numpy(self._file[index].reshape(self._shape[1:]))
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         self._file.will_read(indices)
         pixels = np.empty((len(indices), *self._shape[1:]), np.uint8)
         for row, index in enumerate(indices):
@@ -291,6 +290,6 @@ class _CroppedPixels:
         image = self._file[index].reshape(height, width, 3)[rows, columns]
         return resize(image, self._size, self._decoder, self._interpolation)
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         self._file.will_read(indices)
         return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])

@@ -15,7 +15,7 @@ import fcntl
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -114,7 +114,7 @@ class PixelFile:
 
     def read_into(self, pixels: np.ndarray, index: int) -> None:
         """Read an image into a contiguous uint8 array of its size."""
-        rest, begin = memoryview(pixels).cast("B"), int(self._offsets[index])
+        rest, begin = pixels.data.cast("B"), int(self._offsets[index])
         try:
             while rest:
                 count = os.preadv(self._file.fileno(), [rest], begin)
@@ -124,7 +124,7 @@ class PixelFile:
         except OSError as error:
             raise self._make_error(error.strerror) from None
 
-    def will_read(self, indices: Sequence[int]) -> None:
+    def will_read(self, indices: Iterable[int]) -> None:
         """Ask the system to read these images from the disk in parallel, before they are needed."""
         if not hasattr(os, "posix_fadvise"):
             return
@@ -170,13 +170,13 @@ class PartialFile:
 
     def append(self, pixels: np.ndarray, records: np.ndarray) -> None:
         """Add images: their concatenated bytes, uint8 (n,), and a record for each."""
-        self._write(pixels)
+        self._write(pixels.data)
         self._pending = np.concatenate([self._pending, records])
         self._pending_bytes += len(pixels)
         if self._pending_bytes >= FLUSH_BYTES:
             self.flush()
 
-    def _write(self, content: np.ndarray | bytes) -> None:
+    def _write(self, content: memoryview | bytes) -> None:
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]

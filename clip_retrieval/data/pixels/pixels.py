@@ -16,6 +16,8 @@ from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.pixels.transforms import CropTransform, evaluation_transform
 from clip_retrieval.data.workers import usual_num_workers
 
+Indices = Sequence[int] | np.ndarray
+
 
 class Pixels(Protocol):
     """The model's inputs for the images of a data set, by index."""
@@ -32,7 +34,7 @@ class Pixels(Protocol):
         """
         ...
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         """Read n images: uint8 (n, 3, height, width)."""
         ...
 
@@ -63,7 +65,7 @@ class AutoAugmented:
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
         return self._augment(self.crops(index, seed), seed)
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 
@@ -81,14 +83,14 @@ class MixedPixels:
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
         return self.batch([index], [seed])[0]
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         indices, seeds = np.asarray(indices), np.asarray(seeds)
         part_numbers = np.searchsorted(self._first, indices, side="right") - 1
-        batch = None
+        batch = torch.empty(0)
         for number in np.unique(part_numbers):
             rows = np.flatnonzero(part_numbers == number)
             own = self.parts[number].batch((indices[rows] - self._first[number]).tolist(), seeds[rows].tolist())
-            if batch is None:
+            if len(batch) == 0:
                 batch = own.new_empty((len(indices), *own.shape[1:]))
             batch[torch.from_numpy(rows)] = own
         return batch
@@ -138,7 +140,7 @@ class _DecodedPixels:
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
         return self._transform(self.images[index], seed)
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 

@@ -26,7 +26,7 @@ from clip_retrieval.data.images.lmdb_folder import LmdbImages, read_pairs, read_
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.jsonl import is_id, read_records
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
 # The names of each split in file names, Chinese-CLIP's own first.
@@ -112,7 +112,7 @@ class Place:
         return self.path / "pairs" if self.is_lmdb else Path(f"{self.path}{TEXTS}")
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the data set has no such split."""
     named = {"train": options.train_data, "val": options.val_data}.get(split)
     if named:
@@ -153,7 +153,7 @@ def _find_in_root(root: Path, split: str) -> Place | None:
     return found or next((place for place in prefixes if place.images.is_file() or place.texts.is_file()), None)
 
 
-def _find_place(options: DataOptions, split: str) -> Place | None:
+def _find_place(options: DatasetOptions, split: str) -> Place | None:
     root = Path(options.dataset_root)
     if place := _find_in_root(root, split):
         return place

@@ -28,10 +28,11 @@ import numpy as np
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
-from clip_retrieval.data.readers import annotations, karpathy
+from clip_retrieval.data.readers import karpathy
+from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, read_ids
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 # The id lists of each split, and the 2014 folder of the images and captions of each list.
 LISTS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
@@ -62,7 +63,7 @@ class Captions:
         return rows, self.ids[rows] == ids
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the data set has no such split."""
     root = Path(options.dataset_root)
 
@@ -76,7 +77,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
             return _build_unsplit(options, split, captions)
         parts = []
         for name in _select_lists(options, split):
-            rows, found = captions.find(annotations.read_ids(_find_id_file(root, name)))
+            rows, found = captions.find(read_ids(_find_id_file(root, name)))
             parts.append((name, captions, rows[found]))
         return _build_dataset(options, split, parts) if any(len(rows) for _, _, rows in parts) else None
 
@@ -88,7 +89,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     for name in _select_lists(options, split):
         captions = _read_list_captions(root, FOLDERS[name])
         id_file = _find_id_file(root, name)
-        ids = annotations.read_ids(id_file)
+        ids = read_ids(id_file)
         rows, found = captions.find(ids)
         if not found.all():
             raise UserError(
@@ -99,20 +100,20 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _build_dataset(options, split, parts)
 
 
-def _select_lists(options: DataOptions, split: str) -> tuple[str, ...]:
+def _select_lists(options: DatasetOptions, split: str) -> tuple[str, ...]:
     return ("train",) if split == "train" and options.no_restval else LISTS[split]
 
 
 def _find_id_file(root: Path, name: str) -> Path:
     file = f"coco_{name}_ids.npy"
-    return annotations.find_file([root / "annotations" / file, root / file]) or annotations.ANNOTATIONS / file
+    return find_file([root / "annotations" / file, root / file]) or ANNOTATIONS / file
 
 
 def _find_captions_files(root: Path, folder: str) -> list[Path]:
     """Find the captions file of a 2014 folder, or else those of 2017, which hold the same captions."""
     for names in ([folder], ["train2017", "val2017"]):
         candidates = [[base / f"captions_{name}.json" for base in (root / "annotations", root)] for name in names]
-        if found := [path for paths in candidates if (path := annotations.find_file(paths))]:
+        if found := [path for paths in candidates if (path := find_file(paths))]:
             return found
     return []
 
@@ -203,7 +204,7 @@ def is_coco(captions: Captions) -> bool:
         match = name_format.fullmatch(name)
         if not match or int(match[1]) != image_id:
             return False
-    lists = [annotations.read_ids(annotations.ANNOTATIONS / f"coco_{name}_ids.npy") for name in FOLDERS]
+    lists = [read_ids(ANNOTATIONS / f"coco_{name}_ids.npy") for name in FOLDERS]
     rows, found = captions.find(np.concatenate(lists))
     listed_images = np.flatnonzero(found) // 5
     file_images, index = np.unique(captions.image_ids[rows[found]], return_inverse=True)
@@ -211,7 +212,9 @@ def is_coco(captions: Captions) -> bool:
     return 0 < len(together) == len(file_images) == len(np.unique(listed_images))
 
 
-def _build_dataset(options: DataOptions, split: str, parts: list[tuple[str, Captions, np.ndarray]]) -> RetrievalDataset:
+def _build_dataset(
+    options: DatasetOptions, split: str, parts: list[tuple[str, Captions, np.ndarray]]
+) -> RetrievalDataset:
     """Build the data set from (list name, captions, rows of them), images in the order of their captions."""
     # number the images and collect their possible names
     images: dict[int, int] = {}  # image id -> index
@@ -233,7 +236,7 @@ def _build_dataset(options: DataOptions, split: str, parts: list[tuple[str, Capt
     return RetrievalDataset(options.name, split, found, texts, pairs)
 
 
-def _list_folders(options: DataOptions) -> list[Path]:
+def _list_folders(options: DatasetOptions) -> list[Path]:
     if options.image_dir:
         return [Path(options.image_dir)]
     roots = [Path(options.dataset_root), *([Path(options.annotations).parent] if options.annotations else [])]
@@ -241,7 +244,7 @@ def _list_folders(options: DataOptions) -> list[Path]:
 
 
 def _iter_places(
-    options: DataOptions, names: list[str], names_2014: list[str], names_2017: list[str]
+    options: DatasetOptions, names: list[str], names_2014: list[str], names_2017: list[str]
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folders that may hold the images, with the names there: the captions file's, 2014's and 2017's."""
     for folder in _list_folders(options):
@@ -253,7 +256,7 @@ def _iter_places(
             yield place, names_2017
 
 
-def _build_unsplit(options: DataOptions, split: str, captions: Captions) -> RetrievalDataset | None:
+def _build_unsplit(options: DatasetOptions, split: str, captions: Captions) -> RetrievalDataset | None:
     """Build train or test of all captions; images without captions stay, as images to be retrieved."""
     if split == "val":
         return None

@@ -21,10 +21,10 @@ import numpy as np
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
-from clip_retrieval.data.readers import annotations
+from clip_retrieval.data.readers.annotations import find_only_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_text
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 DELIMITERS = ",;\t|"
 
@@ -36,12 +36,12 @@ class Row(NamedTuple):
     line: int
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the file has no such split."""
     if options.annotations:
         path = Path(options.annotations)
     else:
-        path = annotations.find_only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
+        path = find_only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
     rows, has_splits = _read_rows(path, options.image_column, options.caption_column, options.split_column)
     if has_splits:
         rows = [row for row in rows if row.split == split]
@@ -65,7 +65,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
 def _read_rows(path: Path, image_column: str, caption_column: str, split_column: str) -> tuple[list[Row], bool]:
     """Read all rows, with cleaned captions and our names of splits, and whether there is a split column."""
     # A split column that the user names must exist.
-    required = split_column != DataOptions.split_column
+    required = split_column != DatasetOptions.split_column
     rows = []
     for row in read_table(path, (image_column,), (caption_column,), split_column, required):
         caption = clean_caption(row.caption)
@@ -73,7 +73,7 @@ def _read_rows(path: Path, image_column: str, caption_column: str, split_column:
             empty = image_column if not row.image else caption_column
             raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or delete the line")
         split = row.split
-        if split is not None and (split := SPLITS.get(row.split.lower())) is None:
+        if row.split is not None and (split := SPLITS.get(row.split.lower())) is None:
             raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(SPLITS)}")
         rows.append(Row(row.image, caption, split, row.line))
     if not rows:
@@ -102,7 +102,7 @@ def read_table(
     """
     # choose the delimiter
     text = read_text(path)
-    header_line = re.match(r"[^\r\n]*", text.lstrip())[0]
+    header_line = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     delimiter = _choose_delimiter(path, header_line, image_columns, caption_columns)
 
     # strict: a stray quote is an error; otherwise it would swallow the lines up to the next quote.
@@ -115,12 +115,12 @@ def read_table(
         image = _find_column(path, header, image_columns, "image_column")
         caption = _find_column(path, header, caption_columns, "caption_column")
         split = None
-        if split_required or split_column in header:
+        if split_column and (split_required or split_column in header):
             split = _find_column(path, header, (split_column,), "split_column")
 
         # yield the rows
-        for cells in rows:
-            if not (cells := _fit_cells(cells, len(header), caption, delimiter)):
+        for row in rows:
+            if not (cells := _fit_cells(row, len(header), caption, delimiter)):
                 raise UserError(
                     f"{path}, line {reader.line_num}: not the {len(header)} columns of the header; put a caption that "
                     f"holds a {delimiter!r} in double quotes"

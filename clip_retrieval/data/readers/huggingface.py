@@ -30,7 +30,7 @@ from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import check_root, read_json
 from clip_retrieval.log import log, progress_bar
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 SPLITS_FILE = "dataset_dict.json"
 # simple-clip's folders.
@@ -39,7 +39,7 @@ FOLDERS = {"coco": "coco", "textcap": "textcap", "sbucaptions": "sbu_captions_im
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_base64_str"), ("caption", "outputs")
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the data set has no such split."""
     root = Path(options.dataset_root)
     check_root(root)
@@ -52,7 +52,7 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _read_saved(options, split)
 
 
-def _read_saved(options: DataOptions, split: str) -> RetrievalDataset | None:
+def _read_saved(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split of the data set that was saved in dataset_root."""
     root = Path(options.dataset_root)
     check_root(root)
@@ -81,7 +81,7 @@ def _read_split_names(path: Path) -> dict[str, str]:
     return names
 
 
-def _build_dataset(options: DataOptions, split: str, folder: Path) -> RetrievalDataset:
+def _build_dataset(options: DatasetOptions, split: str, folder: Path) -> RetrievalDataset:
     # open the columns
     table = open_columns(folder)
     image_column = _find_column(options, "image_column", IMAGE_COLUMNS, table, folder)
@@ -115,7 +115,7 @@ def _build_dataset(options: DataOptions, split: str, folder: Path) -> RetrievalD
     return RetrievalDataset(options.name, split, images, texts, pairs)
 
 
-def _find_column(options: DataOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
+def _find_column(options: DatasetOptions, option: str, known: Sequence[str], table: Any, folder: Path) -> str:
     """Find the column given by the option; for a named data set, else the first of the known ones."""
     chosen = getattr(options, option)
     known = (chosen,) if options.name == "huggingface" else tuple(dict.fromkeys((chosen, *known)))
@@ -156,7 +156,7 @@ def _open_contents(column: Any, place: str) -> Contents:
 
 
 def _open_images(
-    options: DataOptions, folder: Path, column: str, contents: Contents, rows: np.ndarray, sizes: np.ndarray
+    options: DatasetOptions, folder: Path, column: str, contents: Contents, rows: np.ndarray, sizes: np.ndarray
 ) -> Images:
     if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
         image_folder = options.image_dir or folder

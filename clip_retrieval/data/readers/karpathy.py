@@ -24,10 +24,11 @@ import numpy as np
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
-from clip_retrieval.data.readers import annotations, csv_file
+from clip_retrieval.data.readers import csv_file
+from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, find_only_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json, read_text
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 FLICKR = ("flickr8k", "flickr30k")
 
@@ -65,7 +66,7 @@ class Part:
         self.texts += texts
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if the data set has no such split."""
     # read the file
     path = _find_file(options)
@@ -92,18 +93,18 @@ def read(options: DataOptions, split: str) -> RetrievalDataset | None:
     return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
 
 
-def _find_file(options: DataOptions) -> Path:
+def _find_file(options: DatasetOptions) -> Path:
     """Find the file that lists the images."""
     if options.annotations:
         return Path(options.annotations)
     root, name = Path(options.dataset_root), options.name
     if name == "karpathy":
-        return annotations.find_only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
+        return find_only_file(root, ["dataset_*.json", "dataset_*.json.gz"])
     check_root(root)
     found = find_json(root, name)
     folders = [root, *(root / folder for folder in IMAGE_FOLDERS.get(name, ()))]
     usual = CAPTIONS_FILES.get(name, ())
-    found = found or annotations.find_file(folder / file for folder in folders for file in usual)
+    found = found or find_file(folder / file for folder in folders for file in usual)
     if not found:
         others = f" (nor {', '.join(usual)})" if usual else ""
         raise UserError(f"{root / f'dataset_{name}.json'}: no such file{others}; name it with --annotations")
@@ -112,10 +113,10 @@ def _find_file(options: DataOptions) -> Path:
 
 def find_json(root: Path, name: str) -> Path | None:
     """Find the Karpathy JSON of a data set."""
-    return annotations.find_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
+    return find_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
 
 
-def _iter_places(options: DataOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
+def _iter_places(options: DatasetOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folders that may hold the images, with the names there."""
     root = Path(options.dataset_root)
     if options.image_dir:
@@ -182,7 +183,7 @@ def read_captions(path: Path, name: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for split in ("train", "val", "test"):
         part = Part()
-        for image in read_text(annotations.ANNOTATIONS / f"{name}_{split}.txt").split():
+        for image in read_text(ANNOTATIONS / f"{name}_{split}.txt").split():
             if image in captions:
                 part.add(image, "", captions[image])
         if part.names:

@@ -19,7 +19,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import write_atomic
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
 CAPTIONS_PER_IMAGE = 5
@@ -64,7 +64,7 @@ class Scene(NamedTuple):
     axis: str
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read a split. Images are cached in {dataset_root}/shapes/ if that folder is writable."""
     begin, size = _find_range(split)
     scenes = _make_scenes()[begin : begin + size]

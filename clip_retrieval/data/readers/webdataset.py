@@ -29,10 +29,10 @@ from clip_retrieval.data.shards.samples import (
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import open_regular
 from clip_retrieval.log import log, progress_bar
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 
-def read(options: DataOptions, split: str) -> RetrievalDataset | None:
+def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read one split; None if it has no shards."""
     # read captions and places of the images
     found = find_shards(options, split)

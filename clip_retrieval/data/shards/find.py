@@ -23,7 +23,7 @@ from braceexpand import alphabet, braceexpand
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, open_regular, read_json
-from clip_retrieval.options import DataOptions
+from clip_retrieval.options import DatasetOptions
 
 SIZES = "sizes.json"
 SEPARATOR = "::"
@@ -50,16 +50,13 @@ class SplitShards:
     paths: list[Path]
 
 
-def find_shards(options: DataOptions, split: str) -> SplitShards | None:
+def find_shards(options: DatasetOptions, split: str) -> SplitShards | None:
     """Find the shards of a split; None if it has none.
 
     Raises UserError if a pattern matches no shard, or a shard is missing or is not a complete tar.
     """
-    option = f"{split}_data"
-    if named := {"train": options.train_data, "val": options.val_data}.get(split):
-        found = SplitShards(split, expand_patterns(named, f"--{option}"))
-    else:
-        found = _find_in_root(options, split)
+    named = {"train": options.train_data, "val": options.val_data}.get(split)
+    found = SplitShards(split, expand_patterns(named, f"--{split}_data")) if named else _find_in_root(options, split)
     if found is None:
         return None
     for path in found.paths:
@@ -165,7 +162,7 @@ def _glob(pattern: str) -> list[Path]:
     return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  Path.glob takes no absolute pattern
 
 
-def _find_in_root(options: DataOptions, split: str) -> SplitShards | None:
+def _find_in_root(options: DatasetOptions, split: str) -> SplitShards | None:
     """Find the shards of a split in the root, without those that an option gives to another split."""
     root = Path(options.dataset_root)
     if (root / options.name).is_dir():  # simple-clip's datasets/yfcc7m

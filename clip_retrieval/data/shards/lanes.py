@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -96,7 +96,7 @@ class LaneReader:
 
 
 def decode_sample(
-    sample: dict[str, bytes], path: Path, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
+    sample: dict[str, Any], path: Path, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
 ) -> Pair:
     """Decode a sample's image, and draw one of its captions.
 
@@ -115,7 +115,7 @@ def decode_sample(
     return Pair(transform(image, int(rng.integers(2**63))), caption, image_key(content))
 
 
-def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> Iterator[tuple[int, dict[str, bytes]]]:
+def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the samples of a segment with these numbers, in this order; the shard itself is read in file order.
 
     Raises UserError if the number of samples in the shard differs from its count.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,9 +46,9 @@ class Shards:
 
     def count(self, shard: int) -> int:
         """Samples of a shard. Raises UserError if it must be counted and is damaged."""
-        if self._sizes[shard] is None:
-            self._sizes[shard] = count_samples(self.paths[shard])
-        return self._sizes[shard]
+        if (size := self._sizes[shard]) is None:
+            size = self._sizes[shard] = count_samples(self.paths[shard])
+        return size
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class ShardOrder:
         Yields:
             As `lane`, but each sample once, in the order of the shards' files.
         """
+        parts: Iterable[tuple[int, int, int]]
         shards, cut = self._circle(epoch)
         if self.num_samples:
             parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())

@@ -7,9 +7,9 @@ unusable one. All captions of the image are positives of each appearance, also a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class LaneParts(NamedTuple):
 class _FetchLanes:
     """Fetches the part of a batch that some lanes provide; continues in its open shards if it can."""
 
-    def __init__(self, read: LaneReader, tokenizer: Callable):
+    def __init__(self, read: LaneReader, tokenizer: Any):
         self.read = read
         self.tokenizer = tokenizer
         self._open: dict[int, tuple[tuple[int, int], Iterator[tuple[Pair, str | None]]]] = {}
@@ -63,7 +63,7 @@ class _FetchLanes:
 
     def _read_pairs(self, epoch: int, batch: int, lane: int) -> list[tuple[Pair, str | None]]:
         share = self.read.order.lane_share
-        position, pairs = self._open.pop(lane, (None, None))
+        position, pairs = self._open.pop(lane, (None, iter(())))
         if position != (epoch, batch):
             pairs = self.read(epoch, lane, batch * share)
         found = list(islice(pairs, share))
@@ -90,7 +90,7 @@ class StreamLoader:
     def __init__(
         self,
         read: LaneReader,
-        tokenizer: Callable,
+        tokenizer: Any,
         *,
         trim: bool,
         num_workers: int,
@@ -136,12 +136,11 @@ class StreamLoader:
                 raise
 
     def _make_batch(self, parts: list[LaneParts]) -> TrainBatch:
-        images, ids, lengths, keys, *_ = zip(*parts)
-        ids, lengths = torch.cat(ids), torch.cat(lengths)
+        ids, lengths = torch.cat([part.ids for part in parts]), torch.cat([part.lengths for part in parts])
         texts = ids[:, : text_length(lengths, ids.shape[1], trim=self.trim, bucket=self.bucket)].long()
-        all_keys = self.processes.all_gather(torch.cat(keys))
+        all_keys = self.processes.all_gather(torch.cat([part.keys for part in parts]))
         positives = find_positives(all_keys, self.processes.rank * len(ids), len(ids))
-        return self._to_device(list(images), texts, positives, lengths if self.bucket == 1 else None)
+        return self._to_device([part.images for part in parts], texts, positives, lengths if self.bucket == 1 else None)
 
 
 def find_positives(keys: Tensor, first: int, number: int) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypedDict
 
 from clip_retrieval.errors import UserError
 
@@ -36,6 +36,13 @@ class Header(NamedTuple):
     size: int
 
 
+class _Extended(TypedDict, total=False):
+    """The name and the size that an extended header gives to the next member."""
+
+    path: str
+    size: int
+
+
 class _DamagedError(Exception):
     """The reason why a header is refused."""
 
@@ -56,7 +63,8 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
     try:
         while True:
             # extended headers: a long name or a size for the member that follows
-            first, extended = offset, {}
+            first = offset
+            extended: _Extended = {}
             info = _read_header(file, offset)
             while info is not None and info.type in _EXTENDED:
                 content = _read_extended(file, info, offset + BLOCK, total)
@@ -98,7 +106,7 @@ def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     return info
 
 
-def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int) -> dict[str, str | int]:
+def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int) -> _Extended:
     """Read the name and the size of the next member from an extended header, if it has them."""
     if not 0 <= info.size <= MAX_HEADER_BYTES:
         raise _DamagedError(f"an extended header of {info.size:,} bytes")
@@ -112,9 +120,9 @@ def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int
     return _parse_pax(content)
 
 
-def _parse_pax(content: bytes) -> dict[str, str | int]:
+def _parse_pax(content: bytes) -> _Extended:
     """Parse the path and the size from the records `length keyword=value` of a POSIX header."""
-    found: dict[str, str | int] = {}
+    found: _Extended = {}
     at = 0
     while at < len(content) and content[at]:
         digits, _, _ = content[at : at + 20].partition(b" ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ class StreamedTrainSplit:
     shards: Shards
     samples: int
     transform: ImageTransform
-    tokenizer: Callable
+    tokenizer: Any
     num_workers: int
     options: DataOptions
     seed: int
@@ -91,7 +91,7 @@ class StreamedTrainSplit:
 def open_stream(
     options: DataOptions,
     seed: int,
-    tokenizer: Callable,
+    tokenizer: Any,
     preprocess: dict[str, Any],
     device: torch.device,
     processes: Processes,
@@ -106,10 +106,10 @@ def open_stream(
     if found is None:
         return None
     workers = usual_num_workers(device) if data.num_workers is None else data.num_workers
-    sizes = known_sizes(found.paths)
+    sizes: Sequence[int | None] = known_sizes(found.paths)
     if (samples := data.train_num_samples) is None:
-        sizes = _count_unknown(found.paths, sizes, workers, processes)
-        samples = sum(sizes)
+        sizes = counted = _count_unknown(found.paths, sizes, workers, processes)
+        samples = sum(counted)
     log.info(f"{data.name} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
     transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
     shards = Shards(found.paths, sizes)
@@ -118,7 +118,7 @@ def open_stream(
     return stream
 
 
-def _count_unknown(paths: list[Path], sizes: list[int | None], workers: int, processes: Processes) -> list[int]:
+def _count_unknown(paths: list[Path], sizes: Sequence[int | None], workers: int, processes: Processes) -> list[int]:
     """Count the samples of each shard of unknown size; the processes share the work."""
     unknown = [shard for shard, size in enumerate(sizes) if size is None]
     own = unknown[processes.rank :: processes.world_size]
@@ -156,7 +156,7 @@ def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3)
         log.info("  shards: one random caption per image and epoch, for any --caption_sampling")
 
 
-def _read_first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, bytes]]]:
+def _read_first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Read all samples of the first shard, then the first FIRST of each other one."""
     for number, path in enumerate(paths):
         for sample in islice(read_samples(path), FIRST if number else None):

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from clip_retrieval.data.readers import annotations
+from clip_retrieval.data.readers import coco
 from clip_retrieval.data.readers.coco import is_coco, read_captions
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_json
@@ -135,7 +135,7 @@ def test_missing_id_lists_come_from_the_project(clip_itm, tmp_path, read, descri
     write_ids(tmp_path / "project")
     for path in (clip_itm / "annotations").glob("*.npy"):
         path.unlink()
-    monkeypatch.setattr(annotations, "ANNOTATIONS", tmp_path / "project")
+    monkeypatch.setattr(coco, "ANNOTATIONS", tmp_path / "project")
     assert described(read("coco", clip_itm)) == expected("test")
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from clip_retrieval.data.readers import annotations, karpathy
+from clip_retrieval.data.readers import karpathy
 from clip_retrieval.errors import UserError
 
 IMAGES = [
@@ -40,7 +40,7 @@ def lists(tmp_path, monkeypatch):
     for split, names in {"train": "a.jpg b.jpg", "val": "c.jpg", "test": "d.jpg gone.jpg"}.items():
         for name in karpathy.FLICKR:
             (folder / f"{name}_{split}.txt").write_text("\n".join(names.split()) + "\n")
-    monkeypatch.setattr(annotations, "ANNOTATIONS", folder)
+    monkeypatch.setattr(karpathy, "ANNOTATIONS", folder)
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "flickr30k", "karpathy"])
