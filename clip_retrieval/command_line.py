@@ -20,7 +20,7 @@ from clip_retrieval.options import GROUPS, as_tuple
 class OptionParser(argparse.ArgumentParser):
     """Accepts hyphens for underscores in option names. An error is one line, with the nearest option."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         typed = [self._normalize(arg) for arg in (sys.argv[1:] if args is None else args)]
         namespace, unknown = self.parse_known_args(typed, namespace)
         if unknown:

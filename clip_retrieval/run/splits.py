@@ -48,7 +48,7 @@ def load_split(
     tokens = tokenize(dataset.captions, tokenizer)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
     log.info(f"{dataset.name} {split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
-    for part in dataset.parts if isinstance(dataset, Mixture) else (dataset,):
+    for part in dataset.parts:
         if warning := size_warning(part):
             log.warning(warning)
     return Split(dataset, tokens, load_pixels(options, dataset, preprocess, device, augment))
