@@ -27,6 +27,10 @@ from clip_retrieval.signals import STOP_SIGNALS, ignore_first_signal
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if the user asks for them
 
 
+LOADER_NICENESS = 5
+"""Added to the niceness of loader processes, so that the training process runs first."""
+
+
 class _Failed:
     """An error of a worker, for the main process to raise (the loader would hide it in a traceback)."""
 
@@ -199,6 +203,8 @@ def _abandon_iterator(iterator: object) -> None:
 
 def _begin_worker(worker: int, pixels: int) -> None:
     ignore_first_signal(worker)
+    if hasattr(os, "nice"):
+        os.nice(LOADER_NICENESS)
     limit_image_pixels(pixels)  # a spawned process has the default
 
 
@@ -215,16 +221,20 @@ def _identity(item: Any) -> Any:
     return item
 
 
-def in_workers(
+def map_in_workers(
     fetch: Callable[[Any], Any], requests: Iterable[Any], *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
     """Yield fetch(request) for each request, in order, computed ahead in worker processes; see `Workers`."""
     return Workers(fetch, num_workers=num_workers, pin_memory=pin_memory, stay=False)(requests)
 
 
-def usual_num_workers(device: torch.device) -> int:
-    """Return the default number of loader processes for each training process on this machine."""
+def default_num_workers(device: torch.device) -> int:
+    """Return the default number of loader processes for each training process on this machine.
+
+    With a GPU two cores stay free, one for the training process, which launches its kernels, and one for its backward
+    pass: a GPU that waits for launches costs more than a loader process brings.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # cores per process of torchrun
     # On a CPU, loading and computing share the cores.
-    return min(16, cores) if device.type != "cpu" else min(8, max(1, cores // 2))
+    return min(16, max(1, cores - 2)) if device.type != "cpu" else min(8, max(1, cores // 2))

@@ -15,7 +15,7 @@ import torch
 
 from clip_retrieval.data import shared_memory
 from clip_retrieval.data.images.decode import image_pixels_limit, limit_image_pixels
-from clip_retrieval.data.workers import Workers, in_workers
+from clip_retrieval.data.workers import LOADER_NICENESS, Workers, default_num_workers, map_in_workers
 from clip_retrieval.errors import RunError, UserError
 from tests.conftest import ROOT
 
@@ -42,8 +42,23 @@ def is_result(result, number):
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_results_are_the_same_for_any_number_of_processes(number):
-    found = list(in_workers(compute, range(20), num_workers=number))
+    found = list(map_in_workers(compute, range(20), num_workers=number))
     assert len(found) == 20 and all(map(is_result, found, range(20)))
+
+
+def test_loader_processes_run_at_a_lower_priority():
+    (niceness,) = map_in_workers(lambda increment: os.nice(increment), [0], num_workers=1)
+    assert niceness == min(19, os.nice(0) + LOADER_NICENESS)
+
+
+@pytest.mark.parametrize(
+    "device, cores, processes, expected",
+    [("cuda", 16, 1, 14), ("cuda", 2, 1, 1), ("cuda", 64, 8, 6), ("cuda", 64, 1, 16), ("cpu", 8, 1, 4)],
+)
+def test_default_number_leaves_cores_for_training(monkeypatch, device, cores, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_num_workers(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -57,7 +72,7 @@ def test_a_signal_to_a_freshly_forked_worker_is_ignored(monkeypatch, number):
         return child
 
     monkeypatch.setattr(os, "fork", fork_and_signal)
-    found = list(in_workers(compute, range(8), num_workers=2))
+    found = list(map_in_workers(compute, range(8), num_workers=2))
     assert len(found) == 8 and all(map(is_result, found, range(8)))
 
 
@@ -94,14 +109,14 @@ def test_a_signal_reaches_the_main_process_after_workers_start(monkeypatch):
 
     monkeypatch.setattr(os, "fork", signal_and_fork)
     try:
-        found = list(in_workers(compute, range(8), num_workers=2))
+        found = list(map_in_workers(compute, range(8), num_workers=2))
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(found) == 8 and received == [2, 2]  # not before both workers had started
 
 
 def test_results_are_independent_of_each_other():
-    first, second, *_ = in_workers(compute, range(12), num_workers=2)
+    first, second, *_ = map_in_workers(compute, range(12), num_workers=2)
     first.images.fill_(77)
     assert is_result(second, 1)
 
@@ -121,7 +136,7 @@ def test_the_fallback_without_anonymous_files(monkeypatch, error):
 
     monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
     assert is_result(shared_memory.share(compute(3)), 3)
-    assert list(in_workers(compute, [1, 2], num_workers=1))[1].images.max() == 2
+    assert list(map_in_workers(compute, [1, 2], num_workers=1))[1].images.max() == 2
 
 
 def test_a_result_leaves_no_file_open():
@@ -141,7 +156,7 @@ def fails(kind):
 @pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("run", RunError)])
 def test_an_error_keeps_its_kind_and_its_text(number, kind, error):
     with pytest.raises(error, match=r"^a\.jpg: "):
-        list(in_workers(fails, [kind], num_workers=number))
+        list(map_in_workers(fails, [kind], num_workers=number))
 
 
 def wrong(number):
@@ -152,7 +167,7 @@ def wrong(number):
 @pytest.mark.parametrize("request_", [0, 1])
 def test_a_bug_in_a_process_is_not_a_lost_process(number, request_):
     with pytest.raises((OSError, RuntimeError), match=r"a bug|No space left"):
-        list(in_workers(wrong, [request_], num_workers=number))
+        list(map_in_workers(wrong, [request_], num_workers=number))
 
 
 def limit(number):
@@ -198,13 +213,13 @@ def dies(number):
 def test_a_process_lost_during_a_wait_is_reported_at_once():
     started = time.perf_counter()
     with pytest.raises(RunError, match="a process that loads images was lost"):
-        list(in_workers(dies, range(3), num_workers=1))
+        list(map_in_workers(dies, range(3), num_workers=1))
     assert time.perf_counter() - started < 3
 
 
 def test_other_processes_may_end_during_a_wait():
     others = [subprocess.Popen(["sh", "-c", f"sleep 0.0{i}; exit {i}"]) for i in range(1, 5)]
-    assert list(in_workers(slow, range(30), num_workers=1)) == list(range(30))
+    assert list(map_in_workers(slow, range(30), num_workers=1)) == list(range(30))
     assert [other.wait() for other in others] == [1, 2, 3, 4]
 
 
@@ -216,15 +231,15 @@ def in_small_shm(size, code):
     setup = """
         import sys, torch
         from clip_retrieval.data import shared_memory
-        from clip_retrieval.data.workers import in_workers
-        from clip_retrieval.errors import run_and_exit
+        from clip_retrieval.data.workers import map_in_workers
+        from clip_retrieval.errors import run_with_exit_code
         def images(number):
             return torch.full((64, 3, 148, 148), number, dtype=torch.uint8)
         def run():
-            found = [int(part.max()) for part in in_workers(images, range(12), num_workers=workers)]
+            found = [int(part.max()) for part in map_in_workers(images, range(12), num_workers=workers)]
             assert found == list(range(12))
     """
-    code = f"{textwrap.dedent(setup)}\n{textwrap.dedent(code)}\nsys.exit(run_and_exit(run))"
+    code = f"{textwrap.dedent(setup)}\n{textwrap.dedent(code)}\nsys.exit(run_with_exit_code(run))"
     mount = (
         f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 99; exec timeout -k 3 60 {sys.executable} -c '{code}'"
     )
@@ -261,7 +276,7 @@ def test_too_many_open_files_are_one_line():
         kept = []
         def run():
             resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
-            for part in in_workers(images, range(300), num_workers=2):
+            for part in map_in_workers(images, range(300), num_workers=2):
                 kept.append(part)
         workers = 2
     """

@@ -32,7 +32,7 @@ from clip_retrieval.data.pixels.transforms import (
     resize,
     size_for_crops,
 )
-from clip_retrieval.data.workers import in_workers
+from clip_retrieval.data.workers import map_in_workers
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.log import log, progress_bar
 
@@ -131,7 +131,7 @@ def _build(
         file.keep_first(done)
         try:
             with progress_bar(total=len(images), initial=done, desc="image cache", leave=False) as bar:
-                for part, (pixels, sizes) in zip(parts, in_workers(decode, parts, num_workers=workers)):
+                for part, (pixels, sizes) in zip(parts, map_in_workers(decode, parts, num_workers=workers)):
                     records = np.array([(*size, *stamps[i]) for i, size in zip(part, sizes)], RECORD)
                     file.append(pixels.numpy(), records)
                     bar.update(len(part))

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.pixels.transforms import CropTransform, evaluation_transform
-from clip_retrieval.data.workers import usual_num_workers
+from clip_retrieval.data.workers import default_num_workers
 
 Indices = Sequence[int] | np.ndarray
 
@@ -148,4 +148,4 @@ def choose_num_workers(requested: int | None, pixels: Pixels, device: torch.devi
     """Return the number of workers: `requested` if given, 0 for images in memory, else the device's default."""
     if requested is not None:
         return requested
-    return 0 if pixels.in_memory else usual_num_workers(device)
+    return 0 if pixels.in_memory else default_num_workers(device)

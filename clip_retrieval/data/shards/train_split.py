@@ -18,7 +18,7 @@ from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
 from clip_retrieval.data.shards.order import ShardOrder, Shards
 from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_sample_captions, read_samples
 from clip_retrieval.data.shards.stream import StreamLoader
-from clip_retrieval.data.workers import in_workers, usual_num_workers
+from clip_retrieval.data.workers import default_num_workers, map_in_workers
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.log import log, progress_bar
@@ -105,7 +105,7 @@ def open_stream(
     found = find_shards(data, "train")
     if found is None:
         return None
-    workers = usual_num_workers(device) if data.num_workers is None else data.num_workers
+    workers = default_num_workers(device) if data.num_workers is None else data.num_workers
     sizes: Sequence[int | None] = known_sizes(found.paths)
     if (samples := data.train_num_samples) is None:
         sizes = counted = _count_unknown(found.paths, sizes, workers, processes)
@@ -124,7 +124,7 @@ def _count_unknown(paths: list[Path], sizes: Sequence[int | None], workers: int,
     own = unknown[processes.rank :: processes.world_size]
     counts = torch.tensor([size or 0 for size in sizes] if processes.is_main else [0] * len(sizes))
     workers = min(workers, len(own) // SHARDS_PER_WORKER)
-    found = in_workers(count_samples, [paths[shard] for shard in own], num_workers=workers)
+    found = map_in_workers(count_samples, [paths[shard] for shard in own], num_workers=workers)
     for shard, count in zip(own, progress_bar(found, total=len(own), desc="counting", leave=False), strict=True):
         counts[shard] = count
     return processes.sum(counts).tolist()
