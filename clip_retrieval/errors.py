@@ -1,6 +1,6 @@
 """Errors that end a program with one line and an exit code.
 
-`run_and_exit` prints the message on standard error, without a traceback, and returns the error's exit code.
+`run_with_exit_code` prints the message on standard error, without a traceback, and returns the error's exit code.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Interrupted(Exception):
     exit_code = 130
 
 
-def run_and_exit(run: Callable[[], int | None]) -> int:
+def run_with_exit_code(run: Callable[[], int | None]) -> int:
     """Run a program and return its exit code. An error is one line on standard error.
 
     0: done; 2: bad usage or input; 3: the run cannot continue; 130: interrupted. A bug keeps its traceback and

@@ -60,7 +60,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     folder = evaluation_folder(
         options,
         built.name,
-        checkpoint,
+        checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
     if processes.is_main:

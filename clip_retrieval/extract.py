@@ -110,7 +110,7 @@ def extract_with(
     # make the output folders
     folder = request.output
     if folder is None:
-        folder = evaluation_folder(options, built.name, checkpoint, named=False)
+        folder = evaluation_folder(options, built.name, checkpoint.path if checkpoint else None, named=False)
         folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
     paths = output_paths(request, folder)
     if processes.is_main:

@@ -12,7 +12,7 @@ from pathlib import Path
 import _path  # noqa: F401
 
 from clip_retrieval.command_line import build_parser
-from clip_retrieval.errors import UserError, run_and_exit
+from clip_retrieval.errors import UserError, run_with_exit_code
 
 
 def main() -> None:
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 
 
 def main() -> None:
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

@@ -13,9 +13,9 @@ from pathlib import Path
 import _path  # noqa: F401
 
 from clip_retrieval.command_line import build_parser
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.options import DataOptions
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

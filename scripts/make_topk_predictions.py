@@ -13,7 +13,7 @@ from pathlib import Path
 import _path  # noqa: F401
 
 from clip_retrieval.command_line import build_parser
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 
 
 def main(description: str = __doc__, direction: str = "t2i") -> None:
@@ -44,4 +44,4 @@ def main(description: str = __doc__, direction: str = "t2i") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

@@ -9,7 +9,7 @@ import sys
 import _path  # noqa: F401
 import make_topk_predictions
 
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 
 
 def main() -> None:
@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

@@ -18,7 +18,7 @@ import numpy as np
 
 from clip_retrieval.data.readers.annotations import read_ids
 from clip_retrieval.data.readers.karpathy import read_karpathy_json
-from clip_retrieval.errors import UserError, run_and_exit
+from clip_retrieval.errors import UserError, run_with_exit_code
 from clip_retrieval.files import write_text
 
 ANNOTATIONS = Path(__file__).resolve().parents[1] / "datasets" / "annotations"
@@ -55,4 +55,4 @@ def write_flickr(name: str, source: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

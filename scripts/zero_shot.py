@@ -18,7 +18,7 @@ import sys
 import _path  # noqa: F401
 
 from clip_retrieval.command_line import add_arguments, build_parser, take_values
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions, RunOptions
 
 
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_exit(main))
+    sys.exit(run_with_exit_code(main))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clip_retrieval.command_line import parse
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.log import log
 from tests.models.small import small_config, small_simple_config
 
@@ -90,7 +90,7 @@ def run(capsys):
 
         capsys.readouterr()
         try:
-            code = run_and_exit(main)
+            code = run_with_exit_code(main)
         except SystemExit as exit:
             code = exit.code
         captured = capsys.readouterr()
@@ -108,7 +108,7 @@ def run_killed(run, monkeypatch):
     """run_killed(number, *arguments) runs main.py and kills it before the training step with this number."""
 
     def run_until_step(number, *arguments):
-        from clip_retrieval.training.step import Trainer
+        from clip_retrieval.training.trainer import Trainer
 
         normal = Trainer.step
 
@@ -156,7 +156,7 @@ def script(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            code = run_and_exit(module.main)
+            code = run_with_exit_code(module.main)
         except SystemExit as error:
             code = error.code
         return code, *capsys.readouterr()

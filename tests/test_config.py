@@ -12,7 +12,8 @@ from clip_retrieval.command_line import parse
 from clip_retrieval.config import read_config
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import Options
-from clip_retrieval.run.settings import settle, settle_options
+from clip_retrieval.run.merge import settle
+from clip_retrieval.run.settings import settle_options
 from tests.conftest import read_json
 
 

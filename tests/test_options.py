@@ -8,7 +8,7 @@ import pytest
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import select_for_resume
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 
 
 def options(*argv):

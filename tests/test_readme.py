@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from clip_retrieval.command_line import build_parser, parse
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 from tests.conftest import ROOT
 
 PAGES = {

@@ -62,13 +62,17 @@ def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _read_one(parts[0], split)
 
 
-def _read_one(options: DatasetOptions, split: str) -> RetrievalDataset | None:
-    name = options.name
+def check_name(name: str) -> None:
+    """Raise UserError, with the nearest names, for an unknown data set."""
     if name not in READERS:
         near = difflib.get_close_matches(name.lower(), READERS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(READERS)}"
         raise UserError(f"--dataset {name}: no such data set; {hint}")
-    reader = importlib.import_module(f"clip_retrieval.data.readers.{READERS[name]}")
+
+
+def _read_one(options: DatasetOptions, split: str) -> RetrievalDataset | None:
+    check_name(options.name)
+    reader = importlib.import_module(f"clip_retrieval.data.readers.{READERS[options.name]}")
     dataset = reader.read(options, split)
     if dataset is not None:
         count_broken(dataset)

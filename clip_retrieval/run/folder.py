@@ -16,7 +16,6 @@ from pathlib import Path
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.options import AUTO, Options
 
 try:
@@ -36,8 +35,8 @@ def run_folder(options: Options) -> Path:
     return Path(options.run.checkpoint_path) / options.run.experiments
 
 
-def evaluation_folder(options: Options, model_name: str, checkpoint: Checkpoint | None, *, named: bool) -> Path:
-    """Return the output folder of an evaluation: the one that the user `named`, or its own.
+def evaluation_folder(options: Options, model_name: str, beside: Path | None, *, named: bool) -> Path:
+    """Return the output folder of an evaluation: the one that the user `named`, or its own, `beside` a checkpoint.
 
     Raises UserError if it holds a training run.
     """
@@ -49,8 +48,8 @@ def evaluation_folder(options: Options, model_name: str, checkpoint: Checkpoint 
                 f"{folder} holds a training run; choose another --experiments for the evaluation, or drop it"
             )
         return folder
-    if checkpoint is not None:
-        return checkpoint.path.parent / f"eval_{suffix}"
+    if beside is not None:
+        return beside.parent / f"eval_{suffix}"
     return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
 
 
@@ -154,10 +153,12 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | None) -> None:
+def refuse_another_run(folder: Path, options: Options, *, can_resume: bool) -> None:
     """Raise UserError if `folder` holds a run that is neither resumed nor overwritten.
 
     Also raises UserError if --overwrite would delete the initial weights of the new run.
+
+    can_resume: --resume is a checkpoint from which a run can resume.
     """
     if not (folder / "last.pt").exists():
         return
@@ -165,8 +166,7 @@ def refuse_another_run(folder: Path, options: Options, checkpoint: Checkpoint | 
     for name, source in sources.items():
         if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
             raise UserError(f"--overwrite would delete {source} ({name}); drop it, or choose another --experiments")
-    resumes_here = isinstance(checkpoint, TrainingCheckpoint) and resumes_in(folder, options)
-    if not resumes_here and not options.run.overwrite:
+    if not (can_resume and resumes_in(folder, options)) and not options.run.overwrite:
         raise UserError(
             f"{folder} already holds a run; resume it (--resume auto), replace it (--overwrite), or choose "
             "another --experiments"
@@ -193,14 +193,3 @@ def clear_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     remove_special(folder / "tensorboard", keep_folder=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def has_best(source: Path, steps: tuple[int, ...]) -> bool:
-    """Whether best.pt in `source` was saved at one of these steps."""
-    return (source / "best.pt").is_file() and Checkpoint.load(source / "best.pt").step in steps
-
-
-def copy_best(source: Path, folder: Path) -> None:
-    """Copy best.pt from `source` to `folder` if the folders differ."""
-    if source.resolve() != folder.resolve():
-        Checkpoint.load(source / "best.pt").save(folder / "best.pt")

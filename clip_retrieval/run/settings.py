@@ -10,7 +10,6 @@ from typing import Any
 from clip_retrieval.classification.labelled_sets import NAMES as ZERO_SHOT_NAMES
 from clip_retrieval.classification.templates import SETS as TEMPLATE_SETS
 from clip_retrieval.config import read_config
-from clip_retrieval.data.catalog import SHARDED, infer_dataset, is_streamed
 from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
@@ -20,7 +19,6 @@ from clip_retrieval.models.chinese_clip import UNNAMED, split_model_name
 from clip_retrieval.models.source import check_names
 from clip_retrieval.options import (
     AUTO,
-    BELONGING,
     PLACES,
     PREFIXES,
     REPEATABLE,
@@ -29,6 +27,7 @@ from clip_retrieval.options import (
     select_for_resume,
 )
 from clip_retrieval.run.folder import run_folder
+from clip_retrieval.run.merge import settle
 
 PATHS: tuple[str, ...] = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
@@ -92,57 +91,6 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
         inherited.pop("max_steps", None)  # it would override epochs
     options = settle(config, inherited, typed, {"resume": str(path)})
     return replace(options, given=frozenset(typed)), checkpoint
-
-
-def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
-    """Make options from layers of flat dicts. Later layers take precedence.
-
-    Raises UserError if a value is invalid and, with `complete`, if options exclude each other.
-    """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        # infer the data set if only its files are given
-        implied = infer_dataset(layer)
-        known = ["webdataset" if name in SHARDED else name for name in as_tuple(merged.get("dataset"))]
-        # "chinese" is only a guess: its files resemble missing shards.
-        if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
-            layer = {"dataset": implied} | layer
-        # drop options of another data set from the layers below
-        for name, belonging in BELONGING.items():
-            if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
-                merged = {other: value for other, value in merged.items() if other not in belonging}
-        merged.update(layer)
-    if len(as_tuple(merged.get("dataset"))) == 1:  # a duplicate option for one data set: the last value counts
-        repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]
-        merged |= {name: merged[name][-1] for name in repeated}
-    options = Options.from_flat(merged)
-    if complete:
-        check_combinations(options)
-    return options
-
-
-def check_combinations(options: Options) -> None:
-    """Raise UserError if options exclude each other."""
-    data, train = options.data, options.train
-    for part in data.parts():
-        for name in PREFIXES:
-            if getattr(part, name) and part.name not in ("chinese", *SHARDED):
-                raise UserError(f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {part.name}")
-    if data.train_num_samples and not is_streamed(data):
-        raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
-    if data.image_cache and is_streamed(data) and not options.run.eval:
-        raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
-    if train.grad_cache and train.accum_freq > 1:
-        raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
-    if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
-        raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
-    if not options.evaluation.zero_shot_eval:
-        for name in BELONGING["zero_shot_eval"]:
-            if getattr(options.evaluation, name):
-                alias = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
-                raise UserError(f"--{name}{alias} needs --zero_shot_eval DATA or --imagenet_eval")
-    if options.run.overwrite and options.run.resume == AUTO:
-        raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
 
 
 def _check_lists(options: Options, config: dict[str, Any], typed: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def _replace(path: Path, content: bytes) -> None:
 def judge(read: Callable[[], Any]) -> Outcome:
     """Run `read` as a program would, and classify its exit code and message."""
     from clip_retrieval.errors import OUT_OF_MEMORY as OWN_OUT_OF_MEMORY
-    from clip_retrieval.errors import run_and_exit
+    from clip_retrieval.errors import run_with_exit_code
     from clip_retrieval.log import start_log
 
     _clear_caches()
@@ -107,7 +107,7 @@ def judge(read: Callable[[], Any]) -> Outcome:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            code = run_and_exit(read)
+            code = run_with_exit_code(read)
     except SystemExit as exit:
         code = exit.code
     except BaseException as error:

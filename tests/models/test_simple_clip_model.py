@@ -10,7 +10,7 @@ from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.simple_clip_model import CLASSIFIERS, DistilBertTower, SimpleCLIP, TorchvisionTower
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 from tests.models.small import small_preprocess, small_simple_clip, small_simple_config
 
 LENGTHS = (4, 9, 2)

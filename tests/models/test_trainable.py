@@ -5,7 +5,7 @@ from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 from tests.models.small import small_clip, small_preprocess, small_simple_clip
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_retrieval.errors import run_and_exit
+from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate_features.py", *arguments])
         try:
-            code = run_and_exit(script.main)
+            code = run_with_exit_code(script.main)
         except SystemExit as error:
             code = error.code
         return code, *capsys.readouterr()

@@ -127,7 +127,7 @@ def test_bad_ids_are_named(tmp_path, ids, words):
 
 def test_unwritable_path_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "no" / "x.jsonl"):
-        with pytest.raises(OSError, match=str(path)):  # run_and_exit makes it one line
+        with pytest.raises(OSError, match=str(path)):  # run_with_exit_code makes it one line
             write_features(path, "image", [1], np.ones((1, 2), np.float32))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 from clip_retrieval.training.schedule import Schedule
 
 

@@ -14,7 +14,7 @@ from clip_retrieval.data.batches.sampler import Batch, BatchSampler
 from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.pixels.pixels import Indices, Pixels
-from clip_retrieval.data.workers import Workers, in_workers
+from clip_retrieval.data.workers import Workers, map_in_workers
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
 
@@ -30,8 +30,7 @@ class TrainBatch:
         texts: ids, int64 (n, length), trimmed to the longest caption of the global batch if that is exact, or frozen
             features, float32 (n, width).
         positives: int64 (P, 2), matching rows of this process's images and the global batch's captions.
-        lengths: int64 (n,), on the CPU: the number of ids of each caption without padding. None if texts are features,
-            or if the lengths are bucketed for a compiled tower.
+        lengths: int64 (n,), on the CPU: the number of ids of each caption without padding; None if texts are features.
     """
 
     images: Tensor
@@ -83,7 +82,7 @@ class _FetchReadablePixels:
 def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool) -> Iterator[Tensor]:
     """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for an unreadable image."""
     requests = ((indices, [0] * len(indices)) for indices in batches)
-    return in_workers(_FetchPixels(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
+    return map_in_workers(_FetchPixels(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
 class ToDevice:
@@ -217,8 +216,7 @@ class TrainLoader:
             context_length = self.texts.ids.shape[1]
             needed = text_length(self.texts.lengths[captions], context_length, trim=self.trim, bucket=self.bucket)
             texts = self.texts.ids[captions[self.share], :needed].long()
-            if self.bucket == 1:
-                lengths = self.texts.lengths[captions[self.share]]
+            lengths = self.texts.lengths[captions[self.share]]
         positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
         return self._to_device(image_parts, texts, positives, lengths)
 

@@ -140,7 +140,7 @@ class StreamLoader:
         texts = ids[:, : text_length(lengths, ids.shape[1], trim=self.trim, bucket=self.bucket)].long()
         all_keys = self.processes.all_gather(torch.cat([part.keys for part in parts]))
         positives = find_positives(all_keys, self.processes.rank * len(ids), len(ids))
-        return self._to_device([part.images for part in parts], texts, positives, lengths if self.bucket == 1 else None)
+        return self._to_device([part.images for part in parts], texts, positives, lengths)
 
 
 def find_positives(keys: Tensor, first: int, number: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 from clip_retrieval.data.images.lmdb_reader import LmdbReader
 from clip_retrieval.data.images.pair_pickle import read_pair
-from clip_retrieval.data.workers import in_workers
+from clip_retrieval.data.workers import map_in_workers
 from clip_retrieval.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_keys_and_values_are_those_of_liblmdb(tmp_path, shape):
 def test_a_forked_process_can_read(tmp_path):
     write(tmp_path, [{b"a": b"1"}])
     reader = LmdbReader(tmp_path, 100)
-    assert list(in_workers(reader.get, [b"a", b"b"] * 20, num_workers=2)) == [b"1", None] * 20
+    assert list(map_in_workers(reader.get, [b"a", b"b"] * 20, num_workers=2)) == [b"1", None] * 20
     assert reader.get(b"a") == b"1"
 
 

@@ -18,7 +18,7 @@ from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.data.writers.build_lmdb import build_lmdb
 from clip_retrieval.errors import UserError
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 from tests.conftest import read_json
 from tests.data.make_chinese import ALPHABETS, content, photo, write_sample, write_split
 from tests.models.small import small_preprocess

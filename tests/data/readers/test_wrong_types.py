@@ -24,7 +24,7 @@ from clip_retrieval.reporting.results import read_results
 from clip_retrieval.reporting.table import markdown_table
 from clip_retrieval.retrieval.features import read_features, write_ids
 from clip_retrieval.retrieval.predictions import score_predictions, transform_to_tr
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 from tests.data.make_chinese import photo, write_split
 
 

@@ -222,7 +222,7 @@ def _run_options(folder: Path) -> dict[str, Any]:
 def _make_run(folder: Path) -> list[Path]:
     """Write the folder of a run that was killed after the first of two steps; `before` has copies of its files."""
     from clip_retrieval.finetune import finetune
-    from clip_retrieval.training.step import Trainer
+    from clip_retrieval.training.trainer import Trainer
 
     write_images(folder, [f"{i}.jpg" for i in range(4)])
     rows = [f"{i % 4}.jpg,{CAPTIONS[0]} {i},{'train' if i < 6 else 'val'}" for i in range(8)]

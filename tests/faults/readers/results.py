@@ -126,7 +126,7 @@ def _make_config(folder: Path) -> list[Path]:
 
 def _make_options(folder: Path) -> list[Path]:
     from clip_retrieval.reporting.results import write_options
-    from clip_retrieval.run.settings import settle
+    from clip_retrieval.run.merge import settle
 
     write_options(folder, settle({"dataset": "csv", "vision_model": "tiny"}), "cpu (test)")
     return [folder / "options.json"]
@@ -134,7 +134,7 @@ def _make_options(folder: Path) -> list[Path]:
 
 def _read_config(path: Path) -> None:
     from clip_retrieval.config import read_config
-    from clip_retrieval.run.settings import settle
+    from clip_retrieval.run.merge import settle
 
     settle(read_config(path), {})
 

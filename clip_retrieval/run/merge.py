@@ -1,0 +1,85 @@
+"""Merge layers of options, and check them without loading torch, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset, is_streamed
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import check_root
+from clip_retrieval.models.names import OPENAI_NAMES, resolve
+from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, Options, as_tuple
+from clip_retrieval.run.folder import refuse_another_run, run_folder
+
+
+def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise UserError for faults that show before torch is loaded: values, names, folders.
+
+    Args:
+        typed: the options of the command line, by name.
+        config: the options of --config.
+    """
+    options = settle(config, typed)
+    if options.run.resume is not None:
+        return  # the checkpoint has further options
+    name = options.model.vision_model
+    if "@" not in name or name in OPENAI_NAMES:  # Chinese-CLIP's names have both towers
+        resolve(name)
+    for part in options.data.parts():
+        check_name(part.name)
+        if part.name != "shapes" and not (part.annotations or part.train_data or part.val_data):
+            check_root(Path(part.dataset_root))
+    if not options.run.eval:
+        refuse_another_run(run_folder(options), options, can_resume=False)
+
+
+def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
+    """Make options from layers of flat dicts. Later layers take precedence.
+
+    Raises UserError if a value is invalid and, with `complete`, if options exclude each other.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        # infer the data set if only its files are given
+        implied = infer_dataset(layer)
+        known = ["webdataset" if name in SHARDED else name for name in as_tuple(merged.get("dataset"))]
+        # "chinese" is only a guess: its files resemble missing shards.
+        if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
+            layer = {"dataset": implied} | layer
+        # drop options of another data set from the layers below
+        for name, belonging in BELONGING.items():
+            if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
+                merged = {other: value for other, value in merged.items() if other not in belonging}
+        merged.update(layer)
+    if len(as_tuple(merged.get("dataset"))) == 1:  # a duplicate option for one data set: the last value counts
+        repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]
+        merged |= {name: merged[name][-1] for name in repeated}
+    options = Options.from_flat(merged)
+    if complete:
+        check_combinations(options)
+    return options
+
+
+def check_combinations(options: Options) -> None:
+    """Raise UserError if options exclude each other."""
+    data, train = options.data, options.train
+    for part in data.parts():
+        for name in PREFIXES:
+            if getattr(part, name) and part.name not in ("chinese", *SHARDED):
+                raise UserError(f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {part.name}")
+    if data.train_num_samples and not is_streamed(data):
+        raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
+    if data.image_cache and is_streamed(data) and not options.run.eval:
+        raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
+    if train.grad_cache and train.accum_freq > 1:
+        raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
+    if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
+        raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
+    if not options.evaluation.zero_shot_eval:
+        for name in BELONGING["zero_shot_eval"]:
+            if getattr(options.evaluation, name):
+                alias = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
+                raise UserError(f"--{name}{alias} needs --zero_shot_eval DATA or --imagenet_eval")
+    if options.run.overwrite and options.run.resume == AUTO:
+        raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
