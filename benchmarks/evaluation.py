@@ -51,7 +51,7 @@ from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
 from clip_retrieval.data.pixels.pixels import choose_num_workers, make_pixels
 from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.device import choose_device, device_name
-from clip_retrieval.encode import BATCH_SIZE
+from clip_retrieval.encode import IMAGE_BATCH_SIZE
 from clip_retrieval.evaluation.evaluator import encode_split, score
 from clip_retrieval.models.build import BuiltModel, build_model
 from clip_retrieval.models.tokenizers import build_tokenizer
@@ -108,7 +108,7 @@ def main() -> None:
     dataset = first_images(load_dataset(args, built, device), args.images)
     pixels = make_pixels(dataset.images, built.preprocess)
     num_workers = choose_num_workers(args.num_workers, pixels, device)
-    setting = Setting(built, device, num_workers, args.batch_size or BATCH_SIZE[device.type])
+    setting = Setting(built, device, num_workers, args.batch_size or IMAGE_BATCH_SIZE[device.type])
     built.clip.to(device)
     names = args.rows or list(ROWS)
 

@@ -40,7 +40,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from open_clip import ClipLoss
-from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,9 +51,10 @@ from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.readers.karpathy import read_karpathy_json
-from clip_retrieval.device import autocast, choose_device, choose_precision, device_name, make_scaler
+from clip_retrieval.device import DTYPES, choose_device, choose_precision, device_name, make_scaler
 from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.models.build import BuiltModel, build_model
+from clip_retrieval.models.pooled import BLOCK_FUNCTIONS
 from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import ModelOptions, Options
@@ -254,7 +254,7 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
     trainer = make_trainer(options, model, precision, device, SINGLE_PROCESS)
     if name == "all_tokens":
-        model._pooled_image_token = pool_after_all_tokens
+        pool_all_tokens(trainer.towers)
         batches = [replace(batch, lengths=None) for batch in batches]
     if name == "no_fused":
         train = options.train
@@ -262,14 +262,15 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
         betas = (train.beta1, train.beta2)
         trainer.optimizer = torch.optim.AdamW(groups, train.lr, betas, train.eps, foreach=False, fused=False)
     if name == "no_channels_last":
-        visual = model.clip.visual.to(memory_format=torch.contiguous_format)
+        visual = trainer.towers.clip.visual.to(memory_format=torch.contiguous_format)
         visual.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     model.train()
     return lambda number: trainer.step(batches[number % len(batches)], number + 1, LEARNING_RATE)
 
 
-def pool_after_all_tokens(visual: VisionTransformer, pixels: Tensor) -> Tensor:
-    return visual._pool(visual.transformer(visual._embeds(pixels)))[0]
+def pool_all_tokens(model: RetrievalModel) -> None:
+    """Compute all tokens in the last block of the image tower, as open_clip does."""
+    model._functions = replace(BLOCK_FUNCTIONS, class_token=lambda block, x: block(x)[:, 0])
 
 
 def open_clip_step(
@@ -292,7 +293,7 @@ def open_clip_step(
         with open_clip_backends():
             # forward
             optimizer.zero_grad()
-            with autocast(precision, device):
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
                 total = loss(*clip(images, texts))
             # backward and update
             scaler.scale(total).backward()
@@ -327,7 +328,7 @@ def needed_flops(built: BuiltModel, data: Data) -> tuple[float, float]:
         return 3 * counter.get_total_flops()
 
     ours = mean(count(batch, True) for batch in data.trimmed)
-    model._pooled_image_token = pool_after_all_tokens
+    pool_all_tokens(model)
     return mean(count(batch, False) for batch in data.full), ours
 
 

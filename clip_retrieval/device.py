@@ -47,11 +47,6 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the autocast context of the forward pass. The weights stay float32."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
-
-
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """Make the gradient scaler for fp16. It is disabled for the other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type != "cpu")

@@ -18,7 +18,7 @@ from clip_retrieval.device import choose_device, deterministic_algorithms
 from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
-from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
@@ -29,7 +29,7 @@ from clip_retrieval.run.scoring import score_split, score_zero_shot, write_score
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
-from clip_retrieval.training.step import StepResult
+from clip_retrieval.training.trainer import StepResult
 
 
 def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -48,11 +48,11 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
         deterministic_algorithms(choose_device(options.run.device), options.train.deterministic),
         lock_folder(folder) if processes.is_main else nullcontext() as lock,
     ):
-        # take the folder: a process reads it only while no other one writes there
-        processes.barrier()  # for the lock
+        # claim the folder: no process reads it before the main process holds the lock
+        processes.barrier()
         if checkpoint is not None and resumes_in(folder, options):
-            checkpoint = Checkpoint.load(checkpoint.path)  # until the lock was held, another run may have written it
-        refuse_another_run(folder, options, checkpoint)
+            checkpoint = Checkpoint.load(checkpoint.path)  # another run may have replaced it before the lock
+        refuse_another_run(folder, options, can_resume=isinstance(checkpoint, TrainingCheckpoint))
         processes.barrier()
 
         # read the data, build the model, restore the checkpoint
@@ -123,6 +123,9 @@ def train(run: Run) -> None:
             run.stop.check()
             with run.stop.interruptible(), watch.waiting():
                 batch = next(batches)
+            if watch.step_seconds is None and run.trainer.device.type == "cuda":  # on a CPU, steps take too long for it
+                with watch.paused():
+                    watch.step_seconds = run.trainer.time_step(batch)
 
             # forward, backward, update
             rate = learning_rate(progress.step, peak=options.lr, warmup_steps=warmup, total_steps=schedule.total_steps)
@@ -212,7 +215,7 @@ def finish(run: Run) -> None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
         blocks["zero_shot_before"] = progress.zero_shot_before
 
-    # write results.json: the test split is its top level
+    # write results.json: the scores on the test split are its top-level keys
     results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.name})
     results |= {
         "weights": progress.weights,
@@ -235,7 +238,10 @@ def finish(run: Run) -> None:
 
 
 def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> None:
-    """Log the last step. Reads its numbers from the device, and so waits for it."""
+    """Log the most recent step, and warn of a collapse. Waits for the device.
+
+    Raises RunError if a loss was not finite.
+    """
     # collect the values
     run.trainer.check_finite()
     step, epoch = run.progress.step, -(-run.progress.step // run.schedule.steps_per_epoch)

@@ -1,4 +1,4 @@
-"""A clean end on Ctrl-C and SIGTERM."""
+"""A clean end on Ctrl-C and SIGTERM: `finetune.finetune` saves last.pt, and the program exits with code 130."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt in this block as soon as a signal arrives."""
+        """Raise KeyboardInterrupt in this block as soon as a signal arrives, unless processes stop together."""
         if self.agree is not None:
             yield
             return
@@ -46,7 +46,8 @@ class StopSignal:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a stop was requested."""
-        if self.agree(self._requested) if self.agree else self._requested:
+        requested = self._requested if self.agree is None else self.agree(self._requested)
+        if requested:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: object) -> None:

@@ -43,9 +43,9 @@ from clip_retrieval.losses import make_loss, pairs
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions
+from clip_retrieval.run.merge import settle
 from clip_retrieval.run.prepare import make_trainer
-from clip_retrieval.run.settings import settle
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 from tests.conftest import Killed
 from tests.data.make_shards import jpeg, write_shard
 from tests.models.small import TEXT, small_clip, small_preprocess, small_simple_clip
@@ -71,6 +71,8 @@ def cases() -> dict[str, dict[str, Any]]:
     found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
+    found["bf16"] = {"precision": "bf16"}
+    found["bf16 grad_cache"] = {"precision": "bf16", "grad_cache": 2}
     return found
 
 
@@ -112,19 +114,22 @@ def train_small(
     resnet: bool = False,
     simple_clip: bool = False,
     grad_cache: int | None = None,
+    precision: str = "fp32",
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Train two steps in float64; return loss, accuracy, gradients and the weights after each.
+    """Train two steps in float64, or in bf16; return loss, accuracy, gradients and the weights after each.
 
-    A single process computes the chunks of two processes together, because batch statistics are those of a chunk.
+    A single process computes the chunks of two processes together, because batch statistics are those of a chunk. In
+    bf16 it computes the chunks of each process: the gradients of a chunk are rounded.
     """
     # this process's part of the batch
-    rows = rows_by_process(grad_cache)
+    rows = torch.arange(len(IMAGES))
     if processes.world_size > 1:
-        rows = torch.arange(len(IMAGES))
         own = rows[process_slice(len(rows), processes.rank, processes.world_size)]
+    elif precision == "bf16":
+        own, grad_cache = rows, grad_cache or len(rows) // 2
     else:
-        own = rows
+        own = rows = rows_by_process(grad_cache)
         grad_cache = grad_cache and 2 * grad_cache
     batch = part_of(global_batch(32 if resnet or simple_clip else 16), own, rows, own)
 
@@ -139,8 +144,10 @@ def train_small(
     model = RetrievalModel(clip, small_preprocess(), adaptor=all_options.train.trainable == "adaptor")
 
     # the steps
-    with mock.patch.object(Tensor, "float", Tensor.double):  # for the features of the towers
-        trainer = make_trainer(all_options, model.double(), "fp32", CPU, processes)
+    patched = mock.patch.object(Tensor, "float", Tensor.double)  # for the features of the towers
+    with patched if precision == "fp32" else contextlib.nullcontext():
+        model = model.double() if precision == "fp32" else model
+        trainer = make_trainer(all_options, model, precision, CPU, processes)
         model.train()
         steps, update = [], trainer._update
 

@@ -153,7 +153,7 @@ def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_pat
 
 
 def test_folder_deleted_during_a_run_is_reported(run, arguments, tmp_path, monkeypatch):
-    from clip_retrieval.training.step import Trainer
+    from clip_retrieval.training.trainer import Trainer
 
     normal = Trainer.step
 

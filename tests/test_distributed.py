@@ -13,7 +13,7 @@ from clip_retrieval.command_line import parse
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.distributed import SINGLE_PROCESS
-from clip_retrieval.run.settings import settle
+from clip_retrieval.run.merge import settle
 from tests import distributed_worker as worker
 from tests.conftest import read_json, read_lines
 from tests.test_resume import ending, results, wait_for_step
@@ -156,11 +156,12 @@ def last(folder):
 @pytest.mark.parametrize("case", worker.cases())
 def test_steps_equal_those_of_one_process(two, case):
     expected = worker.train_small(SINGLE_PROCESS, **worker.cases()[case])
+    exact, close = (1e-12, 1e-10) if "bf16" not in case else (1e-6, 1e-5)
     for found, other, step in zip(two[0]["steps"][case], two[1]["steps"][case], expected, strict=True):
-        assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=1e-12)
+        assert found["loss"].item() == pytest.approx(step["loss"].item(), rel=exact)
         assert found["accuracy"] == other["accuracy"] == step["accuracy"]
-        assert_close(found["gradients"], step["gradients"], 1e-10)
-        assert_close(found["after"], step["after"], 1e-10)
+        assert_close(found["gradients"], step["gradients"], close)
+        assert_close(found["after"], step["after"], close)
         assert_equal(found["gradients"], other["gradients"])
         assert_equal(found["after"], other["after"])
     learning = {name: value for name, value in expected[0]["gradients"].items() if value.abs().max() > 0}

@@ -1,7 +1,7 @@
-"""The losses by name: pure functions of features, positives and, for some, a logit scale.
+"""The losses by name: pure functions of features and positives, with logit scale, bias and margin as needed.
 
-To add a loss, write its function in a new file and add a row to LOSSES. This file must not import torch, because
-the command line reads the choices of --loss from it.
+To add a loss, write its function in a new file and add a row to LOSSES; a new hyperparameter also needs an option and
+a line in `make_loss`. This file must not import torch, because the command line reads the choices of --loss from it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ class Loss:
 
     Attributes:
         function: `file.function`, in this folder.
-        arguments: the arguments besides features and positives: logit_scale, logit_bias or margin.
+        arguments: the arguments besides features, positives and processes: logit_scale (the factor, not its
+            logarithm), logit_bias or margin.
         learns_scale: the logit scale is trainable.
         learns_bias: the logit bias is trainable; it is added to a model without one.
-        highest_scale: the logit scale is clamped to [1, highest_scale] after each step; None: not clamped.
+        highest_scale: the logit scale is clamped to [1, highest_scale] after each step, so the parameter, its
+            logarithm, to [0, ln highest_scale]; None: not clamped.
+        detects_collapse: the loss is ln(batch_size) if all features are equal; see `training.collapse`.
     """
 
     function: str
@@ -35,10 +38,11 @@ class Loss:
     learns_scale: bool = True
     learns_bias: bool = False
     highest_scale: float | None = None
+    detects_collapse: bool = False
 
 
 LOSSES = {
-    "infonce": Loss("infonce.infonce", ("logit_scale",), highest_scale=100.0),
+    "infonce": Loss("infonce.infonce", ("logit_scale",), highest_scale=100.0, detects_collapse=True),
     "siglip": Loss("siglip.siglip", ("logit_scale", "logit_bias"), learns_bias=True),
     "margin": Loss("margin.margin_pairwise", ("margin",), learns_scale=False),
 }

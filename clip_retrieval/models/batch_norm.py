@@ -49,7 +49,7 @@ class _SharedBatchNorm(_BatchNorm):
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        values = input.to(torch.promote_types(input.dtype, torch.float32))  # autocast may give bfloat16
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         mean = _Sum.apply(values.sum(axes)) / count
         centred = values - _per_channel(mean, input)
         variance = _Sum.apply(centred.square().sum(axes)) / count
@@ -83,11 +83,12 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 def freeze_statistics(model: nn.Module) -> Iterator[None]:
     """Keep the running statistics unchanged inside the block; batches are normalised as in training."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [module.momentum for module in modules]
+    before = [(module.momentum, module.num_batches_tracked) for module in modules]
     for module in modules:
         module.momentum = 0.0
+        module.num_batches_tracked = None if module.num_batches_tracked is None else module.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for module, momentum in zip(modules, momenta, strict=True):
-            module.momentum = momentum
+        for module, (momentum, count) in zip(modules, before, strict=True):
+            module.momentum, module.num_batches_tracked = momentum, count

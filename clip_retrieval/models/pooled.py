@@ -17,6 +17,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clip_retrieval.models.fast_layers import join_heads, split_heads
 from clip_retrieval.models.model_config import ClipModule
 
 
@@ -43,24 +44,48 @@ def pools_the_end_token(text: ClipModule, pool_type: str) -> bool:
 
 def _has_plain_blocks(transformer: ClipModule) -> bool:
     blocks = getattr(transformer, "resblocks", ())
-    return transformer.batch_first and all(type(block) is ResidualAttentionBlock for block in blocks)
+    return getattr(transformer, "batch_first", True) and all(type(block) is ResidualAttentionBlock for block in blocks)
 
 
-def pooled_image_token(visual: VisionTransformer, pixels: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class BlockFunctions:
+    """The functions that compute the blocks, compiled or not. Blocks of one shape share their compiled code."""
+
+    block: Callable[..., Tensor]
+    class_token: Callable[..., Tensor]
+    packed_block: Callable[..., Tensor]
+    end_token: Callable[..., Tensor]
+
+    def compile(self) -> BlockFunctions:
+        """Compile them: for images of one size, and for captions of any lengths."""
+        return BlockFunctions(
+            torch.compile(self.block, dynamic=False),
+            torch.compile(self.class_token, dynamic=False),
+            torch.compile(self.packed_block, dynamic=True),
+            torch.compile(self.end_token, dynamic=True),
+        )
+
+
+def pooled_image_token(visual: VisionTransformer, pixels: Tensor, functions: BlockFunctions) -> Tensor:
     """Compute the class token (n, width), before the projection, of float images (n, 3, height, width)."""
     x = visual._embeds(pixels)
     *blocks, last = visual.transformer.resblocks
     run = _runner(visual.transformer)
     for block in blocks:
-        x = run(block, x)
-    return visual.ln_post(run(_class_token, last, x))
+        x = run(functions.block, block, x)
+    return visual.ln_post(run(functions.class_token, last, x))
+
+
+def _block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """Compute a block's output for all tokens: (n, tokens, width)."""
+    return block(x)
 
 
 def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """Compute a block's output (n, width) for the first token of x (n, tokens, width)."""
     normalized = block.ln_1(x)
-    attended = block.attn(normalized[:, :1], normalized, normalized, need_weights=False)[0]
-    return _feed_forward(block, x[:, 0] + block.ls_1(attended[:, 0]))
+    kv = F.linear(normalized, *_key_value_projection(block))
+    return _attend_from(block, x[:, 0], normalized[:, 0], kv)
 
 
 @dataclass(frozen=True)
@@ -87,20 +112,20 @@ class Packing:
             tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
         return cls(*(tensor.to(device) for tensor in tensors))
 
-    def pad(self, x: Tensor, heads: int) -> Tensor:
-        """Split (T, width) into heads and pad with zeros: (n, heads, longest, width / heads)."""
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad (T, width) with zeros to (n, longest, width)."""
         n, longest = self.mask.shape[0], self.mask.shape[-1]
-        padded = x.new_zeros(n * longest, x.shape[1]).index_copy(0, self.index, x)
-        return padded.view(n, longest, heads, -1).transpose(1, 2)
+        return x.new_zeros(n * longest, x.shape[1]).index_copy(0, self.index, x).view(n, longest, -1)
 
 
-def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor) -> Tensor:
+def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor, functions: BlockFunctions) -> Tensor:
     """Compute the end token (n, width) of captions, before the projection.
 
     Args:
         text: the module that holds the tower's parts.
         tokens: int64 (n, length), at least as long as the longest caption.
         lengths: int64 (n,) on the CPU: number of ids up to and including the end token.
+        functions: those that compute the blocks.
     """
     pack = Packing.of(lengths, tokens.device)
     longest = pack.mask.shape[-1]
@@ -112,31 +137,49 @@ def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor) -> Tenso
     *blocks, last = text.transformer.resblocks
     run = _runner(text.transformer)
     for block in blocks:
-        x = run(_packed_block, block, x, pack)
-    return text.ln_final(run(_end_token, last, x, pack))
+        x = run(functions.packed_block, block, x, pack)
+    return text.ln_final(run(functions.end_token, last, x, pack))
 
 
 def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
     """Compute a block's output (T, width), with causal attention within each caption."""
-    attention, normalized = block.attn, block.ln_1(x)
-    qkv = F.linear(normalized, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=1)
-    q, k, v = (pack.pad(tensor, attention.num_heads) for tensor in qkv)
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    attended = attended.transpose(1, 2).reshape(-1, x.shape[1]).index_select(0, pack.index)
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = split_heads(pack.pad(qkv), 3, attention.num_heads)
+    attended = join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    attended = attended.flatten(0, 1).index_select(0, pack.index)
     return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
 
 
 def _end_token(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
     """Compute a block's output (n, width) for the last token of each caption."""
-    attention, normalized, width = block.attn, block.ln_1(x), x.shape[1]
-    q_weight, kv_weight = attention.in_proj_weight.split((width, 2 * width))
-    q_bias, kv_bias = attention.in_proj_bias.split((width, 2 * width))
-    kv = F.linear(normalized, kv_weight, kv_bias).chunk(2, dim=1)
-    k, v = (pack.pad(tensor, attention.num_heads) for tensor in kv)
-    q = F.linear(normalized.index_select(0, pack.end), q_weight, q_bias)
-    q = q.view(len(pack.end), attention.num_heads, 1, -1)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=pack.mask).reshape(-1, width)
-    return _feed_forward(block, x.index_select(0, pack.end) + block.ls_1(attention.out_proj(attended)))
+    normalized = block.ln_1(x)
+    kv = pack.pad(F.linear(normalized, *_key_value_projection(block)))
+    return _attend_from(block, x.index_select(0, pack.end), normalized.index_select(0, pack.end), kv, pack.mask)
+
+
+def _key_value_projection(block: ResidualAttentionBlock) -> tuple[Tensor, Tensor]:
+    """Return the weight (2 width, width) and the bias (2 width,) of keys and values."""
+    width = block.attn.out_proj.in_features
+    return block.attn.in_proj_weight[width:], block.attn.in_proj_bias[width:]
+
+
+def _attend_from(
+    block: ResidualAttentionBlock, x: Tensor, normalized: Tensor, kv: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Compute a block's output (n, width) for one token of each item.
+
+    Args:
+        x, normalized: (n, width), the token before and after the first norm.
+        kv: (n, tokens, 2 width), keys and values of all tokens.
+        mask: bool (n, 1, 1, tokens), False for tokens to leave out.
+    """
+    attention, width = block.attn, x.shape[1]
+    q = F.linear(normalized, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
+    k, v = split_heads(kv, 2, attention.num_heads)
+    q = q.view(len(q), attention.num_heads, 1, -1)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
+    return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
 
 
 def _feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
@@ -148,3 +191,6 @@ def _runner(transformer: ClipModule) -> Callable[..., Tensor]:
     if transformer.grad_checkpointing and torch.is_grad_enabled():
         return lambda function, *arguments: checkpoint(function, *arguments, use_reentrant=False)
     return lambda function, *arguments: function(*arguments)
+
+
+BLOCK_FUNCTIONS = BlockFunctions(_block, _class_token, _packed_block, _end_token)

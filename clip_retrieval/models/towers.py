@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,15 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
+from clip_retrieval.models.fast_layers import speed_up
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import (
+    BLOCK_FUNCTIONS,
     pooled_end_token,
     pooled_image_token,
     pools_one_image_token,
@@ -45,22 +51,28 @@ class RetrievalModel(nn.Module):
 
     def __init__(self, clip: ClipModule, preprocess: dict, adaptor: bool = False):
         super().__init__()
+        speed_up(clip)
         self.clip = clip
         self.preprocess = preprocess
         self.adaptor = make_adaptor(embedding_dim(clip)) if adaptor else None
         self.frozen: list[nn.Module] = []
-        self._pooled_image_token = pooled_image_token
+        self._functions = BLOCK_FUNCTIONS
         for name in ("mean", "std"):
             self.register_buffer(
                 name, torch.tensor(preprocess[name], dtype=torch.float32).view(-1, 1, 1), persistent=False
             )
 
     def compile_towers(self) -> None:
-        """Compile both towers in place (torch.compile); names and weights do not change."""
+        """Compile both towers (torch.compile): block by block if they are transformers, else as a whole.
+
+        Names and weights do not change.
+        """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph per text length
-        self._pooled_image_token = torch.compile(pooled_image_token, dynamic=False)
-        self.clip.visual.compile(dynamic=False)
-        text_part(self.clip).transformer.compile(dynamic=False)
+        self._functions = BLOCK_FUNCTIONS.compile()
+        for tower in (self.clip.visual, text_part(self.clip).transformer):
+            blocks = getattr(getattr(tower, "trunk", tower), "blocks", None) or getattr(tower, "resblocks", None)
+            for module in blocks or [tower]:
+                module.compile(dynamic=False)
 
     def forward(self, images: Tensor, texts: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode images and captions: two float32 tensors, (n, dim) and (m, dim), with L2-normalised rows.
@@ -98,20 +110,19 @@ class RetrievalModel(nn.Module):
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """Turn the output of `pooled_image` into the features of `encode_image`."""
-        return self._adapt(_project(vision_projection(self.clip), pooled))
+        return self._adapt(_project(vision_projection(self.clip), pooled.to(self._dtype)))
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Turn the output of `pooled_text` into the features of `encode_text`."""
-        return F.normalize(_project(text_projection(self.clip), pooled).float(), dim=-1)
+        return F.normalize(_project(text_projection(self.clip), pooled.to(self._dtype)).float(), dim=-1)
 
     def _run_vision(self, images: Tensor) -> Tensor:
         # The operations of ToTensor and Normalize, in their order: equal to the reference in every bit.
         pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-        if images.is_cuda:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        pixels, visual = pixels.to(self._dtype), self.clip.visual
+        memory_format = torch.channels_last if images.is_cuda else torch.preserve_format
+        pixels, visual = pixels.to(self._dtype, memory_format=memory_format), self.clip.visual
         if pools_one_image_token(visual):
-            return _project(vision_projection(self.clip), self._pooled_image_token(visual, pixels))
+            return _project(vision_projection(self.clip), pooled_image_token(visual, pixels, self._functions))
         return _drop_tokens(visual(pixels))
 
     def _adapt(self, features: Tensor) -> Tensor:
@@ -124,7 +135,7 @@ class RetrievalModel(nn.Module):
     def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
         if lengths is not None and pools_the_end_token(text, pool_type(text)):
-            return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths))
+            return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths, self._functions))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
         return self.clip.encode_text(tokens) if text is self.clip else _drop_tokens(text(tokens))
@@ -144,7 +155,7 @@ class RetrievalModel(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.clip.logit_scale.dtype
+        return next(self.clip.visual.parameters()).dtype
 
     def train(self, mode: bool = True) -> RetrievalModel:
         """Set training mode, except for the modules in `frozen`: no dropout, no updates of batch statistics."""
@@ -152,6 +163,22 @@ class RetrievalModel(nn.Module):
         for module in self.frozen:
             module.eval()
         return self
+
+    def copy_in(self, dtype: torch.dtype) -> RetrievalModel:
+        """Return a copy that computes in `dtype`.
+
+        Batch normalisation, logit scale and bias stay float32: both models share them.
+        """
+        shared = [self.mean, self.std, self.clip.logit_scale, self.clip.logit_bias]
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                shared += [module, *module.parameters(), *module.buffers()]
+        known = {id(each): each for each in shared}
+        model = copy.deepcopy(self, dict(known))
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and id(tensor) not in known:
+                tensor.data = tensor.data.to(dtype)
+        return model
 
     def weights(self) -> State:
         """Return the state dict of a checkpoint: open_clip's names, and `adaptor.*`."""
@@ -169,11 +196,15 @@ class RetrievalModel(nn.Module):
                 self.adaptor.load_state_dict(adaptor)
 
 
-def check_compiles(device: torch.device) -> None:
-    """Raise UserError if torch.compile does not work: it needs a C++ compiler and Python's headers."""
-    remedy = "install a C++ compiler (g++) and Python's headers, or drop --compile"
-    with translate_errors("--compile: torch.compile does not work here", remedy):
-        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works, which needs a C++ compiler and Python's headers; if not, log a warning."""
+    try:
+        with translate_errors("--compile has no effect, torch.compile does not work here"):
+            torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
+    except UserError as error:
+        log.warning(f"{error}; for more speed, install a C++ compiler (g++) and Python's headers")
+        return False
+    return True
 
 
 def split_adaptor(state: State) -> tuple[State, State]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.models.towers import RetrievalModel, check_compiles
+from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
-from clip_retrieval.run.folder import FolderLock, clear_run, copy_best, has_best, without_resume
+from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.splits import load_split, log_samples
 from clip_retrieval.signals import StopSignal
@@ -41,7 +41,7 @@ from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 
 COMPILED_LENGTHS = 16  # caption lengths of a compiled text tower are multiples of this
 
@@ -62,7 +62,7 @@ class Run:
         loader: the batches of this process.
         val, test: the splits to score, if any.
         zero_shot: the zero-shot classification, if any.
-        schedule: the steps that log, save and evaluate.
+        schedule: at which steps to log, save and evaluate.
         progress: steps and results so far.
         metrics: metrics.jsonl and TensorBoard; None except in the main process.
         processes: the process group.
@@ -101,15 +101,17 @@ def prepare(
     stop: StopSignal,
     processes: Processes,
 ) -> Run:
-    """Read the data, build the model, and restore both to the state of the checkpoint.
+    """Load the model and the data, restore the training state, and open the run folder.
+
+    With --overwrite, the run that is in the folder is deleted first.
 
     `lock` is the main process's lock on `folder`; None in the others.
     """
     # model and data
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
-    if options.train.compile:
-        check_compiles(device)
+    if options.train.compile and not can_compile(device):
+        options = replace(options, train=replace(options.train, compile=False))
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
@@ -179,7 +181,7 @@ def prepare(
         progress=progress,
         metrics=metrics,
         processes=processes,
-        collapse=CollapseWatch(sampler.batch_size) if options.loss.loss == "infonce" else None,
+        collapse=CollapseWatch(sampler.batch_size) if LOSSES[options.loss.loss].detects_collapse else None,
     )
     if options.train.warmup > schedule.total_steps:
         log.warning(
@@ -249,7 +251,10 @@ def load_zero_shot(
 
 
 def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) -> int:
-    """Return the batch size, at most the size of the split. Raises UserError if that is below two pairs."""
+    """Return the batch size, for a smaller split the largest that the processes divide.
+
+    Raises UserError if that is below two pairs.
+    """
     samples = train.samples
     if samples >= batch_size:
         return batch_size
@@ -306,8 +311,6 @@ def make_trainer(
         model.clip.visual = share_statistics(model.clip.visual, device)
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
-    if options.train.compile:
-        model.compile_towers()
     return Trainer(
         model,
         options.loss,
@@ -316,3 +319,14 @@ def make_trainer(
         device=device,
         processes=processes,
     )
+
+
+def has_best(source: Path, steps: tuple[int, ...]) -> bool:
+    """Whether best.pt in `source` was saved at one of these steps."""
+    return (source / "best.pt").is_file() and Checkpoint.load(source / "best.pt").step in steps
+
+
+def copy_best(source: Path, folder: Path) -> None:
+    """Copy best.pt from `source` to `folder` if the folders differ."""
+    if source.resolve() != folder.resolve():
+        Checkpoint.load(source / "best.pt").save(folder / "best.pt")

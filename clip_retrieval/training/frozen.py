@@ -8,9 +8,8 @@ from torch import Tensor
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
-from clip_retrieval.device import autocast
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.encode import encode_captions, encode_images
+from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.models.towers import RetrievalModel
 
 
@@ -31,16 +30,14 @@ def encode_frozen_images(
     Returns:
         float32 (images, width), on the CPU.
     """
-    model.train()
-    with autocast(precision, device):
-        pooled = encode_images(
-            model.pooled_image,
-            pixels,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=device,
-            processes=processes,
-        )
+    pooled = encode_images(
+        encoding_model(model, precision).pooled_image,
+        pixels,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        processes=processes,
+    )
     return pooled.cpu().clone()  # unlike an inference tensor, a clone can be part of a graph
 
 
@@ -59,15 +56,13 @@ def encode_frozen_texts(
     Returns:
         float32 (captions, width), on the CPU.
     """
-    model.train()
-    with autocast(precision, device):
-        pooled = encode_captions(
-            model.pooled_text,
-            dataset.captions,
-            tokens,
-            trim=model.trims_text,
-            batch_size=batch_size,
-            device=device,
-            processes=processes,
-        )
+    pooled = encode_captions(
+        encoding_model(model, precision).pooled_text,
+        dataset.captions,
+        tokens,
+        trim=model.trims_text,
+        batch_size=batch_size,
+        device=device,
+        processes=processes,
+    )
     return pooled.cpu().clone()

@@ -1,4 +1,4 @@
-"""The schedule of a run: its learning rate, and the steps at which it logs, saves and evaluates."""
+"""The learning rate of each step, and the steps at which a run logs, saves and evaluates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate of step 0, 1, ...: a linear warmup to `peak`, then a cosine that reaches 0 at `total_steps`."""
+    """Return the rate after `step` complete steps: a linear warmup to `peak`, then a cosine to 0 at `total_steps`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -13,7 +13,7 @@ from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 
 
 @dataclass
@@ -52,7 +52,7 @@ def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> di
     epoch, batch = divmod(progress.step, len(sampler))
     return {
         "optimizer": trainer.optimizer.state_dict(),
-        "learning": trainer.learning,
+        "learning": trainer.trainable_shapes,
         "scaler": trainer.scaler.state_dict(),
         "random": {"seed": trainer.seed, "step": progress.step},  # all random numbers of a step follow from these
         "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
@@ -93,7 +93,7 @@ def restore_training(
         )
     # restore the optimizer; AdamW would read out of bounds with moments of another shape
     if not reset_optimizer:
-        if checkpoint.learning != trainer.learning:
+        if checkpoint.learning != trainer.trainable_shapes:
             raise UserError(
                 f"{source}: its trainable parameters or their shapes differ; use the --trainable, --freeze_*, --loss, "
                 "--image_size and --context_length of that run, or add --reset_optimizer"

@@ -1,9 +1,12 @@
 """Pooled tokens have the features and gradients of open_clip's own forward passes."""
 
+import copy
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from clip_retrieval.models.pooled import pools_one_image_token, pools_the_end_token
 from clip_retrieval.models.towers import RetrievalModel, text_part
@@ -48,8 +51,10 @@ def test_features_and_gradients_equal_open_clip(shape, checkpointing):
     assert pools_one_image_token(model.clip.visual) and pools_the_end_token(text_part(model.clip), "argmax")
     images, ids = inputs()
     pixels = (images.double() / 255 - model.mean) / model.std
-    plain = [F.normalize(model.clip.encode_image(pixels), dim=-1), F.normalize(model.clip.encode_text(ids), dim=-1)]
-    expected, expected_gradients = outcome(model, [feature.float().double() for feature in plain])
+    reference = nn.ModuleDict({"clip": small_clip(**SHAPES[shape]).double().train()})
+    clip = reference["clip"]
+    plain = [F.normalize(clip.encode_image(pixels), dim=-1), F.normalize(clip.encode_text(ids), dim=-1)]
+    expected, expected_gradients = outcome(reference, [feature.float().double() for feature in plain])
     model.clip.set_grad_checkpointing(checkpointing)
     found, gradients = outcome(model, [feature.double() for feature in model(images, ids, LENGTHS)])
     for one, other in zip(found, expected, strict=True):
@@ -79,7 +84,7 @@ def test_padding_beyond_the_longest_caption_is_not_needed():
 )
 def test_other_towers_are_not_pooled_here(vision, text):
     clip = open_clip.CustomTextCLIP(24, vision_cfg=vision, text_cfg=text).eval()
-    model = RetrievalModel(clip, small_preprocess()).eval()
+    model = RetrievalModel(copy.deepcopy(clip), small_preprocess()).eval()
     assert not pools_one_image_token(clip.visual)
     images, ids = inputs()
     with torch.no_grad():

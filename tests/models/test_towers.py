@@ -182,16 +182,18 @@ def test_coca_features_equal_open_clip():
 
 
 @pytest.mark.slow
-def test_compiling_without_a_compiler_is_refused(tmp_path):
+def test_without_a_compiler_nothing_is_compiled(tmp_path):
     program = """
-import sys, torch
-from clip_retrieval.errors import run_and_exit
-from clip_retrieval.models.towers import check_compiles
-sys.exit(run_and_exit(lambda: check_compiles(torch.device("cpu"))))
+import torch
+from clip_retrieval.log import start_log
+from clip_retrieval.models.towers import can_compile
+start_log()
+assert not can_compile(torch.device("cpu"))
 """
     (tmp_path / "ldconfig").symlink_to("/sbin/ldconfig")
     environment = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "--compile: torch.compile does not work here" in done.stderr.splitlines()[-1]
+    assert done.returncode == 0, done.stderr
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert "--compile has no effect, torch.compile does not work here" in line

@@ -15,7 +15,7 @@ from clip_retrieval.device import deterministic_algorithms
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 from tests.conftest import ROOT, read_json
 from tests.models.small import TEXT, small_clip, small_preprocess
 from tests.models.test_towers import captions, towers
@@ -153,8 +153,8 @@ THREADS = """
 import sys; sys.path.insert(0, {root!r})
 import torch; torch.set_num_threads(2)
 import main
-from clip_retrieval.errors import run_and_exit
-sys.exit(run_and_exit(main.main))
+from clip_retrieval.errors import run_with_exit_code
+sys.exit(run_with_exit_code(main.main))
 """
 
 

@@ -13,7 +13,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import parameter_groups
 from clip_retrieval.training.schedule import learning_rate
-from clip_retrieval.training.step import Trainer
+from clip_retrieval.training.trainer import Trainer
 from tests.models.small import TEXT, small_clip, small_config, small_preprocess
 from tests.models.test_towers import captions
 

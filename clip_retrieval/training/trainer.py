@@ -1,8 +1,9 @@
-"""One optimizer step, without synchronizing with the device."""
+"""The trainer: loss, optimizer and training step. A step does not wait for the device."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.device import autocast, make_scaler
+from clip_retrieval.device import DTYPES, make_scaler
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import LOSSES, make_loss
 from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.training.master_weights import MasterWeights
 from clip_retrieval.training.optimizer import make_optimizer
 
 ACCURACY_ROWS = 1024  # images compared with all captions at a time
+UPDATE_SHARE = 1.05  # seconds of a step, in those of its gradients
 
 
 @dataclass
@@ -70,11 +73,11 @@ class Trainer:
 
     A batch is computed at once or in chunks (`grad_cache`; Gao et al. 2021, arXiv:2101.06983). In chunks, the towers
     first run without a graph, the loss of the whole batch gives the gradient of each feature, and each chunk runs again
-    for the gradients of its parameters. The gradients are those of the whole batch; the memory is that of a chunk. With
-    InfoNCE the logit scale is clamped to [0, ln 100].
+    for the gradients of its parameters. The gradients are those of the whole batch; the memory is that of a chunk.
 
     Args:
-        model: the model, on its device, with its trainable parameters set.
+        model: the model, on its device, float32, with its trainable parameters set. Its copy in `precision` computes
+            features and gradients; the optimizer updates the model itself.
         loss: options of the loss.
         options: options of the optimizer and of the chunks.
         precision: "fp32", "bf16" or "fp16".
@@ -104,14 +107,21 @@ class Trainer:
         self.seed = options.seed
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
-        self._towers: RetrievalModel | DistributedDataParallel = model
+        # the model that computes: a copy in lower precision, or the model itself
+        self.towers = model if precision == "fp32" else model.copy_in(DTYPES[precision])
+        self._masters = None if precision == "fp32" else MasterWeights(model, self.towers)
+        if options.compile:
+            self.towers.compile_towers()
+        self._parallel: DistributedDataParallel | None = None
         if processes.world_size > 1:
             # averages the gradients over the processes during the backward pass
-            self._towers = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._parallel = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
+            if self._masters is not None:
+                self._masters.average_over_processes(self._parallel)
         self._first_bad_step = torch.tensor(-1, device=device)
 
     @property
-    def learning(self) -> dict[str, list[int]]:
+    def trainable_shapes(self) -> dict[str, list[int]]:
         """The shapes of the trainable parameters by name, in order."""
         return {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -143,28 +153,50 @@ class Trainer:
         """Compute the loss of `batch` and update the weights. `step` counts from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        result = self._compute_gradients(batch, step)
+        self._update()
+        self._record_bad_step(result.loss, step)
+        return result
+
+    def time_step(self, batch: TrainBatch, repeats: int = 5) -> float:
+        """Return the seconds of a step on `batch`, at best, without changing the model."""
+        seconds = []
+        with freeze_statistics(self.towers):
+            for _ in range(repeats):
+                started = time.perf_counter()
+                self._compute_gradients(batch, 0)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - started)
+        self.optimizer.zero_grad(set_to_none=True)
+        return UPDATE_SHARE * min(seconds)
+
+    def _compute_gradients(self, batch: TrainBatch, step: int) -> StepResult:
+        if self.towers.training != self.model.training:
+            self.towers.train(self.model.training)
+        if self._masters is not None:
+            self._masters.cast()
+
+        # forward
         chunks = self._split_rows(len(batch.images))
         whole = len(chunks) == 1
         features = self._encode(batch, step, 0) if whole else self._encode_without_graph(batch, step, chunks)
 
-        # forward: cut the graph at the features, for their gradients and those of the logit scale and bias
-        ends = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
-        text_features = self.processes.all_gather(ends[1])
-        # outside autocast, so that the logits are float32
-        loss = self.loss(ends[0], text_features, batch.positives, *ends[2:])
-        # the gradients are averaged over the processes, but the loss is the sum of their parts
+        # loss: detach its inputs (features, logit scale and bias), to collect the gradient of each
+        leaves = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
+        text_features = self.processes.all_gather(leaves[1])
+        loss = self.loss(leaves[0], text_features, batch.positives, *leaves[2:])
+        # times world_size: gradients are averaged over the processes, but the loss is the sum of their parts
         self.scaler.scale(loss * self.processes.world_size).backward()
 
-        # backward through the towers, and update
-        gradients = [end.grad for end in ends]
+        # backward through the towers
+        gradients = [leaf.grad for leaf in leaves]
         if whole:
             self._backward([*features, *self._scale_and_bias()], gradients)
         else:
             self._backward_in_chunks(batch, step, chunks, gradients)
-        self._update()
         loss = self.processes.sum(loss.detach())
-        self._record_bad_step(loss, step)
-        return StepResult(loss, ends[0].detach(), text_features.detach(), batch.positives)
+        return StepResult(loss, leaves[0].detach(), text_features.detach(), batch.positives)
 
     @torch.no_grad()
     def validate(
@@ -197,14 +229,13 @@ class Trainer:
         return [slice(start, min(start + size, pairs)) for start in range(0, pairs, size)]
 
     def _encode(self, batch: TrainBatch, step: int, chunk: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Compute the features of a chunk. Dropout is the same each time, in every run."""
+        """Compute the features of a chunk. A second pass and a resumed run draw the same dropout masks."""
         torch.manual_seed(_mix_seed(self.seed, step, self.processes.rank, chunk))
-        towers = self._towers if torch.is_grad_enabled() else self.model
-        with autocast(self.precision, self.device):
-            return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
+        towers = self._parallel if self._parallel is not None and torch.is_grad_enabled() else self.towers
+        return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
 
     def _encode_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
-        with torch.no_grad(), freeze_statistics(self.model):
+        with torch.no_grad(), freeze_statistics(self.towers):
             parts = [self._encode(batch, step, number, rows) for number, rows in enumerate(chunks)]
         return [torch.cat(features) for features in zip(*parts, strict=True)]
 
@@ -212,26 +243,31 @@ class Trainer:
         clip = self.model.clip
         return [clip.logit_scale.exp()] + ([] if clip.logit_bias is None else [clip.logit_bias])
 
-    def _backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Backpropagate gradients. Unused scales and frozen towers, which have no graph, are skipped."""
+    def _backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], *, last: bool = True) -> None:
+        """Backpropagate the gradients of a chunk. Unused scales and frozen towers, which have no graph, are skipped."""
         used = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad and g is not None]
         if used:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used])
+        if self._masters is not None:
+            if last and self._parallel is not None:  # collected and averaged during the backward pass
+                self._masters.free_gradients()
+            else:
+                self._masters.collect_gradients()
 
     def _backward_in_chunks(
         self, batch: TrainBatch, step: int, chunks: Sequence[slice], gradients: Sequence[Tensor | None]
     ) -> None:
         images, texts, *scale_and_bias = gradients
         for number, rows in enumerate(chunks):
-            towers, last = self._towers, number == len(chunks) - 1
+            last = number == len(chunks) - 1
             # The processes exchange their gradients once, with the last chunk.
-            with nullcontext() if last or isinstance(towers, RetrievalModel) else towers.no_sync():
+            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 tensors = list(self._encode(batch, step, number, rows))
                 parts = [None if gradient is None else gradient[rows] for gradient in (images, texts)]
                 if last:
                     tensors += self._scale_and_bias()
                     parts += scale_and_bias
-                self._backward(tensors, parts)
+                self._backward(tensors, parts, last=last)
 
     def _update(self) -> None:
         if self.grad_clip is not None:

@@ -1,0 +1,127 @@
+"""bf16 training: a bf16 copy computes features and gradients, the optimizer updates float32 master weights."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_retrieval.losses.infonce import infonce
+from tests.training.test_trainer import batch, make_trainer
+
+LEARNING_RATE = 1e-3
+
+
+def weights_of(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.weights().items()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_gradients_are_those_of_a_bf16_model():
+    trainer = make_trainer(precision="bf16")
+    trainer._update = lambda: None
+    low, pairs = copy.deepcopy(trainer.model.clip).bfloat16(), batch()
+    trainer.step(pairs, 1, LEARNING_RATE)
+
+    pixels = ((pairs.images / 255 - trainer.model.mean) / trainer.model.std).bfloat16()
+    scale = trainer.model.clip.logit_scale.detach().exp()
+    images = F.normalize(low.visual(pixels).float(), dim=-1)
+    texts = F.normalize(encode_bf16(low, pairs.texts).float(), dim=-1)
+    infonce(images, texts, pairs.positives, scale).backward()
+    for (name, master), parameter in zip(trainer.model.clip.named_parameters(), low.parameters(), strict=True):
+        if name != "logit_scale":  # the order of sums in bf16 differs
+            expected = parameter.grad.float()
+            torch.testing.assert_close(master.grad, expected, rtol=0, atol=0.02 * expected.abs().max().item(), msg=name)
+
+
+def test_optimizer_updates_the_float32_weights():
+    trainer, other = make_trainer(precision="bf16"), make_trainer(precision="bf16")
+    other._update = lambda: None
+    trainer.step(batch(), 1, LEARNING_RATE)
+    other.step(batch(), 1, LEARNING_RATE)
+    other.optimizer.step()
+    assert_equal(weights_of(trainer), weights_of(other))
+    change = (weights_of(trainer)["text_projection"] - make_trainer().model.weights()["text_projection"]).abs().max()
+    assert change == pytest.approx(LEARNING_RATE, rel=0.3)
+
+
+def encode_bf16(clip, tokens):
+    x = clip.token_embedding(tokens) + clip.positional_embedding[: tokens.shape[1]]
+    x = clip.transformer(x, attn_mask=clip.attn_mask[: tokens.shape[1], : tokens.shape[1]])
+    return clip.ln_final(x)[torch.arange(len(x)), tokens.argmax(1)] @ clip.text_projection
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+def test_gradients_of_chunks_are_added_in_float32(resnet):
+    gradients = {}
+    for name, options in {"whole": {}, "chunks": {"grad_cache": 2}}.items():
+        trainer = make_trainer(precision="bf16", resnet=resnet, **options)
+        trainer._update = lambda: None
+        trainer.step(batch(size=32 if resnet else 16), 1, LEARNING_RATE)
+        gradients[name] = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        assert all(gradient.dtype == torch.float32 for gradient in gradients[name].values())
+        assert all(p.grad is None for p in trainer.towers.clip.transformer.parameters())
+    assert gradients["whole"].keys() == gradients["chunks"].keys() and len(gradients["whole"]) > 30
+    weight = gradients["chunks"]["clip.text_projection"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    if not resnet:  # batch statistics are those of a chunk
+        for name, gradient in gradients["whole"].items():
+            atol = 0.03 * gradient.abs().max().item()
+            torch.testing.assert_close(gradients["chunks"][name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_batch_statistics_stay_float32_and_are_those_of_the_master():
+    trainer = make_trainer(precision="bf16", resnet=True)
+    before = weights_of(trainer)
+    trainer.step(batch(size=32), 1, LEARNING_RATE)
+    norm, low = trainer.model.clip.visual.bn1, trainer.towers.clip.visual.bn1
+    assert {t.dtype for t in norm.state_dict().values()} == {torch.float32, torch.int64}
+    assert norm.num_batches_tracked == 1
+    assert not torch.equal(norm.running_mean, before["visual.bn1.running_mean"])
+    assert norm.running_mean.data_ptr() == low.running_mean.data_ptr()
+    assert trainer.towers.clip.visual.conv1.weight.dtype == torch.bfloat16
+
+
+def test_scale_and_bias_are_trained_in_float32():
+    trainer = make_trainer(loss="siglip", precision="bf16")
+    clip = trainer.model.clip
+    before = clip.logit_scale.item(), clip.logit_bias.item()
+    trainer.step(batch(), 1, 1e-5)  # below the resolution of bf16
+    assert 0 < abs(clip.logit_scale.item() - before[0]) < 1e-4
+    assert 0 < abs(clip.logit_bias.item() - before[1]) < 1e-4
+
+
+def test_resumed_run_is_bit_identical():
+    pairs = [batch(seed=seed) for seed in range(4)]
+    whole, first, second = (make_trainer(precision="bf16") for _ in range(3))
+    for step, each in enumerate(pairs, 1):
+        whole.step(each, step, LEARNING_RATE)
+    for step in (1, 2):
+        first.step(pairs[step - 1], step, LEARNING_RATE)
+    second.model.load_weights(weights_of(first))
+    second.load_optimizer(first.optimizer.state_dict(), {})
+    for step in (3, 4):
+        second.step(pairs[step - 1], step, LEARNING_RATE)
+    assert_equal(weights_of(second), weights_of(whole))
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+def test_fifty_steps_stay_as_close_to_float32_as_those_of_autocast(resnet):
+    pairs = [batch(pairs=16, seed=seed, size=32 if resnet else 16) for seed in range(5)]
+    losses, ends = {}, {}
+    for name in ("fp32", "bf16", "autocast"):
+        trainer = make_trainer(precision="bf16" if name == "bf16" else "fp32", resnet=resnet)
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            losses[name] = torch.stack([trainer.step(pairs[n % 5], n + 1, 3e-4).loss.detach() for n in range(50)])
+        ends[name] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    assert losses["fp32"][-1] < 0.5 * losses["fp32"][0]
+
+    def distance(values, name):
+        return (values[name] - values["fp32"]).norm().item()
+
+    assert 0 < distance(losses, "bf16") < 1.5 * distance(losses, "autocast")
+    assert 0 < distance(ends, "bf16") < 1.5 * distance(ends, "autocast")
