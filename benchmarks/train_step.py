@@ -204,8 +204,16 @@ def default_rows(device: torch.device) -> list[str]:
 class Data:
     """The first batches of an epoch on the device, the same pairs in the form that each row needs."""
 
-    def __init__(self, built: BuiltModel, captions: Path, batch_size: int, number: int, device: torch.device):
-        part = read_karpathy_json(captions)["test"]
+    def __init__(
+        self,
+        built: BuiltModel,
+        captions: Path,
+        batch_size: int,
+        number: int,
+        device: torch.device,
+        split: str = "test",
+    ):
+        part = read_karpathy_json(captions)[split]
         pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
         images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "random")
         self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)

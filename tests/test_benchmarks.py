@@ -64,3 +64,12 @@ def test_evaluation(run_benchmark, real_data):
     assert [row[0] for row in found] == rows
     recalls = [[float(cell) for cell in row[-2:]] for row in found]
     assert all(recall == pytest.approx(recalls[0], abs=9) for recall in recalls)  # equal up to a close score
+
+
+def test_end_to_end(run_benchmark, real_data):
+    rows = ("step", "fast")
+    settings = ("--models", "tiny", "--batch_size", 4, "--steps", 25, "--num_workers", 1, "--device", "cpu")
+    header, _, *found = run_benchmark("end_to_end", real_data / "flickr8k", *settings, "--rows", *rows)
+    assert header[3:] == ["pairs/s", "of the step alone", "data (%)", "first 20 steps (s)"]
+    assert [row[2] for row in found] == list(rows)
+    assert all(float(row[3].replace(",", "")) > 0 for row in found) and float(found[1][6]) > 1
