@@ -183,7 +183,7 @@ def test_data_without_splits_are_trained_on_and_not_scored(run, arguments, tmp_p
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(run, arguments, tmp_path, monkeypatch):
-    from clip_retrieval.training import step as module
+    from clip_retrieval.training import trainer as module
 
     normal = module.Trainer.step
 

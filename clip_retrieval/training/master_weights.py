@@ -50,7 +50,7 @@ class MasterWeights:
         masters = {id(copied): master for master, copied in zip(self._masters, self._copies)}
         world_size = dist.get_world_size()
 
-        def average(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        def average(_, bucket):  # register_comm_hook refuses annotations that are strings
             # add the gradients of earlier chunks
             buffer, parameters = bucket.buffer(), [masters.get(id(p)) for p in bucket.parameters()]
             total = buffer.float()
