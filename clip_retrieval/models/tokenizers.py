@@ -34,10 +34,12 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> Tokenizer:
     known = text_part(model.clip).vocab_size
     arguments = {name: value for name, value in (text.get("tokenizer_kwargs") or {}).items() if value is not None}
     family = find_family(model.config)
+    # a family's own
     if family.tokenizer:
         words = options.tokenizer or text.get("vocab") or _find_word_folder(options.text_pretrained)
         words = words or text.get("hf_tokenizer_name") or next(iter(family.towers.text_models))
         return family.tokenizer(words, length, known, model.config_from)
+    # a Hugging Face tokenizer, or CLIP's
     if text.get("hf_tokenizer_name"):
         source = options.tokenizer or text["hf_tokenizer_name"]
         if not options.tokenizer and model.name.startswith(names.FOLDER):
@@ -55,6 +57,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> Tokenizer:
         with translate_errors(f"{model.config_from}: its tokenizer_kwargs do not fit CLIP's tokenizer", "drop them"):
             tokenizer = SimpleTokenizer(context_length=length, **arguments)
         size = tokenizer.vocab_size
+    # its ids must fit the text tower
     if size > known:
         raise UserError(
             f"{model.config_from}: the tokenizer has {size:,} tokens, the text tower {known:,}; give the tokenizer of "
