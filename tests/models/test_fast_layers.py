@@ -105,19 +105,21 @@ def test_layers_that_attend_across_the_batch_stay():
 
 
 @pytest.mark.parametrize(
-    "make, layers",
+    "make",
     [
-        (lambda: small_clip(custom_text=True, text_cfg=TEXT | {"no_causal_mask": True, "pool_type": "last"}), 5),
-        (lambda: small_clip(custom_text=True, vision_cfg=VIT | {"pool_type": "avg"}), 5),
-        (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0), 1),
+        lambda: small_clip(custom_text=True, text_cfg=TEXT | {"no_causal_mask": True, "pool_type": "last"}),
+        lambda: small_clip(custom_text=True, vision_cfg=VIT | {"pool_type": "avg"}),
+        lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0),
     ],
 )
-def test_models_keep_features_names_and_weights(make, layers):
+def test_models_keep_features_names_and_weights(make):
     torch.manual_seed(0)
     model = make().double().eval()
     fast = copy.deepcopy(model)
     speed_up(fast)
-    assert sum(type(m) in (PatchEmbedding, SelfAttention) for m in fast.modules()) == layers
+    attentions = sum(type(module) is nn.MultiheadAttention for module in model.modules())  # none in open_clip 4
+    assert sum(type(module) is SelfAttention for module in fast.modules()) == attentions
+    assert sum(type(module) is PatchEmbedding for module in fast.modules()) == 1
     assert list(fast.state_dict()) == list(model.state_dict())
     size = 16 if hasattr(model, "visual") else 224
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
