@@ -7,9 +7,11 @@ torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32 --dataset_root DATA
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from clip_retrieval.data.batches.loader import TrainBatch
@@ -270,7 +272,9 @@ def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> Non
     # write them
     if run.metrics:
         run.metrics.write("train", step, values)
+    left = (run.schedule.total_steps - step) * run.sampler.batch_size / speed
     log.info(
-        f"epoch {epoch}  step {step}/{run.schedule.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
-        f"scale {scale:.2f}  {accuracy}{speed:.1f} pairs/s  data {waited:.0f}%  {run.describe_batch()}"
+        f"{time.strftime('%H:%M:%S')}  epoch {epoch}  step {step}/{run.schedule.total_steps}  loss {loss:.4f}  "
+        f"lr {rate:.2e}  scale {scale:.2f}  {accuracy}{speed:.1f} pairs/s  data {waited:.0f}%  "
+        f"{timedelta(seconds=int(watch.seconds))} trained, {timedelta(seconds=int(left))} left"
     )
