@@ -10,7 +10,7 @@ from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
 # Keys of options.json that are skipped: no options, or the config file whose options it contains already.
-RECORDED_KEYS = ("versions", "device_used", "config")
+RECORDED_KEYS = ("versions", "device_used", "git_commit", "command_line", "config")
 NULLS = ("null", "~", "")
 MAX_BYTES = 2**18  # bytes; YAML takes seconds to parse that many
 TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML 1.1 and 1.2

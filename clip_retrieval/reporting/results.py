@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,20 @@ def _is_results(results: dict[str, Any]) -> bool:
 
 
 def write_options(folder: Path, options: Options, device: str) -> None:
-    """Write options.json: all options, package versions, and the device."""
+    """Write options.json: all options, package versions, device, git commit and command line."""
     versions = {"clip_retrieval": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
-    content = options.flat() | {"versions": versions, "device_used": device}
-    write_json(folder / "options.json", content)
+    recorded = {"versions": versions, "device_used": device, "git_commit": _git_commit(), "command_line": sys.argv}
+    write_json(folder / "options.json", options.flat() | recorded)
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code, with "+" if files were changed; None outside a git checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or the checkout is another user's
+        return None

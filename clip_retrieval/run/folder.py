@@ -101,6 +101,7 @@ def lock_folder(folder: Path) -> Iterator[FolderLock]:
     The lock is a POSIX record lock: loader workers do not inherit it, and it works over NFS. Raises UserError if
     another run holds the lock.
     """
+    is_new = not folder.exists()
     make_folder(folder)
     descriptor = _lock(folder)
     try:
@@ -113,6 +114,9 @@ def lock_folder(folder: Path) -> Iterator[FolderLock]:
                 with contextlib.suppress(OSError):
                     (folder / LOCK).unlink()
             os.close(descriptor)
+        if is_new:  # a run that did not start leaves nothing
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _lock(folder: Path) -> int | None:

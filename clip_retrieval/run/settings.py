@@ -14,7 +14,7 @@ from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.chinese_clip import UNNAMED, split_model_name
 from clip_retrieval.models.source import check_names
 from clip_retrieval.options import (
@@ -23,6 +23,7 @@ from clip_retrieval.options import (
     PREFIXES,
     REPEATABLE,
     Options,
+    RunOptions,
     as_tuple,
     select_for_resume,
 )
@@ -90,7 +91,19 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
     if "epochs" in typed:
         inherited.pop("max_steps", None)  # it would override epochs
     options = settle(config, inherited, typed, {"resume": str(path)})
+
+    # a run's last.pt continues in its folder
+    if isinstance(checkpoint, TrainingCheckpoint) and not {"experiments", "checkpoint_path"} & {*typed, *config}:
+        options = replace(options, run=_in_folder_of(path, options.run))
     return replace(options, given=frozenset(typed)), checkpoint
+
+
+def _in_folder_of(path: Path, options: RunOptions) -> RunOptions:
+    """Return the options with the run folder that holds `path`, if it is one's last.pt."""
+    folder = path.parent if path.parent.name not in ("", "..") else path.resolve().parent
+    if options.eval or path.name != "last.pt" or not (folder / "options.json").is_file():
+        return options
+    return replace(options, checkpoint_path=str(folder.parent), experiments=folder.name)
 
 
 def _check_lists(options: Options, config: dict[str, Any], typed: dict[str, Any]) -> None:
