@@ -159,9 +159,9 @@ def pool_type(text: ClipModule) -> str:
     return getattr(text, "text_pool_type", "") or getattr(text, "pool_type", "")
 
 
-def eos_id(text: ClipModule) -> int | None:
-    """Return the id of the token that a text tower with `eos` pooling pools."""
-    return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
+def eos_id(text: ClipModule) -> int:
+    """Return the id of the token that `eos` pooling pools; 0 if there is none."""
+    return getattr(text, "text_eos_id", 0) or getattr(text, "eos_id", 0)
 
 
 def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
