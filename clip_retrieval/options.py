@@ -100,6 +100,11 @@ class ModelOptions:
         "or `none` for random weights (default: openai for OpenAI's names, the hub's for a hub id, else none)",
         "--clip_weight_path",
     )
+    pretrained_key: str | None = option(
+        None,
+        "weights to take from a --pretrained file with several, such as state_dict or model_ema (default: averaged "
+        "ones; the log lists them)",
+    )
     text_pretrained: str | None = option(
         None,
         "initial weights of the text tower, with --text_model or simple-clip's image towers: folder, weight file or "

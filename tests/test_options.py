@@ -20,6 +20,7 @@ SPELLINGS = {
     "text_model": ["--text_model", "--text_encoder_name"],
     "tokenizer": ["--tokenizer"],
     "pretrained": ["--pretrained", "--clip_weight_path"],
+    "pretrained_key": ["--pretrained_key"],
     "dataset": ["--dataset", "--dataset_name"],
     "dataset_root": ["--dataset_root", "--dataset_path"],
     "annotations": ["--annotations", "--train_annotation_file"],

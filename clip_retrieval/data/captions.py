@@ -26,8 +26,8 @@ class Tokens:
 
     Attributes:
         ids: int32 (captions, context_length).
-        lengths: int64 (captions,), number of ids up to and including the end token; the rest is padding. The ids alone
-            are ambiguous: "!" in CLIP's vocabulary has the id of the padding, 0.
+        lengths: int64 (captions,), number of ids without padding. The ids alone are ambiguous: "!" in CLIP's vocabulary
+            has the id of the padding, 0, and a caption may spell the end token.
         cut: number of captions truncated to the context; their end token is kept.
     """
 

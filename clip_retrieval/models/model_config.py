@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import config_schema, hub, names
+from clip_retrieval.models.foreign import find_folder_problem
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
@@ -43,7 +44,10 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
         )
         path = Path(hub.fetch_files(name.config.removeprefix(names.HUB), ["open_clip_config.json"], failure))
     elif name.kind == "folder":
-        path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
+        folder = Path(name.config.removeprefix(names.FOLDER))
+        path = folder / "open_clip_config.json"
+        if not path.exists() and (problem := find_folder_problem(folder)):
+            raise UserError(f"--vision_model {name.config} {problem}")
     else:
         path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
     config = read_model_json(path, "model config")

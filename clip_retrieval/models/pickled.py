@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 _STORAGE_TYPES = {
@@ -32,7 +33,11 @@ _DTYPE_NAMES += ["complex64", "complex128", "uint16", "uint32", "uint64"]
 _DTYPE_NAMES += ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
 
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+"""Names of one module, before and since NumPy 2."""
+
 UNUSABLE = {
+    **{f"{module}._reconstruct": "a NumPy array" for module in _NUMPY},
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
     "torch._utils._rebuild_qtensor": "a quantised tensor",
@@ -41,12 +46,22 @@ UNUSABLE = {
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a subclass",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
 }
-TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor")
-"""Names that are never called: other dtypes, and quantisation schemes."""
+NUMPY_SCALARS = tuple(f"{module}.scalar" for module in _NUMPY)
+TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor|numpy\.ndarray")
+"""Names that are never called: other dtypes, quantisation schemes and array types."""
 
 
 class PythonObjectError(Exception):
-    """A pickle holds a Python object of this name."""
+    """A pickle holds a Python object of this name.
+
+    Args:
+        name: the name.
+        content: the content of the pickle, with a `PythonObject` for each object; None if it is not known.
+    """
+
+    def __init__(self, name: str, content: Any = None):
+        super().__init__(name)
+        self.content = content
 
 
 class DamagedError(Exception):
@@ -76,6 +91,31 @@ class Module:
     attributes: Any = field(default_factory=dict)
 
 
+@dataclass
+class PythonObject:
+    """An object of a class that is not known here. It is never created; the file is refused."""
+
+    state: Any = None
+
+
+@dataclass
+class NumpyType:
+    """A dtype of NumPy: its kind and size in bytes (`f8`), and its byte order."""
+
+    code: str
+    order: str = "="
+
+    def read(self, content: bytes) -> bool | int | float | complex | Unusable:
+        """Return the number in these bytes. Raises ValueError if they are too few or too many."""
+        if not _NUMBER.fullmatch(self.code):
+            return Unusable(f"a NumPy value of dtype {self.code}")
+        (number,) = np.frombuffer(content, np.dtype(self.order + self.code))
+        return number.item()
+
+
+_NUMBER = re.compile("b1|[iu][1248]|f[248]|c8|c16")
+
+
 @dataclass(frozen=True)
 class Unusable:
     """A tensor of a `kind` that cannot be read as plain numbers."""
@@ -84,7 +124,9 @@ class Unusable:
 
     def problem(self, name: str) -> str:
         """Return the problem of the tensor `name`, and the remedy."""
-        return f"{name} is {self.kind}; save it as a dense tensor (.to_dense(), .dequantize())"
+        if "meta" in self.kind:
+            return f"{name} is {self.kind}; save the model after its weights are loaded"
+        return f"{name} is {self.kind}; save it as a dense tensor (.to_dense(), .dequantize(), torch.from_numpy())"
 
 
 @dataclass(frozen=True)

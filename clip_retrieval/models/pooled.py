@@ -32,12 +32,12 @@ def pools_one_image_token(visual: ClipModule) -> bool:
     )
 
 
-def pools_the_end_token(text: ClipModule, pool_type: str) -> bool:
+def pools_the_end_token(text: ClipModule) -> bool:
     """Whether `pooled_end_token` works for this text tower: open_clip's causal one that pools its end token."""
     return (
         getattr(text, "attn_mask", None) is not None
         and getattr(text, "cls_emb", None) is None
-        and pool_type in ("argmax", "eos")
+        and pool_type(text) in ("argmax", "eos")
         and _has_plain_blocks(text.transformer)
     )
 
@@ -94,8 +94,8 @@ class Packing:
 
     Attributes:
         index: int64 (T,), position of each packed token in the flattened padded form.
-        end: int64 (n,), packed position of each caption's last token.
-        mask: bool (n, 1, 1, longest), False for padding.
+        end: int64 (n,), packed position of each caption's pooled token.
+        mask: bool (n, 1, 1, longest), True for the tokens up to the pooled one.
     """
 
     index: Tensor
@@ -103,14 +103,20 @@ class Packing:
     mask: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, device: torch.device) -> Packing:
-        """Pack captions of these lengths, int64 (n,) on the CPU, so that nothing waits for the device."""
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        index, end = mask.flatten().nonzero()[:, 0], lengths.cumsum(0) - 1
-        tensors = [index, end, mask[:, None, None]]
-        if device.type == "cuda":
-            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-        return cls(*(tensor.to(device) for tensor in tensors))
+    def of(cls, lengths: Tensor, pooled: Tensor) -> Packing:
+        """Pack captions.
+
+        Args:
+            lengths: int64 (n,) on the CPU, so that nothing waits for the device.
+            pooled: int64 (n,) on the device, position of the pooled token in each caption.
+        """
+        columns = torch.arange(int(lengths.max()))
+        index = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
+        tensors = [index, lengths.cumsum(0) - lengths, columns]
+        if pooled.device.type == "cuda":
+            tensors = [tensor.pin_memory().to(pooled.device, non_blocking=True) for tensor in tensors]
+        index, starts, columns = (tensor.to(pooled.device) for tensor in tensors)
+        return cls(index, starts + pooled, (columns <= pooled[:, None])[:, None, None])
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad (T, width) with zeros to (n, longest, width)."""
@@ -124,10 +130,10 @@ def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor, function
     Args:
         text: the module that holds the tower's parts.
         tokens: int64 (n, length), at least as long as the longest caption.
-        lengths: int64 (n,) on the CPU: number of ids up to and including the end token.
+        lengths: int64 (n,) on the CPU: number of ids without padding.
         functions: those that compute the blocks.
     """
-    pack = Packing.of(lengths, tokens.device)
+    pack = Packing.of(lengths, _find_end_token(text, tokens[:, : int(lengths.max())]))
     longest = pack.mask.shape[-1]
     ids = tokens[:, :longest].reshape(-1)[pack.index]
     dtype = text.transformer.get_cast_dtype()
@@ -141,6 +147,23 @@ def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor, function
     return text.ln_final(run(functions.end_token, last, x, pack))
 
 
+def _find_end_token(text: ClipModule, tokens: Tensor) -> Tensor:
+    """Find the token that open_clip pools, int64 (n,): the first end token, also if a caption spells it."""
+    if pool_type(text) == "eos":
+        tokens = (tokens == eos_id(text)).int()
+    return tokens.argmax(dim=-1)
+
+
+def pool_type(text: ClipModule) -> str:
+    """Return the name of a text tower's pooling, empty for Hugging Face towers."""
+    return getattr(text, "text_pool_type", "") or getattr(text, "pool_type", "")
+
+
+def eos_id(text: ClipModule) -> int:
+    """Return the id of the token that `eos` pooling pools; 0 if there is none."""
+    return getattr(text, "text_eos_id", 0) or getattr(text, "eos_id", 0)
+
+
 def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
     """Compute a block's output (T, width), with causal attention within each caption."""
     attention = block.attn
@@ -152,7 +175,7 @@ def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Te
 
 
 def _end_token(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
-    """Compute a block's output (n, width) for the last token of each caption."""
+    """Compute a block's output (n, width) for the pooled token of each caption."""
     normalized = block.ln_1(x)
     kv = pack.pad(F.linear(normalized, *_key_value_projection(block)))
     return _attend_from(block, x.index_select(0, pack.end), normalized.index_select(0, pack.end), kv, pack.mask)

@@ -63,7 +63,7 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     # a file may define its whole model
     if pretrained != NO_WEIGHTS and not is_own and not tag:
         _refuse_misspelt_tag(pretrained, name)
-        file = read_weights(pretrained)
+        file = read_weights(pretrained, options.pretrained_key)
         if source := _from_checkpoint(file, options, typed_model):
             return source
         if file.family.model and not typed_model and not options.text_model:
@@ -75,6 +75,8 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     source = ModelSource(name.name, config, preprocess, pretrained, is_known=name.kind in KNOWN)
 
     # weights
+    if options.pretrained_key and not file:
+        raise UserError(f"--pretrained_key {options.pretrained_key} needs a file as --pretrained; drop one of them")
     if tag:
         source.state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state
     elif is_own:

@@ -23,6 +23,13 @@ import torch
 
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
+from clip_retrieval.models.foreign import (
+    NUMPY_ARCHIVE,
+    describe_saving,
+    find_folder_problem,
+    find_shard_problem,
+    find_start_problem,
+)
 from clip_retrieval.models.pickled import DamagedError, Module, PythonObjectError, Storage, Unusable
 from clip_retrieval.models.unpickle import MODULE_CLASSES, Unpickler
 
@@ -38,6 +45,7 @@ MOST_MODULES, DEEPEST_MODULE = 100_000, 100
 SHARED_VIEWS = 4
 """Limit of the bytes of all tensors, in sizes of the file: tied weights are views of the same numbers."""
 
+FOLDER = "is a folder; give a weight file in it"
 REMEDY = "save its state dict alone"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -67,6 +75,8 @@ def read_tensor_file(path: Path) -> TensorFile:
         start = file.read(512)
         if not start:
             raise UserError(f"{path} is empty; fetch it again")
+        if foreign := find_start_problem(start):
+            raise DamagedError(*foreign)
         if path.suffix == ".safetensors" or start[8:9] == b"{":
             return TensorFile(_read_safetensors(path))
         # private pages: writes to a tensor stay in memory
@@ -88,13 +98,15 @@ def _translate_errors(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a weight file in it") from None
+        raise UserError(f"{path} {find_folder_problem(path) or FOLDER}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such weight file") from None
     except PythonObjectError as error:
+        if problem := find_shard_problem(path, error.content):
+            raise UserError(f"{path} {problem}") from error
         raise UserError(
             f"{path} holds Python objects ({error}) and is refused: loading them can run any code; if you trust it, "
-            "save only its weights: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            f"save only its weights: {describe_saving(error.content)}"
         ) from error
     except DamagedError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error
@@ -182,6 +194,8 @@ class _Archive:
 
     def read(self) -> TensorFile:
         if "data.pkl" not in self._entries:
+            if any(info.filename.endswith(".npy") for info in self._zip.infolist()):
+                raise DamagedError(*NUMPY_ARCHIVE)
             raise DamagedError("not a checkpoint")
         is_torchscript = "constants.pkl" in self._entries
         order = self._read_entry("byteorder") if "byteorder" in self._entries else b"little"
@@ -259,7 +273,7 @@ def _collect_state_dict(root: Any, declarations: dict[str, set[str]]) -> dict[st
 
 def _read_legacy(mapped: mmap.mmap) -> Any:
     """Read a file of `torch.save` before 2020: several pickles, then the storages."""
-    scan = Unpickler(mapped, lambda *_: None)
+    scan = Unpickler(mapped, lambda *_: torch.empty(0))
     if (scan.load(), scan.load()) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise PythonObjectError("a pickle that torch did not write")
     scan.load()  # system information

@@ -22,6 +22,8 @@ from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import (
     BLOCK_FUNCTIONS,
+    eos_id,
+    pool_type,
     pooled_end_token,
     pooled_image_token,
     pools_one_image_token,
@@ -134,7 +136,7 @@ class RetrievalModel(nn.Module):
 
     def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
-        if lengths is not None and pools_the_end_token(text, pool_type(text)):
+        if lengths is not None and pools_the_end_token(text):
             return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths, self._functions))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
@@ -224,11 +226,6 @@ def text_part(clip: ClipModule) -> ClipModule:
     return getattr(clip, "text", clip)
 
 
-def pool_type(text: ClipModule) -> str:
-    """Return the name of a text tower's pooling, empty for Hugging Face towers."""
-    return getattr(text, "text_pool_type", "") or getattr(text, "pool_type", "")
-
-
 def embedding_dim(clip: ClipModule) -> int:
     """Return the width of the features."""
     text = text_part(clip)
@@ -313,6 +310,5 @@ def _encode_trimmed(text: ClipModule, tokens: Tensor) -> Tensor:
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-    eos = getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
-    x = text_global_pool(x, tokens, pool_type(text), eos_token_id=eos)
+    x = text_global_pool(x, tokens, pool_type(text), eos_token_id=eos_id(text))
     return _project(Projection(text, "text_projection"), x)

@@ -1,8 +1,8 @@
 """Read pickles of plain values and tensors without running anything.
 
 Python's unpickler imports the names in a pickle and calls them. This one knows only the names in weight files: each is
-an entry of a table, here or in `pickled`, and any other name is an error. It supports the pickles of `torch.save` and
-`torch.jit.save`: protocol 2, without numbers of more than 255 bytes.
+an entry of a table, here or in `pickled`, and a pickle with any other name is refused. It supports the pickles of
+`torch.save` and `torch.jit.save`: protocol 2, without numbers of more than 255 bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import torch
 
 from clip_retrieval.models.pickled import (
     DTYPES,
+    NUMPY_SCALARS,
     STORAGES,
     TYPE_NAME,
     UNUSABLE,
     DamagedError,
     Global,
     Module,
+    NumpyType,
+    PythonObject,
     PythonObjectError,
     Storage,
     Unusable,
@@ -61,12 +64,26 @@ class Unpickler:
         self._make_tensor = make_tensor
         self._modules = modules
         self._left = MOST_OPCODES
+        self._unknown: str | None = None
 
     def load(self) -> Any:
         """Read a pickle: None, bool, int, float, str, bytes, list, tuple, dict, Tensor, Unusable, Module, Global.
 
-        Dicts keep only strings and small integers as keys. Raises PythonObjectError or DamagedError.
+        NumPy's numbers are plain ones. Dicts keep only strings and small integers as keys. Raises PythonObjectError or
+        DamagedError.
         """
+        try:
+            content = self._load()
+        except DamagedError:
+            # an object was perhaps more than what stands for it here
+            if self._unknown is None:
+                raise
+            content = None
+        if self._unknown is not None:
+            raise PythonObjectError(self._unknown, content)
+        return content
+
+    def _load(self) -> Any:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -117,12 +134,16 @@ class Unpickler:
         self._stack[-count:] = [items]
 
     def _append(self, items: list[Any]) -> None:
+        if type(self._stack[-1]) is PythonObject:
+            return
         if type(self._stack[-1]) is not list:
             raise DamagedError("items for something that is not a list")
         self._stack[-1].extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
         holder = self._stack[-1]
+        if type(holder) is PythonObject:
+            return
         if type(holder) is not dict:
             raise DamagedError("entries for something that is not a dict")
         _fill(holder, zip(items[::2], items[1::2], strict=True))
@@ -131,11 +152,16 @@ class Unpickler:
         name = f"{self._line()}.{self._line()}".replace("__builtin__.", "builtins.", 1)
         is_known = any(name in table for table in (_MAKERS, UNUSABLE, STORAGES, DTYPES))
         if not is_known and not TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
-            raise PythonObjectError(name)
-        self._push(Global(name))
+            self._unknown = self._unknown or name
+            self._push(PythonObject())
+        else:
+            self._push(Global(name))
 
     def _call(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
+        if type(function) is PythonObject:
+            self._push(PythonObject())
+            return
         if type(function) is not Global or type(arguments) is not tuple:
             raise DamagedError("a call of something that is not a function")
         self._push(self._make(function.name, arguments))
@@ -153,11 +179,19 @@ class Unpickler:
         state, value = self._stack.pop(), self._stack[-1]
         if type(value) is Module:
             value.attributes = state
+        elif type(value) is PythonObject:
+            value.state = state
+        elif type(value) is NumpyType:
+            value.order = _numpy_order(state)
         elif type(value) not in (dict, torch.Tensor, Unusable):  # attributes of these are skipped
             raise DamagedError("a state for something that has none")
 
     def _persistent(self) -> None:
-        kind, dtype, key, _, count, *view = self._stack.pop()
+        kind, dtype, *place = self._stack.pop()
+        if kind == "module" and type(dtype) is PythonObject:  # the class of a module, with its source code
+            self._push(dtype)
+            return
+        key, _, count, *view = place
         if kind != "storage" or type(dtype) is not Global or type(key) not in (str, int) or any(view):
             raise DamagedError("an unknown storage")
         if dtype.name not in STORAGES or not _is_size(count):
@@ -212,6 +246,26 @@ def _tensor_v3(unpickler: Unpickler, storage, offset, size, stride, requires_gra
     return unpickler._tensor(storage, offset, size, stride, dtype=dtype)
 
 
+def _numpy_type(_: Unpickler, code: Any, *rest: Any) -> NumpyType:
+    if type(code) is not str:
+        raise DamagedError("an unknown NumPy dtype")
+    return NumpyType(code)
+
+
+def _numpy_order(state: Any) -> str:
+    """Return the byte order in the pickled state of a NumPy dtype; `|` is that of single bytes."""
+    order = state[1] if type(state) is tuple and len(state) > 1 else None
+    if order not in ("<", ">", "=", "|"):
+        raise DamagedError("an unknown NumPy dtype")
+    return order
+
+
+def _numpy_scalar(_: Unpickler, dtype: Any, content: Any = b"") -> Any:
+    if type(dtype) is not NumpyType:
+        raise DamagedError("a NumPy value without a dtype")
+    return dtype.read(content)
+
+
 def _first(_: Unpickler, value: Any, *rest: Any) -> Any:
     return value
 
@@ -241,6 +295,8 @@ _MAKERS: dict[str, Callable[..., Any]] = _REBUILDERS | {
     "builtins.complex": lambda _, real, imaginary: complex(real, imaginary),
     "builtins.bytearray": _bytes,
     "_codecs.encode": _bytes,
+    "numpy.dtype": _numpy_type,
+    **dict.fromkeys(NUMPY_SCALARS, _numpy_scalar),
 }
 
 _STOP = ord(".")

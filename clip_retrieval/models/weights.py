@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.models import hub
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recognise
+from clip_retrieval.models.families import FAMILIES, OPEN_CLIP, OPENAI_ARCHIVE, OURS, Family, recognise
+from clip_retrieval.models.foreign import find_names_problem, find_shard_problem
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import State
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.tensor_files import read_tensor_file
+from clip_retrieval.models.wrappers import FoundState, find_states
 
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -25,8 +28,6 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 UNKNOWN_WEIGHTS = "does not hold the weights of a known model"
 """Problem of a file if its tensors have unexpected shapes."""
-
-_ARCHIVE_FACTS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass
@@ -46,19 +47,25 @@ class Weights:
     checkpoint: Checkpoint | None = None
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, key: str | None = None) -> Weights:
     """Read a weight file.
 
     Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
-    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Raises UserError if the file is missing,
-    damaged, not a checkpoint, or holds Python objects.
+    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Any of them may be wrapped; see `wrappers`.
+
+    Args:
+        path: the file.
+        key: the weights to take from a file with several (--pretrained_key); averaged ones by default.
+
+    Raises:
+        UserError: the file is missing, damaged, not a checkpoint, holds Python objects, or has no such key.
     """
     path = Path(path)
     file = read_tensor_file(path)
-    if file.is_torchscript:
-        state = {name: v for name, v in file.content.items() if name not in _ARCHIVE_FACTS}
-        return Weights(str(path), OPENAI_ARCHIVE, _float32(path, state))
-    return _from_content(path, file.content)
+    if not file.is_torchscript:
+        return _from_content(path, file.content, key)
+    state = _choose(path, file.content, find_states(file.content, _is_clip), key)
+    return Weights(str(path), OPENAI_ARCHIVE, _float32(path, state))
 
 
 def read_text_tower(place: str, rename: Callable[[State], State], kind: str, hf_config: dict[str, Any]) -> State:
@@ -87,9 +94,10 @@ def read_text_tower(place: str, rename: Callable[[State], State], kind: str, hf_
         )
         path = Path(hub.fetch_files(place, BERT_FILES, failure))
     content = read_tensor_file(path).content
-    state = _tensors(path, content if isinstance(content, dict) else {})
+    content = content if isinstance(content, dict) else {}
+    found = find_states(content, lambda state: bool(rename(state)))
     with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
-        state = rename(_without_prefix(state, "module."))
+        state = rename(_choose(path, content, found))
     if not state:
         raise UserError(f"{path} holds no {kind}; give another --text_pretrained")
     return _float32(path, state)
@@ -107,35 +115,64 @@ def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
             )
 
 
-def _from_content(path: Path, content: Any) -> Weights:
+def _from_content(path: Path, content: Any, key: str | None) -> Weights:
     if ours := Checkpoint.from_content(path, content):
+        if key is not None:
+            raise UserError(f"--pretrained_key {key}: {path} is a checkpoint of ours with one model; drop the option")
         return Weights(str(path), OURS, _float32(path, ours.model), ours)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
-    holder = next((k for k in ("state_dict", "model_state_dict", "model") if isinstance(content.get(k), dict)), None)
-    state = content if holder is None else content[holder]
-    state = _tensors(path, state)
-    if not state:
-        raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
-    state = _float32(path, _without_prefix(_without_prefix(state, "_orig_mod."), "module."))
+    # whole models, else single towers
+    found = find_states(content, _is_clip) or find_states(content, _is_image_tower)
+    state = _float32(path, _choose(path, content, found, key))
     with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
         family = recognise(state, content)
         return Weights(str(path), family, family.to_open_clip(state))
 
 
-def _without_prefix(state: State, prefix: str) -> State:
-    """Remove the prefix that DistributedDataParallel or torch.compile adds to every name."""
-    if not all(name.startswith(prefix) for name in state):
-        return state
-    return {name.removeprefix(prefix): v for name, v in state.items()}
+def _is_clip(state: State) -> bool:
+    return any(name.startswith("visual.") for name in state) or recognise(state, ()) is not OPEN_CLIP
 
 
-def _tensors(path: Path, content: dict[Any, Any]) -> State:
-    """Return the tensors of a dict. Raises UserError for a tensor that is sparse, quantised and so on."""
-    for name, value in content.items():
+def _is_image_tower(state: State) -> bool:
+    return any(family.towers.vision_weights(state) for family in FAMILIES)
+
+
+def _choose(path: Path, content: dict[Any, Any], found: list[FoundState], key: str | None = None) -> State:
+    """Choose the weights with a key, by default averaged ones; log what is left out.
+
+    Without any known model, return the largest state dict. Raises UserError if there is none, or not one with this key,
+    or its tensors cannot be used.
+    """
+    if problem := find_shard_problem(path, content):
+        raise UserError(f"{path} {problem}")
+    found = found or sorted(find_states(content, lambda state: bool(state)), key=lambda each: -len(each.state))[:1]
+    if not found:
+        raise UserError(f"{path} holds no weights (it has {join_first([str(key) for key in content])})")
+    keys = ", ".join(each.key for each in found)
+    matching = [each for each in found if key is None or each.has_key(key)]
+    chosen = next((each for each in matching if each.key == key), matching[0] if matching else None)
+    if chosen is None:
+        raise UserError(f"--pretrained_key {key}: {path} holds no such weights; choose from {keys}")
+
+    # problems of these weights
+    if problem := find_names_problem(chosen.state):
+        raise UserError(f"{path} {problem}")
+    for name, value in chosen.state.items():
         if isinstance(value, Unusable):
             raise UserError(f"{path}: {value.problem(name)}")
-    return {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+
+    # the log says what is not used
+    if len(found) > 1:
+        average = " (averaged)" if chosen.is_averaged else ""
+        others = ", ".join(each.key for each in found if each is not chosen)
+        log.warning(
+            f"{path} holds several sets of weights; these are taken: {chosen.key}{average}. "
+            f"--pretrained_key takes another one: {others}"
+        )
+    if chosen.beside:
+        log.warning(f"{path}: tensors beside the model are not used: {join_first(chosen.beside)}")
+    return chosen.state
 
 
 def _float32(path: Path, state: State) -> State:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clip_retrieval.data.captions import tokenize
 from clip_retrieval.models.pooled import pools_one_image_token, pools_the_end_token
 from clip_retrieval.models.towers import RetrievalModel, text_part
 from tests.models.small import TEXT, VIT, small_clip, small_preprocess
@@ -48,7 +49,7 @@ def outcome(model, features):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_features_and_gradients_equal_open_clip(shape, checkpointing):
     model = model_of(shape)
-    assert pools_one_image_token(model.clip.visual) and pools_the_end_token(text_part(model.clip), "argmax")
+    assert pools_one_image_token(model.clip.visual) and pools_the_end_token(text_part(model.clip))
     images, ids = inputs()
     pixels = (images.double() / 255 - model.mean) / model.std
     reference = nn.ModuleDict({"clip": small_clip(**SHAPES[shape]).double().train()})
@@ -72,6 +73,25 @@ def test_padding_beyond_the_longest_caption_is_not_needed():
     with torch.no_grad():
         short = model.encode_text(ids[few, :9], LENGTHS[few])
         torch.testing.assert_close(short, model.encode_text(ids[few]), rtol=0, atol=1e-6)
+
+
+SPELLED = ["<end_of_text>", "a <end_of_text> dog", "a dog <end_of_text>", "<start_of_text> <end_of_text> a b c", "a"]
+SPELLED += ["a dog " * 20, "<end_of_text> " * 30]
+
+
+@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": 49407}])
+@pytest.mark.parametrize("packed", [True, False])
+def test_caption_that_spells_the_end_token_equals_open_clip(packed, text):
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    tokens = tokenize(SPELLED, tokenizer)
+    assert torch.equal(tokens.ids.long(), tokenizer(SPELLED))
+    clip = open_clip.CustomTextCLIP(24, vision_cfg=VIT, text_cfg=TEXT | text).eval()
+    model = RetrievalModel(copy.deepcopy(clip), small_preprocess()).eval()
+    assert pools_the_end_token(text_part(model.clip))
+    with torch.no_grad():
+        found = model.encode_text(tokens.ids.long(), tokens.lengths if packed else None)
+        expected = clip.encode_text(tokenizer(SPELLED), normalize=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

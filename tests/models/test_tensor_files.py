@@ -1,12 +1,14 @@
 """Weight files are read without running them; compared with torch's own readers on trusted files."""
 
 import collections
+import contextlib
 import os
 import struct
 import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from clip_retrieval.models.pickled import DamagedError, PythonObjectError, Unusa
 from clip_retrieval.models.tensor_files import read_tensor_file
 from clip_retrieval.models.unpickle import Unpickler
 from clip_retrieval.models.weights import read_weights
+from tests.models.small import small_clip
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool", "complex64"]
 DTYPES += ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"]
@@ -118,6 +121,52 @@ def test_big_endian_numbers_are_byte_swapped(tmp_path):
         return b"".join(content[i : i + size][::-1] for i in range(0, len(content), size))
 
     assert is_equal(read_tensor_file(rewrite_archive(tmp_path / "a.pt", swap)).content, state)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_numbers_of_numpy_are_plain_numbers(tmp_path, module, is_zip):
+    kinds = ["float64", "float32", "float16", "int8", "int64", "uint8", "uint32", "bool", "complex64", "complex128"]
+    values = {kind: np.dtype(kind).type(1.5) for kind in kinds}
+    values["swapped"] = np.frombuffer(struct.pack(">d", 2.5), ">f8")[0]
+    content = {"lr": np.cos(np.float64(0.1)), "groups": [{"lr": np.float32(0.1)}], **values}
+    path = tmp_path / "a.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    if is_zip:
+        rewrite_archive(path, lambda name, data: data.replace(b"numpy._core", module))
+    else:
+        path.write_bytes(path.read_bytes().replace(b"numpy._core", module))
+    expected = {name: value.item() for name, value in values.items()}
+    read = read_tensor_file(path).content
+    assert is_equal(read, {"lr": float(np.cos(0.1)), "groups": [{"lr": float(np.float32(0.1))}], **expected})
+
+
+def test_arrays_of_numpy_beside_the_weights_are_skipped(tmp_path):
+    random_state = np.random.RandomState(0).get_state()
+    torch.save(
+        {"state_dict": small_clip().state_dict(), "random": random_state, "name": np.str_("x")}, tmp_path / "a.pt"
+    )
+    assert "visual.proj" in read_weights(tmp_path / "a.pt").state
+    torch.save({"visual.proj": np.ones(3)}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"b.pt: visual.proj is a NumPy array; .*torch.from_numpy"):
+        read_weights(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8tR(K\x03X\x01\x00\x00\x00<tbX\x03\x00\x00\x00abc",
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR(K\x03X\x01\x00\x00\x00|tb]",
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8tR(K\x03X\x03\x00\x00\x00f8,tbX\x03\x00\x00\x00abc",
+        b"cnumpy\ndtype\n(]tR]",
+        b"K\x01]",
+        b"cnumpy\nndarray\n]",
+    ],
+)
+def test_crafted_numbers_of_numpy_make_no_objects(call):
+    pickle = b"\x80\x02cnumpy._core.multiarray\nscalar\n(" + call + b"tR."
+    with contextlib.suppress(DamagedError):
+        assert type(Unpickler(pickle, None).load()) is Unusable
 
 
 def refusal(path):
@@ -331,6 +380,7 @@ def test_hostile_files_need_little_memory(tmp_path):
 import resource, pathlib
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.weights import read_weights
+from tests.models.small import small_clip
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29,) * 2)
 for path in pathlib.Path({str(tmp_path)!r}).glob("*.pt"):

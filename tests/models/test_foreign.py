@@ -1,0 +1,150 @@
+"""Files of other kinds are refused with one line that says what they are and how to get a model from them."""
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from clip_retrieval.errors import LONGEST_MESSAGE, UserError
+from clip_retrieval.models.weights import read_weights
+from tests.models.small import small_clip
+
+STATE = small_clip().state_dict()
+
+
+def refusal(path):
+    """Return the error message for a file or folder."""
+    with pytest.raises(UserError) as error:
+        read_weights(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and len(message) - len(str(path)) < LONGEST_MESSAGE - 100
+    return message
+
+
+LORA = {
+    "peft": {"base_model.model.visual.conv1.lora_A.weight": torch.ones(2, 3)},
+    "without visual": {"base_model.model.text_model.q_proj.lora_B.weight": torch.ones(2, 3)},
+    "unmerged": {
+        f"base_model.model.{name.replace('out_proj.', 'out_proj.base_layer.')}": v for name, v in STATE.items()
+    },
+    "loralib": {"state_dict": STATE | {"visual.transformer.resblocks.0.attn.lora_A": torch.ones(2, 3)}},
+}
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_adapter_is_refused_with_the_line_that_merges_it(kind, tmp_path):
+    torch.save(LORA[kind], tmp_path / "adapter_model.bin")
+    assert re.search(r"adapter \(LoRA, peft\); merge it .*merge_and_unload", refusal(tmp_path / "adapter_model.bin"))
+
+
+def test_merged_adapter_is_read(tmp_path):
+    torch.save({f"base_model.model.{name}": v for name, v in STATE.items()}, tmp_path / "merged.pt")
+    assert read_weights(tmp_path / "merged.pt").state.keys() == STATE.keys()
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("adapter_config.json", "holds the weights of an adapter (LoRA, peft); merge it"),
+        ("zero_to_fp32.py", "is a DeepSpeed checkpoint; join its parts: python zero_to_fp32.py"),
+        ("mp_rank_00_model_states.pt", "is a DeepSpeed checkpoint; join its parts"),
+        ("__0_0.distcp", "dcp_to_torch"),
+        ("weights.pt", "is a folder; give a weight file in it"),
+    ],
+)
+def test_folder_is_refused_with_its_kind(file, words, tmp_path):
+    (tmp_path / file).touch()
+    assert words in refusal(tmp_path)
+
+
+def test_adapter_folder_as_the_model_is_refused_with_its_kind(tmp_path, run):
+    (tmp_path / "adapter_config.json").touch()
+    code, _, err = run("--vision_model", f"local-dir:{tmp_path}", "--dataset", "shapes", "--eval")
+    assert code == 2 and f"--vision_model local-dir:{tmp_path} holds the weights of an adapter" in err
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 605143316\n", "run `git lfs pull`"),
+        (b"<!doctype html>\n<html>", "a web page"),
+        (b"\n<HTML>", "a web page"),
+        (b"\x89HDF\r\n\x1a\n", "Keras"),
+        (b"\x93NUMPY\x01\x00", "an array of NumPy"),
+        (b"", "is empty; fetch it again"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_file_is_refused_with_its_kind(content, words, suffix, tmp_path):
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    assert words in refusal(tmp_path / f"w{suffix}")
+
+
+def test_numpy_archive_of_big_vision_is_named(tmp_path):
+    np.savez(tmp_path / "siglip.npz", **{"params/img/embedding/kernel": np.ones((2, 2)), "params/t": np.ones(1)})
+    assert re.search(r"\(\.npz\), as big_vision saves; .*open_clip\.create_model", refusal(tmp_path / "siglip.npz"))
+
+
+DEEPSPEED = {"ds_config": {"zero_optimization": {"stage": 3}}, "ds_version": "0.16.2", "optimizer": None}
+
+
+def test_deepspeed_model_states_are_read_if_they_are_complete(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    shapes = [{name: v.shape for name, v in STATE.items()}]
+    torch.save({"module": STATE, "param_shapes": shapes, **DEEPSPEED}, path)
+    assert read_weights(path).state.keys() == STATE.keys()
+    for module in ({name: torch.empty(0) for name in STATE}, {}, None):
+        torch.save({"module": module, "param_shapes": shapes, **DEEPSPEED}, path)
+        assert "join its parts: python zero_to_fp32.py" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "renamed.pt"])
+def test_deepspeed_optimizer_states_are_named(name, tmp_path):
+    optimizer = {"zero_stage": 2, "loss_scaler": argparse.Namespace(), "single_partition": [torch.ones(3)]}
+    torch.save({"optimizer_state_dict": optimizer, **DEEPSPEED}, tmp_path / name)
+    assert "a part of a DeepSpeed checkpoint" in refusal(tmp_path / name)
+
+
+ARGS = argparse.Namespace(lr=1)
+OBJECTS = {
+    "whole model": (small_clip(), "torch.load(FILE, weights_only=False).state_dict()"),
+    "model in a dict": (
+        {"epoch": 1, "model": small_clip()},
+        "torch.load(FILE, weights_only=False)['model'].state_dict()",
+    ),
+    "model and random state": (
+        {"random": torch.get_rng_state(), "model": small_clip()},
+        "torch.load(FILE, weights_only=False)['model'].state_dict()",
+    ),
+    "state dict": ({"args": ARGS, "state_dict": STATE}, "torch.load(FILE, weights_only=False)['state_dict']"),
+    "nested": ({"ema": {"module": STATE}, "args": ARGS}, "torch.load(FILE, weights_only=False)['ema']['module']"),
+    "bare": (
+        {**STATE, "args": ARGS},
+        "{k: v for k, v in torch.load(FILE, weights_only=False).items() if torch.is_tensor(v)}",
+    ),
+    "no weights": ({"args": ARGS}, "STATE_DICT"),
+    "optimizer": (
+        {"optimizer": {"state": STATE | {"x": torch.ones(1)}}, "model": {"a.b": torch.ones(1)}, "args": ARGS},
+        "torch.load(FILE, weights_only=False)['model']",
+    ),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("kind", OBJECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_remedy_for_python_objects_saves_the_weights_of_the_file(kind, is_zip, tmp_path):
+    content, expression = OBJECTS[kind]
+    path = tmp_path / "w.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    message = refusal(path)
+    assert "holds Python objects" in message and message.endswith(
+        f"save only its weights: torch.save({expression}, NEW)"
+    )
+    # the line does what it says
+    if kind != "no weights":
+        code = expression.replace("FILE", repr(str(path)))
+        torch.save(eval(code, {"torch": torch}), tmp_path / "new.pt")
+        assert read_weights(tmp_path / "new.pt").state.keys() in (STATE.keys(), {"a.b"})
