@@ -196,6 +196,23 @@ def test_same_command_resumes_with_its_initial_weights_named(run, arguments, tmp
     assert code == 2 and "--pretrained none both give weights" in err
 
 
+def test_last_checkpoint_of_a_run_continues_in_its_folder(run, arguments, tmp_path):
+    place = arguments.index("--checkpoint_path")
+    elsewhere = arguments[:place] + arguments[place + 2 :]
+    assert run(*arguments, "--max_steps", "2", "--experiments", "first", "--no_eval_first")[0] == 0
+    last = tmp_path / "logs/first/last.pt"
+    code, _, err = run(*elsewhere, "--max_steps", "4", "--resume", last)
+    assert code == 0, err
+    assert torch.load(last, weights_only=True)["step"] == 4
+    code, _, err = run(*arguments, "--max_steps", "5", "--resume", last)
+    assert code == 0, err
+    assert torch.load(last, weights_only=True)["step"] == 5
+    code, _, err = run(*arguments, "--max_steps", "6", "--resume", last, "--experiments", "second")
+    assert code == 0, err
+    assert torch.load(last, weights_only=True)["step"] == 5
+    assert torch.load(tmp_path / "logs/second/last.pt", weights_only=True)["step"] == 6
+
+
 def test_more_epochs_resume_a_finished_run(run, arguments, tmp_path):
     run(*arguments)
     code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--epochs", "3")

@@ -23,7 +23,6 @@ from clip_retrieval.options import (
     PREFIXES,
     REPEATABLE,
     Options,
-    RunOptions,
     as_tuple,
     select_for_resume,
 )
@@ -93,17 +92,20 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
     options = settle(config, inherited, typed, {"resume": str(path)})
 
     # a run's last.pt continues in its folder
-    if isinstance(checkpoint, TrainingCheckpoint) and not {"experiments", "checkpoint_path"} & {*typed, *config}:
-        options = replace(options, run=_in_folder_of(path, options.run))
+    if isinstance(checkpoint, TrainingCheckpoint) and not options.run.eval and "experiments" not in {**config, **typed}:
+        place = _find_run(path)
+        if "checkpoint_path" in typed:
+            place.pop("checkpoint_path", None)
+        options = replace(options, run=replace(options.run, **place))
     return replace(options, given=frozenset(typed)), checkpoint
 
 
-def _in_folder_of(path: Path, options: RunOptions) -> RunOptions:
-    """Return the options with the run folder that holds `path`, if it is one's last.pt."""
+def _find_run(path: Path) -> dict[str, Any]:
+    """Return the options of the run folder whose last.pt `path` is; empty if it is another file."""
     folder = path.parent if path.parent.name not in ("", "..") else path.resolve().parent
-    if options.eval or path.name != "last.pt" or not (folder / "options.json").is_file():
-        return options
-    return replace(options, checkpoint_path=str(folder.parent), experiments=folder.name)
+    if path.name != "last.pt" or not (folder / "options.json").is_file():
+        return {}
+    return {"checkpoint_path": str(folder.parent), "experiments": folder.name}
 
 
 def _check_lists(options: Options, config: dict[str, Any], typed: dict[str, Any]) -> None:

@@ -168,3 +168,16 @@ def test_second_run_is_refused_and_the_first_continues(run, start, arguments, tm
     assert first.returncode == 130, err
     code, _, err = run(*arguments, "--resume", "auto", "--epochs", "1000", "--max_steps", "1")
     assert code == 0, err
+
+
+def test_run_that_did_not_start_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError), lock_folder(tmp_path / "logs" / "new"):
+        raise UserError("no such data")
+    assert not (tmp_path / "logs" / "new").exists()
+    (tmp_path / "old").mkdir()
+    with lock_folder(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()
+    with lock_folder(tmp_path / "used"):
+        (tmp_path / "used" / "log.txt").write_text("line")
+    assert (tmp_path / "used" / "log.txt").is_file()
