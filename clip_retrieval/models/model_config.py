@@ -13,8 +13,9 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import config_schema, hub, names
+from clip_retrieval.models import config_schema, names
 from clip_retrieval.models.hugging_face import read_model_json
+from clip_retrieval.models.model_folder import OPEN_CLIP_CONFIG, find_folder, holds_open_clip
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
 
@@ -34,16 +35,16 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
 
     Raises UserError if it cannot be fetched or read, or is not a model config.
     """
+    # imports this module
+    from clip_retrieval.models.transformers_config import read_transformers_folder
+
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
-    if name.kind == "hub":
-        failure = (
-            f"open_clip_config.json of {name.config} could not be fetched from huggingface.co; check the name and the "
-            "network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
-        )
-        path = Path(hub.fetch_files(name.config.removeprefix(names.HUB), ["open_clip_config.json"], failure))
-    elif name.kind == "folder":
-        path = Path(name.config.removeprefix(names.FOLDER)) / "open_clip_config.json"
+    if name.kind in ("hub", "folder"):
+        folder = find_folder(name)
+        if not holds_open_clip(folder):
+            return read_transformers_folder(folder)
+        path = folder / OPEN_CLIP_CONFIG
     else:
         path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
     config = read_model_json(path, "model config")
@@ -85,7 +86,8 @@ def same_tower(a: Config, b: Config) -> bool:
     vocabulary.
     """
     hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
-    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
+    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained")
+    free += ("vocab", "tokenizer_files", "hf_tokenizer_name", "tokenizer_kwargs")
     defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
     a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
     return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())

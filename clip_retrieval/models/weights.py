@@ -16,6 +16,7 @@ from clip_retrieval.models.families import OPENAI_ARCHIVE, OURS, Family, recogni
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import State
+from clip_retrieval.models.model_folder import INDEX, read_shard_names
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.tensor_files import read_tensor_file
 
@@ -50,10 +51,14 @@ def read_weights(path: str | Path) -> Weights:
     """Read a weight file.
 
     Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
-    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Raises UserError if the file is missing,
+    simple-clip and Clip_crossmodal_retrieval, transformers' files and the index of their shards, and checkpoints of
+    ours. Raises UserError if the file is missing,
     damaged, not a checkpoint, or holds Python objects.
     """
     path = Path(path)
+    if path.name.endswith(INDEX):
+        shards = [read_tensor_file(shard).content for shard in read_shard_names(path)]
+        return _from_content(path, {name: value for shard in shards for name, value in dict(shard).items()})
     file = read_tensor_file(path)
     if file.is_torchscript:
         state = {name: v for name, v in file.content.items() if name not in _ARCHIVE_FACTS}
