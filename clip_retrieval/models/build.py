@@ -122,7 +122,12 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
 
     # preprocessing
     preprocess = find_preprocess(source.preprocess)
-    preprocess["size"] = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
+    size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
+    if "resize_size" in preprocess:
+        preprocess["resize_size"] = round(
+            preprocess["resize_size"] * max(height_and_width(size)) / max(height_and_width(preprocess["size"]))
+        )
+    preprocess["size"] = size
     # The logit scale is missing too in weights of single towers, but has an initial value of its own.
     keys = clip.state_dict().keys() - {"logit_scale"}
     random = tuple(prefix.rstrip(".") for prefix in source.random if any(key.startswith(prefix) for key in keys))

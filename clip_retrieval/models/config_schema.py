@@ -97,6 +97,7 @@ preprocess = record(
     optional=_nullable(
         {
             "size": either(sequence(SIDE, 1, 2), SIDE),
+            "resize_size": SIDE,
             "mode": one_of("RGB"),
             "mean": either(number(), sequence(number(), 3)),
             "std": either(number(above=0), sequence(number(above=0), 3)),

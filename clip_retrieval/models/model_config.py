@@ -62,6 +62,7 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
 def find_preprocess(overrides: Config) -> Config:
     """Return open_clip's PreprocessCfg as plain JSON, with `overrides` (unknown keys are skipped).
 
+    `resize_size`, which open_clip does not have, is the size before a crop to `size`.
     One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
     """
     config_schema.preprocess(overrides, "preprocess_cfg")
@@ -69,6 +70,8 @@ def find_preprocess(overrides: Config) -> Config:
     for key in ("mean", "std"):
         values = merged[key] if isinstance(merged[key], list) else [merged[key]] * 3
         merged[key] = [float(value) for value in values]
+    if overrides.get("resize_size"):
+        merged["resize_size"] = overrides["resize_size"]
     return merged
 
 
@@ -82,12 +85,11 @@ def _common_preprocess(config_name: str) -> Config:
 def same_tower(a: Config, b: Config) -> bool:
     """Whether two tower configs are equal except for sizes that position embeddings are resized to.
 
-    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer's
-    vocabulary.
+    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer.
     """
     hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
-    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained")
-    free += ("vocab", "tokenizer_files", "hf_tokenizer_name", "tokenizer_kwargs")
+    tokenizer = {"vocab", "tokenizer_files", "hf_tokenizer_name", "tokenizer_kwargs"}
+    free = tokenizer | {"image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained"}
     defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
     a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
     return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())

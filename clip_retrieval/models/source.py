@@ -66,17 +66,8 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
             return _from_folder(folder, options, typed_model, pretrained)
         _refuse_misspelt_tag(pretrained, name)
         file = read_weights(pretrained)
-        if source := _from_checkpoint(file, options, typed_model):
+        if source := _from_checkpoint(file, options, typed_model) or _from_file_of_folder(file, options, typed_model):
             return source
-        if file.family is TRANSFORMERS:
-            folder = Path(pretrained).parent
-            if (folder / TRANSFORMERS_CONFIG).exists():
-                return _from_folder(f"{FOLDER}{folder}", options, typed_model, pretrained, file.state)
-            if not typed_model:
-                raise UserError(
-                    f"{pretrained} holds a model of transformers, but there is no {TRANSFORMERS_CONFIG} beside it; put "
-                    "it there, or give the model as --vision_model"
-                )
         if file.family.model and not typed_model and not options.text_model:
             name = names.resolve(file.family.model)
 
@@ -143,6 +134,21 @@ def _from_folder(
     if state is None:
         state = read_weights(find_weights(name)).state
     return ModelSource(name.name, config, preprocess, source, state)
+
+
+def _from_file_of_folder(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:
+    """Find the model of a transformers weight file by the config beside it; without one, a typed model is needed."""
+    if file.family is not TRANSFORMERS:
+        return None
+    folder = Path(file.source).parent
+    if (folder / TRANSFORMERS_CONFIG).exists():
+        return _from_folder(f"{FOLDER}{folder}", options, typed_model, file.source, file.state)
+    if not typed_model:
+        raise UserError(
+            f"{file.source} holds a model of transformers, but there is no {TRANSFORMERS_CONFIG} beside it; put it "
+            "there, or give the model as --vision_model"
+        )
+    return None
 
 
 def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:

@@ -27,7 +27,12 @@ TANH = {"approximate": "tanh"}
 ACTIVATIONS = {"gelu": None, "quick_gelu": None, "gelu_pytorch_tanh": TANH, "gelu_new": TANH}
 """Names of transformers, and open_clip's `act_kwargs`."""
 
-TIMM_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+TIMM_ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 HALF = [0.5, 0.5, 0.5]
 SIGLIP_PREPROCESS = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}
@@ -269,8 +274,9 @@ def _convert_preprocessing(content: Config, config: Config) -> Config:
         final = _shortest(crop) if crops and crop is not None else short
         found["resize_mode"] = "squash" if is_square else "shortest"
         expected = config["vision_cfg"]["image_size"]
-        if not short == final == expected:
+        if final != expected or short < final:
             raise ValueError(f"images are resized to {short} and cropped to {final}, but the model's are {expected}")
+        found |= {"size": final} | ({"resize_size": short} if short > final else {})
     return found
 
 
