@@ -95,7 +95,7 @@ def _find_config_folder(folder: Path) -> Path:
     if holds_open_clip(folder) or (folder / TRANSFORMERS_CONFIG).exists():
         return folder
     configs = {path.parent: path for path in sorted(folder.glob(f"*/{TRANSFORMERS_CONFIG}"))}
-    found = [place for place, path in configs.items() if "model_type" in read_model_json(path, "config")]
+    found = [place for place, path in configs.items() if _has_model_type(path)]
     if len(found) != 1:
         several = f" (there are {', '.join(path.name for path in found)})" if found else ""
         raise UserError(
@@ -103,6 +103,11 @@ def _find_config_folder(folder: Path) -> Path:
             "a model"
         )
     return found[0]
+
+
+def _has_model_type(path: Path) -> bool:
+    content = read_model_json(path, "config")
+    return isinstance(content, dict) and "model_type" in content
 
 
 def _fetch_weights(repository: str, folder: Path, failure: str) -> str:

@@ -17,6 +17,7 @@ from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import load_tokenizer
 from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH
 from clip_retrieval.models.libraries import quiet, translate_errors
+from clip_retrieval.models.model_config import ClipModule
 from clip_retrieval.models.towers import text_part
 from clip_retrieval.models.word_piece import WordPieceTokenizer
 from clip_retrieval.options import ModelOptions
@@ -84,6 +85,13 @@ def _try_tokenizer(tokenizer: Tokenizer, name: str, known: int) -> None:
         is_known = bool((ids >= 0).all() and (ids < known).all())
     if not is_known:
         raise UserError(f"{name}: its tokenizer has ids outside the text tower's vocabulary; give --tokenizer")
+
+
+def has_pad_id_of(clip: ClipModule, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer pads with the id that a Hugging Face text tower masks; True for other towers."""
+    config = getattr(text_part(clip), "config", None)
+    pad = 0 if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.pad_token_id
+    return config is None or config.pad_token_id == pad
 
 
 def keep_vocabulary(config: dict[str, Any], tokenizer: Tokenizer) -> None:

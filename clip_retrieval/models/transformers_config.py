@@ -233,7 +233,8 @@ def _has_clip_vocabulary(folder: Path) -> bool:
     else:
         content = read_model_json(folder / "tokenizer.json", "tokenizer")
         vocabulary = content.get("model", {}).get("vocab")
-    return vocabulary == SimpleTokenizer().encoder
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return vocabulary == {special.get(word, word): number for word, number in SimpleTokenizer().encoder.items()}
 
 
 def _read_preprocessing(folder: Path) -> Config:

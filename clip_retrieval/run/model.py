@@ -10,7 +10,7 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.names import FOLDER
-from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
+from clip_retrieval.models.tokenizers import build_tokenizer, has_pad_id_of, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 
@@ -46,6 +46,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
     tokenizer = build_tokenizer(options.model, built)
     keep_vocabulary(built.config, tokenizer)
+    model.masks_padding = has_pad_id_of(built.clip, tokenizer)
     return model, built, tokenizer
 
 

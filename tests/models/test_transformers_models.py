@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -14,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTokenizer,
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2Model,
@@ -321,9 +323,16 @@ def test_tokens_equal_the_folders_tokenizer(make, tmp_path, no_network):
     assert torch.equal(tokenize(CAPTIONS, build_tokenizer(ModelOptions(), built)).ids.long(), expected)
 
 
-def test_clip_without_tokenizer_files_has_openais(tmp_path, no_network):
+@pytest.mark.parametrize("has_files", [False, True])
+def test_openais_vocabulary_has_openais_tokenizer(has_files, tmp_path, no_network):
     clip().save_pretrained(tmp_path)
+    if has_files:
+        words = SimpleTokenizer().encoder
+        words = {"<|startoftext|>": words.pop("<start_of_text>"), "<|endoftext|>": words.pop("<end_of_text>"), **words}
+        CLIPTokenizer(vocab=words, merges=list(SimpleTokenizer().bpe_ranks)).save_pretrained(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path)(["a dog"]).input_ids == [[49406, 320, 1929, 49407]]
     built, _ = build(vision_model=f"local-dir:{tmp_path}")
+    assert "hf_tokenizer_name" not in built.config["text_cfg"]
     assert build_tokenizer(ModelOptions(), built)(["a dog"])[0, :5].tolist() == [49406, 320, 1929, 49407, 0]
 
 
