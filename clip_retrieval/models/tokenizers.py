@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _load_hugging_face(options: ModelOptions, model: BuiltModel, arguments: dict
         if not options.tokenizer and text.get("tokenizer_files"):
             source = stack.enter_context(tempfile.TemporaryDirectory())
             for name, content in text["tokenizer_files"].items():
-                (Path(source) / Path(name).name).write_text(content, encoding="utf-8", errors="surrogatepass")
+                (Path(source) / Path(name).name).write_bytes(content.encode("latin-1"))
         elif not options.tokenizer and model.name.startswith(names.FOLDER) and not Path(source).is_dir():
             source = model.name.removeprefix(names.FOLDER)
         failure = (
@@ -97,14 +97,15 @@ def has_pad_id_of(clip: ClipModule, tokenizer: Tokenizer) -> bool:
 def keep_vocabulary(config: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Add the tokenizer to the model config, so that a checkpoint needs no folder and no network.
 
-    A WordPiece tokenizer is kept as its vocabulary, others of transformers as their files, if these are text.
+    A WordPiece tokenizer is kept as its vocabulary (`vocab`), others of transformers as the bytes of their files, read
+    as Latin-1 (`tokenizer_files`): a model config is plain JSON.
     """
     if isinstance(tokenizer, WordPieceTokenizer):
         config["text_cfg"]["vocab"] = tokenizer.words
     elif isinstance(tokenizer, HFTokenizer):
-        with tempfile.TemporaryDirectory() as folder, quiet(), suppress(UnicodeDecodeError):
+        with tempfile.TemporaryDirectory() as folder, quiet():
             tokenizer.tokenizer.save_pretrained(folder)
-            files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+            files = {path.name: path.read_bytes().decode("latin-1") for path in sorted(Path(folder).iterdir())}
             config["text_cfg"]["tokenizer_files"] = files
 
 

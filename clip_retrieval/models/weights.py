@@ -57,8 +57,13 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if path.name.endswith(INDEX):
-        shards = [read_tensor_file(shard).content for shard in read_shard_names(path)]
-        return _from_content(path, {name: value for shard in shards for name, value in dict(shard).items()})
+        state: State = {}
+        for shard in read_shard_names(path):
+            content = read_tensor_file(shard).content
+            if not isinstance(content, dict):
+                raise UserError(f"{shard} holds a {type(content).__name__}, not a model's weights")
+            state |= content
+        return _from_content(path, state)
     file = read_tensor_file(path)
     if file.is_torchscript:
         state = {name: v for name, v in file.content.items() if name not in _ARCHIVE_FACTS}
