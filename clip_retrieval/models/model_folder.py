@@ -112,8 +112,7 @@ def _has_model_type(path: Path) -> bool:
 
 def _fetch_weights(repository: str, folder: Path, failure: str) -> str:
     """Fetch the weights of a hub model of transformers into its cached folder."""
-    root = Path(hub.fetch_small_files(repository, failure))
-    prefix = "" if folder == root else f"{folder.name}/"
+    prefix = "" if folder.parent.name == "snapshots" else f"{folder.name}/"  # .../snapshots/COMMIT[/0_CLIPModel]
     path = hub.fetch_files(repository, [f"{prefix}{file}" for file in WEIGHTS], failure)
     if path.endswith(INDEX):
         for shard in read_shard_names(Path(path)):

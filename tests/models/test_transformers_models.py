@@ -177,6 +177,17 @@ def save_layout(layout, model, folder, monkeypatch):
     elif layout == "bin":
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    elif layout == "old bins":
+        (folder / "model.safetensors").unlink()
+        buffer = {"text_model.embeddings.position_ids": torch.arange(12)[None]}
+        names, shards = sorted(model.state_dict()), ("pytorch_model-1.bin", "pytorch_model-2.bin")
+        for file, part in zip(shards, (names[:20], names[20:]), strict=True):
+            torch.save({name: model.state_dict()[name] for name in part} | buffer, folder / file)
+        index = {"weight_map": {name: shards[number >= 20] for number, name in enumerate(names)}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config_dict"] = config.pop("text_config")
+        (folder / "config.json").write_text(json.dumps(config | {"text_config": {}}))
     elif layout == "file":
         return {"pretrained": str(folder / "model.safetensors")}
     elif layout == "index of shards":
@@ -184,7 +195,7 @@ def save_layout(layout, model, folder, monkeypatch):
     return {"pretrained": str(folder)} if layout == "pretrained" else {"vision_model": f"local-dir:{folder}"}
 
 
-LAYOUTS = ["pretrained", "file", "shards", "index of shards", "bin", "folder of sentence-transformers"]
+LAYOUTS = ["pretrained", "file", "shards", "index of shards", "bin", "old bins", "folder of sentence-transformers"]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "hub", "hub of sentence-transformers"])
