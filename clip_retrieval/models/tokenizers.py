@@ -67,8 +67,9 @@ def _load_hugging_face(options: ModelOptions, model: BuiltModel, arguments: dict
     with ExitStack() as stack:
         if not options.tokenizer and text.get("tokenizer_files"):
             source = stack.enter_context(tempfile.TemporaryDirectory())
-            for name, content in text["tokenizer_files"].items():
-                (Path(source) / Path(name).name).write_bytes(content.encode("latin-1"))
+            with translate_errors(f"{model.config_from}: its tokenizer_files cannot be used", "give --tokenizer"):
+                for name, content in text["tokenizer_files"].items():
+                    (Path(source) / Path(name).name).write_bytes(content.encode("latin-1"))
         elif not options.tokenizer and model.name.startswith(names.FOLDER) and not Path(source).is_dir():
             source = model.name.removeprefix(names.FOLDER)
         failure = (

@@ -295,6 +295,14 @@ def test_preprocessing_equals_the_folders(processor, size, tmp_path):
     assert (pixels - expected).abs().max() < 0.03  # torch's and Pillow's resizing differ by one or two grey levels
 
 
+def test_size_before_the_crop_follows_the_image_size(tmp_path):
+    clip().save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32).save_pretrained(tmp_path)
+    built, _ = build(vision_model=f"local-dir:{tmp_path}", image_size=64)
+    assert (built.preprocess["resize_size"], built.preprocess["size"]) == (80, 64)
+    assert evaluation_transform(built.preprocess, "fast")(Image.new("RGB", (70, 90))).shape == (3, 64, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -332,6 +340,15 @@ def test_tokens_equal_the_folders_tokenizer(make, tmp_path, no_network):
     reference = AutoTokenizer.from_pretrained(tmp_path)
     expected = reference(CAPTIONS, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
     assert torch.equal(tokenize(CAPTIONS, build_tokenizer(ModelOptions(), built)).ids.long(), expected)
+
+
+@pytest.mark.parametrize("files", [{"..": "x"}, {"": "x"}, {"tokenizer.json": "\N{DOG FACE}"}, {"tokenizer.json": "{"}])
+def test_invalid_tokenizer_files_of_a_checkpoint_are_refused(files, tmp_path, no_network):
+    siglip().save_pretrained(tmp_path)
+    built, _ = build(vision_model=f"local-dir:{tmp_path}")
+    built.config["text_cfg"]["tokenizer_files"] = files
+    with pytest.raises(UserError, match="give (another )?--tokenizer"):
+        build_tokenizer(ModelOptions(), built)
 
 
 @pytest.mark.parametrize("has_files", [False, True])
