@@ -347,7 +347,7 @@ def test_invalid_tokenizer_files_of_a_checkpoint_are_refused(files, tmp_path, no
     siglip().save_pretrained(tmp_path)
     built, _ = build(vision_model=f"local-dir:{tmp_path}")
     built.config["text_cfg"]["tokenizer_files"] = files
-    with pytest.raises(UserError, match="give (another )?--tokenizer"):
+    with pytest.raises(UserError, match=r"give (another )?--tokenizer"):
         build_tokenizer(ModelOptions(), built)
 
 
