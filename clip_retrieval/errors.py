@@ -116,8 +116,8 @@ def describe(error: BaseException) -> str:
     """Return the first line of a library's error, or the error's type if it has no message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error)
-    return text.splitlines()[0] if text.strip() else type(error).__name__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def silence(stream: TextIO) -> None:

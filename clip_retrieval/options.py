@@ -97,7 +97,8 @@ class ModelOptions:
     pretrained: str | None = option(
         None,
         "initial weights: an open_clip tag, a torchvision tag for simple-clip's image towers (IMAGENET1K_V1), a file, "
-        "or `none` for random weights (default: openai for OpenAI's names, the hub's for a hub id, else none)",
+        "a folder of transformers, or `none` for random weights (default: openai for OpenAI's names, the hub's for a "
+        "hub id, else none)",
         "--clip_weight_path",
     )
     pretrained_key: str | None = option(

@@ -17,7 +17,7 @@ from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.load import check_adaptor, load_into
 from clip_retrieval.models.model_config import ClipModule, Config, State, find_preprocess
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
-from clip_retrieval.models.towers import split_adaptor
+from clip_retrieval.models.towers import split_adaptor, text_part
 from clip_retrieval.options import ModelOptions
 
 # SigLIP's initial values, https://arxiv.org/abs/2303.15343.
@@ -106,6 +106,8 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     if (logit_bias or "logit_bias" in state) and config.get("init_logit_bias") is None:
         config["init_logit_bias"] = SIGLIP_BIAS
     clip = instantiate(config, config_from)
+    if context_length and context_length > (limit := _position_limit(clip)):
+        raise UserError(f"--context_length {context_length}: must be at most {limit} for {source.name}")
 
     # weights
     state, adaptor = split_adaptor(state)
@@ -122,7 +124,12 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
 
     # preprocessing
     preprocess = find_preprocess(source.preprocess)
-    preprocess["size"] = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
+    size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
+    if "resize_size" in preprocess:
+        preprocess["resize_size"] = round(
+            preprocess["resize_size"] * max(height_and_width(size)) / max(height_and_width(preprocess["size"]))
+        )
+    preprocess["size"] = size
     # The logit scale is missing too in weights of single towers, but has an initial value of its own.
     keys = clip.state_dict().keys() - {"logit_scale"}
     random = tuple(prefix.rstrip(".") for prefix in source.random if any(key.startswith(prefix) for key in keys))
@@ -140,10 +147,17 @@ def _set_sizes(config: Config, name: str, image_size: int | None, context_length
             raise UserError(f"--image_size {image_size}: must be a multiple of {unit} for {name}")
         vision["image_size"] = image_size
     if context_length:
-        limit = text.get("hf_config", {}).get("max_position_embeddings") or context_length
-        if context_length > limit:
-            raise UserError(f"--context_length {context_length}: must be at most {limit} for {name}")
         text["context_length"] = context_length
+
+
+def _position_limit(clip: ClipModule) -> float:
+    """Return the most tokens that a Hugging Face text tower has positions for; infinity for other towers."""
+    embeddings = getattr(text_part(clip).transformer, "embeddings", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    if positions is None:
+        return math.inf
+    # RoBERTa's positions start behind that of padding
+    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
 
 
 def _has_other_size(clip: ClipModule, state: State) -> bool:

@@ -84,7 +84,7 @@ def infer_config(state: State, source: str) -> Config:
             "max_position_embeddings": state[f"{embeddings}position_embeddings.weight"].shape[0],
             "type_vocab_size": state[f"{embeddings}token_type_embeddings.weight"].shape[0],
         }
-        return _config(state["text.proj.weight"].shape[0], _infer_vision(state), text)
+        return make_config(state["text.proj.weight"].shape[0], _infer_vision(state), text)
     except KeyError as error:
         raise UserError(f"{source} is an incomplete Chinese-CLIP checkpoint: {error.args[0]} is missing") from None
 
@@ -102,7 +102,7 @@ def reference_config(vision: str, text: str) -> Config:
         "type_vocab_size": 2,
     }
     clip = get_model_config(vision)
-    return _config(clip["embed_dim"], clip["vision_cfg"], hf_config)
+    return make_config(clip["embed_dim"], clip["vision_cfg"], hf_config)
 
 
 def model_name(config: Config) -> str:
@@ -131,7 +131,8 @@ def is_chinese_clip(config: Config) -> bool:
     return config["text_cfg"].get("tokenizer_mode") == TOKENIZER_MODE and "hf_model_name" in config["text_cfg"]
 
 
-def _config(embed_dim: int, vision: Config, text: Config) -> Config:
+def make_config(embed_dim: int, vision: Config, text: Config) -> Config:
+    """Return the model config of an image tower (`vision_cfg`) and a BERT (fields of its own config)."""
     text = {"model_type": "bert", "num_attention_heads": text["hidden_size"] // HEAD_WIDTH, "pad_token_id": 0, **text}
     name = next((n for n, sizes in TEXT_MODELS.items() if sizes.items() <= text.items()), "bert")
     return {
@@ -140,7 +141,7 @@ def _config(embed_dim: int, vision: Config, text: Config) -> Config:
         "custom_text": True,
         "vision_cfg": vision,
         "text_cfg": {
-            "context_length": CONTEXT_LENGTH,
+            "context_length": min(CONTEXT_LENGTH, text["max_position_embeddings"]),
             "vocab_size": text["vocab_size"],
             "hf_model_name": name,
             "hf_model_pretrained": False,

@@ -11,6 +11,7 @@ from clip_retrieval.models.schema import (
     Check,
     SchemaError,
     either,
+    entries,
     fields,
     nothing,
     number,
@@ -43,9 +44,19 @@ TOKENIZER_ARGUMENTS = record(
     rest=unknown,
 )
 
+_TIMM_KWARGS = record(
+    required={
+        **dict.fromkeys(("img_size", "patch_size"), SIDE),
+        **dict.fromkeys(("embed_dim", "depth", "num_heads"), whole(1, 2**16)),
+        **dict.fromkeys(("mlp_ratio", "eps"), number(above=0)),
+        "act_layer": one_of("gelu", "gelu_tanh", "quick_gelu"),
+    },
+    rest=unknown,
+)
+
 _VISION = record(
     optional=fields(CLIPVisionCfg, nullable=True)
-    | {"image_size": either(sequence(SIDE, 2), SIDE), "torchvision_model_name": text}
+    | {"image_size": either(sequence(SIDE, 2), SIDE), "torchvision_model_name": text, "timm_kwargs": _TIMM_KWARGS}
 )
 
 _TEXT = record(
@@ -55,6 +66,7 @@ _TEXT = record(
         "hf_config": record(optional={"model_type": text}),
         "tokenizer_kwargs": either(nothing, TOKENIZER_ARGUMENTS),
         "vocab": sequence(text),
+        "tokenizer_files": entries(text),
     }
 )
 
@@ -85,6 +97,7 @@ preprocess = record(
     optional=_nullable(
         {
             "size": either(sequence(SIDE, 1, 2), SIDE),
+            "resize_size": SIDE,
             "mode": one_of("RGB"),
             "mean": either(number(), sequence(number(), 3)),
             "std": either(number(above=0), sequence(number(above=0), 3)),

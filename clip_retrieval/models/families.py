@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from clip_retrieval.models import chinese_clip, simple_clip_weights
+from clip_retrieval.models import chinese_clip, simple_clip_weights, transformers_weights
 from clip_retrieval.models.model_config import Config, State
+from clip_retrieval.models.siglip_model import SiglipCLIP
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 from clip_retrieval.models.word_piece import ChineseTokenizer, WordPieceTokenizer
 
@@ -78,6 +79,13 @@ def _crossmodal_to_open_clip(state: State) -> State:
 OPEN_CLIP = Family("open_clip")
 OURS = Family("ours")
 OPENAI_ARCHIVE = Family("openai archive", quick_gelu=True)
+TRANSFORMERS = Family(
+    "transformers",
+    is_checkpoint=lambda state, keys: transformers_weights.is_transformers(state),
+    to_open_clip=transformers_weights.to_open_clip,
+    is_config=lambda config: "timm_kwargs" in config["vision_cfg"],
+    module=SiglipCLIP,
+)
 FAMILIES = (
     Family(
         "chinese-clip",
@@ -129,6 +137,7 @@ FAMILIES = (
         quick_gelu=True,
         model="RN50-text6",
     ),
+    TRANSFORMERS,
 )
 
 

@@ -79,3 +79,16 @@ def fetch_tag(name: str, tag: str, tag_config: dict) -> str:
 def fetch_files(repository: str, files: Sequence[str], failure: str) -> str:
     """Return the path of the first of `files` that a hub repository has. Raises UserError(failure) if it has none."""
     return fetch(failure, *(partial(huggingface_hub.hf_hub_download, repository, file) for file in files))
+
+
+def fetch_if_exists(repository: str, file: str) -> str | None:
+    """Return the path of a file of a hub repository, or None if it cannot be fetched."""
+    with suppress(UserError):
+        return fetch_files(repository, [file], "")
+    return None
+
+
+def fetch_small_files(repository: str, failure: str) -> str:
+    """Return the folder with the configs and the tokenizer of a hub repository. Raises UserError(failure)."""
+    patterns = ["*.json", "*.txt", "*.model"]
+    return fetch(failure, partial(huggingface_hub.snapshot_download, repository, allow_patterns=patterns))

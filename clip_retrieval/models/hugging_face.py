@@ -76,6 +76,10 @@ def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **argume
     try:
         with quiet() if is_local else hub.hub_access():
             return load(source, trust_remote_code=False, local_files_only=is_local, **arguments)
+    except ImportError as error:
+        raise UserError(
+            f"the tokenizer {source} needs a further package; pip install sentencepiece protobuf"
+        ) from error
     except Exception as error:  # transformers raises nearly anything on broken files
         if "custom code" in str(error):
             names = [Path(source) / name for name in ("tokenizer_config.json", "config.json")]

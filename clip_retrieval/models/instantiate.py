@@ -31,9 +31,6 @@ def instantiate(config: Config, name: str) -> ClipModule:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_config"):
         text["hf_config"] = filter_config(text["hf_config"], name)
-    if module := find_family(config).module:
-        with translate_errors(f"{name} {INVALID}", REMEDY):
-            return build_within_memory(lambda: module(**deepcopy(config)), name)
 
     # keep open_clip and timm from fetching or reading files
     if vision.get("timm_model_name"):
@@ -42,8 +39,14 @@ def instantiate(config: Config, name: str) -> ClipModule:
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False
 
-    # build, with the text tower's config in a folder if there is one
+    # a family's own class
     arguments = deepcopy(config)
+    arguments["text_cfg"].pop("tokenizer_files", None)
+    if module := find_family(config).module:
+        with translate_errors(f"{name} {INVALID}", REMEDY):
+            return build_within_memory(lambda: module(**deepcopy(arguments)), name)
+
+    # open_clip's class, with the text tower's config in a folder if there is one
     arguments["text_cfg"].pop("vocab", None)
     hf_config = arguments["text_cfg"].pop("hf_config", None)
     custom_text = arguments.pop("custom_text", False) or bool(text.get("hf_model_name"))

@@ -13,9 +13,9 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import config_schema, hub, names
-from clip_retrieval.models.foreign import find_folder_problem
+from clip_retrieval.models import config_schema, names
 from clip_retrieval.models.hugging_face import read_model_json
+from clip_retrieval.models.model_folder import OPEN_CLIP_CONFIG, find_folder, holds_open_clip
 from clip_retrieval.models.names import ModelName
 from clip_retrieval.models.schema import SchemaError
 
@@ -35,19 +35,16 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
 
     Raises UserError if it cannot be fetched or read, or is not a model config.
     """
+    # imports this module
+    from clip_retrieval.models.transformers_config import read_transformers_folder
+
     if name.kind == "open_clip":
         return factory.get_model_config(name.config), _common_preprocess(name.config)
-    if name.kind == "hub":
-        failure = (
-            f"open_clip_config.json of {name.config} could not be fetched from huggingface.co; check the name and the "
-            "network, or download the repository elsewhere and give its folder as --vision_model local-dir:PATH"
-        )
-        path = Path(hub.fetch_files(name.config.removeprefix(names.HUB), ["open_clip_config.json"], failure))
-    elif name.kind == "folder":
-        folder = Path(name.config.removeprefix(names.FOLDER))
-        path = folder / "open_clip_config.json"
-        if not path.exists() and (problem := find_folder_problem(folder)):
-            raise UserError(f"--vision_model {name.config} {problem}")
+    if name.kind in ("hub", "folder"):
+        folder = find_folder(name)
+        if not holds_open_clip(folder):
+            return read_transformers_folder(folder)
+        path = folder / OPEN_CLIP_CONFIG
     else:
         path = names.our_configs()[name.config] if name.kind == "ours" else Path(name.config)
     config = read_model_json(path, "model config")
@@ -65,6 +62,7 @@ def find_model_config(name: ModelName) -> tuple[Config, Config]:
 def find_preprocess(overrides: Config) -> Config:
     """Return open_clip's PreprocessCfg as plain JSON, with `overrides` (unknown keys are skipped).
 
+    `resize_size`, which open_clip does not have, is the size before a crop to `size`.
     One number for mean or std applies to each channel, as in open_clip. Raises SchemaError for invalid values.
     """
     config_schema.preprocess(overrides, "preprocess_cfg")
@@ -72,6 +70,8 @@ def find_preprocess(overrides: Config) -> Config:
     for key in ("mean", "std"):
         values = merged[key] if isinstance(merged[key], list) else [merged[key]] * 3
         merged[key] = [float(value) for value in values]
+    if overrides.get("resize_size"):
+        merged["resize_size"] = overrides["resize_size"]
     return merged
 
 
@@ -85,11 +85,11 @@ def _common_preprocess(config_name: str) -> Config:
 def same_tower(a: Config, b: Config) -> bool:
     """Whether two tower configs are equal except for sizes that position embeddings are resized to.
 
-    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer's
-    vocabulary.
+    Compares the fields that the two `hf_config` of Hugging Face towers have in common. Ignores the tokenizer.
     """
     hf_a, hf_b = (c.get("hf_config", {}) for c in (a, b))
-    free = ("image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained", "vocab")
+    tokenizer = {"vocab", "tokenizer_files", "hf_tokenizer_name", "tokenizer_kwargs"}
+    free = tokenizer | {"image_size", "context_length", "hf_config", "hf_model_pretrained", "timm_model_pretrained"}
     defaults = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": None}
     a, b = ({k: v for k, v in {**defaults, **c}.items() if k not in free} for c in (a, b))
     return a == b and all(hf_a[size] == hf_b[size] for size in hf_a.keys() & hf_b.keys())

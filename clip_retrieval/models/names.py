@@ -78,6 +78,10 @@ def resolve(name: str) -> ModelName:
         canonical = next((openai for openai, other in OPENAI_NAMES.items() if other == config), config)
         return ModelName(canonical, config, "open_clip")
     near = nearest(name, [*OPENAI_NAMES, *our_configs(), *open_clip_names()])
+    if Path(name).is_dir():
+        near = f" (did you mean {FOLDER}{name}?)"
+    elif name.count("/") == 1:
+        near = f"{near.removesuffix('?)')} or {HUB}{name}?)" if near else f" (did you mean {HUB}{name}?)"
     raise UserError(
         f"--vision_model {name}: no such model{near}; give an OpenAI or open_clip name, hf-hub:ORG/NAME, "
         "local-dir:PATH, or a model config .json"

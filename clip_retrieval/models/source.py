@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from open_clip import factory
-from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models import config_schema, hub, names, simple_clip_weights
-from clip_retrieval.models.families import FAMILIES, Family, find_family
-from clip_retrieval.models.libraries import quiet, translate_errors
+from clip_retrieval.models.families import FAMILIES, TRANSFORMERS, Family, find_family
+from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import (
     Config,
     State,
@@ -20,7 +19,8 @@ from clip_retrieval.models.model_config import (
     find_preprocess,
     same_tower,
 )
-from clip_retrieval.models.names import NO_WEIGHTS, OWN_WEIGHTS, ModelName
+from clip_retrieval.models.model_folder import TRANSFORMERS_CONFIG, as_folder_name, find_weights
+from clip_retrieval.models.names import FOLDER, HUB, NO_WEIGHTS, OWN_WEIGHTS, ModelName
 from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, WEIGHT_FILES, Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
 
@@ -60,11 +60,13 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     is_own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
     tag, file = _find_tag(name, pretrained), None
 
-    # a file may define its whole model
+    # a folder or a file may define its whole model
     if pretrained != NO_WEIGHTS and not is_own and not tag:
+        if folder := as_folder_name(pretrained):
+            return _from_folder(folder, options, typed_model, pretrained)
         _refuse_misspelt_tag(pretrained, name)
         file = read_weights(pretrained, options.pretrained_key)
-        if source := _from_checkpoint(file, options, typed_model):
+        if source := _from_checkpoint(file, options, typed_model) or _from_file_of_folder(file, options, typed_model):
             return source
         if file.family.model and not typed_model and not options.text_model:
             name = names.resolve(file.family.model)
@@ -80,7 +82,7 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     if tag:
         source.state = read_weights(hub.fetch_tag(name.name, pretrained, tag)).state
     elif is_own:
-        source.state = read_weights(_find_own_weights(name)).state
+        source.state = read_weights(find_weights(name)).state
     elif file:
         source.state, source.weights = file.state, file.source
     if family and not any(key.startswith(simple_clip_weights.TRUNK) for key in source.state or ()):
@@ -123,20 +125,32 @@ def _refuse_misspelt_tag(pretrained: str, name: ModelName) -> None:
     )
 
 
-def _find_own_weights(name: ModelName) -> str:
-    """Return the path of the weights of a hub id or a folder."""
-    place = name.config.partition(":")[2]
-    if name.kind == "hub":
-        failure = (
-            f"the weights of {name.config} could not be fetched from huggingface.co; check the network, or download "
-            "them elsewhere and give them as --pretrained FILE"
+def _from_folder(
+    folder: str, options: ModelOptions, typed_model: bool, source: str, state: State | None = None
+) -> ModelSource:
+    """Find the model of a `local-dir:` or `hf-hub:` name, given as --pretrained; typed names must agree with it."""
+    name = names.resolve(folder)
+    config, preprocess = find_model_config(name)
+    check_names(options, typed_model, config, name.name, source)
+    _refuse_text_pretrained(options, source)
+    if state is None:
+        state = read_weights(find_weights(name)).state
+    return ModelSource(name.name, config, preprocess, source, state)
+
+
+def _from_file_of_folder(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:
+    """Find the model of a transformers weight file by the config beside it; without one, a typed model is needed."""
+    if file.family is not TRANSFORMERS:
+        return None
+    folder = Path(file.source).parent
+    if (folder / TRANSFORMERS_CONFIG).exists():
+        return _from_folder(f"{FOLDER}{folder}", options, typed_model, file.source, file.state)
+    if not typed_model:
+        raise UserError(
+            f"{file.source} holds a model of transformers, but there is no {TRANSFORMERS_CONFIG} beside it; put it "
+            "there, or give the model as --vision_model"
         )
-        return hub.fetch(failure, lambda: download_pretrained_from_hf(place))
-    with quiet():
-        path = factory._find_checkpoint_in_dir(Path(place))
-    if path is None:
-        raise UserError(f"{name.config} holds no weights; give them as --pretrained FILE, or --pretrained none")
-    return path
+    return None
 
 
 def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:
@@ -229,9 +243,10 @@ def check_names(options: ModelOptions, typed_model: bool, config: Config, held: 
         towers = ("vision_cfg",) if is_pair else ("vision_cfg", "text_cfg")
         same = all(same_tower(typed[tower], config[tower]) for tower in towers)
         if not same or not (is_pair or typed["embed_dim"] == config["embed_dim"]):
+            other = "another model" if held.startswith((HUB, FOLDER)) else f"a {family.config_name(config) or held}"
             raise UserError(
-                f"--vision_model {name.name} contradicts {source}, which holds a {family.config_name(config) or held}; "
-                "drop --vision_model, or give another checkpoint"
+                f"--vision_model {name.name} contradicts {source}, which holds {other}; drop --vision_model, or give "
+                "another checkpoint"
             )
     text_model = config["text_cfg"].get("hf_model_name") or next(iter(family.towers.text_models), None)
     if options.text_model not in (None, text_model):

@@ -58,6 +58,7 @@ class RetrievalModel(nn.Module):
         self.preprocess = preprocess
         self.adaptor = make_adaptor(embedding_dim(clip)) if adaptor else None
         self.frozen: list[nn.Module] = []
+        self.masks_padding = True
         self._functions = BLOCK_FUNCTIONS
         for name in ("mean", "std"):
             self.register_buffer(
@@ -146,10 +147,13 @@ class RetrievalModel(nn.Module):
     def trims_text(self) -> bool:
         """Whether features stay the same if the padding that all captions of a batch share is cut.
 
-        True if no token attends to the padding behind it: causal attention, and Hugging Face towers (masked).
+        True if no token attends to the padding behind it: causal attention, and Hugging Face towers, which mask it
+        (unless their pad id is not the tokenizer's: `masks_padding`).
         """
         text = text_part(self.clip)
-        return isinstance(text, HUGGING_FACE) or (
+        if isinstance(text, HUGGING_FACE):
+            return self.masks_padding
+        return (
             text.attn_mask is not None
             and getattr(text, "cls_emb", None) is None
             and pool_type(text) in ("argmax", "eos", "first")

@@ -18,6 +18,7 @@ from clip_retrieval.models.foreign import find_names_problem, find_shard_problem
 from clip_retrieval.models.hugging_face import read_model_json
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import State
+from clip_retrieval.models.model_folder import INDEX, read_shard_names
 from clip_retrieval.models.pickled import Unusable
 from clip_retrieval.models.tensor_files import read_tensor_file
 from clip_retrieval.models.wrappers import FoundState, find_states
@@ -51,7 +52,8 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
     """Read a weight file.
 
     Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
-    simple-clip and Clip_crossmodal_retrieval, and checkpoints of ours. Any of them may be wrapped; see `wrappers`.
+    simple-clip and Clip_crossmodal_retrieval, transformers' files and the index of their shards, and
+    checkpoints of ours. Any of them may be wrapped; see `wrappers`.
 
     Args:
         path: the file.
@@ -61,6 +63,14 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
         UserError: the file is missing, damaged, not a checkpoint, holds Python objects, or has no such key.
     """
     path = Path(path)
+    if path.name.endswith(INDEX):
+        state: State = {}
+        for shard in read_shard_names(path):
+            content = read_tensor_file(shard).content
+            if not isinstance(content, dict):
+                raise UserError(f"{shard} holds a {type(content).__name__}, not a model's weights")
+            state |= content
+        return _from_content(path, state, key)
     file = read_tensor_file(path)
     if not file.is_torchscript:
         return _from_content(path, file.content, key)

@@ -9,7 +9,8 @@ from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.models.tokenizers import build_tokenizer, keep_vocabulary
+from clip_retrieval.models.names import FOLDER
+from clip_retrieval.models.tokenizers import build_tokenizer, has_pad_id_of, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 
@@ -24,11 +25,14 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     if checkpoint is None:
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
     else:
+        name, typed = checkpoint.options["vision_model"], options.model.vision_model
+        if "vision_model" in options.given and typed.startswith(FOLDER):
+            name = typed  # the folder has moved
         built = rebuild_model(
             checkpoint.model_config,
             checkpoint.preprocess,
             checkpoint.model,
-            name=checkpoint.options["vision_model"],
+            name=name,
             source=str(checkpoint.path),
             image_size=options.model.image_size,
             context_length=options.model.context_length,
@@ -42,6 +46,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
     tokenizer = build_tokenizer(options.model, built)
     keep_vocabulary(built.config, tokenizer)
+    model.masks_padding = has_pad_id_of(built.clip, tokenizer)
     return model, built, tokenizer
 
 

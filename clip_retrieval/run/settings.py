@@ -83,8 +83,8 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
 
     # the checkpoint's options, except those that the command line replaces
     inherited = select_for_resume(stored)
-    if checkpoint.model_config["text_cfg"].get("vocab"):
-        inherited["tokenizer"] = None  # the checkpoint holds the vocabulary
+    if checkpoint.model_config["text_cfg"].keys() & {"vocab", "tokenizer_files"}:
+        inherited["tokenizer"] = None  # the checkpoint holds it
     if "dataset_root" in typed:
         inherited = {name: value for name, value in inherited.items() if name not in PLACES}
     if "epochs" in typed:

@@ -8,12 +8,17 @@ import pytest
 import torch
 from open_clip import CLIP, get_model_config
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import build_model, known_tags, rebuild_model
 from clip_retrieval.models.source import find_source
 from clip_retrieval.models.tokenizers import build_tokenizer
-from clip_retrieval.options import ModelOptions
+from clip_retrieval.options import ModelOptions, Options
+from clip_retrieval.run.model import load_model
 from tests.models.small import TEXT, VIT, small_clip, small_config
 from tests.models.test_weights import features, jit_archive
 
@@ -365,6 +370,39 @@ def test_hugging_face_text_tower_is_rebuilt_from_its_stored_config(tmp_path):
     ids = torch.tensor([[0, 5, 6, 2, 1, 1]])
     with torch.no_grad():
         assert torch.equal(again.clip.encode_text(ids), built.clip.encode_text(ids))
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("roberta", 30), ("bert", 32)])
+def test_context_length_is_at_most_the_positions_of_a_hugging_face_tower(kind, limit, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    hf_config = {"model_type": kind, "vocab_size": 99, "max_position_embeddings": 32, **sizes}
+    text = {"hf_model_name": kind, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear", "hf_config": hf_config}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small_config(text_cfg=text | {"context_length": 16})))
+    assert build_model(ModelOptions(vision_model=str(path), context_length=limit))
+    with pytest.raises(UserError, match=f"--context_length {limit + 1}: must be at most {limit} for"):
+        build_model(ModelOptions(vision_model=str(path), context_length=limit + 1))
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_text_is_trimmed_only_if_the_tower_masks_the_tokenizers_padding(pad, tmp_path):
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "a", "dog"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    saved.save_pretrained(tmp_path / "words")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {"hf_model_name": "bert", "hf_pooler_type": "cls_last_hidden_state_pooler", "hf_proj_type": "linear"}
+    text |= {"hf_config": {"model_type": "bert", "vocab_size": 9, "pad_token_id": pad, **sizes}, "context_length": 8}
+    text["hf_tokenizer_name"] = str(tmp_path / "words")
+    (tmp_path / "small.json").write_text(json.dumps(small_config(text_cfg=text)))
+    options = Options.from_flat({"vision_model": str(tmp_path / "small.json")})
+    model, _, built_tokenizer = load_model(options, None)
+    assert model.trims_text == (pad == 0)
+    ids = built_tokenizer(["a dog"])
+    with torch.no_grad():
+        difference = (model.eval().encode_text(ids) - model.encode_text(ids[:, :2])).abs().max()
+    assert (difference < 1e-6) == (pad == 0)
 
 
 def test_unknown_tag_lists_the_known_tags(config_file):

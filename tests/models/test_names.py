@@ -63,6 +63,13 @@ def test_unknown_name_lists_the_nearest_names(name, near):
     assert "\n" not in str(error.value)
 
 
+def test_hub_name_or_folder_without_its_prefix_is_suggested(tmp_path):
+    with pytest.raises(UserError, match=r"hf-hub:openai/clip-vit-base-patch32\?\)"):
+        resolve("openai/clip-vit-base-patch32")
+    with pytest.raises(UserError, match=f"did you mean local-dir:{tmp_path}"):
+        resolve(str(tmp_path))
+
+
 def test_empty_hub_id_is_refused():
     with pytest.raises(UserError, match="hf-hub:"):
         resolve("hf-hub:")

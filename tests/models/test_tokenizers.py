@@ -75,6 +75,14 @@ def test_broken_saved_tokenizer_is_named(saved):
         WordPieceTokenizer(str(saved), 7, len(WORDS))
 
 
+def test_missing_package_of_a_tokenizer_is_named():
+    def load(*_, **__):
+        raise ImportError("\nSiglipTokenizer requires the SentencePiece library")
+
+    with pytest.raises(UserError, match="the tokenizer words needs a further package; pip install sentencepiece"):
+        load_tokenizer(load, "words", "")
+
+
 def test_vocabulary_with_nonzero_padding_id_is_refused(vocabulary):
     vocabulary.write_text("\n".join([*WORDS[1:], "[PAD]"]) + "\n")
     with pytest.raises(UserError, match=r"--tokenizer .*vocab.txt: \[PAD\] must be its first entry"):

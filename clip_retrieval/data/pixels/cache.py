@@ -199,7 +199,7 @@ class _ResizedStorage:
 
     def __init__(self, preprocess: dict, decoder: str):
         self.size = model_size(preprocess)
-        names = ("size", "interpolation", "resize_mode", "fill_color")
+        names = ("size", "resize_size", "interpolation", "resize_mode", "fill_color")
         self.settings = {"decoder": decoder} | {name: preprocess[name] for name in names if name in preprocess}
         self._transform = evaluation_transform(preprocess, decoder)
 

@@ -20,13 +20,14 @@ import PIL
 import torch
 from open_clip.transform import MaybeToTensor, PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from PIL import Image
-from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as F
 
 from clip_retrieval.data.images.decode import shorten_middle
 
 CROP_SCALE = (0.9, 1.0)  # share of the image's area, as in open_clip's training
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
+RESIZE_SIZE = "resize_size"
 SPARE = 8 / 7  # short side of images for random crops / model size: 256 for 224
 PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
 
@@ -58,9 +59,18 @@ def resize(
 
 
 def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[[Image.Image], torch.Tensor]:
-    """Make the resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width)."""
-    reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    """Make the resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width).
+
+    With `resize_size`, images are resized to it and cropped to `size`, as transformers does.
+    """
+    settings = {name: value for name, value in preprocess.items() if name != RESIZE_SIZE}
+    resize_size = preprocess.get(RESIZE_SIZE)
+    if resize_size:
+        settings["size"] = resize_size
+    reference = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     steps = [step for step in reference.transforms if not isinstance(step, (MaybeToTensor, Normalize))]
+    if resize_size:
+        steps = [*(step for step in steps if not isinstance(step, CenterCrop)), CenterCrop(model_size(preprocess))]
     if preprocess.get("resize_mode") == "longest":  # otherwise the short side may become less than a pixel
         steps.insert(0, partial(shorten_middle, longest=min(model_size(preprocess))))
     if decoder == "pillow":
@@ -125,7 +135,7 @@ def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]
 
 def interpolation_mode(preprocess: dict) -> InterpolationMode:
     """The model's interpolation; open_clip's "random" is bicubic here."""
-    is_bilinear = PreprocessCfg(**preprocess).interpolation == "bilinear"
+    is_bilinear = preprocess.get("interpolation") == "bilinear"
     return InterpolationMode.BILINEAR if is_bilinear else InterpolationMode.BICUBIC
 
 
