@@ -71,7 +71,7 @@ def _results(checkpoint: Checkpoint) -> str:
     blocks += _finished_run(checkpoint)
     rows = [
         (
-            f"{block.get('dataset', '')} {block['split']}",
+            f"{block.get('dataset', '')} {block['split']}".strip(),
             {"i2t": "image to text", "t2i": "text to image"}[direction],
             *(f"{block[direction][name]:.2f}" for name in COLUMNS if name in block[direction]),
         )

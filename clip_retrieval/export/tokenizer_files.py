@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def to_transformers(tokenizer: Tokenizer) -> Any:
         special = {tokenizer.sot_token_id: "<|startoftext|>", tokenizer.eot_token_id: "<|endoftext|>"}
         vocabulary = {special.get(number, token): number for token, number in tokenizer.encoder.items()}
         return CLIPTokenizer(vocabulary, merges, model_max_length=tokenizer.context_length)
-    converted = tokenizer.tokenizer
+    converted = copy.deepcopy(tokenizer.tokenizer)
     converted.model_max_length = tokenizer.context_length
     backend, steps = getattr(converted, "backend_tokenizer", None), _cleaning(tokenizer)
     if backend is None or not steps:

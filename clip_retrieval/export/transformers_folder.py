@@ -43,6 +43,8 @@ def write(model: ImageTextModel, folder: Path) -> None:
         built.load_state_dict(state)
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**_image_processor(model))
     tokenizer = tokenizer_files.to_transformers(model.tokenizer)
+    if kind == "Siglip":
+        tokenizer.model_input_names = ["input_ids"]  # without a mask: SigLIP attends to padding
     processor = getattr(transformers, f"{kind}Processor")(image_processor, tokenizer)
     with quiet(), _without_progress_bars():
         built.save_pretrained(folder)
