@@ -63,6 +63,17 @@ def test_open_clip_reads_the_weights(checkpoint, tmp_path):
     assert all(torch.equal(checkpoint.model[name], value) for name, value in model.state_dict().items())
 
 
+def test_open_clip_creates_the_model_of_a_run_with_an_adaptor(run, arguments, tmp_path, monkeypatch):
+    assert run(*arguments, "--trainable", "adaptor", "--max_steps", "2", "--no_eval_first")[0] == 0
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", small_config())
+    for name in ("best.pt", "last.pt"):
+        path = tmp_path / "logs" / "ex0" / name
+        model = open_clip.create_model("small", pretrained=str(path))
+        ours = Checkpoint.load(path).model
+        assert "adaptor.0.weight" in ours
+        assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+
+
 def test_weights_are_stored_once(checkpoint, tmp_path):
     checkpoint.save(tmp_path / "best.pt")
     size = sum(value.nbytes for value in checkpoint.model.values())
