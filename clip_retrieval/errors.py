@@ -64,6 +64,9 @@ def run_with_exit_code(run: Callable[[], int | None]) -> int:
     0: done; 2: bad usage or input; 3: the run cannot continue; 130: interrupted. A bug keeps its traceback and
     Python's exit code 1.
     """
+    # Threads that wait for each other sleep instead of spinning: on a CPU that other programs use too, spinning makes a
+    # training step more than ten times slower. OpenMP reads this when `run` loads torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for captions that the terminal cannot encode

@@ -50,7 +50,14 @@ def test_every_option_exists():
     known = set(build_parser("")._option_string_actions) | {"--nproc_per_node"}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z_]+)"', script.read_text()))
-    for page in ("README.md", "docs/data.md", "docs/training.md", "docs/evaluation.md"):
+    for page in (
+        "README.md",
+        "docs/data.md",
+        "docs/training.md",
+        "docs/evaluation.md",
+        "docs/export.md",
+        "docs/python.md",
+    ):
         named = set(re.findall(r"--[a-z][a-z_0-9]+", PAGES[page]))
         assert named <= known, (page, named - known)
     assert len(set(re.findall(r"--[a-z][a-z_0-9]+", PAGES["README.md"]))) > 20

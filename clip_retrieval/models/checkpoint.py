@@ -1,7 +1,8 @@
 """Checkpoints of ours: what best.pt, last.pt and the numbered checkpoints hold, how they are saved and loaded.
 
 The file is a plain dict of tensors and primitives, which `torch.load(weights_only=True)` reads. It is written
-atomically: a crash never leaves half of one.
+atomically: a crash never leaves half of one. The model's tensors have a second name, `state_dict`, under which
+open_clip's `load_checkpoint` finds them; they are stored once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from clip_retrieval.models.schema import fields as field_checks
 from clip_retrieval.models.tensor_files import read_tensor_file
 from clip_retrieval.options import GROUPS
 
-FORMAT = 1
+ADAPTOR = "adaptor."
+"""Prefix of an adaptor's weights, which open_clip does not know."""
+
+FORMAT = 2
 """Increased when an older version of the package cannot read a checkpoint any more."""
 
 
@@ -68,6 +72,7 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Save it atomically. Raises RunError if it cannot be written; the file from before is kept."""
         content = {name: value for name, value in vars(self).items() if value is not None and name != "path"}
+        content["state_dict"] = without_adaptor(self.model)
         try:
             with write_atomic(path) as file:
                 recorder = _Recorder(file)
@@ -122,6 +127,7 @@ class Checkpoint:
             )
         try:
             (_WITH_TRAINING if "optimizer" in content else _MODEL_ONLY)(content, "")
+            _check_state_dict(content)
         except SchemaError as error:
             raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
 
@@ -144,6 +150,23 @@ class TrainingCheckpoint(Checkpoint):
     random: dict[str, int]
     sampler: dict[str, Any]
     progress: dict[str, Any]
+
+
+def without_adaptor(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a checkpoint's state dict that open_clip's model has."""
+    return {name: value for name, value in model.items() if not name.startswith(ADAPTOR)}
+
+
+def _check_state_dict(content: dict[str, Any]) -> None:
+    """Raise SchemaError if open_clip would read other weights than this package."""
+    model = without_adaptor(content["model"])
+    state = content.get("state_dict", model)
+    if state.keys() != model.keys():
+        raise SchemaError("state_dict and model have different names")
+    for name, value in state.items():
+        own = model[name]
+        if value is not own and not (value.dtype == own.dtype and torch.equal(value, own)):
+            raise SchemaError(f"state_dict.{name} differs from model.{name} (drop state_dict if model is right)")
 
 
 class _Recorder:
@@ -217,6 +240,6 @@ _TRAINING = {
     ),
 }
 
-_WRITTEN_BY = {"format": whole(1, FORMAT), "version": text}
-_MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_WRITTEN_BY})
-_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_WRITTEN_BY)
+_OPTIONAL = {"state_dict": entries(tensor), "format": whole(1, FORMAT), "version": text}
+_MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_OPTIONAL})
+_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_OPTIONAL)

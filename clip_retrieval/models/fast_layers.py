@@ -41,8 +41,9 @@ class PatchEmbedding(nn.Conv2d):
         (height, width), channels = self.kernel_size, self.in_channels
         rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
         pixels = pixels[:, :, : rows * height, : columns * width]
+        # shape[0], not len(): that is a plain int, by which torch.export fixes the batch size
         patches = pixels.reshape(-1, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        embedded = F.linear(patches.reshape(len(pixels), rows * columns, -1), self.weight.flatten(1), self.bias)
+        embedded = F.linear(patches.reshape(pixels.shape[0], rows * columns, -1), self.weight.flatten(1), self.bias)
         # a view: open_clip and timm move the channels back to the end
         return embedded.transpose(1, 2).unflatten(2, (rows, columns))
 
@@ -68,7 +69,7 @@ class SelfAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if attn_mask is not None and attn_mask.ndim == 3:  # torch's shape of a mask for each item and head
-            attn_mask = attn_mask.unflatten(0, (len(query), self.num_heads))
+            attn_mask = attn_mask.unflatten(0, (query.shape[0], self.num_heads))
         q, k, v = split_heads(F.linear(query, self.in_proj_weight, self.in_proj_bias), 3, self.num_heads)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)

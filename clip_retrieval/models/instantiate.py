@@ -55,7 +55,7 @@ def instantiate(config: Config, name: str) -> ClipModule:
         if text.get("hf_model_name"):
             # open_clip reads a Hugging Face config only from a name or a folder.
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            content = json.dumps(hf_config or _read_hf_config(text["hf_model_name"], name))
+            content = json.dumps(hf_config or read_hf_config(text["hf_model_name"], name))
             (Path(folder) / "config.json").write_text(content)
             arguments["text_cfg"]["hf_model_name"] = folder
         stack.enter_context(translate_errors(f"{name} {INVALID}", REMEDY))
@@ -71,7 +71,7 @@ def instantiate(config: Config, name: str) -> ClipModule:
     return clip
 
 
-def _read_hf_config(tower: str, name: str) -> Config:
+def read_hf_config(tower: str, name: str) -> Config:
     """Read the config.json of a text tower from a folder or the hub."""
     path = f"{tower}/config.json"
     if not Path(tower).is_dir():

@@ -200,7 +200,7 @@ def _attend_from(
     attention, width = block.attn, x.shape[1]
     q = F.linear(normalized, attention.in_proj_weight[:width], attention.in_proj_bias[:width])
     k, v = split_heads(kv, 2, attention.num_heads)
-    q = q.view(len(q), attention.num_heads, 1, -1)
+    q = q.unflatten(1, (attention.num_heads, 1, -1))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
     return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
 

@@ -40,6 +40,7 @@ def build_tokenizer(options: ModelOptions, model: BuiltModel) -> Tokenizer:
     # a family's own
     if family.tokenizer:
         words = options.tokenizer or text.get("vocab") or _find_word_folder(options.text_pretrained)
+        words = words or _find_word_folder(model.name.removeprefix(names.FOLDER))
         words = words or text.get("hf_tokenizer_name") or next(iter(family.towers.text_models))
         return family.tokenizer(words, length, known, model.config_from)
     # a Hugging Face tokenizer, or CLIP's

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
+from clip_retrieval.models.checkpoint import ADAPTOR, without_adaptor
 from clip_retrieval.models.fast_layers import speed_up
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import ClipModule, State
@@ -34,7 +35,6 @@ from clip_retrieval.models.simple_clip_model import DistilBertTower, Torchvision
 HUGGING_FACE = (HFTextEncoder, DistilBertTower)
 """Text towers of transformers: they mask padding and have their projection in `proj`."""
 
-ADAPTOR = "adaptor."
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
 
@@ -216,7 +216,7 @@ def can_compile(device: torch.device) -> bool:
 def split_adaptor(state: State) -> tuple[State, State]:
     """Split a checkpoint's state dict into that of the CLIP and that of the adaptor."""
     adaptor = {name.removeprefix(ADAPTOR): v for name, v in state.items() if name.startswith(ADAPTOR)}
-    return {name: v for name, v in state.items() if not name.startswith(ADAPTOR)}, adaptor
+    return without_adaptor(state), adaptor
 
 
 def make_adaptor(dim: int) -> nn.Sequential:

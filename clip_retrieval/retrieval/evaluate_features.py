@@ -1,16 +1,55 @@
-"""Score the embeddings of any system, read from .npy files, for `scripts/evaluate_features.py`."""
+"""Score the embeddings of any system: arrays, or .npy files for `scripts/evaluate_features.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clip_retrieval.arrays import read_npy
 from clip_retrieval.device import choose_device
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.metrics import STANDARD_K, report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
+
+
+def evaluate_features(
+    image_features: torch.Tensor | np.ndarray,
+    text_features: torch.Tensor | np.ndarray,
+    pairs: torch.Tensor | np.ndarray | None = None,
+    *,
+    text_to_image: torch.Tensor | np.ndarray | None = None,
+    recall_k: Iterable[int] = STANDARD_K,
+    device: torch.device | str | None = None,
+    image_name: Callable[[int], str] = str,
+    text_name: Callable[[int], str] = str,
+) -> dict[str, Any]:
+    """Score the inner products of features, as given: for cosines, normalise them first.
+
+    Args:
+        image_features: floats (images, dim).
+        text_features: floats (texts, dim).
+        pairs: relevant (image index, text index), integers (P, 2), many-to-many.
+        text_to_image: instead of `pairs`, the image index of each text, integers (texts,).
+        recall_k: further K besides 1, 5 and 10.
+        device: where to compute (default: the device of image_features).
+        image_name, text_name: name of an item in error messages.
+
+    Returns {"images", "captions", "i2t": {"R@1", ..., "MedR", "MeanR"}, "t2i": {...}, "mean_recall", "rsum"}, recall in
+    percent. Raises UserError for shapes that do not match, indices out of range, and features that are not finite.
+    """
+    if (pairs is None) == (text_to_image is None):
+        raise TypeError("give either pairs or text_to_image")
+    if pairs is None:
+        image = np.asarray(torch.as_tensor(text_to_image).cpu())
+        if image.shape != (len(text_features),):
+            raise UserError(f"text_to_image has shape {image.shape}; expected ({len(text_features)},), one per text")
+        pairs = np.stack([image, np.arange(len(image))], axis=1)
+    ranks = retrieval_ranks(
+        image_features, text_features, pairs, device=device, image_name=image_name, text_name=text_name
+    )
+    return {"images": len(image_features), "captions": len(text_features), **report(*ranks, recall_k)}
 
 
 def evaluate_feature_files(
@@ -47,16 +86,15 @@ def evaluate_feature_files(
     relevant = _read_pairs(text_to_image, pairs, len(images), len(texts))
     if normalize:
         images, texts = _normalize(images, image_features), _normalize(texts, text_features)
-    # rank and score
-    ranks = retrieval_ranks(
+    return evaluate_features(
         images,
         texts,
         relevant,
+        recall_k=recall_k,
         device=choose_device(device),
         image_name=lambda row: f"row {row} of {image_features}",
         text_name=lambda row: f"row {row} of {text_features}",
     )
-    return {"images": len(images), "captions": len(texts), **report(*ranks, recall_k)}
 
 
 def _read_pairs(text_to_image: Path | None, pairs: Path | None, images: int, texts: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Checkpoints of ours: saved, loaded and refused."""
 
+import open_clip
 import pytest
 import torch
 
@@ -40,14 +41,55 @@ def test_what_is_saved_is_loaded(checkpoint, tmp_path):
 def test_the_file_is_a_plain_dict_without_missing_entries(checkpoint, tmp_path):
     checkpoint.save(tmp_path / "best.pt")
     content = torch.load(tmp_path / "best.pt", weights_only=True)
-    entries = {"model", "model_config", "preprocess", "options", "epoch", "step", "format", "version"}
+    entries = {"model", "state_dict", "model_config", "preprocess", "options", "epoch", "step", "format", "version"}
     assert type(content) is dict and content.keys() == entries
 
 
 def test_a_file_from_before_versions_is_loaded(checkpoint, tmp_path):
     checkpoint.save(tmp_path / "best.pt")
-    rewrite(tmp_path / "best.pt", format=None, version=None)
+    rewrite(tmp_path / "best.pt", format=None, version=None, state_dict=None)
     assert Checkpoint.load(tmp_path / "best.pt").version is None
+
+
+def other_weights(model):
+    return {name: value + 1 if value.is_floating_point() else value for name, value in model.items()}
+
+
+def test_open_clip_reads_the_weights(checkpoint, tmp_path):
+    checkpoint.model["adaptor.0.weight"] = torch.ones(2, 2)
+    checkpoint.save(tmp_path / "best.pt")
+    model = small_clip(seed=1)
+    open_clip.load_checkpoint(model, str(tmp_path / "best.pt"))
+    assert all(torch.equal(checkpoint.model[name], value) for name, value in model.state_dict().items())
+
+
+def test_open_clip_creates_the_model_of_a_run_with_an_adaptor(run, arguments, tmp_path, monkeypatch):
+    assert run(*arguments, "--trainable", "adaptor", "--max_steps", "2", "--no_eval_first")[0] == 0
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", small_config())
+    for name in ("best.pt", "last.pt"):
+        path = tmp_path / "logs" / "ex0" / name
+        model = open_clip.create_model("small", pretrained=str(path))
+        ours = Checkpoint.load(path).model
+        assert "adaptor.0.weight" in ours
+        assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_are_stored_once(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "best.pt")
+    size = sum(value.nbytes for value in checkpoint.model.values())
+    assert size < (tmp_path / "best.pt").stat().st_size < 1.05 * size
+    loaded = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert all(value is loaded["model"][name] for name, value in loaded["state_dict"].items())
+
+
+@pytest.mark.parametrize(
+    "change", [other_weights, lambda model: {}, lambda model: model | {"more": torch.ones(1)}, lambda model: 1]
+)
+def test_other_weights_for_open_clip_are_refused(checkpoint, tmp_path, change):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", state_dict=change(checkpoint.model))
+    with pytest.raises(UserError, match=r"best\.pt is a damaged checkpoint: state_dict"):
+        Checkpoint.load(tmp_path / "best.pt")
 
 
 def test_a_newer_format_is_refused_with_the_remedy(checkpoint, tmp_path):

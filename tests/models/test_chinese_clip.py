@@ -10,9 +10,9 @@ from PIL import Image
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.errors import UserError
+from clip_retrieval.export.export import export
 from clip_retrieval.models import chinese_clip
 from clip_retrieval.models.build import build_model, rebuild_model
-from clip_retrieval.models.export import export_chinese_clip
 from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
@@ -271,19 +271,20 @@ def test_wrong_text_weights_are_refused(tmp_path, small_names):
         build_model(ModelOptions(pretrained=str(checkpoint(tmp_path)), text_model="x", text_pretrained="bert"))
 
 
-def test_export_equals_the_reference_checkpoint(tmp_path):
+def test_export_equals_the_reference_checkpoint(tmp_path, vocabulary):
     path = checkpoint(tmp_path)
     built = build_model(ModelOptions(pretrained=str(path)))
     ours = {"model": built.clip.state_dict(), "model_config": built.config, "preprocess": built.preprocess}
     torch.save(ours | {"options": {"vision_model": built.name}, "epoch": 3, "step": 9}, tmp_path / "ours.pt")
-    export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
+    words = {"tokenizer": str(vocabulary)}
+    assert export(tmp_path / "ours.pt", tmp_path / "exported.pt", "chinese_clip", **words) < 1e-5
     exported, reference = (torch.load(p, weights_only=True)["state_dict"] for p in (tmp_path / "exported.pt", path))
     assert exported.keys() == {name for name in reference if ".pooler." not in name}
     assert all(torch.equal(value, reference[name].float()) for name, value in exported.items())
     with pytest.raises(UserError, match=r"exported.pt already exists"):
-        export_chinese_clip(tmp_path / "ours.pt", tmp_path / "exported.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of ours with a Chinese-CLIP"):
-        export_chinese_clip(path, tmp_path / "again.pt")
+        export(tmp_path / "ours.pt", tmp_path / "exported.pt", "chinese_clip", **words)
+    with pytest.raises(UserError, match="is not a checkpoint of this tool"):
+        export(path, tmp_path / "again.pt", "chinese_clip")
 
 
 @pytest.mark.parametrize("freeze_text", [False, True])

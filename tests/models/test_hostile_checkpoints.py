@@ -238,7 +238,7 @@ def test_best_checkpoint_of_another_model_is_named(run, arguments, tmp_path):
     assert run(*command)[0] == 0
     folder = tmp_path / "logs/ex0"
     best = torch.load(folder / "best.pt", weights_only=True)
-    best["model"]["visual.proj"] = torch.zeros(3, 3)
+    best["model"]["visual.proj"] = best["state_dict"]["visual.proj"] = torch.zeros(3, 3)
     torch.save(best, folder / "best.pt")
     code, _, err = run(*command, "--resume", "auto")
     assert code == 2 and "best.pt holds the weights of another model" in err

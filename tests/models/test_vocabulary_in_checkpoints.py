@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from clip_retrieval.models.export import export_chinese_clip
+from clip_retrieval.export.export import export
 from tests.conftest import read_json
 from tests.models.small import small_simple_config
 from tests.models.test_chinese_clip import checkpoint as chinese_checkpoint
@@ -83,5 +83,5 @@ def test_checkpoint_without_a_vocabulary_asks_for_one(finetune, run, tmp_path, c
 
 def test_chinese_clip_with_a_vocabulary_is_exported(finetune, tmp_path):
     folder = finetune(*of_chinese_clip(tmp_path))
-    export_chinese_clip(folder / "best.pt", tmp_path / "exported.pt")
+    export(folder / "best.pt", tmp_path / "exported.pt", "chinese_clip")
     assert "module.bert.embeddings.word_embeddings.weight" in torch.load(tmp_path / "exported.pt")["state_dict"]

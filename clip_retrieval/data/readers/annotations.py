@@ -11,8 +11,9 @@ from clip_retrieval.arrays import read_npy
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 
-# The split id lists that come with the project.
-ANNOTATIONS = Path(__file__).resolve().parents[3] / "datasets" / "annotations"
+_INSTALLED = Path(__file__).resolve().parents[1] / "annotations"
+# The split id lists that come with the project: in the package if that is installed, else in the checkout.
+ANNOTATIONS = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[2] / "datasets" / "annotations"
 
 
 def read_ids(path: Path) -> np.ndarray:

@@ -51,6 +51,7 @@ def _craft(change: Change, program: str = "finetune") -> Callable[[Path], list[o
         typed = _write_run(folder)
         last = folder / "logs" / "run" / "last.pt"
         content = torch.load(io.BytesIO(last.read_bytes()), weights_only=True)
+        del content["state_dict"]  # weights that differ from it would be refused before anything else is checked
         changed = change(content)
         torch.save(content if changed is None else changed, last)
         return typed if program == "finetune" else evaluate(folder, "--pretrained", None, "--resume", last)
@@ -120,7 +121,8 @@ OPTIMIZER: dict[str, Change] = {
 }
 PARTS: dict[str, Change] = {
     **{
-        f"{name} is a number": _set(name, 3) for name in ("model", "model_config", "preprocess", "options", "optimizer")
+        f"{name} is a number": _set(name, 3)
+        for name in ("model", "state_dict", "model_config", "preprocess", "options", "optimizer")
     },
     **{f"{name} is a list": _set(name, [1]) for name in ("learning", "scaler", "random", "sampler", "progress")},
     **{f"{name} is empty": _set(name, {}) for name in ("model", "model_config", "preprocess", "options", "learning")},

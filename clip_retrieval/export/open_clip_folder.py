@@ -1,0 +1,96 @@
+"""A folder in the layout of open_clip on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+
+from clip_retrieval.api import ImageTextModel
+from clip_retrieval.errors import UserError
+from clip_retrieval.export import tokenizer_files
+from clip_retrieval.export.sample import Exported, Sample
+from clip_retrieval.files import read_json, write_json
+from clip_retrieval.models.families import find_family
+from clip_retrieval.models.hugging_face import load_tokenizer
+from clip_retrieval.models.instantiate import read_hf_config
+from clip_retrieval.models.libraries import quiet
+
+CONFIG, WEIGHTS, TEXT_TOWER = "open_clip_config.json", "open_clip_model.safetensors", "text_tower"
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
+HUB_NAMES = {
+    "RoBERTa-wwm-ext-base-chinese": "hfl/chinese-roberta-wwm-ext",
+    "RoBERTa-wwm-ext-large-chinese": "hfl/chinese-roberta-wwm-ext-large",
+    "RBT3-chinese": "hfl/rbt3",
+}
+"""Hub names of Chinese-CLIP's text towers."""
+
+
+def write(model: ImageTextModel, folder: Path) -> None:
+    """Write config, weights and, unless the tokenizer is CLIP's own, its files."""
+    from safetensors.torch import save_file
+
+    if find_family(model.config).module:
+        raise UserError(f"{model.name}: open_clip has no such architecture; use --format onnx")
+    config = deepcopy(model.config)
+    text = config["text_cfg"]
+    text.pop("vocab", None)
+    if hf_config := text.pop("hf_config", None):
+        text["hf_model_name"] = _name_text_tower(text["hf_model_name"], hf_config, folder / TEXT_TOWER)
+    if not isinstance(model.tokenizer, SimpleTokenizer):
+        tokenizer_files.save(model.tokenizer, folder)
+    preprocess = {name: model.model.preprocess[name] for name in PREPROCESS}
+    write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
+    # copies: tensors that share memory are refused
+    state = {name: value.detach().clone().contiguous() for name, value in model.model.clip.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _name_text_tower(name: str, hf_config: dict[str, Any], folder: Path) -> str:
+    """Return the name under which open_clip finds the config of a text tower.
+
+    It is the hub's name if the hub has the same config. Any other config is written to `folder`: open_clip reads one
+    only from the hub or from a path.
+    """
+    name = HUB_NAMES.get(name, name)
+    try:
+        found = read_hf_config(name, name)
+        if all(found.get(key) == value for key, value in hf_config.items() if key in found):
+            return name
+    except UserError:
+        pass
+    folder.mkdir()
+    write_json(folder / "config.json", hf_config)
+    return str(folder.absolute())
+
+
+def relocate(folder: Path, output: Path) -> None:
+    """Prepare a folder for its move: the config of a text tower is found by its absolute path."""
+    content = read_json(folder / CONFIG)
+    if (folder / TEXT_TOWER).is_dir():
+        content["model_cfg"]["text_cfg"]["hf_model_name"] = str(output.absolute() / TEXT_TOWER)
+        write_json(folder / CONFIG, content)
+
+
+def read(folder: Path, sample: Sample) -> Exported:
+    """Compute the features with open_clip."""
+    import open_clip
+
+    with quiet(), torch.inference_mode():
+        model: Any = open_clip.create_model(f"local-dir:{folder}").eval()
+        transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
+        pixels = torch.stack([transform(image) for image in sample.images])
+        features = model.encode_image(sample.pixels), model.encode_text(sample.tokens.ids)
+    text = read_json(folder / CONFIG)["model_cfg"]["text_cfg"]
+    length, arguments = sample.tokens.ids.shape[1], text.get("tokenizer_kwargs") or {}
+    if text.get("hf_tokenizer_name"):
+        arguments = arguments | {"context_length": length, "tokenizer_mode": text.get("tokenizer_mode")}
+        tokenizer = load_tokenizer(HFTokenizer, str(folder), "", **arguments)
+    else:
+        tokenizer = SimpleTokenizer(context_length=length, **arguments)
+    return Exported(*features, pixels=pixels, ids=tokenizer(sample.texts))
