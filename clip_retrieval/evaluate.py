@@ -21,7 +21,7 @@ from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.run.splits import load_split, log_samples
+from clip_retrieval.run.splits import log_samples, make_split, name_trained, read_split
 
 
 def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -41,19 +41,21 @@ def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
 
 def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[str, Any], processes: Processes) -> None:
     """The evaluation of one or of several processes, which share the work."""
-    # load the model and the data
+    # read the data, then load the model, which may be a download
     device = choose_device(options.run.device)
-    with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint)
-    options = record_model_name(options, built)
-    warn_of_random_weights(built)
-    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-        split = load_split(options.data, options.evaluation.eval_split, tokenizer, built.preprocess, device)
-    if split is None:
+    dataset = read_split(options.data, options.evaluation.eval_split, device, processes)
+    if dataset is None:
         raise UserError(
             f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
+    dataset = name_trained(dataset, options, checkpoint)
+    with processes.main_first():
+        model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
+    warn_of_random_weights(built)
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+        split = make_split(options.data, dataset, tokenizer, built.preprocess, device)
     log_samples(split.dataset)
 
     # make the output folder
@@ -62,6 +64,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         built.name,
         checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
+        split="train" if dataset.split == "train" else options.evaluation.eval_split,
     )
     if processes.is_main:
         make_folder(folder)
@@ -85,5 +88,5 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
         write_results(folder, results)
-    log.info(results_table({options.evaluation.eval_split: block}))
+    log.info(results_table({dataset.split: block}))
     log.info(f"wrote {folder / 'results.json'}")

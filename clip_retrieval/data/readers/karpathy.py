@@ -88,7 +88,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
-    images = find_image_files(_iter_places(options, path, chosen), path)
+    images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
     return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
 
@@ -212,6 +212,6 @@ def _iter_captions(path: Path) -> Iterator[tuple[str, str]]:
         if not line.strip():
             continue
         match = pattern.fullmatch(line.strip(" \r"))
-        if not match or not match[1].strip() or not match[2].strip():
+        if not match or not match[1].strip():
             raise UserError(f"{path}, line {number}: not an image and a caption: {line[:60]!r}")
         yield match[1].strip(), clean_caption(match[2])
