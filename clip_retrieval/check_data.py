@@ -34,7 +34,7 @@ def check_data(options: DataOptions) -> None:
             number += 1
     if number:
         raise UserError(
-            f"{options.name} in {options.place}: {number:,} problems; repair or delete the files, or train with "
+            f"{options.name} in {options.place}: {number:,} problem{'s' * (number > 1)}; repair or delete the files, or train with "
             "--skip_broken"
         )
     log.info(f"{options.name} in {options.place}: no problems")

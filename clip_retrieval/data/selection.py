@@ -86,7 +86,7 @@ def without_empty_captions(dataset: RetrievalDataset) -> RetrievalDataset:
     images[dataset.pairs[keeps, 0]] = True
     log.warning(
         f"{dataset.name} {dataset.split}: {np.count_nonzero(~captions):,} of {len(captions):,} captions are empty and "
-        f"left out, with {np.count_nonzero(~images):,} images that have no other caption"
+        f"left out; so are images without another caption: {np.count_nonzero(~images):,}"
     )
     return select(dataset, images, captions, dataset.split)
 
