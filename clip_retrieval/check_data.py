@@ -34,8 +34,8 @@ def check_data(options: DataOptions) -> None:
             number += 1
     if number:
         raise UserError(
-            f"{options.name} in {options.place}: {number:,} problem{'s' * (number > 1)}; repair or delete the files, or train with "
-            "--skip_broken"
+            f"{options.name} in {options.place}: {number:,} problem{'s' * (number > 1)}; repair or delete the files, "
+            "or train with --skip_broken"
         )
     log.info(f"{options.name} in {options.place}: no problems")
 

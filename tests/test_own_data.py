@@ -62,6 +62,9 @@ def test_rows_that_were_trained_on_are_never_called_test(run, own, photographs, 
     assert read_json(tmp_path / "logs/ex0/eval_csv_train/results.json")["split"] == "train"
     assert "test" not in out.replace(str(tmp_path), "")
 
+    code, _, err = run(*own, "--eval", "--pretrained", last)
+    assert code == 0 and "WAS TRAINED ON 26 OF THESE 26 IMAGES" in err
+
     # another table with some of the images
     rows = (photographs / "photos.csv").read_text().splitlines()
     (photographs / "some.csv").write_text("\n".join(rows[:41]) + "\n")

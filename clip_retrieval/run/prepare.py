@@ -276,8 +276,8 @@ def warn_of_missing_splits(data: DataOptions, *, has_val: bool, has_test: bool) 
     remedy = "--val_data names one" if is_streamed(data) else "--val_fraction 0.1 holds out a tenth of the images"
     if not has_val and not has_test:
         log.warning(
-            "there is no val and no test split: NOTHING IS MEASURED, neither during training nor at its end, and there "
-            f"will be no best checkpoint; {remedy}"
+            "there is no val split and no test split: NOTHING IS MEASURED, neither during training nor at its end, and "
+            f"there will be no best checkpoint; {remedy}"
         )
     elif not has_val:
         log.warning(f"there is no val split: there will be no best checkpoint, and the last one is reported; {remedy}")

@@ -75,7 +75,12 @@ def name_trained(dataset: RetrievalDataset, options: Options, checkpoint: Checkp
 
     This concerns data without splits, and fractions of it that are held out: other splits keep them apart.
     """
-    if checkpoint is None or not (dataset.split == UNSPLIT or any(options.data.fractions.values())):
+    if dataset.split != UNSPLIT and not any(options.data.fractions.values()):
+        return dataset
+    weights = options.model.pretrained
+    if checkpoint is None and weights and Path(weights).is_file():
+        checkpoint = Checkpoint.load_if_ours(Path(weights))
+    if checkpoint is None:
         return dataset
     try:
         stored = Options.from_flat(select_for_resume(checkpoint.options)).data

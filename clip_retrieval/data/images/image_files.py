@@ -41,8 +41,8 @@ class ImageFiles:
         return self.paths[index]
 
     def key(self, index: int) -> str:
-        """The name of an image in the file that lists it, in the same spelling for all systems."""
-        return unicodedata.normalize("NFC", self.names[index].replace("\\", "/"))
+        """The name of an image in the file that lists it, in the spelling that all systems share."""
+        return common_spelling(self.names[index])
 
     def stamp(self, index: int) -> tuple[int, int]:
         """Size in bytes and time of the last change (ns) of the file; they differ if its content does."""
@@ -74,6 +74,11 @@ class ImageArray:
 
     def name(self, index: int) -> str:
         return f"{self._name} image {index}"
+
+
+def common_spelling(name: str) -> str:
+    """Return an image's name with slashes, composed Unicode, and without `./` and `x/../`."""
+    return os.path.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
 def find_image_files(

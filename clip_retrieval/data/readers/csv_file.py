@@ -24,7 +24,7 @@ import numpy as np
 
 from clip_retrieval.data.captions import SURROGATES, clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images.image_files import find_image_files
+from clip_retrieval.data.images.image_files import common_spelling, find_image_files
 from clip_retrieval.data.readers.annotations import find_only_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_text
@@ -57,15 +57,18 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     if not rows or (split == "val" and not has_splits):
         return None
     images: dict[str, int] = {}
+    names: list[str] = []
     captions: dict[tuple[int, str], int] = {}
     for row in rows:
         # ./a.jpg and a.jpg are the same image.
-        image = images.setdefault(os.path.normpath(row.image), len(images))
+        image = images.setdefault(common_spelling(row.image), len(images))
+        if image == len(names):
+            names.append(os.path.normpath(row.image))
         for caption in _read_cell(row.caption):
             captions.setdefault((image, caption), len(captions))
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
     folder = Path(options.image_dir) if options.image_dir else path.parent
-    found = find_image_files([(folder, list(images))], path, skip_missing=options.skip_broken)
+    found = find_image_files([(folder, names)], path, skip_missing=options.skip_broken)
     return RetrievalDataset(
         options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )

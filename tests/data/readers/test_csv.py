@@ -75,7 +75,7 @@ def test_unquoted_comma_in_the_last_of_two_columns(table, tmp_path, read, descri
 
 
 def test_duplicates(table, tmp_path, read):
-    table("image,caption\na.jpg,a dog\n./a.jpg,a dog\nb.jpg,a dog\nsub/../b.jpg,a cat\n")
+    table("image,caption\na.jpg,a dog\n.\\a.jpg,a dog\nb.jpg,a dog\nsub/../b.jpg,a cat\n")
     dataset = read("csv", tmp_path)
     # The first two lines are one pair; the same words for another image are another caption.
     assert len(dataset.images) == 2
