@@ -7,8 +7,10 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
@@ -21,7 +23,7 @@ from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.run.splits import log_samples, make_split, name_trained, read_split
+from clip_retrieval.run.splits import count_trained, log_samples, make_split, read_split
 
 
 def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -49,7 +51,9 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
             f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
-    dataset = name_trained(dataset, options, checkpoint)
+    trained_on = count_trained(dataset, options, checkpoint)
+    if trained_on and dataset.split != UNSPLIT:
+        dataset = replace(dataset, split="train")  # held out here, but not in training
     with processes.main_first():
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
@@ -64,7 +68,6 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         built.name,
         checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
-        split="train" if dataset.split == "train" else options.evaluation.eval_split,
     )
     if processes.is_main:
         make_folder(folder)
@@ -87,6 +90,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     # write the results
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
+        results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
     log.info(results_table({dataset.split: block}))
     log.info(f"wrote {folder / 'results.json'}")

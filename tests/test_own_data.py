@@ -59,8 +59,9 @@ def test_rows_that_were_trained_on_are_never_called_test(run, own, photographs, 
     last = tmp_path / "logs/ex0/last.pt"
     code, out, err = run("--eval", "--resume", last)
     assert code == 0 and "WAS TRAINED ON 26 OF THESE 26 IMAGES" in err
-    assert read_json(tmp_path / "logs/ex0/eval_csv_train/results.json")["split"] == "train"
-    assert "test" not in out.replace(str(tmp_path), "")
+    results = read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")
+    assert results["split"] == "all" and results["images_trained_on"] == 26
+    assert "\nall " in out and "\ntest " not in out
 
     code, _, err = run(*own, "--eval", "--pretrained", last)
     assert code == 0 and "WAS TRAINED ON 26 OF THESE 26 IMAGES" in err
@@ -70,6 +71,7 @@ def test_rows_that_were_trained_on_are_never_called_test(run, own, photographs, 
     (photographs / "some.csv").write_text("\n".join(rows[:41]) + "\n")
     code, _, err = run("--eval", "--resume", last, "--annotations", photographs / "some.csv", *HELD_OUT)
     assert code == 0 and "WAS TRAINED ON" in err
+    assert read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")["split"] == "train"
 
 
 def test_other_images_are_not_called_trained(run, own, photographs, tmp_path):

@@ -35,16 +35,12 @@ def run_folder(options: Options) -> Path:
     return Path(options.run.checkpoint_path) / options.run.experiments
 
 
-def evaluation_folder(
-    options: Options, model_name: str, beside: Path | None, *, named: bool, split: str | None = None
-) -> Path:
+def evaluation_folder(options: Options, model_name: str, beside: Path | None, *, named: bool) -> Path:
     """Return the output folder of an evaluation: the one that the user `named`, or its own, `beside` a checkpoint.
-
-    `split` is the split in its name (default: --eval_split).
 
     Raises UserError if it holds a training run.
     """
-    suffix = f"{options.data.name}_{split or options.evaluation.eval_split}"
+    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
     if named:
         folder = run_folder(options)
         if (folder / "metrics.jsonl").exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,36 +70,38 @@ def _without_broken_images(
     return without_images(dataset, rows, f"broken{first}")
 
 
-def name_trained(dataset: RetrievalDataset, options: Options, checkpoint: Checkpoint | None) -> RetrievalDataset:
-    """Rename a split to "train", with a warning, if the checkpoint was trained on images of it.
+def count_trained(dataset: RetrievalDataset, options: Options, checkpoint: Checkpoint | None) -> int:
+    """Count the images of a split that the checkpoint, or --pretrained, was trained on; warn if there are any.
 
     This concerns data without splits, and fractions of it that are held out: other splits keep them apart.
     """
+    # find the checkpoint and its train split
     if dataset.split != UNSPLIT and not any(options.data.fractions.values()):
-        return dataset
+        return 0
     weights = options.model.pretrained
     if checkpoint is None and weights and Path(weights).is_file():
         checkpoint = Checkpoint.load_if_ours(Path(weights))
     if checkpoint is None:
-        return dataset
+        return 0
     try:
-        stored = Options.from_flat(select_for_resume(checkpoint.options)).data
-        trained = read_dataset(stored, "train")
+        trained = read_dataset(Options.from_flat(select_for_resume(checkpoint.options)).data, "train")
     except UserError as error:
         log.warning(f"it is unknown whether {checkpoint.path} was trained on these images: {error}")
-        return dataset
-    if trained is None:
-        return dataset
-    known = {os.path.abspath(trained.images.name(index)) for index in range(len(trained.images))}  # noqa: PTH100
-    number = len(dataset.images)
-    common = sum(os.path.abspath(dataset.images.name(index)) in known for index in range(number))  # noqa: PTH100
-    if not common:
-        return dataset
-    log.warning(
-        f"{checkpoint.path} WAS TRAINED ON {common:,} OF THESE {number:,} IMAGES: the results do not tell how good it "
-        "is on others, and are reported as train; hold images out of training with --val_fraction and --test_fraction"
-    )
-    return replace(dataset, split="train")
+        return 0
+
+    # count the common images
+    known = set(_absolute_names(trained)) if trained else set()
+    common = sum(name in known for name in _absolute_names(dataset))
+    if common:
+        log.warning(
+            f"{checkpoint.path} WAS TRAINED ON {common:,} OF THESE {len(dataset.images):,} IMAGES: the results do not "
+            "tell how good it is on others; hold images out of training with --val_fraction and --test_fraction"
+        )
+    return common
+
+
+def _absolute_names(dataset: RetrievalDataset) -> Iterator[str]:
+    return (os.path.abspath(dataset.images.name(index)) for index in range(len(dataset.images)))  # noqa: PTH100
 
 
 def make_split(
