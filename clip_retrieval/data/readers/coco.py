@@ -123,7 +123,8 @@ def _read_list_captions(root: Path, folder: str) -> Captions:
     if not paths:
         expected = root / "annotations" / f"captions_{folder}.json"
         raise UserError(
-            f"{expected}: no such file, nor 2017's; unpack COCO's annotations there, or name one with --annotations"
+            f"{expected}: no such file, nor 2017's; give COCO's folder as --dataset_root, or name a captions file with "
+            "--annotations"
         )
     found = [read_captions(path) for path in paths]
     if len(found) == 1:

@@ -107,7 +107,10 @@ def _find_file(options: DatasetOptions) -> Path:
     found = found or find_file(folder / file for folder in folders for file in usual)
     if not found:
         others = f" (nor {', '.join(usual)})" if usual else ""
-        raise UserError(f"{root / f'dataset_{name}.json'}: no such file{others}; name it with --annotations")
+        raise UserError(
+            f"{root / f'dataset_{name}.json'}: no such file{others}; give the folder of the data set as "
+            "--dataset_root, or name the file with --annotations"
+        )
     return found
 
 
