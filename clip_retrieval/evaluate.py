@@ -7,8 +7,10 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
@@ -21,7 +23,7 @@ from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.run.splits import load_split, log_samples
+from clip_retrieval.run.splits import count_trained, log_samples, make_split, read_split
 
 
 def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -41,19 +43,23 @@ def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
 
 def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[str, Any], processes: Processes) -> None:
     """The evaluation of one or of several processes, which share the work."""
-    # load the model and the data
+    # read the data, then load the model, which may be a download
     device = choose_device(options.run.device)
-    with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint)
-    options = record_model_name(options, built)
-    warn_of_random_weights(built)
-    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-        split = load_split(options.data, options.evaluation.eval_split, tokenizer, built.preprocess, device)
-    if split is None:
+    dataset = read_split(options.data, options.evaluation.eval_split, device, processes)
+    if dataset is None:
         raise UserError(
             f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
+    trained_on = count_trained(dataset, options, checkpoint)
+    if trained_on and dataset.split != UNSPLIT:
+        dataset = replace(dataset, split="train")  # held out here, but not in training
+    with processes.main_first():
+        model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
+    warn_of_random_weights(built)
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
+        split = make_split(options.data, dataset, tokenizer, built.preprocess, device)
     log_samples(split.dataset)
 
     # make the output folder
@@ -84,6 +90,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     # write the results
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
+        results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
-    log.info(results_table({options.evaluation.eval_split: block}))
+    log.info(results_table({dataset.split: block}))
     log.info(f"wrote {folder / 'results.json'}")

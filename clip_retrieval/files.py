@@ -126,20 +126,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# Files and folders, in lower case, of macOS, Windows, Synology and QNAP drives, Linux and Python.
+CLUTTER = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin"}
+CLUTTER |= {"system volume information", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
+CLUTTER |= {"lost+found", "__pycache__"}
+
 CHUNK = 2**20  # bytes read at a time
 
 # A gzip file that unpacks to more than BOMB_FROM bytes and BOMB_RATIO times its size is a bomb. Captions reach 5 times.
 BOMB_FROM, BOMB_RATIO = 2**28, 200
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """Read a UTF-8 file, with or without a byte order mark. A name ending in .gz means gzip.
+
+    `errors` is that of `bytes.decode`, for bytes that are not UTF-8.
 
     Raises UserError, naming the file and, if known, the line, if the file is missing, invalid or too large.
     """
     try:
         data = _read_bytes(path)
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig", errors)
         if "\0" in text:
             line = data.count(b"\n", 0, data.index(0)) + 1
             raise UserError(f"{path}, line {line}: contains a NUL, like UTF-16 and binary files; save it as UTF-8")
@@ -221,6 +228,11 @@ def parse_json(text: str | bytes) -> Any:
 def to_json(content: Any, indent: int | None = None) -> bytes:
     """Encode JSON as UTF-8, without escapes except for half surrogate pairs, which `parse_json` reads back."""
     return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder was made by the system, a network drive or an editor: `.DS_Store`, `@eaDir`, ..."""
+    return name.startswith(".") or name.lower() in CLUTTER
 
 
 def path_exists(path: str) -> bool:

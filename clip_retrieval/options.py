@@ -162,12 +162,21 @@ class DataOptions:
     val_data: str | tuple[str | None, ...] | None = option(
         None, "val split, like --train_data", auto=True, repeatable=True
     )
+    val_fraction: float = option(
+        0.0,
+        "share of the images to hold out as val split from data without one; a hash of the image's name decides, so "
+        "further rows move no image",
+        minimum=0,
+        below=1,
+    )
+    test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
     no_restval: bool = option(False, "coco: train on the train images only (82,783), without restval (30,504)")
     image_column: str = option("image", "csv: column of the image path; huggingface: column of the image")
     caption_column: str = option("caption", "csv and huggingface: column of the caption")
     split_column: str = option(
         "split",
-        "csv: column of the split (train, val, test); if it is missing, all rows are used for training, or by --eval",
+        "csv: column of the split (train, val, test); if it is missing, all rows are used for training, or by --eval, "
+        "but for --val_fraction and --test_fraction",
     )
     caption_key: str | None = option(
         None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
@@ -193,6 +202,11 @@ class DataOptions:
         "image decoder: pillow as in the reference, or fast, 2.5 times faster, with pixels that differ by one or two "
         "grey levels",
         choices=("pillow", "fast"),
+    )
+    skip_broken: bool = option(
+        False,
+        "skip missing and unreadable images, and count them in the log, instead of stopping (shards and Hugging Face "
+        "data sets: always skipped in training); scripts/check_data.py lists them",
     )
     max_image_pixels: int = option(
         MAX_IMAGE_PIXELS,
@@ -220,6 +234,11 @@ class DataOptions:
     def name(self) -> str:
         """Name of the data set for messages and file names; `coco+sbucaptions` for a mixture."""
         return "+".join(self.dataset)
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of the images that is held out for each split."""
+        return {"val": self.val_fraction, "test": self.test_fraction}
 
     @property
     def place(self) -> str:
@@ -436,7 +455,7 @@ PLACES = ("dataset_root", "annotations", "image_dir", *COLUMNS, *PREFIXES, "capt
 """Options about the files of one data set, which do not apply to another."""
 
 BELONGING = {
-    "dataset": (*PLACES, "dataset_weights"),
+    "dataset": (*PLACES, "dataset_weights", "val_fraction", "test_fraction"),
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
 }
 """Options that belong to the value of another option."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.data.dataset import SPLITS
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError
+from clip_retrieval.files import is_clutter
 from clip_retrieval.log import log
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"}
@@ -57,7 +59,7 @@ def read_image_folder(
 def list_class_folders(folder: Path) -> list[str]:
     """The sorted names of the subfolders. Raises UserError if there are none."""
     try:
-        subfolders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)]
+        subfolders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_clutter(entry.name)]
     except FileNotFoundError:
         raise UserError(f"{folder}: no such folder; give a folder with one folder of images per class") from None
     except NotADirectoryError:
@@ -65,6 +67,26 @@ def list_class_folders(folder: Path) -> list[str]:
     if not subfolders:
         raise UserError(f"{folder}: holds no folders; give a folder with one folder of images per class")
     return sort_naturally(subfolders)
+
+
+def choose_split_folder(folder: Path) -> Path:
+    """Return the split to score of a folder that holds splits of class folders: test, else val, else train.
+
+    A folder with other subfolders, or whose train/ and val/ hold images only, holds the classes itself.
+    """
+    if not folder.is_dir():
+        return folder
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_clutter(entry.name)]
+    if not all(name.lower() in SPLITS for name in names):
+        return folder
+    for split in ("test", "val", "train"):
+        for name in sorted(names):
+            found = folder / name
+            holds_classes = any(entry.is_dir() and not is_clutter(entry.name) for entry in os.scandir(found))
+            if SPLITS[name.lower()] == split and holds_classes:
+                log.info(f"{folder}: holds the splits {', '.join(sorted(names))}; {name} is scored")
+                return found
+    return folder
 
 
 def sort_naturally(names: Iterable[str]) -> list[str]:
@@ -80,11 +102,11 @@ def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], li
     seen: set[str] = set()
     for place, subfolders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        subfolders[:] = sorted(name for name in subfolders if recursive and real not in seen and not _is_hidden(name))
+        subfolders[:] = sorted(name for name in subfolders if recursive and real not in seen and not is_clutter(name))
         if real in seen:  # links can form a cycle
             continue
         seen.add(real)
-        for name in sorted(name for name in files if not _is_hidden(name)):
+        for name in sorted(name for name in files if not is_clutter(name)):
             path = Path(place, name)
             (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
     return images, others
@@ -96,7 +118,3 @@ def log_skipped(folder: Path, others: Sequence[Path]) -> None:
         shown = ", ".join(str(path) for path in others[:MAX_SHOWN])
         more = f" and {len(others) - MAX_SHOWN:,} more" if len(others) > MAX_SHOWN else ""
         log.info(f"{folder}: skipped files without an image suffix: {shown}{more}")
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"

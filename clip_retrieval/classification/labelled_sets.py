@@ -14,7 +14,7 @@ from clip_retrieval.classification.class_names import (
     imagenet_names,
     read_class_names,
 )
-from clip_retrieval.classification.folder import read_image_folder
+from clip_retrieval.classification.folder import choose_split_folder, read_image_folder
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.templates import DEFAULT_SETS, Templates, choose_templates
 from clip_retrieval.errors import UserError
@@ -105,6 +105,7 @@ def _read_folder(request: ZeroShotData) -> LabelledImages:
     is_imagenet = request.data == IMAGENET
     subfolder = request.data_root / IMAGENET
     folder = Path(request.data) if not is_imagenet else subfolder if subfolder.is_dir() else request.data_root
+    folder = choose_split_folder(folder)
     if request.class_names:
         name_folders = partial(read_class_names, request.class_names)
     elif is_imagenet:

@@ -7,8 +7,10 @@ import importlib
 from glob import escape, glob
 from typing import Any
 
-from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.data.mixture import read_mixture
+from clip_retrieval.data.selection import hold_out, without_empty_captions, without_images
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions, DatasetOptions, as_tuple
@@ -71,12 +73,54 @@ def check_name(name: str) -> None:
 
 
 def _read_one(options: DatasetOptions, split: str) -> RetrievalDataset | None:
+    """Read a split of a single data set; hold it out of the train split if the options say so."""
+    if not any(options.fractions.values()):
+        return _read_usable(options, split)
+    whole = _read_whole(options)
+    if whole is None or (split != "train" and whole.split != UNSPLIT):
+        own = _read_usable(options, split)
+        if own is not None and options.fractions[split]:
+            raise UserError(
+                f"--{split}_fraction: {options.name} in {options.place} has a {split} split already; drop the option"
+            )
+        if whole is None or own is not None:
+            return own
+    if split != "train" and not options.fractions[split]:
+        return None
+    return hold_out(whole, split, options.fractions)
+
+
+_whole: tuple[str, RetrievalDataset | None] = ("", None)
+
+
+def _read_whole(options: DatasetOptions) -> RetrievalDataset | None:
+    """Read the split of which others are held out, once for all of them."""
+    global _whole
+    if _whole[0] != repr(options):
+        _whole = (repr(options), _read_usable(options, "train"))
+    return _whole[1]
+
+
+def _read_usable(options: DatasetOptions, split: str) -> RetrievalDataset | None:
+    """Read a split without empty captions and, with --skip_broken, without missing images."""
+    dataset = open_dataset(options, split)
+    if dataset is None:
+        return None
+    if isinstance(dataset.images, ImageFiles) and (missing := dataset.images.missing):
+        dataset = without_images(dataset, missing, f"missing: the first is {dataset.images.name(missing[0])}")
+    dataset = without_empty_captions(dataset)
+    count_broken(dataset)
+    return dataset
+
+
+def open_dataset(options: DatasetOptions, split: str) -> RetrievalDataset | None:
+    """Read a split of a single data set as its reader does, with empty captions.
+
+    Raises UserError if the data set is unknown, or its files are missing or invalid.
+    """
     check_name(options.name)
     reader = importlib.import_module(f"clip_retrieval.data.readers.{READERS[options.name]}")
-    dataset = reader.read(options, split)
-    if dataset is not None:
-        count_broken(dataset)
-    return dataset
+    return reader.read(options, split)
 
 
 def count_broken(dataset: RetrievalDataset) -> None:
@@ -105,12 +149,15 @@ def is_streamed(options: DataOptions) -> bool:
 
 
 def skips_unreadable(options: DataOptions) -> bool:
-    """Whether training skips unreadable images instead of stopping. Encoding and caching always stop."""
-    return any(name in PACKED for name in options.dataset)
+    """Whether training skips unreadable images instead of stopping."""
+    return options.skip_broken or any(name in PACKED for name in options.dataset)
 
 
 def infer_dataset(given: dict[str, Any]) -> str | None:
     """Return the only data set that has the options given, so that --dataset need not be typed; None if none is."""
+    tables = as_tuple(given.get("annotations"))
+    if len(tables) == 1 and tables[0] and tables[0].lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return "csv"
     files = [file for name in ("train_data", "val_data") for file in as_tuple(given.get(name)) if file]
     if not files:
         return None

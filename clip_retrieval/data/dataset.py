@@ -47,6 +47,15 @@ class EncodedImages(Images, Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedImages(Images, Protocol):
+    """Images with names that do not depend on the place of the data set."""
+
+    def key(self, index: int) -> str:
+        """The name of an image within its data set."""
+        ...
+
+
 @dataclass(frozen=True)
 class RetrievalDataset:
     """Images, captions, and the pairs of them that match.

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset, is_streamed
+from clip_retrieval.data.readers.karpathy import FLICKR
+from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.models.names import OPENAI_NAMES, resolve
-from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, Options, as_tuple
+from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, DatasetOptions, Options, as_tuple
 from clip_retrieval.run.folder import refuse_another_run, run_folder
 
 
@@ -28,10 +30,28 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
         resolve(name)
     for part in options.data.parts():
         check_name(part.name)
-        if part.name != "shapes" and not (part.annotations or part.train_data or part.val_data):
-            check_root(Path(part.dataset_root))
+        check_paths(part)
+    root = options.evaluation.zero_shot_root
+    if root and not Path(root).exists():
+        raise UserError(f"--zero_shot_root {root}: no such folder; give the folder of the zero-shot data set")
     if not options.run.eval:
         refuse_another_run(run_folder(options), options, can_resume=False)
+
+
+def check_paths(data: DatasetOptions) -> None:
+    """Raise UserError if a file or folder that the options of a data set name is missing."""
+    if data.annotations and not Path(data.annotations).exists():
+        raise UserError(f"--annotations {data.annotations}: no such file; give the captions file")
+    if data.image_dir and not Path(data.image_dir).is_dir():
+        raise UserError(f"--image_dir {data.image_dir}: no such folder; give the folder of the images")
+    if data.name == "shapes" or data.annotations:
+        return
+    if not (data.train_data or data.val_data):
+        check_root(Path(data.dataset_root))
+    elif data.name in SHARDED:
+        for name in PREFIXES:
+            if patterns := getattr(data, name):
+                expand_patterns(patterns, f"--{name}")
 
 
 def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
@@ -44,8 +64,9 @@ def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
         # infer the data set if only its files are given
         implied = infer_dataset(layer)
         known = ["webdataset" if name in SHARDED else name for name in as_tuple(merged.get("dataset"))]
-        # "chinese" is only a guess: its files resemble missing shards.
-        if implied and implied not in known and not (implied == "chinese" and "webdataset" in known):
+        # "chinese" is only a guess: its files resemble missing shards. Flickr's own captions files may be CSV.
+        fits = {"chinese": ("webdataset",), "csv": FLICKR}.get(implied or "", ())
+        if implied and implied not in known and not any(name in fits for name in known):
             layer = {"dataset": implied} | layer
         # drop options of another data set from the layers below
         for name, belonging in BELONGING.items():
@@ -72,6 +93,11 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
     if data.image_cache and is_streamed(data) and not options.run.eval:
         raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
+    held_out = " and ".join(f"--{split}_fraction" for split, fraction in data.fractions.items() if fraction)
+    if held_out and is_streamed(data):
+        raise UserError(f"{held_out}: not for --dataset {data.name}, whose images are streamed; give --val_data")
+    if sum(data.fractions.values()) >= 1:
+        raise UserError(f"{held_out} leave no images to train on; lower them")
     if train.grad_cache and train.accum_freq > 1:
         raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
     if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":

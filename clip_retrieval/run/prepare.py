@@ -18,7 +18,7 @@ from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.catalog import is_streamed, skips_unreadable
-from clip_retrieval.data.dataset import UNSPLIT
+from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.shards.train_split import open_stream
 from clip_retrieval.device import choose_device, choose_precision, device_name
@@ -35,7 +35,7 @@ from clip_retrieval.options import DataOptions, EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
-from clip_retrieval.run.splits import load_split, log_samples
+from clip_retrieval.run.splits import log_samples, make_split, read_split
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
@@ -112,13 +112,19 @@ def prepare(
     precision = choose_precision(options.train.precision, device)
     if options.train.compile and not can_compile(device):
         options = replace(options, train=replace(options.train, compile=False))
+    datasets = read_datasets(options, device, processes)  # first: the model may be a download
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
         train, val, test = load_data(
-            options.data, tokenizer, built.preprocess, seed=options.train.seed, device=device, processes=processes
+            options,
+            datasets,
+            tokenizer,
+            built.preprocess,
+            device=device,
+            processes=processes,
         )
     with processes.main_first():  # it may extract an archive
         zero_shot = load_zero_shot(
@@ -195,21 +201,57 @@ def prepare(
     return run
 
 
+def read_datasets(options: Options, device: torch.device, processes: Processes) -> dict[str, RetrievalDataset]:
+    """Read the train, val and test splits, as far as they exist; of a streamed data set, none.
+
+    A data set without splits is used for training only.
+    """
+    data = options.data
+    datasets: dict[str, RetrievalDataset] = {}
+    if not is_streamed(data):
+        encodes_once = bool(data.image_cache) or (
+            (options.train.freeze_vision or options.train.trainable != "all") and not options.train.no_feature_cache
+        )
+        decode_all = encodes_once and len(data.parts()) == 1
+        train = read_split(data, "train", device, processes, decode_all=decode_all)
+        if train is None:
+            raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
+        datasets["train"] = train
+        if train.split == UNSPLIT:
+            return datasets
+        datasets |= read_held_out(data, device, processes)
+    return datasets
+
+
+def read_held_out(data: DataOptions, device: torch.device, processes: Processes) -> dict[str, RetrievalDataset]:
+    """Read the val and the test split, as far as they exist."""
+    found = {
+        "val": read_split(data, "val", device, processes),
+        "test": read_split(data, "test", device, processes, require_pairs=False),
+    }
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+
 def load_data(
-    data: DataOptions,
+    options: Options,
+    datasets: dict[str, RetrievalDataset],
     tokenizer: Any,
     preprocess: dict[str, Any],
     *,
-    seed: int,
     device: torch.device,
     processes: Processes,
 ) -> tuple[TrainSplit, Split | None, Split | None]:
-    """Load the train, val and test splits. A data set without splits is used for training only."""
+    """Prepare the train, val and test splits for the model. The shards of a streamed train split are opened here."""
     # train
-    train: TrainSplit | None = None
+    data, seed = options.data, options.train.seed
+    train: TrainSplit | None
     if is_streamed(data):
         train = open_stream(data, seed, tokenizer, preprocess, device, processes)
-    elif split := load_split(data, "train", tokenizer, preprocess, device, data.augment):
+        if train is None:
+            raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
+        datasets = read_held_out(data, device, processes) if train.split != UNSPLIT else {}
+    else:
+        split = make_split(data, datasets["train"], tokenizer, preprocess, device, data.augment)
         log_samples(split.dataset)
         train = IndexedTrainSplit(
             split,
@@ -219,19 +261,28 @@ def load_data(
             num_workers=data.num_workers,
             skip_unreadable=skips_unreadable(data),
         )
-    if train is None:
-        raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
 
     # val and test
-    val = test = None
-    if train.split != UNSPLIT:
-        val = load_split(data, "val", tokenizer, preprocess, device)
-        test = load_split(data, "test", tokenizer, preprocess, device, require_pairs=False)
-    if val is None:
-        log.warning("there is no val split: there will be no best checkpoint, and the last one is reported")
-    if test is None:
-        log.warning("there is no test split: the final results are on val, if there is one")
+    val, test = (
+        make_split(data, datasets[name], tokenizer, preprocess, device) if name in datasets else None
+        for name in ("val", "test")
+    )
+    warn_of_missing_splits(data, has_val=val is not None, has_test=test is not None)
     return train, val, test
+
+
+def warn_of_missing_splits(data: DataOptions, *, has_val: bool, has_test: bool) -> None:
+    """Warn of everything that is not measured because a split is missing."""
+    remedy = "--val_data names one" if is_streamed(data) else "--val_fraction 0.1 holds out a tenth of the images"
+    if not has_val and not has_test:
+        log.warning(
+            "there is no val split and no test split: NOTHING IS MEASURED, neither during training nor at its end, and "
+            f"there will be no best checkpoint; {remedy}"
+        )
+    elif not has_val:
+        log.warning(f"there is no val split: there will be no best checkpoint, and the last one is reported; {remedy}")
+    elif not has_test:
+        log.warning("there is no test split: the final results are on val")
 
 
 def load_zero_shot(

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,39 @@ def test_all_image_modes_are_read_as_rgb(tmp_path):
 
 
 def test_other_files_are_skipped_and_logged(colours, capsys):
-    for name in ("Thumbs.db", "notes.txt", ".DS_Store"):
+    for name in ("data.bin", "notes.txt", "Thumbs.db", ".DS_Store", "._0.png", "desktop.ini"):
         (colours / "red" / name).write_text("x")
-    (colours / ".git").mkdir()
+    for name in (".git", "@eaDir", "#recycle", "__MACOSX", ".ipynb_checkpoints", "$RECYCLE.BIN", "lost+found"):
+        paint(colours / name / "0.png", "red")
+        paint(colours / "red" / name / "0.png", "red")
     (colours / "README.md").write_text("x")
     start_log()
     labelled = read(colours)
     assert len(labelled.images) == 8 and len(labelled.class_names) == 3
-    names = ", ".join(str(colours / "red" / name) for name in ("Thumbs.db", "notes.txt"))
+    names = ", ".join(str(colours / "red" / name) for name in ("data.bin", "notes.txt"))
     assert f"skipped files without an image suffix: {names}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "scored"), [(("train", "val"), "val"), (("train", "Test", "valid"), "Test"), (("train",), "train")]
+)
+def test_a_root_of_splits_is_recognised(tmp_path, colours, names, scored):
+    root = tmp_path / "root"
+    for name in names:
+        shutil.copytree(colours, root / name)
+    (root / "@eaDir").mkdir()
+    labelled = read(root)
+    assert labelled.class_names == ["blue", "green", "red"] and labelled.place == root / scored
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path, colours):
+    root = tmp_path / "root"
+    paint(root / "train" / "0.png", "red")
+    paint(root / "test" / "0.png", "red")
+    assert read(root).class_names == ["test", "train"]
+    shutil.copytree(colours, root / "train" / "deep")
+    paint(root / "bus" / "0.png", "red")
+    assert read(root).class_names == ["bus", "test", "train"]
 
 
 def test_list_images_without_subfolders(colours):

@@ -192,6 +192,10 @@ class ArrowImages:
     def name(self, index: int) -> str:
         return f"{self.folder}, row {self.rows[index]}"
 
+    def key(self, index: int) -> str:
+        """Return the number of an image's row."""
+        return str(self.rows[index])
+
     def stamp(self, index: int) -> tuple[int, int]:
         """Size of the row's content in bytes, and time of the files' last change in ns."""
         return int(self.sizes[index]), self._changed

@@ -58,6 +58,10 @@ class Base64Images:
         """Return file, place in it and id of an image, for messages."""
         raise NotImplementedError
 
+    def key(self, index: int) -> str:
+        """Return the id of an image."""
+        return self.keys[index]
+
     def stamp(self, index: int) -> tuple[int, int]:
         """Return the size of the base64 in bytes and the time of the file's last change in ns."""
         raise NotImplementedError

@@ -10,16 +10,19 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import mmap
 import os
 import re
 import warnings
 from collections.abc import Callable
 from typing import IO, Any, BinaryIO
 
+import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, _imaging
 
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import open_regular
+from clip_retrieval.log import log
 from clip_retrieval.options import MAX_IMAGE_PIXELS
 
 LARGEST_FILE = 2**31  # bytes of an encoded image
@@ -73,9 +76,33 @@ def image_pixels_limit() -> int:
 limit_image_pixels(MAX_IMAGE_PIXELS)
 
 
+_scaling_is_logged = mmap.mmap(-1, 1)  # shared with the loader processes that this one forks
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB as Pillow does, without the copy that Pillow makes of an RGB image."""
+    """Convert an image to RGB as Pillow does, without the copy that Pillow makes of an RGB image.
+
+    Grey levels of more than 8 bits, which Pillow would clip to white, are scaled to 8 bits.
+    """
+    if image.mode.startswith("I"):
+        image = _scale_levels(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_levels(image: Image.Image) -> Image.Image:
+    """Scale the grey levels of an image to 8 bits from the fewest bits that hold the highest: 12, 16, ..."""
+    levels = np.asarray(image)
+    bits = int(levels.max()).bit_length()
+    if bits <= 8:
+        return image
+    if not _scaling_is_logged[0]:
+        _scaling_is_logged[0] = 1
+        log.warning("there are grey images of more than 8 bits: their levels are scaled to 8 bits, 0 to 255")
+    levels = np.maximum(levels, 0)
+    if bits > 16:
+        levels, bits = levels >> (bits - 16), 16
+    scaled = np.round(np.arange(1 << bits) * (255 / ((1 << bits) - 1))).astype(np.uint8)
+    return Image.fromarray(scaled[levels])
 
 
 def decode_rgb(source: str | BinaryIO, name: str, to_rgb: Callable[[Image.Image], Image.Image] = as_rgb) -> Image.Image:

@@ -52,6 +52,10 @@ class ShardImages:
     def name(self, index: int) -> str:
         return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"
 
+    def key(self, index: int) -> str:
+        """Return the name of an image in its shard."""
+        return self.members[index]
+
     def stamp(self, index: int) -> tuple[int, int]:
         """Size of the image in bytes, and time of the shard's last change in ns."""
         shard, _, size = self.places[index].tolist()

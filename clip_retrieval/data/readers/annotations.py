@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_retrieval.arrays import read_npy
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import check_root
+from clip_retrieval.files import check_root, is_clutter
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "annotations"
 # The split id lists that come with the project: in the package if that is installed, else in the checkout.
@@ -32,10 +32,12 @@ def find_file(candidates: Iterable[Path]) -> Path | None:
 def find_only_file(root: Path, patterns: Sequence[str]) -> Path:
     """Return the one file in `root` that matches a pattern. Raises UserError if there is none, or several."""
     check_root(root)
-    # Archives made on macOS hold a ._file beside every file.
-    found = sorted(path for pattern in patterns for path in root.glob(pattern) if not path.name.startswith("."))
+    found = sorted(path for pattern in patterns for path in root.glob(pattern) if not is_clutter(path.name))
     if not found:
-        raise UserError(f"{root}: holds no {' or '.join(patterns)}; name the captions file with --annotations")
+        raise UserError(
+            f"{root}: holds no {' or '.join(patterns)}; give the folder of the data set as --dataset_root, or name the "
+            "captions file with --annotations"
+        )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"{root}: holds several captions files ({names}); name one with --annotations")

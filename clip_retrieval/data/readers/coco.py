@@ -123,7 +123,8 @@ def _read_list_captions(root: Path, folder: str) -> Captions:
     if not paths:
         expected = root / "annotations" / f"captions_{folder}.json"
         raise UserError(
-            f"{expected}: no such file, nor 2017's; unpack COCO's annotations there, or name one with --annotations"
+            f"{expected}: no such file, nor 2017's; give COCO's folder as --dataset_root, or name a captions file with "
+            "--annotations"
         )
     found = [read_captions(path) for path in paths]
     if len(found) == 1:
@@ -232,7 +233,9 @@ def _build_dataset(
     image_ids = np.concatenate([captions.image_ids[rows] for _, captions, rows in parts]).tolist()
     pairs = np.stack([[images[image_id] for image_id in image_ids], np.arange(len(texts))], axis=1)
     source = " and ".join(dict.fromkeys(captions.source for _, captions, _ in parts))
-    found = find_image_files(_iter_places(options, names, names_2014, names_2017), source)
+    found = find_image_files(
+        _iter_places(options, names, names_2014, names_2017), source, skip_missing=options.skip_broken
+    )
     return RetrievalDataset(options.name, split, found, texts, pairs)
 
 
@@ -263,5 +266,6 @@ def _build_unsplit(options: DatasetOptions, split: str, captions: Captions) -> R
     indices = {image_id: i for i, image_id in enumerate(captions.names)}
     pairs = np.array([(indices[image_id], i) for i, image_id in enumerate(captions.image_ids.tolist())])
     names = list(captions.names.values())
-    images = find_image_files([(folder, names) for folder in _list_folders(options)], captions.source)
+    places = [(folder, names) for folder in _list_folders(options)]
+    images = find_image_files(places, captions.source, skip_missing=options.skip_broken)
     return RetrievalDataset(options.name, UNSPLIT, images, captions.texts, pairs)

@@ -2,31 +2,40 @@
 
 Without a split column all rows are the train split and all rows are the test split for `--eval`; there is no val
 split. An image path in several rows is one image. A duplicate caption of the same image counts once; the same caption
-of different images is several captions, each a query of its own, as in COCO.
+of different images is several captions, each a query of its own, as in COCO. A caption cell may hold a list of texts,
+in JSON or as Python or numpy print it.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import functools
 import io
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from clip_retrieval.data.captions import clean_caption
+from clip_retrieval.data.captions import SURROGATES, clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
-from clip_retrieval.data.images.image_files import find_image_files
+from clip_retrieval.data.images.image_files import common_spelling, find_image_files
 from clip_retrieval.data.readers.annotations import find_only_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_text
 from clip_retrieval.options import DatasetOptions
 
 DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r"""\s*"?sep=(\t|[^\w\s"'])"?[ \t]*(?:\r\n?|\n)""", re.IGNORECASE)  # written for Excel
+# The texts of a list in a cell, and missing values. Nothing else is evaluated.
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null|nan"""
+_TEXT = re.compile(_ITEM, re.DOTALL)
+_TEXT_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})[\s,]*)*\]", re.DOTALL)
 
 
 class Row(NamedTuple):
@@ -48,14 +57,18 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     if not rows or (split == "val" and not has_splits):
         return None
     images: dict[str, int] = {}
+    names: list[str] = []
     captions: dict[tuple[int, str], int] = {}
     for row in rows:
         # ./a.jpg and a.jpg are the same image.
-        image = images.setdefault(os.path.normpath(row.image), len(images))
-        captions.setdefault((image, row.caption), len(captions))
+        image = images.setdefault(common_spelling(row.image), len(images))
+        if image == len(names):
+            names.append(os.path.normpath(row.image))
+        for caption in _read_cell(row.caption):
+            captions.setdefault((image, caption), len(captions))
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
     folder = Path(options.image_dir) if options.image_dir else path.parent
-    found = find_image_files([(folder, list(images))], path)
+    found = find_image_files([(folder, names)], path, skip_missing=options.skip_broken)
     return RetrievalDataset(
         options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )
@@ -63,22 +76,40 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
 
 @functools.lru_cache(maxsize=1)
 def _read_rows(path: Path, image_column: str, caption_column: str, split_column: str) -> tuple[list[Row], bool]:
-    """Read all rows, with cleaned captions and our names of splits, and whether there is a split column."""
+    """Read all rows, with our names of splits, and whether there is a split column."""
     # A split column that the user names must exist.
     required = split_column != DatasetOptions.split_column
     rows = []
     for row in read_table(path, (image_column,), (caption_column,), split_column, required):
-        caption = clean_caption(row.caption)
-        if not row.image or not caption:
-            empty = image_column if not row.image else caption_column
-            raise UserError(f"{path}, line {row.line}: column {empty} is empty; fill it in or delete the line")
+        if not row.image:
+            raise UserError(f"{path}, line {row.line}: column {image_column} is empty; fill it in or delete the line")
         split = row.split
         if row.split is not None and (split := SPLITS.get(row.split.lower())) is None:
             raise UserError(f"{path}, line {row.line}: split {row.split!r} is not one of {', '.join(SPLITS)}")
-        rows.append(Row(row.image, caption, split, row.line))
+        rows.append(row._replace(split=split))
     if not rows:
         raise UserError(f"{path}: holds no captions")
     return rows, rows[0].split is not None
+
+
+def _read_cell(cell: str) -> list[str]:
+    """Read the caption in a cell, or the captions of a list: JSON, or as Python or numpy print it.
+
+    An empty cell, list or item is an empty caption.
+    """
+    if not (cell.startswith("[") and _TEXT_LIST.fullmatch(cell)):
+        return [clean_caption(cell)]
+    try:
+        texts = json.loads(cell, strict=False)
+    except ValueError:
+        # each text by itself: numpy prints no commas, and Python would join neighbours
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of unknown escapes
+                texts = [ast.literal_eval(text) for text in _TEXT.findall(cell) if text[-1] in "'\""]
+        except (SyntaxError, ValueError):
+            return [clean_caption(cell)]
+    return [clean_caption(text or "") for text in texts] or [""]
 
 
 def read_table(
@@ -101,14 +132,17 @@ def read_table(
         UserError: a column is missing, or, naming the line, a row has another number of columns than the header.
     """
     # choose the delimiter
-    text = read_text(path)
-    header_line = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
-    delimiter = _choose_delimiter(path, header_line, image_columns, caption_columns)
+    text = read_text(path, errors="surrogateescape")  # image names may have bytes that are not UTF-8
+    separator = _SEPARATOR_LINE.match(text)
+    header_line = re.split(r"[\r\n]", text[separator.end() if separator else 0 :].lstrip(), maxsplit=1)[0]
+    delimiter = separator[1] if separator else _choose_delimiter(path, header_line, image_columns, caption_columns)
 
     # strict: a stray quote is an error; otherwise it would swallow the lines up to the next quote.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows = ([cell.strip() for cell in cells] for cells in reader)
     rows = (cells for cells in rows if any(cells))
+    if separator:
+        next(rows, None)
     try:
         # find the columns in the header
         header = next(rows, [])
@@ -124,6 +158,11 @@ def read_table(
                 raise UserError(
                     f"{path}, line {reader.line_num}: not the {len(header)} columns of the header; put a caption that "
                     f"holds a {delimiter!r} in double quotes"
+                )
+            if broken := SURROGATES.search("".join(cells[:image] + cells[image + 1 :])):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: not UTF-8 text (byte 0x{ord(broken[0]) & 0xFF:02x}); save it as "
+                    "UTF-8"
                 )
             yield Row(cells[image], cells[caption], None if split is None else cells[split], reader.line_num)
     except csv.Error as error:

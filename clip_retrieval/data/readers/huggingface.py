@@ -160,5 +160,6 @@ def _open_images(
 ) -> Images:
     if contents.field == "path" or (contents.is_text and b"." in bytes(contents[int(rows[0])])):  # base64 has no dot
         image_folder = options.image_dir or folder
-        return find_image_files([(image_folder, [str(contents[int(row)], "utf-8", "replace") for row in rows])], folder)
+        names = [str(contents[int(row)], "utf-8", "replace") for row in rows]
+        return find_image_files([(image_folder, names)], folder, skip_missing=options.skip_broken)
     return ArrowImages(folder, column, contents, rows, sizes, is_base64=contents.is_text)

@@ -88,7 +88,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
-    images = find_image_files(_iter_places(options, path, chosen), path)
+    images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
     return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
 
@@ -107,7 +107,10 @@ def _find_file(options: DatasetOptions) -> Path:
     found = found or find_file(folder / file for folder in folders for file in usual)
     if not found:
         others = f" (nor {', '.join(usual)})" if usual else ""
-        raise UserError(f"{root / f'dataset_{name}.json'}: no such file{others}; name it with --annotations")
+        raise UserError(
+            f"{root / f'dataset_{name}.json'}: no such file{others}; give the folder of the data set as "
+            "--dataset_root, or name the file with --annotations"
+        )
     return found
 
 
@@ -212,6 +215,6 @@ def _iter_captions(path: Path) -> Iterator[tuple[str, str]]:
         if not line.strip():
             continue
         match = pattern.fullmatch(line.strip(" \r"))
-        if not match or not match[1].strip() or not match[2].strip():
+        if not match or not match[1].strip():
             raise UserError(f"{path}, line {number}: not an image and a caption: {line[:60]!r}")
         yield match[1].strip(), clean_caption(match[2])

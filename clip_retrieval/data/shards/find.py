@@ -10,6 +10,7 @@ Patterns are separated by blanks, or by SEPARATOR if they contain blanks.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import reprlib
 import tarfile
@@ -22,7 +23,7 @@ from braceexpand import alphabet, braceexpand
 
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import check_root, open_regular, read_json
+from clip_retrieval.files import check_root, is_clutter, open_regular, read_json
 from clip_retrieval.options import DatasetOptions
 
 SIZES = "sizes.json"
@@ -82,8 +83,10 @@ def absolute_patterns(text: str) -> str:
 
 
 def _is_tar_pattern(text: str) -> bool:
-    if ".tar" in text or SEPARATOR in text or glob.has_magic(text):
+    if ".tar" in text or SEPARATOR in text:
         return True
+    if glob.has_magic(text):  # unless it is a folder, or the prefix of files, with brackets in its name
+        return not Path(text).exists() and not glob.glob(f"{glob.escape(text)}_*")  # noqa: PTH207
     return not Path(text).exists() and all(_list_tars(Path(folder)) for folder in text.split())
 
 
@@ -159,7 +162,11 @@ def _count_expansions(pattern: str) -> int:
 
 
 def _glob(pattern: str) -> list[Path]:
-    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  Path.glob takes no absolute pattern
+    """Find the matches of a pattern. Folders that exist under the very name in it (`shards [1]`) are no patterns."""
+    parts = Path(pattern).parts
+    existing = next((i for i in range(len(parts), 0, -1) if os.path.isdir(Path(*parts[:i]))), 0)  # noqa: PTH112
+    escaped = Path(*map(glob.escape, parts[:existing]), *parts[existing:])
+    return sorted(map(Path, glob.glob(str(escaped)))) if parts else []  # noqa: PTH207  takes absolute patterns
 
 
 def _find_in_root(options: DatasetOptions, split: str) -> SplitShards | None:
@@ -223,8 +230,7 @@ def _find_split_tars(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
 
 
 def _list_tars(folder: Path) -> list[Path]:
-    # Archives made on macOS have a ._file for every file.
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    return sorted(path for path in folder.glob("*.tar") if not is_clutter(path.name))
 
 
 def check_whole(path: Path) -> None:

@@ -277,3 +277,20 @@ def test_long_range_of_shards_is_expanded(tmp_path, tars):
     tars(*(f"s/{number:06}.tar" for number in range(3)))
     with pytest.raises(UserError, match=r"shard .*/s/000003\.tar is missing"):
         expand_patterns(f"{tmp_path}/s/{{000000..231349}}.tar", "--train_data")
+
+
+@pytest.mark.parametrize("folder", ["shards [1]", "a*b", "what?"])
+def test_folders_with_characters_of_patterns(tmp_path, tars, monkeypatch, folder):
+    tars(f"{folder}/0.tar", f"{folder}/1.tar", f"{folder}/.x.tar", f"{folder}/@eaDir/2.tar")
+    expected = [tmp_path / folder / "0.tar", tmp_path / folder / "1.tar"]
+    for pattern in ("*.tar", "{0..1}.tar", "[01].tar"):
+        assert expand_patterns(f"{tmp_path}/{folder}/{pattern}", "--train_data") == expected
+    monkeypatch.chdir(tmp_path / folder)
+    assert expand_patterns(absolute_patterns("*.tar"), "--train_data") == expected
+
+
+def test_a_prefix_with_brackets_stays_one_path(tmp_path):
+    (tmp_path / "my data [1]").mkdir()
+    (tmp_path / "my data [1]" / "train_imgs.tsv").write_text("x")
+    for place in ("my data [1]", "my data [1]/train", "my data [1]/train_imgs.tsv"):
+        assert absolute_patterns(f"{tmp_path}/{place}") == f"{tmp_path}/{place}"
