@@ -29,7 +29,7 @@ class ImageTextModel:
         name: name of the model.
         model: the towers, in evaluation mode; `model.clip` is open_clip's module.
         tokenizer: maps a list of texts to ids, int64 (texts, context_length).
-        preprocess: maps an RGB image of Pillow to open_clip's input, float32 (3, height, width), normalised.
+        preprocess: maps an image of Pillow to open_clip's input, float32 (3, height, width), normalised.
         device: the device of the model.
         config: open_clip's model config.
     """
@@ -117,8 +117,10 @@ def load_model(path_or_name: str | Path, device: torch.device | str | None = Non
     Raises UserError if the model is unknown, or cannot be fetched, read or built.
     """
     import torch
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from torchvision.transforms.v2 import Compose, Normalize, ToDtype
 
+    from clip_retrieval.data.images.decode import as_rgb
+    from clip_retrieval.data.pixels.transforms import evaluation_transform
     from clip_retrieval.device import choose_device
     from clip_retrieval.models.weights import WEIGHT_FILES
     from clip_retrieval.run import model as run_model
@@ -133,7 +135,8 @@ def load_model(path_or_name: str | Path, device: torch.device | str | None = Non
     with torch.random.fork_rng(devices=[]):  # random initial weights are replaced
         model, built, tokenizer = run_model.load_model(settled, checkpoint)
     run_model.warn_of_random_weights(built)
-    transform = image_transform_v2(PreprocessCfg(**built.preprocess), is_train=False)
+    normalize = Normalize(built.preprocess["mean"], built.preprocess["std"])
+    transform = Compose([as_rgb, evaluation_transform(built.preprocess), ToDtype(torch.float32, scale=True), normalize])
     return ImageTextModel(built.name, model.to(chosen).eval(), tokenizer, transform, chosen, built.config)
 
 

@@ -1,5 +1,6 @@
 """The Python interface: its features are open_clip's, its metrics those of a matrix, and its import has no effects."""
 
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def best(tmp_path):
 
 def python(code):
     """The output of a new Python process."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}  # set by others
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -11,6 +11,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from clip_retrieval.api import ImageTextModel
+from clip_retrieval.data.pixels.transforms import RESIZE_SIZE
 from clip_retrieval.errors import UserError
 from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
@@ -37,9 +38,14 @@ def write(model: ImageTextModel, folder: Path) -> None:
 
     if find_family(model.config).module:
         raise UserError(f"{model.name}: open_clip has no such architecture; use --format onnx")
+    if model.model.preprocess.get(RESIZE_SIZE):
+        raise UserError(
+            f"{model.name}: open_clip cannot resize to one size and crop to another; use --format transformers"
+        )
     config = deepcopy(model.config)
     text = config["text_cfg"]
-    text.pop("vocab", None)
+    for name in ("vocab", "tokenizer_files"):
+        text.pop(name, None)
     if hf_config := text.pop("hf_config", None):
         text["hf_model_name"] = _name_text_tower(text["hf_model_name"], hf_config, folder / TEXT_TOWER)
     if not isinstance(model.tokenizer, SimpleTokenizer):

@@ -15,6 +15,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip_retrieval.api import ImageTextModel
+from clip_retrieval.data.pixels.transforms import RESIZE_SIZE
 from clip_retrieval.errors import UserError
 from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
@@ -44,7 +45,8 @@ def write(model: ImageTextModel, folder: Path) -> None:
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**_image_processor(model))
     tokenizer = tokenizer_files.to_transformers(model.tokenizer)
     if kind == "Siglip":
-        tokenizer.model_input_names = ["input_ids"]  # without a mask: SigLIP attends to padding
+        # without a mask: SigLIP attends to padding; save_pretrained writes the arguments of the initializer
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     processor = getattr(transformers, f"{kind}Processor")(image_processor, tokenizer)
     with quiet(), _without_progress_bars():
         built.save_pretrained(folder)
@@ -104,7 +106,7 @@ def _image_processor(model: ImageTextModel) -> Config:
             "use --format open_clip"
         )
     return {
-        "size": {"shortest_edge": height} if crops else size,
+        "size": {"shortest_edge": preprocess.get(RESIZE_SIZE, height)} if crops else size,
         "do_center_crop": crops,
         **({"crop_size": size} if crops else {}),
         "resample": {"bilinear": 2}.get(preprocess["interpolation"], 3),  # Pillow's numbers
