@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 from clip_retrieval.data.batches.loader import TrainBatch
@@ -22,7 +21,7 @@ from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.reporting.results import write_results
-from clip_retrieval.reporting.stopwatch import Stopwatch
+from clip_retrieval.reporting.stopwatch import Stopwatch, clock
 from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
@@ -276,5 +275,5 @@ def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> Non
     log.info(
         f"{time.strftime('%H:%M:%S')}  epoch {epoch}  step {step}/{run.schedule.total_steps}  loss {loss:.4f}  "
         f"lr {rate:.2e}  scale {scale:.2f}  {accuracy}{speed:.1f} pairs/s  data {waited:.0f}%  "
-        f"{timedelta(seconds=int(watch.seconds))} trained, {timedelta(seconds=int(left))} left"
+        f"{clock(watch.seconds)} trained, {clock(left)} left"
     )

@@ -213,6 +213,15 @@ def test_last_checkpoint_of_a_run_continues_in_its_folder(run, arguments, tmp_pa
     assert torch.load(tmp_path / "logs/second/last.pt", weights_only=True)["step"] == 6
 
 
+def test_second_stage_does_not_replace_the_first(run, arguments, tmp_path):
+    assert run(*arguments, "--max_steps", "2", "--experiments", "first", "--no_eval_first")[0] == 0
+    last = tmp_path / "logs/first/last.pt"
+    before = last.read_bytes()
+    code, _, err = run(*arguments, "--max_steps", "1", "--resume", last, "--reset_data_offset", "--reset_optimizer")
+    assert code == 0, err
+    assert last.read_bytes() == before and (tmp_path / "logs/ex0/last.pt").is_file()
+
+
 def test_more_epochs_resume_a_finished_run(run, arguments, tmp_path):
     run(*arguments)
     code, _, err = run(*arguments, "--resume", tmp_path / "logs/ex0/last.pt", "--epochs", "3")

@@ -44,6 +44,8 @@ def export(checkpoint: Path, output: Path, format: str, **options: Any) -> float
     Raises UserError if the output exists, or the format cannot hold the model; then nothing is written.
     """
     files: Any = importlib.import_module(f"clip_retrieval.export.{FORMATS[format]}")
+    if hasattr(files, "WEIGHTS_FILE") and output.suffix == ".md":
+        raise UserError(f"{output}: the model card has this name; choose one that ends in .pt")
     for path in (output, output.with_suffix(".md")) if hasattr(files, "WEIGHTS_FILE") else (output,):
         if os.path.lexists(path):
             raise UserError(f"{path} already exists; choose another name, or delete it")

@@ -91,7 +91,8 @@ def _finished_run(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         results = read_results(folder / "results.json")
     except (UserError, OSError):
         return []
-    return [results] if "split" in results and results["split"] != (checkpoint.val or {}).get("split") else []
+    is_own = results.get("step") == checkpoint.step and "split" in results
+    return [results] if is_own and results["split"] != (checkpoint.val or {}).get("split") else []
 
 
 def _options(options: dict[str, Any]) -> list[tuple[str, Any]]:

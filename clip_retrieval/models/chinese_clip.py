@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.model_config import Config, State, count_layers, same_tower
+from clip_retrieval.models.names import UNNAMED
 from clip_retrieval.options import ModelOptions
 
 CONTEXT_LENGTH = 52
@@ -25,8 +26,6 @@ TEXT_MODELS = {
     "RoBERTa-wwm-ext-large-chinese": {"hidden_size": 1024, "num_hidden_layers": 24},
     "RBT3-chinese": {"hidden_size": 768, "num_hidden_layers": 3},
 }
-UNNAMED = "Chinese-CLIP"
-"""The name of a model of any other size; its checkpoint holds the sizes."""
 VOCABULARY = 21128
 POSITIONS = 512
 HEAD_WIDTH = 64

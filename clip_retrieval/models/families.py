@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from clip_retrieval.models import chinese_clip, simple_clip_weights, transformers_weights
+from clip_retrieval.models import chinese_clip, names, simple_clip_weights, transformers_weights
 from clip_retrieval.models.model_config import Config, State
 from clip_retrieval.models.siglip_model import SiglipCLIP
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
@@ -72,8 +72,8 @@ class Family:
 def _crossmodal_to_open_clip(state: State) -> State:
     """Rename Clip_crossmodal_retrieval's CLIP with an adaptor."""
     clip, layers = "clip_model.", "additional_layers.fc."
-    names = sorted(state, key=lambda name: not name.startswith(clip))  # the trained scale is outside of it
-    return {name.removeprefix(clip).replace(layers, "adaptor."): state[name] for name in names}
+    ordered = sorted(state, key=lambda name: not name.startswith(clip))  # the trained scale is outside of it
+    return {name.removeprefix(clip).replace(layers, "adaptor."): state[name] for name in ordered}
 
 
 OPEN_CLIP = Family("open_clip")
@@ -91,7 +91,7 @@ FAMILIES = (
         "chinese-clip",
         is_checkpoint=lambda state, keys: any(name.startswith("bert.") for name in state),
         to_open_clip=chinese_clip.to_open_clip,
-        infer=lambda state, source: (chinese_clip.UNNAMED, chinese_clip.infer_config(state, source)),
+        infer=lambda state, source: (names.UNNAMED, chinese_clip.infer_config(state, source)),
         preprocess=chinese_clip.PREPROCESS,
         is_config=chinese_clip.is_chinese_clip,
         config_name=chinese_clip.model_name,

@@ -30,6 +30,8 @@ HUB = "hf-hub:"
 FOLDER = "local-dir:"
 OWN_WEIGHTS = "own"
 NO_WEIGHTS = "none"
+UNNAMED = "Chinese-CLIP"
+"""Name of a Chinese-CLIP model that only its weight file describes."""
 
 
 @dataclass(frozen=True)

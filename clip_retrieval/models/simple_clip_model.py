@@ -26,7 +26,15 @@ CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classif
 
 RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, FusedMBConv, MBConv)
 VISION_KEYS = {"torchvision_model_name", "image_size"}
-TEXT_KEYS = {"hf_config", "hf_model_name", "hf_tokenizer_name", "context_length", "vocab", "proj_type"}
+TEXT_KEYS = {
+    "hf_config",
+    "hf_model_name",
+    "hf_model_pretrained",
+    "hf_tokenizer_name",
+    "context_length",
+    "vocab",
+    "proj_type",
+}
 PROJECTIONS = ("mlp", "none")
 
 

@@ -63,3 +63,9 @@ class Stopwatch:
 
     def _start_lap(self) -> None:
         self._lap_started, self._waited, self._pairs, self._steps = time.perf_counter(), 0.0, 0, 0
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours:minutes:seconds, rounded down."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

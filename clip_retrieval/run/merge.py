@@ -10,9 +10,11 @@ from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
-from clip_retrieval.models.names import OPENAI_NAMES, resolve
+from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, DatasetOptions, Options, as_tuple
 from clip_retrieval.run.folder import refuse_another_run, run_folder
+
+COMMAND_LINE_ONLY = ("overwrite", "reset_optimizer", "reset_data_offset")  # a repeated command must not repeat these
 
 
 def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
@@ -22,15 +24,15 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
         typed: the options of the command line, by name.
         config: the options of --config.
     """
-    options = settle(config, typed)
+    options = settle({name: value for name, value in config.items() if name not in COMMAND_LINE_ONLY}, typed)
     if options.run.resume is not None:
         return  # the checkpoint has further options
     name = options.model.vision_model
-    if "@" not in name or name in OPENAI_NAMES:  # Chinese-CLIP's names have both towers
+    if ("@" not in name or name in OPENAI_NAMES) and name != UNNAMED:  # Chinese-CLIP's names have both towers
         resolve(name)
     for part in options.data.parts():
         check_name(part.name)
-        check_paths(part)
+        check_paths(part, evaluate=options.run.eval)
     root = options.evaluation.zero_shot_root
     if root and not Path(root).exists():
         raise UserError(f"--zero_shot_root {root}: no such folder; give the folder of the zero-shot data set")
@@ -38,8 +40,11 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
         refuse_another_run(run_folder(options), options, can_resume=False)
 
 
-def check_paths(data: DatasetOptions) -> None:
-    """Raise UserError if a file or folder that the options of a data set name is missing."""
+def check_paths(data: DatasetOptions, *, evaluate: bool) -> None:
+    """Raise UserError if a file or folder that the options of a data set name is missing.
+
+    evaluate: the train split is not read if there is another one.
+    """
     if data.annotations and not Path(data.annotations).exists():
         raise UserError(f"--annotations {data.annotations}: no such file; give the captions file")
     if data.image_dir and not Path(data.image_dir).is_dir():
@@ -50,7 +55,7 @@ def check_paths(data: DatasetOptions) -> None:
         check_root(Path(data.dataset_root))
     elif data.name in SHARDED:
         for name in PREFIXES:
-            if patterns := getattr(data, name):
+            if (patterns := getattr(data, name)) and not (evaluate and data.val_data and name == "train_data"):
                 expand_patterns(patterns, f"--{name}")
 
 
@@ -96,6 +101,8 @@ def check_combinations(options: Options) -> None:
     held_out = " and ".join(f"--{split}_fraction" for split, fraction in data.fractions.items() if fraction)
     if held_out and is_streamed(data):
         raise UserError(f"{held_out}: not for --dataset {data.name}, whose images are streamed; give --val_data")
+    if held_out and len(data.dataset) > 1:
+        raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
     if train.grad_cache and train.accum_freq > 1:

@@ -15,7 +15,8 @@ from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
-from clip_retrieval.models.chinese_clip import UNNAMED, split_model_name
+from clip_retrieval.models.chinese_clip import split_model_name
+from clip_retrieval.models.names import UNNAMED
 from clip_retrieval.models.source import check_names
 from clip_retrieval.options import (
     AUTO,
@@ -27,7 +28,7 @@ from clip_retrieval.options import (
     select_for_resume,
 )
 from clip_retrieval.run.folder import run_folder
-from clip_retrieval.run.merge import settle
+from clip_retrieval.run.merge import COMMAND_LINE_ONLY, settle
 
 PATHS: tuple[str, ...] = ("dataset_root", "annotations", "image_dir", "tokenizer")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates")
@@ -35,7 +36,6 @@ KNOWN_NAMES = {
     "zero_shot_eval": ZERO_SHOT_NAMES,
     "zero_shot_templates": tuple(TEMPLATE_SETS),
 }  # names take precedence over folders
-COMMAND_LINE_ONLY = ("overwrite", "reset_optimizer", "reset_data_offset")  # a repeated command must not repeat these
 
 
 def settle_options(typed: dict[str, Any], config: dict[str, Any] | None = None) -> tuple[Options, Checkpoint | None]:
@@ -92,9 +92,11 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
     options = settle(config, inherited, typed, {"resume": str(path)})
 
     # a run's last.pt continues in its folder
-    if isinstance(checkpoint, TrainingCheckpoint) and not options.run.eval and "experiments" not in {**config, **typed}:
+    given = {**config, **typed}
+    continues = isinstance(checkpoint, TrainingCheckpoint) and not (options.run.eval or options.run.reset_data_offset)
+    if continues and "experiments" not in given:
         place = _find_run(path)
-        if "checkpoint_path" in typed:
+        if "checkpoint_path" in given:
             place.pop("checkpoint_path", None)
         options = replace(options, run=replace(options.run, **place))
     return replace(options, given=frozenset(typed)), checkpoint

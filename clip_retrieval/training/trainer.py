@@ -172,7 +172,7 @@ class Trainer:
         return UPDATE_SHARE * min(seconds)
 
     def _compute_gradients(self, batch: TrainBatch, step: int) -> StepResult:
-        if self.towers.training != self.model.training:
+        if self.towers is not self.model:
             self.towers.train(self.model.training)
         if self._masters is not None:
             self._masters.cast()

@@ -29,7 +29,7 @@ def photos(captioned, tmp_path):
     for number, name in enumerate(("b.jpg", "a.PNG", "c.jpeg")):
         Image.open(captioned / f"{number}.jpg").save(folder / name)
     (folder / "broken.jpg").write_bytes(b"no image")
-    (folder / "Thumbs.db").write_text("x")
+    (folder / "notes.db").write_text("x")
     paint(folder / "below" / "d.png", "red")
     return folder
 
@@ -76,7 +76,7 @@ def test_printed_labels_equal_the_reference(script, model, photos):
     assert code == 0, err
     found = parse_output(out)
     assert list(found) == ["a.PNG", "b.jpg", "c.jpeg"]
-    assert f"skipped files without an image suffix: {photos / 'Thumbs.db'}" in out
+    assert f"skipped files without an image suffix: {photos / 'notes.db'}" in out
     assert "broken.jpg: not a readable image" in err and err.count("\n") == 1
 
     clip, labels = small_clip(seed=3), ANIMALS.split(",")
@@ -180,7 +180,7 @@ def test_batch_size_precision_and_imagenet_labels(script, model, photos):
         (["--img_path", "a.jpg", "--img_dir", "photos"], ["--img_path", "--img_dir"]),
         (["--img_path", "none.jpg"], ["--img_path none.jpg: no such file"]),
         (["--img_path", "photos"], ["--img_path photos: a folder; give it as --img_dir"]),
-        (["--img_dir", "photos", "--labels", "photos/Thumbs.db"], ["Thumbs.db: holds one label"]),
+        (["--img_dir", "photos", "--labels", "photos/notes.db"], ["notes.db: holds one label"]),
         (["--img_path", "photos/broken.jpg"], ["broken.jpg: not a readable image"]),
         (["--img_dir", "none"], ["none: no such folder"]),
         (["--img_dir", "empty"], ["empty: holds no readable images"]),

@@ -16,7 +16,7 @@ from tests.faults.hostile.case import model_config
 from tests.faults.program import Ended, Program, Settings
 from tests.faults.readers.reader import CAPTIONS, write_images
 
-CLOCK = ("pairs_per_second", "data_percent", "seconds")
+CLOCK = ("pairs_per_second", "data_percent", "seconds", "command_line")
 """Measured times in metrics.jsonl, results.json and checkpoints; they may differ."""
 PLACES = ("checkpoint_path", "experiments", "resume", "image_cache")
 """Paths of a run; they may differ too."""

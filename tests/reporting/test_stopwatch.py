@@ -47,3 +47,13 @@ def test_slow_steps_are_lost_to_loading_too(clock):
     clock[0] += 0.4  # faster than measured
     watch.count(4)
     assert watch.lap() == pytest.approx((10, 0))
+
+
+def test_clock_has_hours_minutes_and_seconds():
+    assert [stopwatch.clock(s) for s in (0.9, 59, 3599, 3600, 90061)] == [
+        "0:00:00",
+        "0:00:59",
+        "0:59:59",
+        "1:00:00",
+        "25:01:01",
+    ]

@@ -7,6 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from clip_retrieval.losses.infonce import infonce
+from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.trainable import set_trainable
+from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.training.trainer import Trainer
+from tests.models.small import small_clip, small_preprocess
 from tests.training.test_trainer import batch, make_trainer
 
 LEARNING_RATE = 1e-3
@@ -107,6 +112,19 @@ def test_resumed_run_is_bit_identical():
     for step in (3, 4):
         second.step(pairs[step - 1], step, LEARNING_RATE)
     assert_equal(weights_of(second), weights_of(whole))
+
+
+@pytest.mark.parametrize("freeze", [{}, {"freeze_vision": True}, {"freeze_text": True}], ids=str)
+def test_copy_trains_what_the_model_trains(freeze):
+    clip = small_clip(resnet=True).eval()  # as it is built
+    model = RetrievalModel(clip, small_preprocess())
+    set_trainable(model, **freeze)
+    trainer = Trainer(model, LossOptions(), TrainOptions(), precision="bf16", device=torch.device("cpu"))
+    model.train()
+    trainer.step(batch(size=32), 1, LEARNING_RATE)
+    modes = [[module.training for module in each.modules()] for each in (trainer.towers, model)]
+    assert modes[0] == modes[1] and any(modes[0])
+    assert all(modes[0]) == (not freeze)
 
 
 @pytest.mark.parametrize("resnet", [False, True])

@@ -174,7 +174,7 @@ def _find_respelled(folder: str, names: Sequence[str], paths: list[str], missing
                 place = place and _find_entry(place, part, listings)
             parents[parent] = place
         place = parents[parent]
-        path = place and _find_entry(place, file, listings)
+        path = _find_entry(place, file, listings) if place and file else None
         if path:
             paths[i] = path
         else:

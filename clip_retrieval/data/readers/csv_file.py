@@ -56,22 +56,31 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         rows = [row for row in rows if row.split == split]
     if not rows or (split == "val" and not has_splits):
         return None
+    folder = Path(options.image_dir) if options.image_dir else path.parent
     images: dict[str, int] = {}
     names: list[str] = []
     captions: dict[tuple[int, str], int] = {}
     for row in rows:
-        # ./a.jpg and a.jpg are the same image.
-        image = images.setdefault(common_spelling(row.image), len(images))
+        name = _shorten_name(row.image, folder)
+        image = images.setdefault(common_spelling(name), len(images))
         if image == len(names):
-            names.append(os.path.normpath(row.image))
+            names.append(name)
         for caption in _read_cell(row.caption):
             captions.setdefault((image, caption), len(captions))
     pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
-    folder = Path(options.image_dir) if options.image_dir else path.parent
     found = find_image_files([(folder, names)], path, skip_missing=options.skip_broken)
     return RetrievalDataset(
         options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
     )
+
+
+def _shorten_name(name: str, folder: Path) -> str:
+    """Return one name for an image in the folder of the images: a.jpg for ./a.jpg and /FOLDER/a.jpg."""
+    name = os.path.normpath(name)
+    if not Path(name).is_absolute():
+        return name
+    inside = os.path.relpath(name, folder)
+    return name if inside.startswith(os.pardir) else inside
 
 
 @functools.lru_cache(maxsize=1)

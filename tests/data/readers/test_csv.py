@@ -3,9 +3,12 @@
 import time
 
 import pytest
+from PIL import Image
 
+from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
+from clip_retrieval.options import DataOptions
 
 
 @pytest.fixture
@@ -277,3 +280,12 @@ def test_long_lines_take_linear_time(tmp_path, photos, read, text):
     with pytest.raises(UserError, match=r"x\.csv"):
         read("csv", tmp_path)
     assert time.process_time() - began < 10
+
+
+def test_absolute_and_relative_names_are_one_image(tmp_path):
+    (tmp_path / "im").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "im" / "a.png")
+    lines = ("image,caption", "im/a.png,one", f"{tmp_path}/im/a.png,two", "./im/../im/a.png,three")
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    dataset = read_dataset(DataOptions(dataset="csv", annotations=str(tmp_path / "all.csv")), "train")
+    assert len(dataset.images) == 1 and len(dataset.captions) == 3
