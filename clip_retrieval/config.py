@@ -1,4 +1,4 @@
-"""Options from a file: --config run.yaml."""
+"""Options from a file: --config run.yaml, or one of the files of --preset."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, NoReturn
 from clip_retrieval.command_line import OneOrMore, OptionParser, build_parser
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
+from clip_retrieval.options import AUTO, NO_PRESET, PRESETS
 
-# Keys of options.json that are skipped: no options, or the config file whose options it contains already.
-RECORDED_KEYS = ("versions", "device_used", "git_commit", "command_line", "config")
+# Keys of options.json that are skipped: no options, or the files whose options it contains already.
+RECORDED_KEYS = ("versions", "device_used", "git_commit", "command_line", "config", "preset")
+WEIGHTS = ("pretrained", "text_pretrained")
 NULLS = ("null", "~", "")
 MAX_BYTES = 2**18  # bytes; YAML takes seconds to parse that many
 TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")  # YAML 1.1 and 1.2
@@ -38,6 +40,20 @@ def read_config(path: str | Path | None) -> dict[str, Any]:
                 parser.error(f"{spelled[option]} and {key} are the same option; give one of them")
             arguments += words
     return vars(parser.parse_args(arguments))
+
+
+def read_preset(config: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """Read the options of the preset that is typed or that --config names; empty if there is none.
+
+    If the user gives weights, they replace all weights of the preset.
+    """
+    name = typed.get("preset", config.get("preset", NO_PRESET))
+    if name == NO_PRESET:
+        return {}
+    preset = read_config(PRESETS[name])
+    layers = (config, typed)
+    has_weights = any("pretrained" in layer or layer.get("resume", AUTO) != AUTO for layer in layers)
+    return {key: value for key, value in preset.items() if not (has_weights and key in WEIGHTS)}
 
 
 class _ConfigParser(OptionParser):

@@ -129,7 +129,13 @@ def train(run: Run) -> None:
                     watch.step_seconds = run.trainer.time_step(batch)
 
             # forward, backward, update
-            rate = learning_rate(progress.step, peak=options.lr, warmup_steps=warmup, total_steps=schedule.total_steps)
+            rate = learning_rate(
+                progress.step,
+                peak=options.lr,
+                warmup_steps=warmup,
+                total_steps=schedule.total_steps,
+                schedule=options.schedule,
+            )
             result = run.trainer.step(batch, progress.step + 1, rate)
             progress.step += 1
             progress.seconds = watch.seconds

@@ -10,12 +10,16 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.losses import LOSSES
 
 AUTO = "auto"
+NO_PRESET = "none"
+PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
+"""The files of --preset, by name."""
 MAX_IMAGE_PIXELS = 500_000_000  # enough for scans and maps; takes 2 GB of memory
 NUMBER_LIMIT = 2**63  # the absolute value of a number must be less
 
@@ -193,8 +197,9 @@ class DataOptions:
     )
     augment: str = option(
         "none",
-        "augmentation of training images: none, random crop, or random crop with AutoAugment",
-        choices=("none", "crop", "auto"),
+        "augmentation of training images: none, random crop, random crop with AutoAugment, or the same with half of "
+        "the images mirrored, as in Chinese-CLIP (captions may name left and right)",
+        choices=("none", "crop", "auto", "auto_flip"),
         flags={"--use_augment": "auto"},
     )
     decoder: str = option(
@@ -289,7 +294,7 @@ class LossOptions:
 
     loss: str = option(
         "infonce",
-        "contrastive loss",
+        "contrastive loss; siglip starts scale and bias at 10 and -10 unless the weights hold a bias (a CLIP's do not)",
         choices=tuple(LOSSES),
         also={"cross_entropy": "infonce", "cos_embedd": "margin"},
         flags={"--use_siglip": "siglip"},
@@ -323,6 +328,9 @@ class TrainOptions:
         minimum=0,
     )
     warmup: float = option(500, "steps of linear warmup, or a fraction of the run if below 1", minimum=0)
+    schedule: str = option(
+        "cosine", "learning rate after the warmup: cosine to 0, or constant", choices=("cosine", "constant")
+    )
     grad_clip: float | None = option(None, "maximum norm of the gradient (default: no clipping)", above=0)
     trainable: str = option(
         "all",
@@ -415,6 +423,13 @@ class RunOptions:
     )
     reset_optimizer: bool = option(False, "with --resume: reset the optimizer", from_checkpoint=False)
     reset_data_offset: bool = option(False, "with --resume: restart at the first epoch and step", from_checkpoint=False)
+    preset: str = option(
+        NO_PRESET,
+        "default options of one of the five systems that this tool unites; --config, a checkpoint and the command line "
+        "take precedence",
+        choices=(NO_PRESET, *PRESETS),
+        from_checkpoint=False,
+    )
     config: str | None = option(
         None,
         "YAML file of options, e.g. options.json of a run; a checkpoint and the command line take precedence",

@@ -3,14 +3,11 @@
 # DATAPATH/datasets/COCO-CN, DATAPATH/pretrained_weights, DATAPATH/experiments.
 #
 #     bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH [further options of main.py]
-#     GPUS=8 bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH      # 8 GPUs of this machine, 128 pairs per GPU
+#     GPUS=8 bash scripts/coco_cn_finetune_vit-b-16.sh DATAPATH      # 8 GPUs of this machine
+#
+# Each GPU adds 1,024 pairs to the global batch, as upstream, and computes 128 at a time. Several machines: see
+# chinese_clip_finetune.sh.
 set -euo pipefail
-data="${1:?give the folder DATAPATH}" gpus="${GPUS:-1}"
-start=("${PYTHON:-python}")
-if [ "$gpus" -gt 1 ]; then
-    start+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
-fi
-exec "${start[@]}" "$(dirname "$0")/../main.py" --dataset chinese --dataset_root "$data/datasets/COCO-CN" \
-    --resume "$data/pretrained_weights/clip_cn_vit-b-16.pt" --logs "$data/experiments" --name coco_cn_finetune_vit-b-16 \
-    --context_length 52 --batch_size $((128 * gpus)) --warmup 100 --lr 5e-5 --wd 0.001 --max_epochs 3 \
-    --valid_step_interval 150 --use_augment "${@:2}"
+exec bash "$(dirname "$0")/chinese_clip_finetune.sh" "${1:?give the folder DATAPATH}" COCO-CN coco_cn_finetune_vit-b-16 \
+    --batch_size $((1024 * ${GPUS:-1} * ${NODES:-1})) --grad_cache 128 --lr 3e-5 --warmup 6 --max_epochs 20 \
+    --valid_step_interval -1 "${@:2}"

@@ -41,6 +41,8 @@ SPELLINGS = {
     "eps": ["--eps"],
     "weight_decay": ["--weight_decay", "--wd", "-wd"],
     "warmup": ["--warmup"],
+    "schedule": ["--schedule"],
+    "preset": ["--preset"],
     "loss": ["--loss"],
     "margin": ["--margin"],
     "trainable": ["--trainable"],
@@ -61,6 +63,8 @@ VALUES = {
     "precision": "bf16",
     "eval_precision": "bf16",
     "eval_split": "val",
+    "schedule": "constant",
+    "preset": "clip_itm",
 }
 
 

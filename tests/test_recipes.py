@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from clip_retrieval.command_line import parse
+from clip_retrieval.config import read_preset
+from clip_retrieval.run.merge import settle
 from tests.conftest import ROOT, read_json
 
 
@@ -54,15 +57,10 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, text",
-    [
-        ("coco_from_scratch_rn50", "vision_model: RN50-text6\n"),
-        ("coco_from_scratch_simple_clip", "--vision_model resnet50 "),
-    ],
+    "name",
+    ["coco_from_scratch_rn50", "coco_from_scratch_simple_clip"],
 )
-def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name, text):
-    scripts = ROOT / "scripts"
-    assert text in (scripts / f"{name}.sh").read_text() + (scripts / "clip_training.yaml").read_text()
+def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name):
     short = ("--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none")
     cpu = ("--precision", "fp32", "--max_steps", "2", "--batch_size", "32", "--no_eval_first")
     result = recipe(f"{name}.sh", real_data / "coco_mini", *short, *cpu, "--image_size", 16)
@@ -111,7 +109,7 @@ def test_chinese_recipes(recipe, real_data, captioned, tmp_path, name, folder):
     result = recipe(script, tmp_path, *short)
     assert result.returncode == 0, result.stderr
     options = read_json(tmp_path / "experiments" / script.removesuffix(".sh") / "options.json")
-    assert (options["dataset"], options["augment"], options["eval_steps"]) == ("chinese", "auto", 150)
+    assert (options["dataset"], options["augment"], options["grad_cache"]) == ("chinese", "auto_flip", 128)
 
 
 def write_chinese(folder, captioned):
@@ -119,6 +117,45 @@ def write_chinese(folder, captioned):
     command = [sys.executable, str(ROOT / "scripts" / "export_tsv.py"), "--dataset", "csv", "--dataset_root"]
     command += [str(captioned), "--output", str(folder), "--splits", "train,valid"]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def settle_recipe(name, **environment):
+    """The options of a recipe, and the arguments of torchrun, without running it."""
+    env = os.environ | {"PYTHON": "echo"} | environment
+    command = ["bash", str(ROOT / "scripts" / name), "DATA"]
+    words = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    main = next(i for i, word in enumerate(words) if word.endswith("main.py"))
+    typed = parse(words[main + 1 :])
+    return settle(read_preset({}, typed), typed).flat(), words[:main]
+
+
+@pytest.mark.parametrize("name", ["muge", "flickr30k_cn"])
+def test_chinese_recipes_have_the_same_global_batch_on_any_gpus(name):
+    machines = {"GPUS": "8", "NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    found = [settle_recipe(f"{name}_finetune_vit-b-16.sh", **gpus) for gpus in ({}, {"GPUS": "8"}, machines)]
+    options, launcher = zip(*found)
+    assert options[0] == options[1] == options[2]
+    expected = {"batch_size": 1024, "grad_cache": 128, "lr": 5e-5, "warmup": 100, "epochs": 3, "eval_steps": 150}
+    assert expected.items() <= options[0].items()
+    assert launcher[0] == [] and launcher[1][-2:] == ["--nproc_per_node", "8"] and "--standalone" in launcher[1]
+    line = " ".join(launcher[2])
+    assert "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500 --nproc_per_node 8" in line
+
+
+def test_coco_cn_recipe_has_its_own_settings():
+    options, _ = settle_recipe("coco_cn_finetune_vit-b-16.sh")
+    expected = {"batch_size": 1024, "lr": 3e-5, "warmup": 6, "epochs": 20, "eval_steps": 0, "weight_decay": 1e-3}
+    assert expected.items() <= options.items()
+    machines = {"GPUS": "8", "NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}
+    assert settle_recipe("coco_cn_finetune_vit-b-16.sh", **machines)[0]["batch_size"] == 16 * 1024
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts").glob("*_finetune_*.sh")) + sorted(ROOT.glob("scripts/coco_*_*.sh"))
+)
+def test_recipe_is_valid_on_the_command_line(path):
+    if path.name != "coco_zero_shot_table.sh":
+        settle_recipe(path.name, NODES="1", NODE_RANK="0", MASTER_ADDR="node0")
 
 
 @pytest.mark.slow

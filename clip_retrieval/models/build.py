@@ -106,8 +106,7 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
     if (logit_bias or "logit_bias" in state) and config.get("init_logit_bias") is None:
         config["init_logit_bias"] = SIGLIP_BIAS
     clip = instantiate(config, config_from)
-    if context_length and context_length > (limit := _position_limit(clip)):
-        raise UserError(f"--context_length {context_length}: must be at most {limit} for {source.name}")
+    _check_context_length(context_length, _position_limit(clip), source.name)
 
     # weights
     state, adaptor = split_adaptor(state)
@@ -147,7 +146,14 @@ def _set_sizes(config: Config, name: str, image_size: int | None, context_length
             raise UserError(f"--image_size {image_size}: must be a multiple of {unit} for {name}")
         vision["image_size"] = image_size
     if context_length:
+        # the built tower decides; simple-clip's refuses to be built with more
+        _check_context_length(context_length, text.get("hf_config", {}).get("max_position_embeddings", math.inf), name)
         text["context_length"] = context_length
+
+
+def _check_context_length(length: int | None, limit: float, name: str) -> None:
+    if length and length > limit:
+        raise UserError(f"--context_length {length}: must be at most {limit} for {name}")
 
 
 def _position_limit(clip: ClipModule) -> float:

@@ -32,12 +32,10 @@ def instantiate(config: Config, name: str) -> ClipModule:
     if text.get("hf_config"):
         text["hf_config"] = filter_config(text["hf_config"], name)
 
-    # keep open_clip and timm from fetching or reading files
+    # keep timm from fetching or reading files
     if vision.get("timm_model_name"):
         _check_timm_name(vision["timm_model_name"], name)
         vision["timm_model_pretrained"] = False
-    if text.get("hf_model_name"):
-        text["hf_model_pretrained"] = False
 
     # a family's own class
     arguments = deepcopy(config)
@@ -53,6 +51,7 @@ def instantiate(config: Config, name: str) -> ClipModule:
     model_class = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
     with ExitStack() as stack:
         if text.get("hf_model_name"):
+            text["hf_model_pretrained"] = arguments["text_cfg"]["hf_model_pretrained"] = False
             # open_clip reads a Hugging Face config only from a name or a folder.
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             content = json.dumps(hf_config or read_hf_config(text["hf_model_name"], name))

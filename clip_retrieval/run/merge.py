@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from clip_retrieval.config import read_preset
 from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset, is_streamed
 from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
@@ -24,7 +25,8 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
         typed: the options of the command line, by name.
         config: the options of --config.
     """
-    options = settle({name: value for name, value in config.items() if name not in COMMAND_LINE_ONLY}, typed)
+    repeated = {name: value for name, value in config.items() if name not in COMMAND_LINE_ONLY}
+    options = settle(read_preset(config, typed), repeated, typed)
     if options.run.resume is not None:
         return  # the checkpoint has further options
     name = options.model.vision_model

@@ -29,6 +29,7 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, Options
@@ -43,6 +44,7 @@ from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.trainer import Trainer
 
+FINETUNING_LR = 1e-5  # with random weights, a rate up to this one gets a warning
 COMPILED_LENGTHS = 16  # caption lengths of a compiled text tower are multiples of this
 
 
@@ -193,6 +195,8 @@ def prepare(
         log.warning(
             f"--warmup {options.train.warmup:g} is longer than the run: it becomes {schedule.total_steps} steps"
         )
+    if built.weights == NO_WEIGHTS and options.train.lr <= FINETUNING_LR:
+        log.warning(f"--lr {options.train.lr:g} is for finetuning, but the weights are random: 5e-4 is a usual start")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
         f"{trainable:,.2f} M trainable parameters; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "

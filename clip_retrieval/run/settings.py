@@ -1,4 +1,4 @@
-"""Merge the options of a run from defaults, --config, the checkpoint and the command line."""
+"""Merge the options of a run from defaults, --preset, --config, the checkpoint and the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_retrieval.classification.labelled_sets import NAMES as ZERO_SHOT_NAMES
 from clip_retrieval.classification.templates import SETS as TEMPLATE_SETS
-from clip_retrieval.config import read_config
+from clip_retrieval.config import read_config, read_preset
 from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.shards.find import absolute_patterns
 from clip_retrieval.errors import UserError
@@ -39,7 +39,7 @@ KNOWN_NAMES = {
 
 
 def settle_options(typed: dict[str, Any], config: dict[str, Any] | None = None) -> tuple[Options, Checkpoint | None]:
-    """Merge the options of a run: defaults < --config < the checkpoint's options < the command line.
+    """Merge the options of a run: defaults < --preset < --config < the checkpoint < the command line.
 
     If --resume is not a checkpoint of this tool, it gives the initial weights, like --pretrained.
 
@@ -57,15 +57,16 @@ def settle_options(typed: dict[str, Any], config: dict[str, Any] | None = None) 
 
 
 def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tuple[Options, Checkpoint | None]:
-    # defaults, --config and the command line: raise on bad values before any file is read
+    # defaults, --preset, --config and the command line: raise on bad values before any file is read
     for name in COMMAND_LINE_ONLY:
         if config.pop(name, False):
             log.warning(f"--config {typed['config']}: {name} counts only on the command line")
-    options = settle(config, typed, complete=False)
+    preset = read_preset(config, typed)
+    options = settle(preset, config, typed, complete=False)
     _check_lists(options, config, typed)
     path = _find_checkpoint(options)
     if path is None:
-        return _mark_given(settle(config, typed), config, typed), None
+        return _mark_given(settle(preset, config, typed), config, typed), None
 
     # the checkpoint of --resume
     checkpoint = Checkpoint.load_if_ours(path)
@@ -75,7 +76,7 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
         raise UserError(f"--resume {path} and --pretrained {typed['pretrained']} both give weights; drop one of them")
     if checkpoint is None:
         log.info(f"{path} is not a checkpoint of this tool: its weights start a new run, like --pretrained")
-        options = settle(config, typed, {"pretrained": str(path), "resume": None})
+        options = settle(preset, config, typed, {"pretrained": str(path), "resume": None})
         return _mark_given(options, config, typed), None
     stored = checkpoint.options
     named = split_model_name(options.model)
@@ -89,7 +90,7 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
         inherited = {name: value for name, value in inherited.items() if name not in PLACES}
     if "epochs" in typed:
         inherited.pop("max_steps", None)  # it would override epochs
-    options = settle(config, inherited, typed, {"resume": str(path)})
+    options = settle(preset, config, inherited, typed, {"resume": str(path)})
 
     # a run's last.pt continues in its folder
     given = {**config, **typed}

@@ -119,7 +119,7 @@ def make_split(
         dataset: the split.
         tokenizer, preprocess: those of the model.
         device: the device of the model, which determines the number of loader workers.
-        augment: "none", "crop" or "auto".
+        augment: "none", "crop", "auto" or "auto_flip".
     """
     tokens = tokenize(dataset.captions, tokenizer)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
@@ -134,8 +134,9 @@ def load_pixels(
     options: DataOptions, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
 ) -> Pixels:
     """Return the images as model input, from --image_cache if it is given."""
-    if augment == "auto":
-        return AutoAugmented(load_pixels(options, dataset, preprocess, device, "crop"))
+    if augment.startswith("auto"):
+        crops = load_pixels(options, dataset, preprocess, device, "crop")
+        return AutoAugmented(crops, flip=augment == "auto_flip")
     if isinstance(dataset, Mixture):
         return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
     settings: dict[str, Any] = {"augment": augment, "decoder": options.decoder}

@@ -14,10 +14,16 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     return min(steps, total_steps)
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate after `step` complete steps: a linear warmup to `peak`, then a cosine to 0 at `total_steps`."""
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str = "cosine") -> float:
+    """Return the rate after `step` complete steps.
+
+    A linear warmup leads to `peak`; then the rate falls as a cosine to 0 at `total_steps`, or with schedule "constant"
+    stays at `peak`.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

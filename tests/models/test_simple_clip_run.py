@@ -53,10 +53,12 @@ def test_torchvision_weights_are_loaded_and_logged(run, simple, tmp_path):
     assert "resnet18-f37072fd.pth for images, none for captions" in out
 
 
-def test_simple_clip_checkpoint_is_evaluated_and_finetuned(run, arguments, captioned, tmp_path):
+@pytest.mark.parametrize("preset", ["none", "simple_clip"])
+def test_simple_clip_checkpoint_is_evaluated_and_finetuned(run, arguments, captioned, tmp_path, preset):
     torch.save(Reference().state_dict(), tmp_path / "clip_model.pth")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     theirs = ("--resume", tmp_path / "clip_model.pth", "--tokenizer", tmp_path / "vocab.txt", "--image_size", 32)
+    theirs += ("--preset", preset, "--precision", "fp32")
     at = arguments.index("--vision_model")
     data = [*arguments[:at], *arguments[at + 2 :]]
     code, out, err = run("--eval", *data, *theirs)

@@ -16,6 +16,11 @@ def test_linear_warmup_to_the_peak_then_cosine_to_zero():
     assert at(12) == pytest.approx(0.0)
 
 
+def test_constant_schedule_stays_at_the_peak_after_the_warmup():
+    rates = [learning_rate(s, peak=2.0, warmup_steps=4, total_steps=12, schedule="constant") for s in range(12)]
+    assert rates == [0.5, 1.0, 1.5] + [2.0] * 9
+
+
 def test_warmup_is_steps_or_a_fraction_at_most_the_run():
     assert warmup_steps(500, 10_000) == 500
     assert warmup_steps(0.2, 1000) == 200

@@ -52,12 +52,12 @@ def make_pixels(images: Images, preprocess: dict, *, augment: str = "none", deco
 
 
 class AutoAugmented:
-    """Random crops with AutoAugment's policies for ImageNet (arXiv:1805.09501), which do not flip images."""
+    """Random crops with AutoAugment's policies for ImageNet (arXiv:1805.09501); `flip` mirrors half of them."""
 
-    def __init__(self, crops: Pixels):
+    def __init__(self, crops: Pixels, *, flip: bool = False):
         self.crops = crops
         self.in_memory = False  # worker processes do the augmentation
-        self._augment = _SeededAutoAugment()
+        self._augment = _SeededAutoAugment(flip)
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -97,13 +97,15 @@ class MixedPixels:
 
 
 class _SeededAutoAugment:
-    def __init__(self) -> None:
+    def __init__(self, flip: bool) -> None:
         self._augment = AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR)
+        self._flip = flip
 
     def __call__(self, crop: torch.Tensor, seed: int) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
-            return self._augment(crop)
+            augmented = self._augment(crop)  # draws first, so that the flip changes nothing else
+            return augmented.flip(-1) if self._flip and torch.rand(()) < 0.5 else augmented
 
 
 class ImageTransform:
@@ -111,14 +113,14 @@ class ImageTransform:
 
     Args:
         preprocess: open_clip's preprocessing, as a dict.
-        augment: "none", "crop", or "auto" (a random crop, then AutoAugment).
+        augment: "none", "crop", "auto" (a random crop, then AutoAugment), or "auto_flip" (half of them mirrored).
         decoder: "pillow" or "fast", as in `make_pixels`.
     """
 
     def __init__(self, preprocess: dict, *, augment: str = "none", decoder: str = "pillow"):
         self._resize = evaluation_transform(preprocess, decoder)
         self._crop = None if augment == "none" else CropTransform(preprocess, decoder)
-        self._augment = _SeededAutoAugment() if augment == "auto" else None
+        self._augment = _SeededAutoAugment(augment == "auto_flip") if augment.startswith("auto") else None
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """uint8 (3, height, width)."""

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
-from clip_retrieval.data.pixels.pixels import AutoAugmented, make_pixels
+from clip_retrieval.data.pixels.pixels import AutoAugmented, ImageTransform, make_pixels
 from clip_retrieval.data.pixels.transforms import crop_region
 from clip_retrieval.errors import UserError
 from tests.models.small import small_preprocess
@@ -189,3 +189,16 @@ def test_autoaugment_depends_only_on_the_seed(images):
     assert torch.equal(torch.get_rng_state(), state)
     many = [changed(0, seed) for seed in range(20)]
     assert sum(torch.equal(one, crops(0, seed)) for seed, one in enumerate(many)) < 15
+
+
+def test_flip_mirrors_half_of_the_images_and_changes_nothing_else(images):
+    transforms = {name: ImageTransform(small_preprocess(), augment=name) for name in ("auto", "auto_flip")}
+    mirrored = 0
+    for seed in range(200):
+        plain, flipped = (transform(images[0], seed) for transform in transforms.values())
+        assert torch.equal(flipped, plain) or torch.equal(flipped, plain.flip(-1))
+        mirrored += not torch.equal(flipped, plain)
+    assert 70 < mirrored < 130
+    crops = make_pixels(images, small_preprocess(), augment="crop")
+    cached = AutoAugmented(crops, flip=True)
+    assert torch.equal(cached(0, 3), transforms["auto_flip"](images[0], 3))
