@@ -172,10 +172,11 @@ def complete_milestone(run: Run) -> None:
     progress.evaluated_step = step
 
     # keep numbered checkpoints, before last.pt records the milestone as complete: a resumed run does not repeat it
+    make = make_model_checkpoint if run.options.run.keep_weights_only else make_checkpoint
     if schedule.keeps_epoch(step):
-        save(run, f"epoch_{step // schedule.steps_per_epoch}.pt", make_checkpoint)
+        save(run, f"epoch_{step // schedule.steps_per_epoch}.pt", make)
     if schedule.keeps_step(step):
-        save(run, f"step_{step}.pt", make_checkpoint)
+        save(run, f"step_{step}.pt", make)
     save_last(run)
 
 

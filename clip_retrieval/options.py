@@ -442,6 +442,9 @@ class RunOptions:
         minimum=0,
         also={"-1": "0"},
     )
+    keep_weights_only: bool = option(
+        False, "leave the optimizer out of numbered checkpoints: a third of the size, for evaluation and --pretrained"
+    )
     report_training_batch_acc: bool = option(
         True, "log the in-batch accuracy (--no_report_training_batch_acc: skip it)"
     )

@@ -69,7 +69,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
         return {}
     if isinstance(names := options.get("dataset"), list):  # a mixture
         options["dataset"] = "+".join(str(name) for name in names)
-    kinds = {"dataset": str, "loss": str, "lr": (int, float)}
+    kinds: dict[str, Any] = {"dataset": str, "loss": str, "lr": (int, float)}
     return {name: options[name] for name, kind in kinds.items() if isinstance(options.get(name), kind)}
 
 
