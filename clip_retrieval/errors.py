@@ -115,6 +115,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def format_counts(**counts: int) -> str:
+    """Return numbers with their nouns: `format_counts(image=1, caption=2000)` is `1 image, 2,000 captions`."""
+    return ", ".join(f"{number:,} {noun if number == 1 else noun + 's'}" for noun, number in counts.items())
+
+
 def describe(error: BaseException) -> str:
     """Return the first line of a library's error, or the error's type if it has no message."""
     if isinstance(error, OSError) and error.strerror:

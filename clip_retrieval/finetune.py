@@ -118,7 +118,7 @@ def train(run: Run) -> None:
 
     run.model.train()
     watch = Stopwatch(progress.seconds)
-    bar = progress_bar(total=schedule.total_steps, initial=progress.step, desc="steps")
+    bar = progress_bar(total=schedule.total_steps, initial=progress.step, desc="steps", lines=False)
     with bar, closing(load_batches(run)) as batches:
         while progress.step < schedule.total_steps:
             # load

@@ -20,6 +20,9 @@ from clip_retrieval.files import named_errors, open_append, open_regular, remove
 
 log = logging.getLogger("clip_retrieval")
 
+PROGRESS_SECONDS = 30
+"""Seconds between progress lines, if standard error is not a terminal."""
+
 
 class _TerminalHandler(logging.Handler):
     """Writes above a progress bar instead of through it, and warnings to standard error."""
@@ -80,11 +83,36 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Make a tqdm bar. It is shown by the main process only, and on a terminal only."""
+def progress_bar(iterable: Iterable[Any] | None = None, *, lines: bool = True, **options: Any) -> tqdm:
+    """Make a tqdm bar, which the main process shows.
+
+    If standard error is not a terminal, the bar is a line every PROGRESS_SECONDS, or nothing with lines=False.
+    """
     if "desc" in options:
         options["desc"] = one_line(options["desc"])
-    return tqdm(iterable, disable=None if is_main() else True, **options)
+    if not is_main():
+        return tqdm(iterable, disable=True, **options)
+    if sys.stderr.isatty() or not lines:
+        return tqdm(iterable, disable=None, **options)
+    options |= {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS, "miniters": 1, "ncols": 0, "leave": False}
+    return _ProgressLines(iterable, **options)
+
+
+class _ProgressLines(tqdm):
+    """A progress bar for a pipe or a file: each state is a line of its own."""
+
+    monitor_interval = 0  # no thread that prints between updates
+    _last_line = 0.0
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        # tqdm.write displays all bars again after a line of the log
+        if msg is None and time.time() - (self._last_line or self.start_t) >= PROGRESS_SECONDS:
+            self._last_line = time.time()
+            with contextlib.suppress(BrokenPipeError):  # as in _TerminalHandler
+                print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        pass  # a line cannot be cleared
 
 
 def start_log() -> None:

@@ -23,7 +23,7 @@ from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.shards.train_split import open_stream
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.log import MetricsLog, log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
@@ -195,8 +195,8 @@ def prepare(
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
-        f"{trainable:,.2f} M trainable parameters; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "
-        f"{run.describe_batch()} pairs, {precision} on {device}"
+        f"{trainable:,.2f} M trainable parameters; {format_counts(step=schedule.total_steps)}, {len(sampler):,} an "
+        f"epoch, of {run.describe_batch()} pairs, {precision} on {device}"
     )
     return run
 
@@ -311,8 +311,10 @@ def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) 
         return batch_size
     shrunk = samples - samples % processes.world_size
     if shrunk < 2:
-        raise UserError(f"the train split has {samples} pairs: too few for training")
-    log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
+        raise UserError(f"the train split has {format_counts(pair=samples)}: too few for training")
+    log.warning(
+        f"the train split has {format_counts(pair=samples)} an epoch: --batch_size {batch_size} becomes {shrunk}"
+    )
     return shrunk
 
 
