@@ -24,6 +24,7 @@ from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import results_table
+from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
@@ -43,6 +44,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
     """
     start_log()
     options, checkpoint = settle_options(typed, config)
+    parse_trackers(options.run.report_to)  # a checkpoint may name one that is not installed here
     folder = run_folder(options)
     with (
         StopSignal().listening() as stop,

@@ -449,6 +449,10 @@ class RunOptions:
         True, "log the in-batch accuracy (--no_report_training_batch_acc: skip it)"
     )
     display: int = option(20, "steps between log lines", "--log_every_n_steps", "--log_interval", minimum=1)
+    report_to: str = option(
+        "tensorboard",
+        "trackers that receive the metrics, separated by commas: tensorboard, wandb, trackio (if installed), or none",
+    )
     device: str | None = option(None, "device: cuda, cuda:1, mps or cpu", auto=True, from_checkpoint=False)
 
 

@@ -33,6 +33,7 @@ from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
+from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.splits import log_samples, make_split, read_split
@@ -165,8 +166,9 @@ def prepare(
         log_to_file(folder)
         if progress.best is not None:
             copy_best(source, folder)
-        write_options(folder, without_resume(options, folder), f"{device} ({device_name(device)})")
-        metrics = MetricsLog(folder, progress.kept_lines())
+        recorded = without_resume(options, folder)
+        write_options(folder, recorded, f"{device} ({device_name(device)})")
+        metrics = MetricsLog(folder, progress.kept_lines(), parse_trackers(options.run.report_to), recorded.flat())
 
     # run
     schedule = Schedule.from_options(options, len(sampler))
