@@ -38,25 +38,32 @@ def read_results(path: Path) -> dict[str, Any]:
 def read_runs(places: list[Path]) -> list[Row]:
     """Read a row for each results file, run folder, or run in a folder of runs.
 
-    Raises UserError if a file is something else, or if nothing has results. A folder without results gets a warning.
+    Folders without results, and other results in a folder of runs, get a warning. Raises UserError if a file that the
+    user named is something else, or if nothing has results.
     """
-    found: list[tuple[Path, Path]] = []  # the place as the user named it, and its results file
+    rows: list[Row] = []
     for place in places:
-        if not place.is_dir():
-            found.append((place, place))
+        if not place.is_dir() or (place / "results.json").exists():
+            rows.append(_read_run(place))
             continue
-        folders = [place] if (place / "results.json").exists() else sorted(place.iterdir())
-        runs = [(folder, file) for folder in folders if (file := folder / "results.json").is_file()]
+        runs = [folder for folder in sorted(place.iterdir()) if (folder / "results.json").is_file()]
         if not runs:
             log.warning(f"{place}: no results.json; it is written at the end of a run")
-        found += runs
-    if not found:
+        for run in runs:
+            try:
+                rows.append(_read_run(run))
+            except UserError as error:  # such as the results of a zero-shot classification
+                log.warning(f"skipped: {error}")
+    if not rows:
         raise UserError("no results.json in these folders; give folders of complete runs")
-    rows = []
-    for place, file in found:
-        name = file.resolve().parent.name if file.name == "results.json" else file.stem
-        rows.append(results_row(read_results(file), _read_options(file.parent), run=name, path=str(place)))
     return rows
+
+
+def _read_run(place: Path) -> Row:
+    """Read the row of a results file or a run folder."""
+    file = place / "results.json" if place.is_dir() else place
+    name = file.resolve().parent.name if file.name == "results.json" else file.stem
+    return results_row(read_results(file), _read_options(file.parent), run=name, path=str(place))
 
 
 def _read_options(folder: Path) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class ServiceRun:
             self._module = importlib.import_module(name)
             self._module.init(**settings, resume="allow" if resumes else "never")
         except Exception as error:
-            remedy = "mend that (a login, the network), or leave it out of --report_to"
-            raise UserError(f"--report_to {name}: {describe(error)}; {remedy}") from error
+            problem = describe(error).rstrip(".")
+            raise UserError(f"--report_to {name}: {problem}; fix that, or leave {name} out") from error
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         self._call("log", dict(scalars), step=step)

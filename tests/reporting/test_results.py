@@ -52,6 +52,7 @@ def test_runs_are_rows_with_options_and_scores_before(tmp_path):
     trained = {"model": "tiny", "dataset": "csv", "training_precision": "fp32", "steps": 4}
     write_run(tmp_path / "logs/no|split", trained, lr="broken")
     (tmp_path / "logs/unfinished").mkdir()
+    write_run(tmp_path / "logs/zero_shot", {"top1": 50.0})  # skipped
     rows = read_runs([tmp_path / "logs"])
     lines = [dict(zip(rows[0], cells(line))) for line in markdown_table(rows).splitlines()[2:]]
     assert [line["run"] for line in lines] == ["a", "b", r"no\|split"]
