@@ -16,7 +16,7 @@ from clip_retrieval.data.check import find_broken_images
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.workers import default_num_workers
-from clip_retrieval.errors import UserError, one_line
+from clip_retrieval.errors import UserError, format_counts, one_line
 from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions, DatasetOptions
 
@@ -34,7 +34,7 @@ def check_data(options: DataOptions) -> None:
             number += 1
     if number:
         raise UserError(
-            f"{options.name} in {options.place}: {number:,} problem{'s' * (number > 1)}; repair or delete the files, "
+            f"{options.name} in {options.place}: {format_counts(problem=number)}; repair or delete the files, "
             "or train with --skip_broken"
         )
     log.info(f"{options.name} in {options.place}: no problems")
@@ -56,7 +56,7 @@ def find_problems(options: DatasetOptions) -> Iterator[str]:
         if dataset is None:
             continue
         found = True
-        log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
+        log.info(dataset.describe())
 
         # captions and images
         for image, caption in dataset.pairs.tolist():

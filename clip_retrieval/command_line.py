@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clip_retrieval import __version__
-from clip_retrieval.errors import UserError, one_line
+from clip_retrieval.errors import UserError, one_line, reports_error
 from clip_retrieval.options import GROUPS, as_tuple
 
 
@@ -45,7 +45,8 @@ class OptionParser(argparse.ArgumentParser):
         return normalized + equals + value if normalized in self._option_string_actions else arg
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
+        text = f"{self.prog}: error: {one_line(message)} (--help lists the options)\n"
+        self.exit(2, text if reports_error(text) else None)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

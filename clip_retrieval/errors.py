@@ -9,7 +9,9 @@ import errno
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 OUT_OF_MEMORY = (
@@ -18,6 +20,7 @@ OUT_OF_MEMORY = (
 )
 OUT_OF_MEMORY_READING = "out of memory while reading files; close other programs, or use a machine with more memory"
 LOST_PROCESS = "another process of this run was lost (if it was not killed, see its message); resume with --resume auto"
+INTERRUPTED = "interrupted"
 LOST_WORKER = (
     "a process that loads images was lost (killed, or out of memory); resume with --resume auto and fewer --num_workers"
 )
@@ -75,7 +78,7 @@ def run_with_exit_code(run: Callable[[], int | None]) -> int:
     except (UserError, RunError, Interrupted) as error:
         return _report(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _report("interrupted", Interrupted.exit_code)
+        return _report(INTERRUPTED, Interrupted.exit_code)
     except MemoryError:
         return _report(OUT_OF_MEMORY_READING, RunError.exit_code)
     except BrokenPipeError:
@@ -115,6 +118,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def format_counts(**counts: int) -> str:
+    """Return numbers with their nouns: `format_counts(image=1, caption=2000)` is `1 image, 2,000 captions`."""
+    return ", ".join(f"{number:,} {noun if number == 1 else noun + 's'}" for noun, number in counts.items())
+
+
 def describe(error: BaseException) -> str:
     """Return the first line of a library's error, or the error's type if it has no message."""
     if isinstance(error, OSError) and error.strerror:
@@ -128,12 +136,37 @@ def silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def reports_error(message: str) -> bool:
+    """Whether this process prints its error. Of the processes of torchrun on a machine, the first one does.
+
+    Other processes fail with the same message, or because the first one is lost.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/{local rank}/error.json
+    if not error_file:
+        return True
+    attempt = Path(error_file).parent.parent
+    try:
+        # torchrun --local_ranks_filter discards the output of a process: another one prints the message
+        if os.path.samestat(os.fstat(2), Path(os.devnull).stat()):
+            return True
+        if message in (LOST_PROCESS, INTERRUPTED) and any(attempt.glob("reported-*")):
+            return False
+        path = attempt / f"reported-{zlib.crc32(message.encode(errors='backslashreplace')):08x}"
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:  # the folder is not torchrun's
+        return True
+    return True
+
+
 def _report(message: str, code: int) -> int:
     message = one_line(message)
     if "RANK" not in os.environ:
         print(f"error: {message}", file=sys.stderr)
         return code
     # With several processes: exit at once. Threads that wait for the others would block a normal exit.
-    print(f"error (process {os.environ['RANK']}): {message}", file=sys.stderr, flush=True)
+    if reports_error(message):
+        print(f"error (process {os.environ['RANK']}): {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

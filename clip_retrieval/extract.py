@@ -24,7 +24,7 @@ from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import choose_device, disable_tf32
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.jsonl import Id
 from clip_retrieval.log import log, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def extract_with(
     # read the data and load the model
     device = choose_device(options.run.device)
     dataset = read_files(request) if request.uses_files else read_split(options)
-    log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
+    log.info(dataset.describe())
     with processes.main_first():  # may download
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
@@ -144,7 +144,7 @@ def extract_with(
             _write(paths["text"], "text", dataset.text_ids or range(len(dataset.captions)), features, processes)
     if "pairs" in paths and processes.is_main:
         write_array(paths["pairs"], dataset.pairs[:, ::-1])
-        log.info(f"wrote {paths['pairs']}: {len(dataset.pairs):,} pairs")
+        log.info(f"wrote {paths['pairs']}: {format_counts(pair=len(dataset.pairs))}")
 
 
 def _write(path: Path, kind: str, ids: Sequence[Id], features: Tensor, processes: Processes) -> None:

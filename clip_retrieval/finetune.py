@@ -23,6 +23,7 @@ from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch, clock
 from clip_retrieval.reporting.table import results_table
+from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
@@ -42,6 +43,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
     """
     start_log()
     options, checkpoint = settle_options(typed, config)
+    parse_trackers(options.run.report_to)  # a checkpoint may name one that is not installed here
     folder = run_folder(options)
     with (
         StopSignal().listening() as stop,
@@ -117,7 +119,7 @@ def train(run: Run) -> None:
 
     run.model.train()
     watch = Stopwatch(progress.seconds)
-    bar = progress_bar(total=schedule.total_steps, initial=progress.step, desc="steps")
+    bar = progress_bar(total=schedule.total_steps, initial=progress.step, desc="steps", lines=False)
     with bar, closing(load_batches(run)) as batches:
         while progress.step < schedule.total_steps:
             # load
@@ -177,10 +179,11 @@ def complete_milestone(run: Run) -> None:
     progress.evaluated_step = step
 
     # keep numbered checkpoints, before last.pt records the milestone as complete: a resumed run does not repeat it
+    make = make_model_checkpoint if run.options.run.keep_weights_only else make_checkpoint
     if schedule.keeps_epoch(step):
-        save(run, f"epoch_{step // schedule.steps_per_epoch}.pt", make_checkpoint)
+        save(run, f"epoch_{step // schedule.steps_per_epoch}.pt", make)
     if schedule.keeps_step(step):
-        save(run, f"step_{step}.pt", make_checkpoint)
+        save(run, f"step_{step}.pt", make)
     save_last(run)
 
 

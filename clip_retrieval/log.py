@@ -1,4 +1,4 @@
-"""The log of a run: the terminal, log.txt, metrics.jsonl and TensorBoard."""
+"""The log of a run: the terminal, log.txt, metrics.jsonl and trackers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,12 @@ from tqdm import tqdm
 
 from clip_retrieval.errors import one_line, printable, silence
 from clip_retrieval.files import named_errors, open_append, open_regular, remove_special, write_text
+from clip_retrieval.reporting.trackers import open_tracker
 
 log = logging.getLogger("clip_retrieval")
+
+PROGRESS_SECONDS = 30
+"""Seconds between progress lines, if standard error is not a terminal."""
 
 
 class _TerminalHandler(logging.Handler):
@@ -80,11 +83,36 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Make a tqdm bar. It is shown by the main process only, and on a terminal only."""
+def progress_bar(iterable: Iterable[Any] | None = None, *, lines: bool = True, **options: Any) -> tqdm:
+    """Make a tqdm bar, which the main process shows.
+
+    If standard error is not a terminal, the bar is a line every PROGRESS_SECONDS, or nothing with lines=False.
+    """
     if "desc" in options:
         options["desc"] = one_line(options["desc"])
-    return tqdm(iterable, disable=None if is_main() else True, **options)
+    if not is_main():
+        return tqdm(iterable, disable=True, **options)
+    if sys.stderr.isatty() or not lines:
+        return tqdm(iterable, disable=None, **options)
+    options |= {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS, "miniters": 1, "ncols": 0, "leave": False}
+    return _ProgressLines(iterable, **options)
+
+
+class _ProgressLines(tqdm):
+    """A progress bar for a pipe or a file: each state is a line of its own."""
+
+    monitor_interval = 0  # no thread that prints between updates
+    _last_line = 0.0
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        # tqdm.write displays all bars again after a line of the log
+        if msg is None and time.time() - (self._last_line or self.start_t) >= PROGRESS_SECONDS:
+            self._last_line = time.time()
+            with contextlib.suppress(BrokenPipeError):  # as in _TerminalHandler
+                print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        pass  # a line cannot be cleared
 
 
 def start_log() -> None:
@@ -115,22 +143,31 @@ def log_to_file(folder: Path) -> None:
 
 
 class MetricsLog:
-    """Metrics by step: one line each in metrics.jsonl, and TensorBoard scalars.
+    """Metrics by step: one line each in metrics.jsonl, and the scalars of trackers, such as TensorBoard.
 
     Args:
         folder: the run's folder.
         keep: for a resumed run, the last step to keep of each kind. Later lines are deleted, because the run writes
             them again. Damaged lines are deleted too.
+        trackers: names of trackers, of TRACKERS.
+        options: all options, which the trackers show.
 
     Every method raises OSError, naming the file, if writing fails.
     """
 
-    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: Mapping[str, int] | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        options: Mapping[str, Any] | None = None,
+    ):
         self._path = folder / "metrics.jsonl"
         remove_special(self._path)
         write_text(self._path, "".join(self._lines_to_keep(keep or {})))
         self._file = open_append(self._path)
-        self._tensorboard = _EventFile(folder / "tensorboard", purge_step=max(keep.values()) + 1 if keep else None)
+        first_step = max(keep.values()) + 1 if keep else None
+        self._trackers = [open_tracker(name, folder, options or {}, first_step) for name in trackers]
 
     def _lines_to_keep(self, keep: Mapping[str, int]) -> Iterator[str]:
         if not keep or not self._path.is_file():
@@ -155,58 +192,15 @@ class MetricsLog:
         with named_errors(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-        self._tensorboard.write(dict(_flatten(values, kind)), step)
+        scalars = dict(_flatten(values, kind))
+        for tracker in self._trackers:
+            tracker.write(scalars, step)
 
     def close(self) -> None:
         with named_errors(self._path):
             self._file.close()
-        self._tensorboard.close()
-
-
-class _EventFile:
-    """A TensorBoard event file, flushed after each event.
-
-    torch's SummaryWriter writes in a thread, which prints a traceback if the disk is full.
-
-    Args:
-        folder: the folder of the file.
-        purge_step: TensorBoard hides events of earlier files from this step on.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None = None):
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        remove_special(folder, keep_folder=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        number = 0
-        while (path := folder / f"{name}.{number}").exists():
-            number += 1
-        self._path = path
-        self._file = path.open("xb")
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write scalars, a dict from tag to value."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._write(step=step, summary=Summary(value=values))
-
-    def _write(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        with named_errors(self._path):
-            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
-            self._file.flush()
-
-    def close(self) -> None:
-        with named_errors(self._path):
-            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

@@ -457,10 +457,17 @@ class RunOptions:
         minimum=0,
         also={"-1": "0"},
     )
+    keep_weights_only: bool = option(
+        False, "leave the optimizer out of numbered checkpoints: a third of the size, for evaluation and --pretrained"
+    )
     report_training_batch_acc: bool = option(
         True, "log the in-batch accuracy (--no_report_training_batch_acc: skip it)"
     )
     display: int = option(20, "steps between log lines", "--log_every_n_steps", "--log_interval", minimum=1)
+    report_to: str = option(
+        "tensorboard",
+        "trackers that receive the metrics, separated by commas: tensorboard, wandb, trackio (if installed), or none",
+    )
     device: str | None = option(None, "device: cuda, cuda:1, mps or cpu", auto=True, from_checkpoint=False)
 
 

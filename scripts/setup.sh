@@ -8,7 +8,7 @@ fi
 for file in "$@"; do
     if ! cmp --silent "$file" ".venv/installed-$file"; then
         echo "installing $file"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+        .venv/bin/python -m pip install --disable-pip-version-check -r "$file"
         cp "$file" ".venv/installed-$file"
     fi
 done

@@ -144,7 +144,8 @@ def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_pat
         elif step == 2 and part == "metrics.jsonl":
             self._file = FailingFile(self._file, number)
         elif step == 2:
-            self._tensorboard._records._writer = FailingFile(self._tensorboard._file, number)
+            (events,) = self._trackers
+            events._records._writer = FailingFile(events._file, number)
         normal(self, kind, step, values)
 
     monkeypatch.setattr(MetricsLog, "write", write)

@@ -210,7 +210,7 @@ def test_replaced_samples_equal_those_of_one_process(two):
 
 
 def test_skipped_samples_of_one_process_are_logged_by_all(two):
-    message = "epoch 1, batches 1 to 1: 1 samples could not be used, replaced by others: 0.tar, sample é"
+    message = "epoch 1, batches 1 to 1: 1 sample could not be used, replaced by others: 0.tar, sample é"
     assert [found["warnings"] for found in two] == [[message], [message]]
 
 
@@ -367,8 +367,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_resumes(torchrun, captioned, 
     assert code != 0 and run.alive() == {}
     step = last(tmp_path / "stopped")["step"]
     assert 5 <= step < 64
-    for rank in range(2):
-        assert f"error (process {rank}): interrupted at step {step} of 64, saved; " in err
+    assert err.count(f": interrupted at step {step} of 64, saved; ") == err.count("error (process ") == 1
     assert f"repeat the command with --resume {tmp_path / 'stopped/last.pt'}" in err
 
     resumed = finetune(captioned, tmp_path, "stopped", *long, "--resume", "auto")

@@ -55,6 +55,20 @@ def test_checkpoints_have_the_documented_entries(run, arguments, tmp_path, capti
     assert all(value.dtype == torch.float32 for value in last["model"].values())
 
 
+def test_keep_weights_only_leaves_the_optimizer_out_of_numbered_checkpoints(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--keep_every", "1", "--keep_steps", "6", "--keep_weights_only")
+    assert code == 0, err
+    folder = tmp_path / "logs" / "ex0"
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert "optimizer" in last
+    for name in ("epoch_1.pt", "epoch_2.pt", "step_6.pt"):
+        kept = torch.load(folder / name, weights_only=True)
+        assert not {"optimizer", "random", "sampler"} & set(kept)
+    assert all(torch.equal(value, last["model"][key]) for key, value in kept["model"].items())
+    code, _, err = run("--eval", "--resume", folder / "epoch_1.pt", "--device", "cpu", "--num_workers", "0")
+    assert code == 0, err
+
+
 def test_best_epoch_on_val_is_reported(run, arguments, tmp_path):
     run(*arguments, "--epochs", "4")
     folder = tmp_path / "logs" / "ex0"

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import sys
+import time
 
 import pytest
 
 from clip_retrieval import log as module
+from clip_retrieval.errors import format_counts
 from clip_retrieval.log import MetricsLog, log, log_to_file, progress_bar, start_log
 
 
@@ -69,7 +73,39 @@ def test_control_characters_reach_neither_terminal_nor_file(tmp_path, capsys, le
     start_log()
 
 
-def test_names_in_progress_bars_are_printable(monkeypatch):
-    monkeypatch.setattr(module, "tqdm", lambda *_, **options: options["desc"])
-    name = progress_bar([], desc="a\x1b[2J\nb" + "x" * 1000)
+def test_names_in_progress_bars_are_printable():
+    name = progress_bar([], desc="a\x1b[2J\nb" + "x" * 1000).desc
     assert name.isprintable() and len(name) <= 500
+
+
+def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch, capsys):
+    start_log()
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.2)
+    for number in progress_bar(range(50), desc="images"):
+        time.sleep(0.01)
+        log.info(f"line {number}")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert 1 <= len(lines) <= 3 and "\r" not in captured.err and captured.out.count("\n") == 50
+    assert all(re.match(r"images: +\d+%\S* \d+/50 \[", line) for line in lines)
+
+
+def test_quick_loops_and_other_processes_print_no_progress(monkeypatch, capsys):
+    list(progress_bar(range(50)))
+    with progress_bar(total=3, initial=1) as bar:
+        bar.update(2)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0)
+    list(progress_bar(range(50), lines=False))
+    monkeypatch.setenv("RANK", "1")
+    list(progress_bar(range(50)))
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(progress_bar(range(50), desc="images"))
+    assert "\r" in capsys.readouterr().err
+
+
+def test_one_image_is_singular():
+    assert format_counts(image=1, caption=2000, pair=0) == "1 image, 2,000 captions, 0 pairs"

@@ -185,7 +185,7 @@ def test_broken_image_in_a_shard_is_skipped_and_counted(run, settings, halves, t
     warnings = [line for line in err.splitlines() if "could not be used" in line]
     assert len(warnings) == 2  # one per epoch, which drops none of the 30 pairs
     for line in warnings:
-        assert "1 images could not be used, replaced by others" in line and "train-0.tar, broken.jpg" in line
+        assert "1 image could not be used, replaced by others" in line and "train-0.tar, broken.jpg" in line
     # An unreadable image file stops the run instead.
     (halves[0] / "0.jpg").write_bytes(b"no image")
     code, _, err = run(*settings, "--dataset", "csv", "--dataset_root", halves[0], "--experiments", "own")

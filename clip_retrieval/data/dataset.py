@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 
 UNSPLIT = "all"  # split of a data set without splits: all of it is the train split, and the test split for --eval
 
@@ -91,6 +91,10 @@ class RetrievalDataset:
         keys = np.unique(pairs[:, 0] * len(self.captions) + pairs[:, 1])
         pairs = np.stack(np.divmod(keys, len(self.captions)), axis=1)
         object.__setattr__(self, "pairs", pairs)
+
+    def describe(self) -> str:
+        """Describe the split for the log: `coco test: 5,000 images, 25,010 captions`."""
+        return f"{self.name} {self.split}: {format_counts(image=len(self.images), caption=len(self.captions))}"
 
     @property
     def parts(self) -> tuple[RetrievalDataset, ...]:

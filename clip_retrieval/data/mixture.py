@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.log import log
 from clip_retrieval.options import DatasetOptions
 
@@ -91,7 +91,7 @@ def read_mixture(name: str, parts: Sequence[DatasetOptions], split: str, read: R
         return _read_held_out(parts, split, read)
     found = [_read_train_split(part, read) for part in parts]
     for dataset in found:
-        log.info(f"  {dataset.name}: {len(dataset.images):,} images, {len(dataset.captions):,} captions")
+        log.info(f"  {dataset.name}: {format_counts(image=len(dataset.images), caption=len(dataset.captions))}")
     return mix(found, name)
 
 

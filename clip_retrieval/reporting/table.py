@@ -4,31 +4,118 @@ from __future__ import annotations
 
 from typing import Any
 
-from clip_retrieval.errors import one_line
+from clip_retrieval.errors import UserError, one_line
+
+TABLE_WIDTH = 80  # characters of a line in the log
+
+Row = dict[str, str | float | None]
 
 
 def results_table(blocks: dict[str, dict[str, Any]]) -> str:
-    """A table with one line per block (split or stage of a run), and the metrics common to all, in percent."""
+    """A table of the metrics common to all blocks (splits or stages of a run), in percent, for the log.
+
+    Each block has a line for each direction. Columns beyond TABLE_WIDTH continue in a second table below.
+    """
+    # cells: mean and rsum belong to both directions, and are on the first line
     first = next(iter(blocks.values()))["i2t"]
-    columns = [name for name in first if all(name in block["i2t"] for block in blocks.values())]
-    header = ["", *(f"i2t {c}" for c in columns), *(f"t2i {c}" for c in columns), "mean", "rsum"]
-    rows = [header]
+    metrics = [name for name in first if all(name in block["i2t"] for block in blocks.values())]
+    rows = [["", "", *metrics, "mean", "rsum"]]
     for name, block in blocks.items():
-        values = [block[direction][c] for direction in ("i2t", "t2i") for c in columns]
-        rows.append([name, *(f"{v:.2f}" for v in [*values, block["mean_recall"], block["rsum"]])])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        for direction in ("i2t", "t2i"):
+            cells = [f"{block[direction][metric]:.2f}" for metric in metrics]
+            both = [f"{block[key]:.2f}" if direction == "i2t" else "" for key in ("mean_recall", "rsum")]
+            rows.append([name if direction == "i2t" else "", direction, *cells, *both])
+
+    # columns of each table
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    tables: list[list[int]] = [[0, 1]]
+    for column in range(2, len(widths)):
+        if len(tables[-1]) > 2 and sum(widths[i] + 2 for i in (*tables[-1], column)) - 2 > TABLE_WIDTH:
+            tables.append([0, 1])
+        tables[-1].append(column)
+
+    # lines
+    lines: list[str] = []
+    for columns in tables:
+        body = ["  ".join(row[i].rjust(widths[i]) for i in columns) for row in rows]
+        lines += [body[0], "-" * len(body[0]), *body[1:]]
+    return "\n".join(lines)
 
 
-def markdown_table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table with one line per results.json: model, data, recalls of both directions in percent."""
-    recalls = ("R@1", "R@5", "R@10")
-    header = ["model", "data", *(f"{d} {r}" for d in ("i2t", "t2i") for r in recalls), "mean recall"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for block in results:
-        values = [block[d][r] for d in ("i2t", "t2i") for r in recalls] + [block["mean_recall"]]
-        model, *data = (one_line(block.get(name, "")) for name in ("model", "dataset", "split"))
-        cells = [model, " ".join(data).strip(), *(f"{value:.2f}" for value in values)]
-        lines.append(f"| {' | '.join(cells)} |")
+RECALLS = ("R@1", "R@5", "R@10")
+COLUMNS = (
+    "model",
+    "data",
+    *(f"{direction} {recall}" for direction in ("i2t", "t2i") for recall in RECALLS),
+    "mean recall",
+    "rsum",
+    "rsum before",
+    "run",
+    "loss",
+    "lr",
+    "path",
+)
+"""Columns of the Markdown table."""
+
+
+def results_row(results: dict[str, Any], options: dict[str, Any], *, run: str, path: str) -> Row:
+    """Make a row of the Markdown table, with a value or None for each of COLUMNS.
+
+    Args:
+        results: the content of results.json. Without recalls (a run without val and test split), these are None.
+        options: the content of options.json, or an empty dict.
+        run: the name of the run.
+        path: the results file or the folder of the run.
+    """
+    before = results.get("before")
+    data = " ".join(one_line(results.get(name, "")) for name in ("dataset", "split")).strip()
+    row: Row = {
+        "model": one_line(results.get("model", "")),
+        "data": data or options.get("dataset"),
+        "rsum before": recall_sum(before) if isinstance(before, dict) else None,
+        "run": run,
+        "loss": options.get("loss"),
+        "lr": options.get("lr"),
+        "path": path,
+    }
+    if "i2t" in results:
+        row |= {f"{d} {r}": results[d][r] for d in ("i2t", "t2i") for r in RECALLS}
+        row |= {"mean recall": results["mean_recall"], "rsum": recall_sum(results)}
+    return {column: row.get(column) for column in COLUMNS}
+
+
+def recall_sum(block: dict[str, Any]) -> float:
+    """Sum the six recalls of a block, in percent."""
+    return sum(block[direction][recall] for direction in ("i2t", "t2i") for recall in RECALLS)
+
+
+def sort_rows(rows: list[Row], column: str) -> list[Row]:
+    """Sort rows by a column: numbers from the highest, texts by alphabet, missing values last.
+
+    Raises UserError if the table has no such column.
+    """
+    if column not in COLUMNS:
+        raise UserError(f"--sort {column}: no such column; choose from {', '.join(COLUMNS)}")
+    numbers = [row for row in rows if isinstance(row[column], (int, float))]
+    texts = [row for row in rows if isinstance(row[column], str) and row[column]]
+    missing = [row for row in rows if row[column] in (None, "")]
+    return [
+        *sorted(numbers, key=lambda row: row[column], reverse=True),  # type: ignore[arg-type,return-value]
+        *sorted(texts, key=lambda row: str(row[column])),
+        *missing,
+    ]
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """A Markdown table with a line for each of the rows of `results_row`; recalls in percent."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(_cell(name, value) for name, value in row.items())} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "lr" and isinstance(value, (int, float)):
+        return f"{value:g}"
+    if isinstance(value, (int, float)):
+        return f"{value:.2f}"
+    return "" if value is None else one_line(value).replace("|", "\\|")

@@ -13,6 +13,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, DatasetOptions, Options, as_tuple
+from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import refuse_another_run, run_folder
 
 COMMAND_LINE_ONLY = ("overwrite", "reset_optimizer", "reset_data_offset")  # a repeated command must not repeat these
@@ -27,6 +28,8 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
     """
     repeated = {name: value for name, value in config.items() if name not in COMMAND_LINE_ONLY}
     options = settle(read_preset(config, typed), repeated, typed)
+    if not options.run.eval:
+        parse_trackers(options.run.report_to)
     if options.run.resume is not None:
         return  # the checkpoint has further options
     name = options.model.vision_model

@@ -23,7 +23,7 @@ from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.data.shards.train_split import open_stream
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.log import MetricsLog, log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
@@ -34,6 +34,7 @@ from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, Options
 from clip_retrieval.reporting.results import write_options
+from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.splits import log_samples, make_split, read_split
@@ -167,8 +168,9 @@ def prepare(
         log_to_file(folder)
         if progress.best is not None:
             copy_best(source, folder)
-        write_options(folder, without_resume(options, folder), f"{device} ({device_name(device)})")
-        metrics = MetricsLog(folder, progress.kept_lines())
+        recorded = without_resume(options, folder)
+        write_options(folder, recorded, f"{device} ({device_name(device)})")
+        metrics = MetricsLog(folder, progress.kept_lines(), parse_trackers(options.run.report_to), recorded.flat())
 
     # run
     schedule = Schedule.from_options(options, len(sampler))
@@ -199,8 +201,8 @@ def prepare(
         log.warning(f"--lr {options.train.lr:g} is for finetuning, but the weights are random: 5e-4 is a usual start")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
-        f"{trainable:,.2f} M trainable parameters; {schedule.total_steps:,} steps, {len(sampler):,} an epoch, of "
-        f"{run.describe_batch()} pairs, {precision} on {device}"
+        f"{trainable:,.2f} M trainable parameters; {format_counts(step=schedule.total_steps)}, {len(sampler):,} an "
+        f"epoch, of {run.describe_batch()} pairs, {precision} on {device}"
     )
     return run
 
@@ -315,8 +317,10 @@ def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) 
         return batch_size
     shrunk = samples - samples % processes.world_size
     if shrunk < 2:
-        raise UserError(f"the train split has {samples} pairs: too few for training")
-    log.warning(f"the train split has {samples} pairs an epoch: --batch_size {batch_size} becomes {shrunk}")
+        raise UserError(f"the train split has {format_counts(pair=samples)}: too few for training")
+    log.warning(
+        f"the train split has {format_counts(pair=samples)} an epoch: --batch_size {batch_size} becomes {shrunk}"
+    )
     return shrunk
 
 

@@ -123,7 +123,7 @@ def make_split(
     """
     tokens = tokenize(dataset.captions, tokenizer)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
-    log.info(f"{dataset.name} {dataset.split}: {len(dataset.images):,} images, {len(dataset.captions):,} captions{cut}")
+    log.info(f"{dataset.describe()}{cut}")
     for part in dataset.parts:
         if warning := size_warning(part):
             log.warning(warning)

@@ -56,7 +56,8 @@ class SkipCounter:
         batches = f"epoch {self._epoch + 1}, batches {self._first_batch + 1:,} to {self._batches:,}"
         if problems:
             first = f": {self._first}" if self._first else ""
-            log.warning(f"{batches}: {problems:,}{of} {self.noun} could not be used, replaced by others{first}")
+            noun = self.noun.removesuffix("s") if problems == 1 and not of else self.noun
+            log.warning(f"{batches}: {problems:,}{of} {noun} could not be used, replaced by others{first}")
             self._logged = self._problems
         if cut and not self._is_cut_logged:  # once: other epochs cut about as many
             log.info(f"{batches}: {cut:,}{of} captions cut to {self.context_length} tokens")

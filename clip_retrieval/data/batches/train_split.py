@@ -19,6 +19,7 @@ from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.pixels.pixels import Pixels, choose_num_workers
 from clip_retrieval.distributed import Processes
+from clip_retrieval.errors import format_counts
 from clip_retrieval.log import log
 
 EncodeFrozen = Callable[[Split, int], tuple[Pixels | Tensor, Tokens | Tensor]]
@@ -88,7 +89,7 @@ class IndexedTrainSplit:
         sampler = BatchSampler(self.data.dataset, batch_size, self.sampling, self.seed, self.weights)
         if self.weights:
             shares = (f"{share:,} of {part.name}" for share, part in zip(sampler.shares, self.data.dataset.parts))
-            log.info(f"an epoch's {self.samples:,} pairs: {', '.join(shares)}")
+            log.info(f"an epoch's {format_counts(pair=self.samples)}: {', '.join(shares)}")
         return sampler
 
     def make_loader(

@@ -33,7 +33,7 @@ from clip_retrieval.data.pixels.transforms import (
     size_for_crops,
 )
 from clip_retrieval.data.workers import map_in_workers
-from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.errors import RunError, UserError, format_counts
 from clip_retrieval.log import log, progress_bar
 
 FORMAT = 1
@@ -88,7 +88,7 @@ def open_cached_pixels(
             f"--image_cache {folder}: cannot be used ({place}{error.strerror}); choose a folder that can be written "
             "and locked"
         ) from error
-    log.info(f"image cache: {path} ({len(images):,} images, {_format_gb(size)})")
+    log.info(f"image cache: {path} ({format_counts(image=len(images))}, {_format_gb(size)})")
     return storage.open(path, len(images))
 
 
@@ -153,14 +153,16 @@ def _log_rebuild_reason(path: Path, stamps: np.ndarray) -> None:
     if not changed:
         log.info(f"image cache: {path} is incomplete or damaged; rebuilding it")
     else:
-        log.info(f"image cache: {changed:,} images have changed since {path} was built; rebuilding it")
+        log.info(f"image cache: {format_counts(image=int(changed))} changed since {path} was built; rebuilding it")
 
 
 def _check_space(file: PartialFile, images: StoredImages, storage: _ResizedStorage | _CropStorage, done: int) -> None:
     """Log the size of the cache. Raises UserError if the disk clearly has too little free space."""
     size, is_exact = storage.estimate_bytes(images)
     about, resumed = "" if is_exact else "about ", f", {done:,} of them are done" if done else ""
-    log.info(f"image cache: building {file.path}: {len(images):,} images, {about}{_format_gb(size)}{resumed}")
+    log.info(
+        f"image cache: building {file.path}: {format_counts(image=len(images))}, {about}{_format_gb(size)}{resumed}"
+    )
     missing = size * (len(images) - done) // len(images)
     free = shutil.disk_usage(file.path.parent).free
     if missing * (1 if is_exact else 0.8) > free:

@@ -20,7 +20,7 @@ from clip_retrieval.data.shards.samples import Unusable, check_layout, count_sam
 from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.data.workers import default_num_workers, map_in_workers
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError, one_line
+from clip_retrieval.errors import UserError, format_counts, one_line
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
 
@@ -110,7 +110,7 @@ def open_stream(
     if (samples := data.train_num_samples) is None:
         sizes = counted = _count_unknown(found.paths, sizes, workers, processes)
         samples = sum(counted)
-    log.info(f"{data.name} train: {len(sizes):,} shards, {samples:,} pairs an epoch")
+    log.info(f"{data.name} train: {format_counts(shard=len(sizes), pair=samples)} an epoch")
     transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
     shards = Shards(found.paths, sizes)
     stream = StreamedTrainSplit(found.split, shards, samples, transform, tokenizer, workers, data, seed)

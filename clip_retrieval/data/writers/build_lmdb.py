@@ -19,7 +19,7 @@ import lmdb
 from clip_retrieval.data.images.base64_images import pad_base64, read_tsv
 from clip_retrieval.data.images.lmdb_folder import NUM_IMAGES, NUM_SAMPLES, TEXT_WITHOUT_IMAGE, LmdbImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS, Texts, read_texts
-from clip_retrieval.errors import RunError, UserError, describe
+from clip_retrieval.errors import RunError, UserError, describe, format_counts
 from clip_retrieval.files import open_append, read_json, remove_special, to_json, write_json
 from clip_retrieval.log import log, progress_bar
 
@@ -75,7 +75,7 @@ def _build_split(tsv: Path, jsonl: Path, final: Path) -> None:
         except (OSError, lmdb.Error) as error:
             raise RunError(f"{final}: cannot be built ({describe(error)}); fix that and repeat the command") from error
     pairs = sum(len(text.image_ids) for text in texts.records)
-    log.info(f"{tsv}: {len(keys):,} images, {len(texts.records):,} texts, {pairs:,} pairs")
+    log.info(f"{tsv}: {format_counts(image=len(keys), text=len(texts.records), pair=pairs)}")
     log.info(f"wrote {final}")
 
 

@@ -14,7 +14,7 @@ from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.shards.find import SIZES, read_sizes
 from clip_retrieval.data.shards.samples import CAPTION
 from clip_retrieval.data.writers.tsv import export_each, read_image_bytes
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.files import to_json, write_atomic, write_json
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
@@ -55,7 +55,7 @@ def _export(dataset: RetrievalDataset, output: Path, name: str, shard_size: int)
                     _add_sample(tar, f"{image:09}", *_encode(dataset, image), captions)
                     bar.update()
             sizes[shard.name] = len(batch)
-    log.info(f"{output / name}-*.tar: {len(sizes):,} shards, {len(images_with_captions):,} images")
+    log.info(f"{output / name}-*.tar: {format_counts(shard=len(sizes), image=len(images_with_captions))}")
     return sizes
 
 

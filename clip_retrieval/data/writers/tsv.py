@@ -13,7 +13,7 @@ from clip_retrieval.data.images.base64_images import infer_id_types
 from clip_retrieval.data.images.decode import limit_image_pixels
 from clip_retrieval.data.mixture import MixedImages
 from clip_retrieval.data.readers.chinese import IMAGES, TEXTS
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.files import to_json, write_atomic
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
@@ -85,7 +85,7 @@ def export_split(dataset: RetrievalDataset, output: Path, name: str, ids: str = 
     with write_atomic(output / f"{name}{TEXTS}") as jsonl:
         for text_id, text, answers in zip(text_ids, dataset.captions, images):
             jsonl.write(to_json({"text_id": text_id, "text": text, "image_ids": answers}) + b"\n")
-    log.info(f"{output / name}{IMAGES} and {TEXTS}: {len(image_ids):,} images, {len(dataset.captions):,} texts")
+    log.info(f"{output / name}{IMAGES} and {TEXTS}: {format_counts(image=len(image_ids), text=len(dataset.captions))}")
 
 
 def _choose_image_ids(dataset: RetrievalDataset, ids: str) -> Sequence[int | str]:

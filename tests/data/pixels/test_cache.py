@@ -213,7 +213,7 @@ def test_changed_source_is_decoded_again(images, folder, logged):
     Image.fromarray(smooth(40, 40, 99)).save(images.paths[5])
     new = all_of(build(images, folder))
     assert images.decoded() == list(range(IMAGES)) and len(names(folder)) == 1
-    assert "1 images have changed" in logged()[0]
+    assert "1 image changed since" in logged()[0]
     assert torch.equal(new, all_of(make_pixels(images, small_preprocess())))
     assert not torch.equal(new[5], old[5])
 
