@@ -161,6 +161,7 @@ def _chinese_clip(model: ImageTextModel) -> Converted:
 
 def _siglip(model: ImageTextModel) -> Converted:
     clip = model.model.clip
+    # the configs
     text, trunk = text_part(clip), clip.visual.trunk
     state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
     vocabulary, width = text.token_embedding.weight.shape
@@ -180,6 +181,7 @@ def _siglip(model: ImageTextModel) -> Converted:
         "image_size": _square(model.model.preprocess["size"]),
         "patch_size": _square(trunk.patch_embed.patch_size),
     }
+    # the weights
     return (
         "Siglip",
         {"text_config": text_config, "vision_config": vision_config},

@@ -94,6 +94,7 @@ def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
 
 def check_combinations(options: Options) -> None:
     """Raise UserError if options exclude each other."""
+    # data
     data, train = options.data, options.train
     for part in data.parts():
         for name in PREFIXES:
@@ -110,10 +111,12 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    # training
     if train.grad_cache and train.accum_freq > 1:
         raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
     if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
         raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
+    # evaluation and the run's folder
     if not options.evaluation.zero_shot_eval:
         for name in BELONGING["zero_shot_eval"]:
             if getattr(options.evaluation, name):

@@ -21,6 +21,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     Returns:
         The model, on the CPU; its config and the source of its weights; its tokenizer.
     """
+    # open_clip's module
     logit_bias = LOSSES[options.loss.loss].learns_bias and not options.run.eval
     if checkpoint is None:
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
@@ -38,12 +39,14 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
             context_length=options.model.context_length,
             logit_bias=logit_bias,
         )
+    # the towers, and an adaptor
     adaptor = built.adaptor_state is not None or (options.train.trainable == "adaptor" and not options.run.eval)
     model = RetrievalModel(built.clip, built.preprocess, adaptor=adaptor)
     if model.adaptor is not None and built.adaptor_state is not None:
         model.adaptor.load_state_dict(built.adaptor_state)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
+    # the tokenizer
     tokenizer = build_tokenizer(options.model, built)
     keep_vocabulary(built.config, tokenizer)
     model.masks_padding = has_pad_id_of(built.clip, tokenizer)
