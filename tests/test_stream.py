@@ -182,7 +182,7 @@ def test_train_num_samples_avoids_counting(run, on_shards, tmp_path, monkeypatch
     monkeypatch.setattr("clip_retrieval.data.shards.train_split.count_samples", lambda path: 1 / 0)
     code, out, err = run(*on_shards, "--train_num_samples", "9", "--max_steps", "1", "--no_eval_first")
     assert code == 0, err
-    assert "3 shards, 9 pairs an epoch" in out and "1 steps, 2 an epoch" in out and len(counted) < 3
+    assert "3 shards, 9 pairs an epoch" in out and "1 step, 2 an epoch" in out and len(counted) < 3
 
 
 def test_sizes_json_avoids_counting(run, on_shards, shards, monkeypatch):

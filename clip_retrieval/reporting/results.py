@@ -62,7 +62,7 @@ def read_runs(places: list[Path]) -> list[Row]:
 def _read_run(place: Path) -> Row:
     """Read the row of a results file or a run folder."""
     file = place / "results.json" if place.is_dir() else place
-    name = file.resolve().parent.name if file.name == "results.json" else file.stem
+    name = file.absolute().parent.name if file.name == "results.json" else file.stem
     return results_row(read_results(file), _read_options(file.parent), run=name, path=str(place))
 
 

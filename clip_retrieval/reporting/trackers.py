@@ -72,7 +72,8 @@ class ServiceRun:
 
     def __init__(self, name: str, folder: Path, options: Mapping[str, Any], *, resumes: bool):
         self._name, self._works = name, True
-        settings: dict[str, Any] = {"project": PROJECT, "name": folder.resolve().name, "config": dict(options)}
+        settings: dict[str, Any] = {"project": PROJECT, "name": _printable(folder.resolve().name)}
+        settings["config"] = {name: _printable(v) if isinstance(v, str) else v for name, v in options.items()}
         if name == "wandb":  # resumes by id, trackio by name
             settings |= {"dir": str(folder), "id": _run_id(folder, resumes=resumes)}
         try:
@@ -106,6 +107,11 @@ def _run_id(folder: Path, *, resumes: bool) -> str:
     remove_special(path)
     write_text(path, number := uuid.uuid4().hex)
     return number
+
+
+def _printable(value: Any) -> str:
+    """Return a value as text; bytes of file names that are not UTF-8 become escapes."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 class EventFile:
@@ -148,7 +154,7 @@ class EventFile:
     def _write_options(self, options: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        values = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in options.items()}
+        values = {name: v if isinstance(v, (bool, int, float)) else _printable(v) for name, v in options.items()}
         for summary in hparams(values, dict.fromkeys(SHOWN_METRICS)):
             self._write(summary=summary)
 

@@ -86,7 +86,7 @@ def test_map_is_in_the_results_with_the_option(run, arguments, tmp_path):
         code, out, err = run(*arguments, "--eval", "--experiments", name, *option)
         assert code == 0, err
         found[name] = read_json(tmp_path / "logs" / name / "results.json")
-        assert ("t2i mAP@10" in out) == (name == "with")
+        assert ("mAP@10" in out) == (name == "with")
     for direction in ("i2t", "t2i"):
         block = found["with"][direction]
         assert list(block)[-3:] == ["mAP@1", "mAP@5", "mAP@10"]

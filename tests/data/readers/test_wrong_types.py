@@ -20,7 +20,7 @@ from clip_retrieval.data.shards.find import known_sizes
 from clip_retrieval.data.writers.tsv import export_split
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.options import DataOptions, Options
-from clip_retrieval.reporting.results import read_results
+from clip_retrieval.reporting.results import read_runs
 from clip_retrieval.reporting.table import markdown_table
 from clip_retrieval.retrieval.features import read_features, write_ids
 from clip_retrieval.retrieval.predictions import score_predictions, transform_to_tr
@@ -192,7 +192,7 @@ def test_features(tmp_path):
 def test_results(tmp_path):
     metrics = {"R@1": 1.0, "R@5": 2, "R@10": 3.0, "MedR": 1.0}
     document = {"model": "x", "dataset": "coco", "split": "test", "i2t": metrics, "t2i": metrics, "mean_recall": 2.0}
-    read = write_and(tmp_path / "results.json", lambda path: markdown_table([read_results(path)]))
+    read = write_and(tmp_path / "results.json", lambda path: markdown_table(read_runs([path])))
     check_read_or_refused(read, variants(document))
 
 

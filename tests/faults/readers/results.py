@@ -110,10 +110,10 @@ def _make_results(folder: Path) -> list[Path]:
 
 
 def _read_results(path: Path) -> None:
-    from clip_retrieval.reporting.results import read_results
+    from clip_retrieval.reporting.results import read_runs
     from clip_retrieval.reporting.table import markdown_table
 
-    markdown_table([read_results(path)])
+    markdown_table(read_runs([path]))
 
 
 def _make_config(folder: Path) -> list[Path]:
