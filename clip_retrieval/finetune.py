@@ -46,7 +46,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
     parse_trackers(options.run.report_to)  # a checkpoint may name one that is not installed here
     folder = run_folder(options)
     with (
-        StopSignal().listening() as stop,
+        StopSignal().handle_signals() as stop,
         process_group(options.run.device) as processes,
         deterministic_algorithms(choose_device(options.run.device), options.train.deterministic),
         lock_folder(folder) if processes.is_main else nullcontext() as lock,
@@ -124,10 +124,10 @@ def train(run: Run) -> None:
         while progress.step < schedule.total_steps:
             # load
             run.stop.check()
-            with run.stop.interruptible(), watch.waiting():
+            with run.stop.interruptible(), watch.wait():
                 batch = next(batches)
             if watch.step_seconds is None and run.trainer.device.type == "cuda":  # on a CPU, steps take too long for it
-                with watch.paused():
+                with watch.pause():
                     watch.step_seconds = run.trainer.time_step(batch)
 
             # forward, backward, update
@@ -154,7 +154,7 @@ def train(run: Run) -> None:
 
             # evaluate, and keep checkpoints
             if schedule.is_milestone(progress.step):
-                with watch.paused():
+                with watch.pause():
                     complete_milestone(run)
 
 

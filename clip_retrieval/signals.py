@@ -22,7 +22,7 @@ class StopSignal:
         self._interruptible = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[StopSignal]:
+    def handle_signals(self) -> Iterator[StopSignal]:
         """Handle SIGINT and SIGTERM in this block. After a stop, ignore them outside too: the program is exiting."""
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:

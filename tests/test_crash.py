@@ -133,7 +133,8 @@ class FailingFile:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("part", ["log.txt", "metrics.jsonl", "tensorboard"])
 def test_disk_fault_in_a_log_is_exit_code_3_and_one_line(run, arguments, tmp_path, monkeypatch, number, part):
-    from clip_retrieval.log import MetricsLog, log
+    from clip_retrieval.log import log
+    from clip_retrieval.reporting.metrics_log import MetricsLog
 
     normal = MetricsLog.write
 

@@ -10,7 +10,8 @@ import pytest
 
 from clip_retrieval import log as module
 from clip_retrieval.errors import format_counts
-from clip_retrieval.log import MetricsLog, log, log_to_file, progress_bar, start_log
+from clip_retrieval.log import log, log_to_file, progress_bar, start_log
+from clip_retrieval.reporting.metrics_log import MetricsLog
 
 
 def test_early_messages_are_in_the_log_file(tmp_path, capsys):

@@ -19,7 +19,7 @@ def handlers():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_interrupts_at_the_next_check(number):
-    with StopSignal().listening() as stop:
+    with StopSignal().handle_signals() as stop:
         stop.check()
         os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
@@ -31,13 +31,13 @@ def test_signal_interrupts_at_the_next_check(number):
 
 def test_handlers_are_restored_without_a_signal():
     before = signal.getsignal(signal.SIGINT)
-    with StopSignal().listening():
+    with StopSignal().handle_signals():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_interruptible_block_is_interrupted_at_once():
-    with StopSignal().listening() as stop, pytest.raises(KeyboardInterrupt), stop.interruptible():
+    with StopSignal().handle_signals() as stop, pytest.raises(KeyboardInterrupt), stop.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal must interrupt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,8 +133,12 @@ def hold_out(dataset: RetrievalDataset, split: str, fractions: dict[str, float])
     """
     if not isinstance(dataset.images, KeyedImages):
         raise UserError(f"--{split}_fraction is not for --dataset {dataset.name}, whose images have no names; drop it")
-    names = (dataset.images.key(index) for index in range(len(dataset.images)))
-    images = np.array([_choose_split(place, fractions) == split for place in map(_hash_place, names)], bool)
+    # one file under several names is one image: the first name decides
+    files = [os.path.abspath(dataset.images.name(index)) for index in range(len(dataset.images))]  # noqa: PTH100
+    names: dict[str, str] = {}
+    for index, file in enumerate(files):
+        names.setdefault(file, dataset.images.key(index))
+    images = np.array([_choose_split(_hash_place(names[file]), fractions) == split for file in files], bool)
     if not images.any():
         option = " and ".join(f"--{name}_fraction {fractions[name]:g}" for name in HELD_OUT if fractions[name])
         raise UserError(f"{option}: none of the {len(images):,} images is in the {split} split; change the fraction")

@@ -27,7 +27,7 @@ def to_transformers(tokenizer: Tokenizer) -> Any:
         return CLIPTokenizer(vocabulary, merges, model_max_length=tokenizer.context_length)
     converted = copy.deepcopy(tokenizer.tokenizer)
     converted.model_max_length = tokenizer.context_length
-    backend, steps = getattr(converted, "backend_tokenizer", None), _cleaning(tokenizer)
+    backend, steps = getattr(converted, "backend_tokenizer", None), _cleaning_steps(tokenizer)
     if backend is None or not steps:
         return converted
     return _with_normalizer(converted, steps)
@@ -38,7 +38,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     to_transformers(tokenizer).save_pretrained(folder)
 
 
-def _cleaning(tokenizer: Any) -> list[Any]:
+def _cleaning_steps(tokenizer: Any) -> list[Any]:
     """Return the steps of a tokenizer's `clean_fn` as normalizers of the tokenizers library."""
     from tokenizers import Regex
     from tokenizers.normalizers import Lowercase, Replace, Strip

@@ -119,10 +119,7 @@ def _clip(model: ImageTextModel) -> Converted:
     clip, tokenizer = model.model.clip, cast(SimpleTokenizer, model.tokenizer)
     text = text_part(clip)
     state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
-    vocabulary, width = text.token_embedding.weight.shape
-    text_config = _transformer_config(text.transformer.resblocks, width, text.ln_final) | {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": len(text.positional_embedding),
+    text_config = _text_config(text) | {
         "projection_dim": embedding_dim(clip),
         "bos_token_id": tokenizer.sot_token_id,
         "eos_token_id": tokenizer.eot_token_id,
@@ -164,12 +161,7 @@ def _siglip(model: ImageTextModel) -> Converted:
     # the configs
     text, trunk = text_part(clip), clip.visual.trunk
     state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
-    vocabulary, width = text.token_embedding.weight.shape
-    text_config = _transformer_config(text.transformer.resblocks, width, text.ln_final) | {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": len(text.positional_embedding),
-        "projection_size": embedding_dim(clip),
-    }
+    text_config = _text_config(text) | {"projection_size": embedding_dim(clip)}
     block = trunk.blocks[0]
     vision_config = {
         "hidden_size": trunk.embed_dim,
@@ -194,6 +186,14 @@ def _siglip(model: ImageTextModel) -> Converted:
             **_siglip_vision(state),
         },
     )
+
+
+def _text_config(text: ClipModule) -> Config:
+    vocabulary, width = text.token_embedding.weight.shape
+    return _transformer_config(text.transformer.resblocks, width, text.ln_final) | {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": len(text.positional_embedding),
+    }
 
 
 def _vision_config(clip: ClipModule) -> Config:

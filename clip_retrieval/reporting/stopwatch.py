@@ -32,14 +32,14 @@ class Stopwatch:
         return time.perf_counter() - self._started
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def wait(self) -> Iterator[None]:
         """A block that waits for data."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """A block that is not training. A new lap starts after it."""
         started = time.perf_counter()
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import socket
 import time
@@ -15,8 +14,7 @@ from typing import Any, Protocol
 
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import named_errors, read_text, remove_special, write_text
-
-log = logging.getLogger("clip_retrieval")  # clip_retrieval.log imports this module
+from clip_retrieval.log import log
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "clip_retrieval"

@@ -24,7 +24,7 @@ from clip_retrieval.data.shards.train_split import open_stream
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
-from clip_retrieval.log import MetricsLog, log, log_to_file
+from clip_retrieval.log import log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
@@ -33,6 +33,7 @@ from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, Options
+from clip_retrieval.reporting.metrics_log import MetricsLog
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume

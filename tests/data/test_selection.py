@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.data.selection import hold_out, select
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
@@ -133,3 +135,14 @@ def test_empty_captions_are_left_out_alike_by_all_readers(tmp_path, photos, read
         dataset = read(kind, tmp_path, "train", **options)
     assert described(dataset) == {names[0]: ["a dog"], names[2]: ["a bus"]}
     assert "2 of 4 captions are empty and left out; so are images without another caption: 1" in caplog.text
+
+
+def test_one_file_under_two_names_is_in_one_split():
+    names = [name for i in range(40) for name in (f"im/{i}.jpg", f"/data/im/{i}.jpg", f"other/../im/{i}.jpg")]
+    images = ImageFiles([f"/data/im/{i // 3}.jpg" for i in range(len(names))], names)
+    pairs = np.stack([np.arange(len(names))] * 2, axis=1)
+    dataset = RetrievalDataset("coco", "all", images, [f"caption {i}" for i in range(len(names))], pairs)
+    fractions = {"val": 0.3, "test": 0.3}
+    parts = [hold_out(dataset, split, fractions).images for split in ("train", "val", "test")]
+    files = [{part.name(i) for i in range(len(part))} for part in parts]
+    assert sum(map(len, files)) == len(set.union(*files)) == 40

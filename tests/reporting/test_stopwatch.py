@@ -15,7 +15,7 @@ def clock(monkeypatch):
 def test_pauses_do_not_count(clock):
     watch = Stopwatch(seconds=10)
     clock[0] += 2
-    with watch.paused():
+    with watch.pause():
         clock[0] += 50
     clock[0] += 4
     watch.count(8)
@@ -25,7 +25,7 @@ def test_pauses_do_not_count(clock):
 
 def test_waiting_is_lost(clock):
     watch = Stopwatch()
-    with watch.waiting():
+    with watch.wait():
         clock[0] += 1
     clock[0] += 3
     watch.count(8)
@@ -39,7 +39,7 @@ def test_slow_steps_are_lost_to_loading_too(clock):
     watch = Stopwatch()
     watch.step_seconds = 0.5
     for _ in range(2):
-        with watch.waiting():
+        with watch.wait():
             clock[0] += 0.1
         clock[0] += 0.9
         watch.count(4)
