@@ -15,7 +15,7 @@ from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.check import find_broken_images
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset, StoredImages
 from clip_retrieval.data.mixture import Mixture
-from clip_retrieval.data.pixels.pixels import AutoAugmented, MixedPixels, Pixels, choose_num_workers, make_pixels
+from clip_retrieval.data.pixels.pixels import MixedPixels, Pixels, choose_num_workers, make_pixels
 from clip_retrieval.data.selection import without_images
 from clip_retrieval.data.workers import default_num_workers
 from clip_retrieval.distributed import Processes
@@ -134,9 +134,6 @@ def load_pixels(
     options: DataOptions, dataset: RetrievalDataset, preprocess: dict[str, Any], device: torch.device, augment: str
 ) -> Pixels:
     """Return the images as model input, from --image_cache if it is given."""
-    if augment.startswith("auto"):
-        crops = load_pixels(options, dataset, preprocess, device, "crop")
-        return AutoAugmented(crops, flip=augment == "auto_flip")
     if isinstance(dataset, Mixture):
         return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
     settings: dict[str, Any] = {"augment": augment, "decoder": options.decoder}

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from clip_retrieval.data.dataset import StoredImages
+from clip_retrieval.data.pixels.augment import Augmentation, crop_region, make_augmentation
 from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, open_partial, read_records
 from clip_retrieval.data.pixels.pixels import Indices, Pixels
 from clip_retrieval.data.pixels.transforms import (
-    crop_region,
     evaluation_transform,
     interpolation_mode,
     model_size,
@@ -53,7 +53,7 @@ def open_cached_pixels(
 ) -> Pixels:
     """Open the cache of `images` in `folder`; build it first if it is missing or outdated.
 
-    With augment "none" the pixels equal those of `make_pixels` bit for bit. With "crop" the cache stores whole images,
+    With augment "none" the pixels equal those of `make_pixels` bit for bit. For crops the cache stores whole images,
     with short sides of at most 8/7 of the model's size, and the same regions are cropped from them.
 
     Args:
@@ -61,7 +61,7 @@ def open_cached_pixels(
         preprocess: open_clip's preprocessing, as a dict.
         folder: folder of the caches; created if it is missing.
         name: prefix of the file's name.
-        augment: "none" or "crop".
+        augment: "none", "crop", "auto" or "auto_flip", as in `ImageTransform`.
         decoder: "pillow" or "fast", as in `make_pixels`.
         num_workers: worker processes that decode during a build.
 
@@ -69,7 +69,11 @@ def open_cached_pixels(
         UserError: an image cannot be read, or the folder cannot be written or is too small.
         RunError: writing stopped before the end; the finished part is kept.
     """
-    storage = _CropStorage(preprocess, decoder) if augment == "crop" else _ResizedStorage(preprocess, decoder)
+    storage: _ResizedStorage | _CropStorage
+    if augment == "none":
+        storage = _ResizedStorage(preprocess, decoder)
+    else:
+        storage = _CropStorage(preprocess, decoder, make_augmentation(augment))
     path = folder / f"{name}_{_hash_content(images, storage.settings)}.pixels"
     stamps = np.array([images.stamp(i) for i in range(len(images))], dtype=np.int64)
     try:
@@ -223,9 +227,10 @@ class _ResizedStorage:
 class _CropStorage:
     """Stores whole images, slightly larger than the model's inputs, channels last as `resize` takes them."""
 
-    def __init__(self, preprocess: dict, decoder: str):
+    def __init__(self, preprocess: dict, decoder: str, augmentation: Augmentation | None):
         self.preprocess = preprocess
         self.decoder = decoder
+        self.augmentation = augmentation
         self.settings = {"decoder": decoder, "crop": True, "size": preprocess["size"]}
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int, int]:
@@ -247,7 +252,7 @@ class _CropStorage:
         return (np.array(expected).reshape(-1, 2) == np.stack([records["height"], records["width"]], 1)).all(1)
 
     def open(self, path: Path, images: int) -> Pixels:
-        return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder)
+        return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder, self.augmentation)
 
 
 class _ResizedPixels:
@@ -274,10 +279,11 @@ class _ResizedPixels:
 class _CroppedPixels:
     in_memory = False  # worker processes resize the crops
 
-    def __init__(self, file: PixelFile, preprocess: dict, decoder: str):
+    def __init__(self, file: PixelFile, preprocess: dict, decoder: str, augmentation: Augmentation | None):
         self._file = file
         self._size = model_size(preprocess)
         self._decoder = decoder
+        self._augment = augmentation
         self._interpolation = interpolation_mode(preprocess)
 
     def __len__(self) -> int:
@@ -290,7 +296,8 @@ class _CroppedPixels:
         rows = slice(round(top * down), round(bottom * down))
         columns = slice(round(left * across), round(right * across))
         image = self._file[index].reshape(height, width, 3)[rows, columns]
-        return resize(image, self._size, self._decoder, self._interpolation)
+        crop = resize(image, self._size, self._decoder, self._interpolation)
+        return self._augment(crop, seed) if self._augment else crop
 
     def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
         self._file.will_read(indices)

@@ -8,12 +8,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.images.image_files import ImageArray
-from clip_retrieval.data.pixels.transforms import CropTransform, evaluation_transform
+from clip_retrieval.data.pixels.augment import CropTransform, make_augmentation
+from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.data.workers import default_num_workers
 
 Indices = Sequence[int] | np.ndarray
@@ -45,28 +44,10 @@ def make_pixels(images: Images, preprocess: dict, *, augment: str = "none", deco
     Args:
         images: the images.
         preprocess: open_clip's preprocessing, as a dict.
-        augment: "none" (as in evaluation) or "crop" (a random crop).
+        augment: as in `ImageTransform`.
         decoder: "pillow", open_clip's pixels, or "fast", within two grey levels of them (see `transforms`).
     """
     return _DecodedPixels(images, preprocess, augment, decoder)
-
-
-class AutoAugmented:
-    """Random crops with AutoAugment's policies for ImageNet (arXiv:1805.09501); `flip` mirrors half of them."""
-
-    def __init__(self, crops: Pixels, *, flip: bool = False):
-        self.crops = crops
-        self.in_memory = False  # worker processes do the augmentation
-        self._augment = _SeededAutoAugment(flip)
-
-    def __len__(self) -> int:
-        return len(self.crops)
-
-    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        return self._augment(self.crops(index, seed), seed)
-
-    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
-        return torch.stack([self(index, seed) for index, seed in zip(indices, seeds, strict=True)])
 
 
 class MixedPixels:
@@ -96,18 +77,6 @@ class MixedPixels:
         return batch
 
 
-class _SeededAutoAugment:
-    def __init__(self, flip: bool) -> None:
-        self._augment = AutoAugment(AutoAugmentPolicy.IMAGENET, InterpolationMode.BILINEAR)
-        self._flip = flip
-
-    def __call__(self, crop: torch.Tensor, seed: int) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed))
-            augmented = self._augment(crop)  # draws first, so that the flip changes nothing else
-            return augmented.flip(-1) if self._flip and torch.rand(()) < 0.5 else augmented
-
-
 class ImageTransform:
     """Transform an RGB image to the model's input; a seed decides the random augmentation.
 
@@ -120,7 +89,7 @@ class ImageTransform:
     def __init__(self, preprocess: dict, *, augment: str = "none", decoder: str = "pillow"):
         self._resize = evaluation_transform(preprocess, decoder)
         self._crop = None if augment == "none" else CropTransform(preprocess, decoder)
-        self._augment = _SeededAutoAugment(augment == "auto_flip") if augment.startswith("auto") else None
+        self._augment = make_augmentation(augment)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """uint8 (3, height, width)."""
@@ -133,7 +102,7 @@ class ImageTransform:
 class _DecodedPixels:
     def __init__(self, images: Images, preprocess: dict, augment: str, decoder: str):
         self.images = images
-        self.in_memory = isinstance(images, ImageArray)
+        self.in_memory = isinstance(images, ImageArray) and not augment.startswith("auto")
         self._transform = ImageTransform(preprocess, augment=augment, decoder=decoder)
 
     def __len__(self) -> int:

@@ -11,7 +11,6 @@ because decoding is not the bottleneck (benchmarks/input.py).
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from functools import partial
 
@@ -25,8 +24,6 @@ from torchvision.transforms.v2 import functional as F
 
 from clip_retrieval.data.images.decode import shorten_middle
 
-CROP_SCALE = (0.9, 1.0)  # share of the image's area, as in open_clip's training
-CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
 RESIZE_SIZE = "resize_size"
 SPARE = 8 / 7  # short side of images for random crops / model size: 256 for 224
 PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
@@ -90,40 +87,6 @@ def _resize_transform(image: Image.Image, step: Resize | ResizeKeepRatio) -> tor
     else:
         size = step.size
     return resize(image, size, "fast", step.interpolation)
-
-
-class CropTransform:
-    """A random crop of 90 to 100 % of the image, resized to the model's size. No flip: captions name left and right.
-
-    The regions have the distribution of torchvision's RandomResizedCrop, whose sampling is slower than the resizing.
-    """
-
-    def __init__(self, preprocess: dict, decoder: str = "pillow"):
-        self.size = model_size(preprocess)
-        self.decoder = decoder
-        self.interpolation = interpolation_mode(preprocess)
-
-    def __call__(self, image: Image.Image, seed: int) -> torch.Tensor:
-        """Crop and resize: uint8 (3, height, width). The same seed gives the same crop in every process."""
-        left, top, right, bottom = crop_region(image.width, image.height, seed)
-        return resize(image.crop((left, top, right, bottom)), self.size, self.decoder, self.interpolation)
-
-
-def crop_region(width: int, height: int, seed: int) -> tuple[int, int, int, int]:
-    """Draw a random crop of an image of this size: (left, top, right, bottom)."""
-    draw = random.Random(seed)
-    for _ in range(10):
-        area = width * height * draw.uniform(*CROP_SCALE)
-        ratio = math.exp(draw.uniform(*map(math.log, CROP_RATIO)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = draw.randrange(width - w + 1), draw.randrange(height - h + 1)
-            return left, top, left + w, top + h
-    # None fits: the largest central region with an allowed ratio.
-    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
 
 
 def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from clip_retrieval.data.images.decode import FORMATS, LARGEST_FILE, decode_rgb, image_pixels_limit, limit_image_pixels
 from clip_retrieval.data.images.image_files import ImageFiles, find_image_files
-from clip_retrieval.data.pixels.transforms import CropTransform, evaluation_transform
+from clip_retrieval.data.pixels.augment import CropTransform
+from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.errors import RunError, UserError
 from tests.conftest import read_json
 from tests.models.small import small_preprocess

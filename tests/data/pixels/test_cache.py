@@ -134,10 +134,11 @@ def test_unpickled_cache_opens_the_file_itself(images, folder, augment):
     assert torch.equal(all_of(pickle.loads(pickled)), all_of(cached))
 
 
+@pytest.mark.parametrize("augment", ["crop", "auto", "auto_flip"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_crops_of_small_images_equal_those_without_a_cache(images, folder, decoder):
-    settings = {"size": 64, "augment": "crop", "decoder": decoder}
-    uncached = make_pixels(images, small_preprocess(64), augment="crop", decoder=decoder)
+def test_crops_of_small_images_equal_those_without_a_cache(images, folder, decoder, augment):
+    settings = {"size": 64, "augment": augment, "decoder": decoder}
+    uncached = make_pixels(images, small_preprocess(64), augment=augment, decoder=decoder)
     assert torch.equal(all_of(build(images, folder, **settings)), all_of(uncached))
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
-from clip_retrieval.data.pixels.pixels import AutoAugmented, ImageTransform, make_pixels
-from clip_retrieval.data.pixels.transforms import crop_region
+from clip_retrieval.data.pixels.augment import crop_region
+from clip_retrieval.data.pixels.pixels import ImageTransform, make_pixels
 from clip_retrieval.errors import UserError
 from tests.models.small import small_preprocess
 
@@ -120,6 +120,7 @@ def test_images_in_memory_need_no_workers(images, decoder):
     pixels = make_pixels(ImageArray(array, "test"), small_preprocess(16), decoder=decoder)
     assert pixels.in_memory and len(pixels) == 3
     assert torch.equal(pixels.batch([2, 0], [0, 0]), torch.from_numpy(array[[2, 0]]).permute(0, 3, 1, 2))
+    assert not make_pixels(ImageArray(array, "test"), small_preprocess(16), augment="auto").in_memory
     larger = make_pixels(ImageArray(array, "test"), small_preprocess(12), decoder=decoder)
     assert larger(1).shape == (3, 12, 12)
     assert not make_pixels(images, small_preprocess(), decoder=decoder).in_memory
@@ -180,7 +181,7 @@ def test_batch_equals_its_images_also_after_pickling(images, augment, decoder):
 
 def test_autoaugment_depends_only_on_the_seed(images):
     crops = make_pixels(images, small_preprocess(), augment="crop")
-    changed = AutoAugmented(crops)
+    changed = make_pixels(images, small_preprocess(), augment="auto")
     first = changed.batch([0, 1, 2], [5, 6, 7])
     assert first.shape == (3, 3, 16, 16) and first.dtype == torch.uint8
     torch.manual_seed(1)
@@ -199,6 +200,5 @@ def test_flip_mirrors_half_of_the_images_and_changes_nothing_else(images):
         assert torch.equal(flipped, plain) or torch.equal(flipped, plain.flip(-1))
         mirrored += not torch.equal(flipped, plain)
     assert 70 < mirrored < 130
-    crops = make_pixels(images, small_preprocess(), augment="crop")
-    cached = AutoAugmented(crops, flip=True)
-    assert torch.equal(cached(0, 3), transforms["auto_flip"](images[0], 3))
+    pixels = make_pixels(images, small_preprocess(), augment="auto_flip")
+    assert torch.equal(pixels(0, 3), transforms["auto_flip"](images[0], 3))
