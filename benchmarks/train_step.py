@@ -260,7 +260,7 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
     options.train.compile = name == "compile"
     options.train.grad_cache = max(1, len(batches[0].images) // 4) if name == "grad_cache" else None
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
-    trainer = make_trainer(options, model, precision, device, SINGLE_PROCESS)
+    trainer = make_trainer(options.train, options.loss, model, precision, device, SINGLE_PROCESS)
     if name == "all_tokens":
         pool_all_tokens(trainer.towers)
         batches = [replace(batch, lengths=None) for batch in batches]

@@ -51,7 +51,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
             f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
-    trained_on = count_trained(dataset, options, checkpoint)
+    trained_on = count_trained(dataset, options.data.fractions, checkpoint, options.model.pretrained)
     if trained_on and dataset.split != UNSPLIT:
         dataset = replace(dataset, split="train")  # held out here, but not in training
     with processes.main_first():
@@ -64,9 +64,11 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
 
     # make the output folder
     folder = evaluation_folder(
-        options,
+        options.run,
         built.name,
-        checkpoint.path if checkpoint else None,
+        options.data.name,
+        options.evaluation.eval_split,
+        beside=checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
     if processes.is_main:

@@ -28,7 +28,7 @@ from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.jsonl import Id
 from clip_retrieval.log import log, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.options import Options
+from clip_retrieval.options import DataOptions, Options
 from clip_retrieval.retrieval.features import write_array, write_features
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
@@ -101,7 +101,7 @@ def extract_with(
     """Extract the features; several processes share the work."""
     # read the data and load the model
     device = choose_device(options.run.device)
-    dataset = read_files(request) if request.uses_files else read_split(options)
+    dataset = read_files(request) if request.uses_files else read_split(options.data, options.evaluation.eval_split)
     log.info(dataset.describe())
     with processes.main_first():  # may download
         model, built, tokenizer = load_model(options, checkpoint)
@@ -110,7 +110,14 @@ def extract_with(
     # make the output folders
     folder = request.output
     if folder is None:
-        folder = evaluation_folder(options, built.name, checkpoint.path if checkpoint else None, named=False)
+        folder = evaluation_folder(
+            options.run,
+            built.name,
+            options.data.name,
+            options.evaluation.eval_split,
+            beside=checkpoint.path if checkpoint else None,
+            named=False,
+        )
         folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
     paths = output_paths(request, folder)
     if processes.is_main:
@@ -153,13 +160,12 @@ def _write(path: Path, kind: str, ids: Sequence[Id], features: Tensor, processes
         log.info(f"wrote {path}: {len(features):,} {kind} features of {features.shape[1]} dimensions")
 
 
-def read_split(options: Options) -> RetrievalDataset:
+def read_split(options: DataOptions, split: str) -> RetrievalDataset:
     """Read the split to extract. Raises UserError if the data set does not have it."""
-    dataset = read_dataset(options.data, options.evaluation.eval_split)
+    dataset = read_dataset(options, split)
     if dataset is None:
         raise UserError(
-            f"{options.data.name} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
-            "another --eval_split or other data"
+            f"{options.name} in {options.place} has no {split} split; choose another --eval_split or other data"
         )
     return dataset
 

@@ -44,7 +44,7 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
     start_log()
     options, checkpoint = settle_options(typed, config)
     parse_trackers(options.run.report_to)  # a checkpoint may name one that is not installed here
-    folder = run_folder(options)
+    folder = run_folder(options.run)
     with (
         StopSignal().handle_signals() as stop,
         process_group(options.run.device) as processes,
@@ -53,9 +53,10 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
     ):
         # claim the folder: no process reads it before the main process holds the lock
         processes.barrier()
-        if checkpoint is not None and resumes_in(folder, options):
+        if checkpoint is not None and resumes_in(folder, options.run.resume):
             checkpoint = Checkpoint.load(checkpoint.path)  # another run may have replaced it before the lock
-        refuse_another_run(folder, options, can_resume=isinstance(checkpoint, TrainingCheckpoint))
+        can_resume = isinstance(checkpoint, TrainingCheckpoint)
+        refuse_another_run(folder, options.run, options.model.pretrained, can_resume=can_resume)
         processes.barrier()
 
         # read the data, build the model, restore the checkpoint

@@ -22,7 +22,7 @@ from clip_retrieval.errors import printable
 from clip_retrieval.files import write_text
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.options import Options
+from clip_retrieval.options import EvalOptions, Options, RunOptions
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.run.folder import make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
@@ -63,7 +63,7 @@ def classify_with(
     warn_of_random_weights(built)
     # make the output folder
     name = data_name(labelled) + settings_suffix(request, templates)
-    folder = output or results_folder(options, built.name, name, of_checkpoint=checkpoint is not None)
+    folder = output or results_folder(options.run, built.name, name, of_checkpoint=checkpoint is not None)
     if processes.is_main:
         make_folder(folder, "--output")
         log_to_file(folder)
@@ -79,7 +79,8 @@ def classify_with(
     )
     table = per_class_table(block)
     if processes.is_main:
-        write_options(folder, record_data(options, request), f"{device} ({device_name(device)})")
+        recorded = replace(options, evaluation=record_data(options.evaluation, request))
+        write_options(folder, recorded, f"{device} ({device_name(device)})")
         write_results(folder, {"model": built.name, "weights": built.weights, **block})
         sources = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
         sources.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
@@ -89,11 +90,11 @@ def classify_with(
     log.info(f"wrote {folder / 'results.json'} and results.txt")
 
 
-def results_folder(options: Options, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
+def results_folder(options: RunOptions, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
     """The folder of the results: beside a checkpoint of ours, else in --checkpoint_path under the model's name."""
-    if of_checkpoint and options.run.resume:
-        return Path(options.run.resume).parent / f"zero_shot_{_file_name(data_name)}"
-    return Path(options.run.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
+    if of_checkpoint and options.resume:
+        return Path(options.resume).parent / f"zero_shot_{_file_name(data_name)}"
+    return Path(options.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
 
 
 def data_name(labelled: LabelledImages) -> str:
@@ -117,16 +118,15 @@ def settings_suffix(request: ZeroShotData, templates: Templates) -> str:
     return "".join(f"_{part}" for part in (templates_name, names, "all" * request.all_classes) if part)
 
 
-def record_data(options: Options, request: ZeroShotData) -> Options:
+def record_data(options: EvalOptions, request: ZeroShotData) -> EvalOptions:
     """Copy the request into the options, under main.py's option names."""
-    evaluation = replace(
-        options.evaluation,
+    return replace(
+        options,
         zero_shot_eval=request.data,
         zero_shot_root=str(request.data_root),
         zero_shot_class_names=str(request.class_names) if request.class_names else None,
         zero_shot_templates=request.templates,
     )
-    return replace(options, evaluation=evaluation)
 
 
 def _file_name(name: str) -> str:

@@ -147,7 +147,7 @@ def train_small(
     patched = mock.patch.object(Tensor, "float", Tensor.double)  # for the features of the towers
     with patched if precision == "fp32" else contextlib.nullcontext():
         model = model.double() if precision == "fp32" else model
-        trainer = make_trainer(all_options, model, precision, CPU, processes)
+        trainer = make_trainer(all_options.train, all_options.loss, model, precision, CPU, processes)
         model.train()
         steps, update = [], trainer._update
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
-from clip_retrieval.options import AUTO, Options
+from clip_retrieval.options import AUTO, Options, RunOptions
 from clip_retrieval.reporting.trackers import RUN_ID
 
 try:
@@ -31,17 +31,19 @@ LOCK_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def run_folder(options: Options) -> Path:
+def run_folder(options: RunOptions) -> Path:
     """Return the output folder of a finetune."""
-    return Path(options.run.checkpoint_path) / options.run.experiments
+    return Path(options.checkpoint_path) / options.experiments
 
 
-def evaluation_folder(options: Options, model_name: str, beside: Path | None, *, named: bool) -> Path:
+def evaluation_folder(
+    options: RunOptions, model_name: str, data_name: str, split: str, *, beside: Path | None, named: bool
+) -> Path:
     """Return the output folder of an evaluation: the one that the user `named`, or its own, `beside` a checkpoint.
 
     Raises UserError if it holds a training run.
     """
-    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
+    suffix = f"{data_name}_{split}"
     if named:
         folder = run_folder(options)
         if (folder / "metrics.jsonl").exists():
@@ -51,7 +53,7 @@ def evaluation_folder(options: Options, model_name: str, beside: Path | None, *,
         return folder
     if beside is not None:
         return beside.parent / f"eval_{suffix}"
-    return Path(options.run.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
+    return Path(options.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
 
 
 def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:
@@ -158,35 +160,38 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def refuse_another_run(folder: Path, options: Options, *, can_resume: bool) -> None:
+def refuse_another_run(folder: Path, options: RunOptions, pretrained: str | None, *, can_resume: bool) -> None:
     """Raise UserError if `folder` holds a run that is neither resumed nor overwritten.
 
     Also raises UserError if --overwrite would delete the initial weights of the new run.
 
-    can_resume: --resume is a checkpoint from which a run can resume.
+    Args:
+        folder: the output folder.
+        options: those of the run.
+        pretrained: the value of --pretrained, which may be a file in the folder.
+        can_resume: --resume is a checkpoint from which a run can resume.
     """
     if not (folder / "last.pt").exists():
         return
-    sources = {"--resume": options.run.resume, "--pretrained": options.model.pretrained}
+    sources = {"--resume": options.resume, "--pretrained": pretrained}
     for name, source in sources.items():
-        if options.run.overwrite and source and Path(source).resolve().parent == folder.resolve():
+        if options.overwrite and source and Path(source).resolve().parent == folder.resolve():
             raise UserError(f"--overwrite would delete {source} ({name}); drop it, or choose another --experiments")
-    if not (can_resume and resumes_in(folder, options)) and not options.run.overwrite:
+    if not (can_resume and resumes_in(folder, options.resume)) and not options.overwrite:
         raise UserError(
             f"{folder} already holds a run; resume it (--resume auto), replace it (--overwrite), or choose "
             "another --experiments"
         )
 
 
-def resumes_in(folder: Path, options: Options) -> bool:
+def resumes_in(folder: Path, resume: str | None) -> bool:
     """Whether --resume is a file in `folder`."""
-    source = options.run.resume
-    return source is not None and source != AUTO and Path(source).resolve().parent == folder.resolve()
+    return resume is not None and resume != AUTO and Path(resume).resolve().parent == folder.resolve()
 
 
 def without_resume(options: Options, folder: Path) -> Options:
     """Return the options without --resume if that resumes in `folder`: a resumed run records the same options."""
-    if options.run.resume != AUTO and not resumes_in(folder, options):
+    if options.run.resume != AUTO and not resumes_in(folder, options.run.resume):
         return options
     return replace(options, run=replace(options.run, resume=None))
 

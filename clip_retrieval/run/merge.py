@@ -42,7 +42,7 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
     if root and not Path(root).exists():
         raise UserError(f"--zero_shot_root {root}: no such folder; give the folder of the zero-shot data set")
     if not options.run.eval:
-        refuse_another_run(run_folder(options), options, can_resume=False)
+        refuse_another_run(run_folder(options.run), options.run, options.model.pretrained, can_resume=False)
 
 
 def check_paths(data: DatasetOptions, *, evaluate: bool) -> None:

@@ -32,7 +32,7 @@ from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
-from clip_retrieval.options import DataOptions, EvalOptions, Options
+from clip_retrieval.options import DataOptions, EvalOptions, LossOptions, Options, TrainOptions
 from clip_retrieval.reporting.metrics_log import MetricsLog
 from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
@@ -116,17 +116,19 @@ def prepare(
     precision = choose_precision(options.train.precision, device)
     if options.train.compile and not can_compile(device):
         options = replace(options, train=replace(options.train, compile=False))
-    datasets = read_datasets(options, device, processes)  # first: the model may be a download
+    encodes_once = encodes_images_once(options.data, options.train)
+    datasets = read_datasets(options.data, device, processes, decode_all=encodes_once)  # the model may be a download
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
     options = record_model_name(options, built)
     with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
         train, val, test = load_data(
-            options,
+            options.data,
             datasets,
             tokenizer,
             built.preprocess,
+            seed=options.train.seed,
             device=device,
             processes=processes,
         )
@@ -137,7 +139,7 @@ def prepare(
 
     # trainer, new or restored
     sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
-    trainer = make_trainer(options, model.to(device), precision, device, processes)
+    trainer = make_trainer(options.train, options.loss, model.to(device), precision, device, processes)
     progress = Progress(weights=built.weights)
     if checkpoint is not None:
         progress = restore_training(
@@ -148,13 +150,23 @@ def prepare(
             reset_data_offset=options.run.reset_data_offset,
         )
         progress.weights = progress.weights or built.weights
+    encode_frozen = None
+    if not options.train.no_feature_cache:
+        encode_frozen = make_frozen_encoder(
+            model,
+            options.evaluation.eval_batch_size,
+            precision,
+            device,
+            processes,
+            images_vary=options.data.augment != "none",
+        )
     loader = train.make_loader(
         sampler,
         trim=model.trims_text,
         bucket=COMPILED_LENGTHS if options.train.compile else 1,
         device=device,
         processes=processes,
-        encode_frozen=make_frozen_encoder(options, model, precision, device, processes),
+        encode_frozen=encode_frozen,
     )
 
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
@@ -208,18 +220,22 @@ def prepare(
     return run
 
 
-def read_datasets(options: Options, device: torch.device, processes: Processes) -> dict[str, RetrievalDataset]:
+def encodes_images_once(data: DataOptions, train: TrainOptions) -> bool:
+    """Whether every training image is decoded once, before the first step: for its cache, or by a frozen tower."""
+    is_frozen = train.freeze_vision or train.trainable != "all"
+    return bool(data.image_cache) or (is_frozen and not train.no_feature_cache)
+
+
+def read_datasets(
+    data: DataOptions, device: torch.device, processes: Processes, *, decode_all: bool
+) -> dict[str, RetrievalDataset]:
     """Read the train, val and test splits, as far as they exist; of a streamed data set, none.
 
-    A data set without splits is used for training only.
+    A data set without splits is used for training only. `decode_all` is `read_split`'s, for the train split.
     """
-    data = options.data
     datasets: dict[str, RetrievalDataset] = {}
     if not is_streamed(data):
-        encodes_once = bool(data.image_cache) or (
-            (options.train.freeze_vision or options.train.trainable != "all") and not options.train.no_feature_cache
-        )
-        decode_all = encodes_once and len(data.parts()) == 1
+        decode_all = decode_all and len(data.parts()) == 1
         train = read_split(data, "train", device, processes, decode_all=decode_all)
         if train is None:
             raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
@@ -240,17 +256,17 @@ def read_held_out(data: DataOptions, device: torch.device, processes: Processes)
 
 
 def load_data(
-    options: Options,
+    data: DataOptions,
     datasets: dict[str, RetrievalDataset],
     tokenizer: Any,
     preprocess: dict[str, Any],
     *,
+    seed: int,
     device: torch.device,
     processes: Processes,
 ) -> tuple[TrainSplit, Split | None, Split | None]:
     """Prepare the train, val and test splits for the model. The shards of a streamed train split are opened here."""
     # train
-    data, seed = options.data, options.train.seed
     train: TrainSplit | None
     if is_streamed(data):
         train = open_stream(data, seed, tokenizer, preprocess, device, processes)
@@ -326,22 +342,26 @@ def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) 
 
 
 def make_frozen_encoder(
-    options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
+    model: RetrievalModel,
+    batch_size: int | None,
+    precision: str,
+    device: torch.device,
+    processes: Processes,
+    *,
+    images_vary: bool,
 ) -> EncodeFrozen:
-    """Return a function that encodes a split with the frozen towers."""
+    """Return a function that encodes a split with the frozen towers; the images only if they do not vary."""
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
         images: Pixels | Tensor = split.pixels
         texts: Tokens | Tensor = split.tokens
-        if options.train.no_feature_cache:
-            return images, texts
         encoding: dict[str, Any] = {
-            "batch_size": options.evaluation.eval_batch_size,
+            "batch_size": batch_size,
             "precision": precision,
             "device": device,
             "processes": processes,
         }
-        if vision_is_frozen(model) and options.data.augment == "none":
+        if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
             images = encode_frozen_images(model, split.pixels, num_workers=num_workers, **encoding)
         if text_is_frozen(model):
@@ -353,19 +373,24 @@ def make_frozen_encoder(
 
 
 def make_trainer(
-    options: Options, model: RetrievalModel, precision: str, device: torch.device, processes: Processes
+    options: TrainOptions,
+    loss_options: LossOptions,
+    model: RetrievalModel,
+    precision: str,
+    device: torch.device,
+    processes: Processes,
 ) -> Trainer:
     """Set the trainable parameters and make the loss and the optimizer."""
-    loss = LOSSES[options.loss.loss]
+    loss = LOSSES[loss_options.loss]
     set_trainable(
         model,
-        options.train.trainable,
-        freeze_vision=options.train.freeze_vision,
-        freeze_text=options.train.freeze_text,
+        options.trainable,
+        freeze_vision=options.freeze_vision,
+        freeze_text=options.freeze_text,
         learn_scale=loss.learns_scale,
         learn_bias=loss.learns_bias,
     )
-    if options.train.grad_checkpointing:
+    if options.grad_checkpointing:
         model.clip.set_grad_checkpointing()
     if processes.world_size > 1 and not vision_is_frozen(model):
         model.clip.visual = share_statistics(model.clip.visual, device)
@@ -373,8 +398,8 @@ def make_trainer(
         model.clip.visual.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     return Trainer(
         model,
-        options.loss,
-        options.train,
+        loss_options,
+        options,
         precision=precision,
         device=device,
         processes=processes,

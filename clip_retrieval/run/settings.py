@@ -23,7 +23,9 @@ from clip_retrieval.options import (
     PLACES,
     PREFIXES,
     REPEATABLE,
+    DataOptions,
     Options,
+    RunOptions,
     as_tuple,
     select_for_resume,
 )
@@ -63,8 +65,8 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
             log.warning(f"--config {typed['config']}: {name} counts only on the command line")
     preset = read_preset(config, typed)
     options = settle(preset, config, typed, complete=False)
-    _check_lists(options, config, typed)
-    path = _find_checkpoint(options)
+    _check_lists(options.data, config, typed)
+    path = _find_checkpoint(options.run)
     if path is None:
         return _mark_given(settle(preset, config, typed), config, typed), None
 
@@ -111,16 +113,16 @@ def _find_run(path: Path) -> dict[str, Any]:
     return {"checkpoint_path": str(folder.parent), "experiments": folder.name}
 
 
-def _check_lists(options: Options, config: dict[str, Any], typed: dict[str, Any]) -> None:
+def _check_lists(data: DataOptions, config: dict[str, Any], typed: dict[str, Any]) -> None:
     """Raise UserError if a config gives one data set a list of values, which is for a mixture.
 
     A repeated option on the command line is valid: its last value counts, to change a stored command.
     """
-    if len(options.data.dataset) > 1:
+    if len(data.dataset) > 1:
         return
     for name in REPEATABLE:
         listed = as_tuple(config.get(name))
-        number, is_cut = len(listed), listed[-1] is not None and getattr(options.data, name) == listed[-1]
+        number, is_cut = len(listed), listed[-1] is not None and getattr(data, name) == listed[-1]
         if number > 1 and name not in typed and is_cut:
             raise UserError(
                 f"--config {typed['config']}: {name} has {number} values, one for each dataset of a mixture, but there "
@@ -136,16 +138,15 @@ def _mark_given(options: Options, *layers: dict[str, Any]) -> Options:
     return replace(options, model=split_model_name(options.model), given=given)
 
 
-def _find_checkpoint(options: Options) -> Path | None:
-    resume = options.run.resume
-    if resume is None:
+def _find_checkpoint(options: RunOptions) -> Path | None:
+    if options.resume is None:
         return None
-    if resume != AUTO:
-        return Path(resume)
+    if options.resume != AUTO:
+        return Path(options.resume)
     last = run_folder(options) / "last.pt"
     if last.is_file():
         return last
-    if options.run.eval:
+    if options.eval:
         raise UserError(f"--resume auto: there is no {last}; give the checkpoint's path")
     return None
 

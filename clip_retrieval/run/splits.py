@@ -70,17 +70,18 @@ def _without_broken_images(
     return without_images(dataset, rows, f"broken{first}")
 
 
-def count_trained(dataset: RetrievalDataset, options: Options, checkpoint: Checkpoint | None) -> int:
+def count_trained(
+    dataset: RetrievalDataset, fractions: dict[str, float], checkpoint: Checkpoint | None, pretrained: str | None
+) -> int:
     """Count the images of a split that the checkpoint, or --pretrained, was trained on; warn if there are any.
 
-    This concerns data without splits, and fractions of it that are held out: other splits keep them apart.
+    This concerns data without splits, and `fractions` of it that are held out: other splits keep them apart.
     """
     # find the checkpoint and its train split
-    if dataset.split != UNSPLIT and not any(options.data.fractions.values()):
+    if dataset.split != UNSPLIT and not any(fractions.values()):
         return 0
-    weights = options.model.pretrained
-    if checkpoint is None and weights and Path(weights).is_file():
-        checkpoint = Checkpoint.load_if_ours(Path(weights))
+    if checkpoint is None and pretrained and Path(pretrained).is_file():
+        checkpoint = Checkpoint.load_if_ours(Path(pretrained))
     if checkpoint is None:
         return 0
     try:

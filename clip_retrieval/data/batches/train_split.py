@@ -23,7 +23,7 @@ from clip_retrieval.errors import format_counts
 from clip_retrieval.log import log
 
 EncodeFrozen = Callable[[Split, int], tuple[Pixels | Tensor, Tokens | Tensor]]
-"""encode_frozen(split, num_workers) returns the images and the captions, as features for a frozen tower."""
+"""encode_frozen(split, num_workers) returns the images and the captions, as features of the towers that are frozen."""
 
 
 class TrainSplit(Protocol):
@@ -51,7 +51,7 @@ class TrainSplit(Protocol):
         bucket: int,
         device: torch.device,
         processes: Processes,
-        encode_frozen: EncodeFrozen,
+        encode_frozen: EncodeFrozen | None,
     ) -> Loader:
         """Make the loader of this process's part of the batches. See `TrainLoader` for the arguments."""
         ...
@@ -100,10 +100,13 @@ class IndexedTrainSplit:
         bucket: int,
         device: torch.device,
         processes: Processes,
-        encode_frozen: EncodeFrozen,
+        encode_frozen: EncodeFrozen | None,
     ) -> TrainLoader:
         num_workers = choose_num_workers(self.num_workers, self.data.pixels, device)
-        images, texts = encode_frozen(self.data, num_workers)
+        images: Pixels | Tensor = self.data.pixels
+        texts: Tokens | Tensor = self.data.tokens
+        if encode_frozen is not None:
+            images, texts = encode_frozen(self.data, num_workers)
         return TrainLoader(
             sampler,
             images,

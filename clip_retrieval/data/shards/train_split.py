@@ -70,7 +70,7 @@ class StreamedTrainSplit:
         bucket: int,
         device: torch.device,
         processes: Processes,
-        encode_frozen: EncodeFrozen,
+        encode_frozen: EncodeFrozen | None,
     ) -> StreamLoader:
         """Make the loader of this process's part of the batches; frozen towers encode each batch again.
 
