@@ -14,7 +14,8 @@ Row = dict[str, str | float | None]
 def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     """A table of the metrics common to all blocks (splits or stages of a run), in percent, for the log.
 
-    Each block has a line for each direction. Columns beyond TABLE_WIDTH continue in a second table below.
+    Each block has a line for each direction, and one below it with half the width of the intervals if it has them.
+    Columns beyond TABLE_WIDTH continue in a second table below.
     """
     # cells: mean and rsum belong to both directions, and are on the first line
     first = next(iter(blocks.values()))["i2t"]
@@ -25,6 +26,10 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
             cells = [f"{block[direction][metric]:.2f}" for metric in metrics]
             both = [f"{block[key]:.2f}" if direction == "i2t" else "" for key in ("mean_recall", "rsum")]
             rows.append([name if direction == "i2t" else "", direction, *cells, *both])
+            if intervals := block.get("intervals"):
+                spans = [intervals[direction].get(metric) for metric in metrics]
+                spans += [intervals[key] if direction == "i2t" else None for key in ("mean_recall", "rsum")]
+                rows.append(["", "±", *(f"{(span[1] - span[0]) / 2:.2f}" if span else "" for span in spans)])
 
     # columns of each table
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -39,6 +44,8 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     for columns in tables:
         body = ["  ".join(row[i].rjust(widths[i]) for i in columns) for row in rows]
         lines += [body[0], "-" * len(body[0]), *body[1:]]
+    if any("intervals" in block for block in blocks.values()):
+        lines.append("±: half of the 95% interval (bootstrap over images)")
     return "\n".join(lines)
 
 

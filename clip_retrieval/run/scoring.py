@@ -11,6 +11,7 @@ from clip_retrieval.classification.task import ZeroShotTask, score_task
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.errors import NotFiniteError, RunError
 from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
+from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.log import log
 from clip_retrieval.run.prepare import Run
 
@@ -18,8 +19,10 @@ SCORES: tuple[str, ...] = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_acc
 SCORES += ("top1", "top5", "top10", "mean_per_class")
 
 
-def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
-    """Encode and score a split; return its features and its block of results.json."""
+def score_split(
+    run: Run, split: Split, *, intervals: bool = False
+) -> tuple[SplitFeatures, dict[str, Any], tuple[Ranks, Ranks]]:
+    """Encode and score a split; return its features, its block of results.json, and the ranks of both directions."""
     options, device = run.options, run.trainer.device
     with _evaluation(run):
         encoded = encode_split(
@@ -32,8 +35,8 @@ def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
             device=device,
             processes=run.processes,
         )
-        block = score(encoded, split.dataset, options.evaluation, run.processes)
-    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}
+        block, ranks = score(encoded, split.dataset, options.evaluation, run.processes, intervals=intervals)
+    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}, ranks
 
 
 def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:

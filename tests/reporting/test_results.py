@@ -35,6 +35,14 @@ def test_tables_fit_80_columns_whatever_the_metrics():
         assert all(name in table for name in (*next(iter(blocks.values()))["i2t"], "mean", "rsum"))
 
 
+def test_intervals_are_half_widths_below_the_figures():
+    wide = block(50.0) | {"intervals": {name: {"R@1": [48.5, 51.0]} for name in ("i2t", "t2i")}}
+    wide["intervals"] |= {"mean_recall": [49.0, 51.0], "rsum": [294.0, 306.0]}
+    lines = results_table({"before": block(1.0), "test": wide}).splitlines()
+    assert [line.split() for line in lines[5:7]] == [["±", "1.25", "1.00", "6.00"], ["t2i", *lines[6].split()[1:]]]
+    assert lines[7].split() == ["±", "1.25"] and "95%" in lines[8]
+
+
 def write_run(folder, results, **options):
     folder.mkdir(parents=True)
     write_json(folder / "results.json", results)
