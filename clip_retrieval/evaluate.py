@@ -22,6 +22,7 @@ from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.reporting.table import protocols_table, results_table
+from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
@@ -96,6 +97,8 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
         write_ranks(folder / RANKS, split.dataset, *ranks)
+    if k := options.evaluation.save_rankings:
+        save_rankings(folder, encoded.images, encoded.captions, split.dataset, k, processes)
     log.info(results_table({dataset.split: block}))
     if "protocols" in block:
         log.info(protocols_table(block["protocols"]))

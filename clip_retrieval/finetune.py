@@ -25,6 +25,7 @@ from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch, clock
 from clip_retrieval.reporting.table import protocols_table, results_table
 from clip_retrieval.reporting.trackers import parse_trackers
+from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
@@ -217,12 +218,16 @@ def finish(run: Run) -> None:
 
     # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
     val = progress.best["block"] if progress.best else None
-    test = ranks = None
-    if run.test is not None:
-        _, test, ranks = score_split(run, run.test, full=True)
-        write_scores(run, "test", test)
-    elif run.val is not None:
-        _, val, ranks = score_split(run, run.val, full=True)
+    test, final = None, run.test or run.val
+    if final is not None:
+        encoded, block, ranks = score_split(run, final, full=True)
+        if final is run.test:
+            test = block
+            write_scores(run, "test", test)
+        else:
+            val = block
+        if k := run.options.evaluation.save_rankings:
+            save_rankings(run.folder, encoded.images, encoded.captions, final.dataset, k, run.processes)
     blocks = {"before": progress.before, "val": val}
     if run.zero_shot is not None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
@@ -240,8 +245,7 @@ def finish(run: Run) -> None:
     if run.lock is not None:
         run.lock.check()
         write_results(run.folder, results | {name: block for name, block in blocks.items() if block})
-        final = run.test or run.val
-        if final and ranks:
+        if final is not None:
             write_ranks(run.folder / RANKS, final.dataset, *ranks)
 
     # print the table

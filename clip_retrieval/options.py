@@ -414,6 +414,13 @@ class EvalOptions:
         choices=("auto", "none", "coco_1k", "eccv", "cxc", "map_at_r"),
         from_checkpoint=False,
     )
+    save_rankings: int | None = option(
+        None,
+        "also save the first N items of every query with their scores, as Chinese-CLIP's predictions and TREC run and "
+        "qrels",
+        minimum=1,
+        from_checkpoint=False,
+    )
     map: bool = option(False, "also compute mean average precision at 1, 5 and 10 (mAP@K)")
 
 
