@@ -15,12 +15,14 @@ from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import encode_split, score
+from clip_retrieval.evaluation.protocols import check_protocols
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_options, write_results
-from clip_retrieval.reporting.table import results_table
+from clip_retrieval.reporting.table import protocols_table, results_table
+from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
@@ -52,6 +54,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
             f"{options.data.name} in {options.data.place} has no "
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
+    check_protocols(options.evaluation.protocols, dataset)
     trained_on = count_trained(dataset, options.data.fractions, checkpoint, options.model.pretrained)
     if trained_on and dataset.split != UNSPLIT:
         dataset = replace(dataset, split="train")  # held out here, but not in training
@@ -88,7 +91,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         device=device,
         processes=processes,
     )
-    block, ranks = score(encoded, split.dataset, options.evaluation, processes, intervals=True)
+    block, ranks = score(encoded, split.dataset, options.evaluation, processes, full=True)
 
     # write the results
     if processes.is_main:
@@ -96,5 +99,9 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
         write_ranks(folder / RANKS, split.dataset, *ranks)
+    if k := options.evaluation.save_rankings:
+        save_rankings(folder, encoded.images, encoded.captions, split.dataset, k, processes)
     log.info(results_table({dataset.split: block}))
+    if "protocols" in block:
+        log.info(protocols_table(block["protocols"]))
     log.info(f"wrote {folder / 'results.json'}")

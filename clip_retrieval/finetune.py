@@ -23,8 +23,9 @@ from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch, clock
-from clip_retrieval.reporting.table import results_table
+from clip_retrieval.reporting.table import protocols_table, results_table
 from clip_retrieval.reporting.trackers import parse_trackers
+from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
@@ -101,7 +102,7 @@ def evaluate_first(run: Run) -> None:
     if progress.step or run.options.evaluation.no_eval_first:
         return
     if split is not None and not progress.before:
-        _, progress.before, _ = score_split(run, split, intervals=True)
+        _, progress.before, _ = score_split(run, split, full=True)
         write_scores(run, "before", progress.before)
         log.info("before training:\n" + results_table({split.dataset.split: progress.before}))
     if run.zero_shot is not None and not progress.zero_shot_before:
@@ -218,12 +219,16 @@ def finish(run: Run) -> None:
 
     # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
     val = progress.best["block"] if progress.best else None
-    test = ranks = None
-    if run.test is not None:
-        _, test, ranks = score_split(run, run.test, intervals=True)
-        write_scores(run, "test", test)
-    elif run.val is not None:
-        _, val, ranks = score_split(run, run.val, intervals=True)
+    test, final = None, run.test or run.val
+    if final is not None:
+        encoded, block, ranks = score_split(run, final, full=True)
+        if final is run.test:
+            test = block
+            write_scores(run, "test", test)
+        else:
+            val = block
+        if k := run.options.evaluation.save_rankings:
+            save_rankings(run.folder, encoded.images, encoded.captions, final.dataset, k, run.processes)
     blocks = {"before": progress.before, "val": val}
     if run.zero_shot is not None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
@@ -241,8 +246,7 @@ def finish(run: Run) -> None:
     if run.lock is not None:
         run.lock.check()
         write_results(run.folder, results | {name: block for name, block in blocks.items() if block})
-        final = run.test or run.val
-        if final and ranks:
+        if final is not None:
             write_ranks(run.folder / RANKS, final.dataset, *ranks)
 
     # print the table
@@ -250,6 +254,8 @@ def finish(run: Run) -> None:
     lines |= {name: block for name, block in (("val", val), ("test", test)) if block}
     if lines:
         log.info(results_table(lines))
+    if "protocols" in results:
+        log.info(protocols_table(results["protocols"]))
     files = [run.folder / name for name in ("results.json", "best.pt", "last.pt")]
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
 

@@ -407,6 +407,20 @@ class EvalOptions:
         also={"-1": "0"},
     )
     recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always included", minimum=1)
+    protocols: tuple[str, ...] = option(
+        ("auto",),
+        "further protocols: the mean of folds of 1,000 images, ECCV Caption and CxC (both for COCO's test split, with "
+        "eccv-caption installed), R-Precision and mAP@R; auto: the first three for COCO's test split",
+        choices=("auto", "none", "coco_1k", "eccv", "cxc", "map_at_r"),
+        from_checkpoint=False,
+    )
+    save_rankings: int | None = option(
+        None,
+        "also save the first N items of every query with their scores, as Chinese-CLIP's predictions and TREC run and "
+        "qrels",
+        minimum=1,
+        from_checkpoint=False,
+    )
     map: bool = option(False, "also compute mean average precision at 1, 5 and 10 (mAP@K)")
 
 
@@ -536,6 +550,8 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} is empty; give it a value or leave it out")
             if isinstance(v, str):
                 _check_text(f.name, v)
+            if v is not None and meta["choices"] and v not in meta["choices"]:
+                raise UserError(f"--{f.name} {v}: choose from {', '.join(meta['choices'])}")
             if v is None or isinstance(v, (str, bool)):
                 continue
             if not abs(v) < NUMBER_LIMIT:
@@ -547,8 +563,6 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} {v:g}: must be at least {meta['minimum'] or 0:g}")
             if meta["above"] is not None and v <= meta["above"]:
                 raise UserError(f"--{f.name} {v:g}: must be greater than {meta['above']:g}")
-        if meta["choices"] and value not in meta["choices"]:
-            raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
 
 
 def _check_text(name: str, value: str) -> None:

@@ -26,6 +26,7 @@ SPELLINGS = {
     "annotations": ["--annotations", "--train_annotation_file"],
     "image_dir": ["--image_dir", "--train_img_dir"],
     "eval_split": ["--eval_split"],
+    "save_rankings": ["--save_rankings"],
     "resume": ["--resume", "--ckpt_path"],
     "epochs": ["--epochs", "--num_epoch", "--num_epochs", "--max_epochs"],
     "max_steps": ["--max_steps"],

@@ -1,8 +1,12 @@
-"""Mean average precision at K (mAP@K), in percent, in both directions, from the exact top K items of every query.
+"""Mean average precision at K (mAP@K) and at R, and R-Precision, in percent, from the exact top items of every query.
 
 The average precision at K of a query with R relevant items is the sum of the precisions at those places up to K that
 hold a relevant item, divided by min(K, R), so a perfect order scores 100. (Some implementations divide by the number of
 relevant items retrieved, which gives 100 to a query with only one of its five relevant items, at the first place.)
+
+With R = the number of relevant items of a query, R-Precision is the share of relevant items among its first R, and
+mAP@R is the mean over these R places of the precision there, counted as 0 if the item is not relevant (Musgrave et al.,
+A Metric Learning Reality Check, arXiv:2003.08505).
 
 As for recall, the value is the expectation over a random order of equal items. Let n items tie, r of them relevant, and
 let a relevant items be above them. The j-th tied place holds a relevant item in r / n of the orders, and then
@@ -54,14 +58,9 @@ def _map_percent(
 ) -> dict[str, float]:
     """{"mAP@K": percent}; query, item (P,) are the distinct relevant pairs."""
     relevant = np.bincount(query, minlength=len(queries))
-    # count the relevant items of each group of equal items, with those beyond the k
-    hits = _is_relevant(neighbours.items, np.sort(query * len(items) + item), len(items))
-    group_hits = np.zeros(neighbours.items.shape, np.int64)
-    np.add.at(group_hits, (np.arange(len(hits))[:, None], neighbours.begin), hits)
-    rows = _find_unlisted_ties(neighbours, queries, items, query, item)
-    np.add.at(group_hits, (rows, neighbours.begin[rows, -1]), 1)
+    _, precisions = _expected_hits(neighbours, queries, items, query, item)
     # average over the queries with a relevant item
-    precisions = expected_precisions(neighbours, group_hits)[relevant > 0].cumsum(axis=1)
+    precisions = precisions[relevant > 0].cumsum(axis=1)
     relevant = relevant[relevant > 0]
     values = {}
     for k in ks:
@@ -70,22 +69,61 @@ def _map_percent(
     return values
 
 
-def expected_precisions(neighbours: Neighbours, group_hits: np.ndarray) -> np.ndarray:
-    """The expected precision at each place, counted as 0 if its item is not relevant, float64 (queries, k).
+def retrieval_map_at_r(
+    queries: Features,
+    items: Features,
+    query: np.ndarray,
+    item: np.ndarray,
+    relevant: np.ndarray,
+    processes: Processes = SINGLE_PROCESS,
+) -> dict[str, float]:
+    """Compute {"R-P", "mAP@R"} of one direction in percent, over all queries with a relevant item.
 
-    group_hits (queries, k) is the number of relevant items in the group of equal items that begins at a place.
+    query, item (P,) are the distinct relevant pairs; relevant (queries,) is R of each query, with relevant items that
+    are not in the gallery. Memory grows with the pairs: queries with about as many are ranked at a time.
     """
+    size = np.ceil(np.log2(np.maximum(relevant, 1))).astype(int)
+    sums = np.zeros(2)
+    for exponent in np.unique(size[relevant > 0]):
+        # the exact top items of these queries, as many as the largest R
+        rows = np.flatnonzero((size == exponent) & (relevant > 0))
+        device = queries.norms.device
+        some = Features(queries.features[torch.from_numpy(rows).to(device)], device, queries.kind, str)
+        k = min(int(relevant[rows].max()), len(items))
+        neighbours = nearest(some, items, k, directions=["i2t"], processes=processes)["i2t"]
+        # count the places up to each query's own R
+        own = np.isin(query, rows)
+        found = _expected_hits(neighbours, some, items, np.searchsorted(rows, query[own]), item[own])
+        within = np.arange(k) < relevant[rows, None]
+        sums += [float(((values * within).sum(axis=1) / relevant[rows]).sum()) for values in found]
+    return dict(zip(("R-P", "mAP@R"), (100 * sums / np.count_nonzero(relevant)).tolist()))
+
+
+def _expected_hits(
+    neighbours: Neighbours, queries: Features, items: Features, query: np.ndarray, item: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The chance that a place holds a relevant item, and the expected precision there (0 if it does not).
+
+    Both are float64 (queries, k); query, item (P,) are the distinct relevant pairs.
+    """
+    # count the relevant items of each group of equal items, with those beyond the k
+    hits = _is_relevant(neighbours.items, np.sort(query * len(items) + item), len(items))
+    group_hits = np.zeros(neighbours.items.shape, np.int64)
+    np.add.at(group_hits, (np.arange(len(hits))[:, None], neighbours.begin), hits)
+    rows = _find_unlisted_ties(neighbours, queries, items, query, item)
+    np.add.at(group_hits, (rows, neighbours.begin[rows, -1]), 1)
+    # the expectation over the orders of each group
     begin = neighbours.begin
-    rows = np.arange(len(begin))[:, None]
+    row = np.arange(len(begin))[:, None]
     above = group_hits.cumsum(axis=1) - group_hits
-    above, group = above[rows, begin], group_hits[rows, begin]
+    above, group = above[row, begin], group_hits[row, begin]
     size = np.zeros_like(begin)
-    np.add.at(size, (rows, begin), 1)
-    size[rows[:, 0], begin[:, -1]] = neighbours.size
-    size = size[rows, begin]
+    np.add.at(size, (row, begin), 1)
+    size[row[:, 0], begin[:, -1]] = neighbours.size
+    size = size[row, begin]
     place = np.arange(begin.shape[1])
-    hits = above + 1 + (place - begin) * (group - 1) / np.maximum(size - 1, 1)
-    return group / size * hits / (place + 1)
+    relevant_so_far = above + 1 + (place - begin) * (group - 1) / np.maximum(size - 1, 1)
+    return group / size, group / size * relevant_so_far / (place + 1)
 
 
 def _is_relevant(items: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.evaluation.average_precision import retrieval_map
 from clip_retrieval.evaluation.bootstrap import bootstrap_intervals
 from clip_retrieval.evaluation.metrics import report
+from clip_retrieval.evaluation.protocols import choose_protocols, score_protocols
 from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import EvalOptions
@@ -71,11 +72,12 @@ def score(
     options: EvalOptions,
     processes: Processes = SINGLE_PROCESS,
     *,
-    intervals: bool = False,
+    full: bool = False,
 ) -> tuple[dict[str, Any], tuple[Ranks, Ranks]]:
     """Compute the block of results.json for a split, and the ranks of the images and of the captions.
 
-    The block has sizes, metrics of both directions in percent, their bootstrap intervals if asked for, and seconds.
+    The block has sizes, metrics of both directions in percent, and seconds. If it is `full`, as for all evaluations but
+    those of each epoch, it also has bootstrap intervals and the protocols.
     """
     started = time.perf_counter()
     i2t, t2i = retrieval_ranks(
@@ -87,16 +89,18 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
-    ranked = time.perf_counter()
-    if intervals:
-        metrics["intervals"] = bootstrap_intervals(i2t, t2i, dataset.pairs, options.recall_k)
-    bootstrapped = time.perf_counter()
     if options.map:  # from the exact top items, which ranks do not list
         precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
         for direction, values in precisions.items():
             metrics[direction] |= values
-    seconds = encoded.seconds | {"ranks": time.perf_counter() - started - (bootstrapped - ranked)}
-    seconds |= {"intervals": bootstrapped - ranked} if intervals else {}
+    seconds = encoded.seconds | {"ranks": time.perf_counter() - started}
+    if full:
+        started = time.perf_counter()
+        metrics["intervals"] = bootstrap_intervals(i2t, t2i, dataset.pairs, options.recall_k)
+        seconds["intervals"] = time.perf_counter() - started
+        if protocols := choose_protocols(options.protocols, dataset):
+            metrics["protocols"] = score_protocols(protocols, encoded.images, encoded.captions, dataset, processes)
+            seconds["protocols"] = time.perf_counter() - started - seconds["intervals"]
     block = {
         "dataset": dataset.name,
         "split": dataset.split,

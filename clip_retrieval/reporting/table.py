@@ -49,6 +49,18 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
+    """A table of the protocols of a split, in percent, for the log: a line for each direction."""
+    columns = ("R@1", "R@5", "R@10", "R-P", "mAP@R")
+    lines = ["  ".join(("protocol".ljust(10), "   ", *(name.rjust(6) for name in columns)))]
+    lines.append("-" * len(lines[0]))
+    for name, block in protocols.items():
+        for direction in ("i2t", "t2i"):
+            cells = [f"{block[direction][name]:6.2f}" if name in block[direction] else " " * 6 for name in columns]
+            lines.append("  ".join(((name if direction == "i2t" else "").ljust(10), direction, *cells)).rstrip())
+    return "\n".join(lines)
+
+
 RECALLS = ("R@1", "R@5", "R@10")
 COLUMNS = (
     "model",

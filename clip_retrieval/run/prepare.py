@@ -24,6 +24,7 @@ from clip_retrieval.data.shards.train_split import open_stream
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
+from clip_retrieval.evaluation.protocols import check_protocols
 from clip_retrieval.log import log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
@@ -118,6 +119,8 @@ def prepare(
         options = replace(options, train=replace(options.train, compile=False))
     encodes_once = encodes_images_once(options.data, options.train)
     datasets = read_datasets(options.data, device, processes, decode_all=encodes_once)  # the model may be a download
+    if reported := datasets.get("test", datasets.get("val")):
+        check_protocols(options.evaluation.protocols, reported)
     torch.manual_seed(options.train.seed)
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)

@@ -20,9 +20,12 @@ SCORES += ("top1", "top5", "top10", "mean_per_class")
 
 
 def score_split(
-    run: Run, split: Split, *, intervals: bool = False
+    run: Run, split: Split, *, full: bool = False
 ) -> tuple[SplitFeatures, dict[str, Any], tuple[Ranks, Ranks]]:
-    """Encode and score a split; return its features, its block of results.json, and the ranks of both directions."""
+    """Encode and score a split; return its features, its block of results.json, and the ranks of both directions.
+
+    full: with intervals and protocols, see `evaluator.score`.
+    """
     options, device = run.options, run.trainer.device
     with _evaluation(run):
         encoded = encode_split(
@@ -35,7 +38,7 @@ def score_split(
             device=device,
             processes=run.processes,
         )
-        block, ranks = score(encoded, split.dataset, options.evaluation, run.processes, intervals=intervals)
+        block, ranks = score(encoded, split.dataset, options.evaluation, run.processes, full=full)
     return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}, ranks
 
 

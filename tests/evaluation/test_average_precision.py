@@ -4,12 +4,14 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_retrieval.evaluation.average_precision import retrieval_map
+from clip_retrieval.evaluation.average_precision import retrieval_map, retrieval_map_at_r
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.evaluation.scores import Features
 from tests.conftest import read_json
 
 
@@ -54,6 +56,32 @@ def test_ties_give_the_mean_over_all_orders(seed, images, captions, levels, ks):
     for k in ks:
         assert found["i2t"][f"mAP@{k}"] == pytest.approx(plain_map(scores, relevant, k))
         assert found["t2i"][f"mAP@{k}"] == pytest.approx(plain_map(scores.T, relevant.T, k))
+
+
+def plain_at_r(scores, relevant):
+    """(R-Precision, mAP@R) in percent, averaged over every order of equal scores."""
+    values = []
+    for row, hits in zip(scores, relevant):
+        if size := hits.sum():
+            orders = [
+                sorted(range(len(row)), key=lambda i, p=p: (-row[i], p[i])) for p in permutations(range(len(row)))
+            ]
+            first = [[hits[i] for i in order][:size] for order in orders]
+            values.append([np.mean([np.mean(hit) for hit in first]), 0.0])
+            values[-1][1] = np.mean([sum(sum(h[: i + 1]) / (i + 1) for i in range(size) if h[i]) / size for h in first])
+    return 100 * np.mean(values, axis=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), queries=st.integers(1, 5), count=st.integers(1, 6), levels=st.integers(1, 4))
+def test_r_precision_and_map_at_r_equal_a_loop_over_orders(seed, queries, count, levels):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(levels, size=(queries, count)).astype(float)
+    relevant = rng.random((queries, count)) < 0.4
+    relevant[rng.integers(queries), rng.integers(count)] = True
+    sides = [Features(part, torch.device("cpu"), "item", str) for part in (scores, np.eye(count))]
+    found = retrieval_map_at_r(*sides, *np.argwhere(relevant).T, relevant.sum(axis=1))
+    np.testing.assert_allclose([found["R-P"], found["mAP@R"]], plain_at_r(scores, relevant), atol=1e-9)
 
 
 def test_hand_computed():
