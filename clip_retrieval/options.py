@@ -122,6 +122,7 @@ class ModelOptions:
         "side of the square input image, or its height and width, in pixels; position embeddings are interpolated "
         "(default: the model's)",
         minimum=1,
+        below=2049,
     )
 
     def __post_init__(self) -> None:

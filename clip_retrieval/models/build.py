@@ -118,7 +118,6 @@ def _build(
     # the module, with random weights
     if is_resized:
         vision["image_size"] = size
-        _check_limits(config, size)
     has_limit = bool(text.get("hf_model_name") or text.get("hf_config"))
     if context_length and not has_limit:
         text["context_length"] = context_length
@@ -128,6 +127,7 @@ def _build(
     clip = instantiate(config, config_from)
     if is_resized:
         check_image_size(clip.visual, size, source.name)
+        _check_limits(config, size)
     if context_length and has_limit:
         _check_context_length(context_length, _position_limit(clip), source.name)
         text["context_length"] = context_length
