@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.models.config_schema import MOST_PATCHES
 from clip_retrieval.models.model_config import ClipModule, State
 
 ImageSize = int | Sequence[int]
@@ -34,8 +35,13 @@ def format_size(size: ImageSize) -> str:
 
 
 def check_image_size(visual: ClipModule, size: ImageSize, name: str) -> None:
-    """Raise UserError, with the nearest sizes, unless both sides are multiples of the tower's patch size."""
+    """Raise UserError, with the nearest sizes, unless both sides are multiples of the tower's patch size.
+
+    timm's own size passes: SigLIP's 384 is no multiple of 14.
+    """
     sides, units = height_and_width(size), patch_size(visual)
+    if isinstance(visual, TimmModel) and sides == _present_size(visual):
+        return
     if all(side % unit == 0 for side, unit in zip(sides, units)):
         return
     smaller = [max(side // unit, 1) * unit for side, unit in zip(sides, units)]
@@ -77,7 +83,11 @@ def resize_image_tower(visual: ClipModule, size: ImageSize) -> None:
     """
     height, width = height_and_width(size)
     if isinstance(visual, TimmModel):
-        if _present_size(visual) != (height, width):
+        if _present_size(visual) != (height, width) and hasattr(visual.trunk, "set_input_size"):
+            # Swin's patches are small, but its windows, whose masks need memory, large
+            cells = math.prod(_grid((height, width), [max(side, 8) for side in patch_size(visual)]))
+            if cells > MOST_PATCHES:
+                raise ValueError(f"more than {MOST_PATCHES:,} patches")
             visual.set_input_size((height, width))
         return
     pool: ClipModule = getattr(visual, "attnpool", visual)
@@ -103,7 +113,7 @@ def _present_size(visual: ClipModule) -> ImageSize | None:
     return getattr(visual, "image_size", None)
 
 
-def _grid(size: ImageSize, units: tuple[int, int]) -> tuple[int, int]:
+def _grid(size: ImageSize, units: Sequence[int]) -> tuple[int, int]:
     """Return the number of patches, vertically and horizontally."""
     height, width = height_and_width(size)
     return height // units[0], width // units[1]
