@@ -117,11 +117,19 @@ class ModelOptions:
         "--bert_weight_path",
     )
     context_length: int | None = option(None, "maximum length of captions, in tokens (default: the model's)", minimum=3)
-    image_size: int | None = option(
+    image_size: tuple[int, ...] | int | None = option(
         None,
-        "side of the square input image, in pixels; position embeddings are interpolated (default: the model's)",
+        "side of the square input image, or its height and width, in pixels; position embeddings are interpolated "
+        "(default: the model's)",
         minimum=1,
+        below=2049,
     )
+
+    def __post_init__(self) -> None:
+        size = as_tuple(self.image_size)
+        if len(size) > 2:
+            raise UserError(f"--image_size {' '.join(map(str, size))}: give one side, or height and width")
+        self.image_size = size[0] if len(set(size)) == 1 else size
 
 
 @dataclass

@@ -41,12 +41,14 @@ def test_config_equals_the_same_command_line(config):
     num_workers: auto
     max_steps: null
     recall_k: [1, 20]
+    image_size: [192, 256]
     dataset: [coco, csv]
     annotations: [null, photos.csv]
     """
     typed = "-lr 5e-4 --eps 1e-8 -wd 0.1 --warmup 0.2 --name 7 --use_siglip --no_freeze_vision --no_restval"
     typed += (
-        " --num_workers auto --recall_k 1 20 --dataset coco --dataset csv --annotations auto --annotations photos.csv"
+        " --num_workers auto --recall_k 1 20 --image_size 192 256 --dataset coco --dataset csv --annotations auto"
+        " --annotations photos.csv"
     )
     assert read_config(config(text)) == parse(typed.split())
 

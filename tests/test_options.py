@@ -102,6 +102,11 @@ def test_values_in_the_spelling_of_the_systems():
     assert options("--device", "auto")["device"] is None
 
 
+def test_image_size_is_a_side_or_height_and_width():
+    assert options("--image_size", "192", "256")["image_size"] == (192, 256)
+    assert options("--image_size", "192")["image_size"] == options("--image_size", "192", "192")["image_size"] == 192
+
+
 def test_documented_defaults():
     expected = {
         "vision_model": "ViT-B/32",

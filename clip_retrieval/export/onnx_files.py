@@ -15,7 +15,8 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.files import write_json
-from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH, height_and_width
+from clip_retrieval.models.image_size import height_and_width
+from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.towers import RetrievalModel
 

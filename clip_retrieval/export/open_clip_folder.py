@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.files import read_json, write_json
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import load_tokenizer
+from clip_retrieval.models.image_size import ImageSize, format_size, height_and_width
 from clip_retrieval.models.instantiate import read_hf_config
 from clip_retrieval.models.libraries import quiet
 
@@ -46,6 +48,9 @@ def write(model: ImageTextModel, folder: Path) -> None:
     text = config["text_cfg"]
     for name in ("vocab", "tokenizer_files"):
         text.pop(name, None)
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        vision["timm_model_name"] = _name_timm_tower(vision["timm_model_name"], model.model.preprocess["size"])
     if hf_config := text.pop("hf_config", None):
         text["hf_model_name"] = _name_text_tower(text["hf_model_name"], hf_config, folder / TEXT_TOWER)
     if not isinstance(model.tokenizer, SimpleTokenizer):
@@ -55,6 +60,15 @@ def write(model: ImageTextModel, folder: Path) -> None:
     # copies: tensors that share memory are refused
     state = {name: value.detach().clone().contiguous() for name, value in model.model.clip.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _name_timm_tower(name: str, size: ImageSize) -> str:
+    """Return timm's name of the tower at this size if there is one: open_clip builds a tower only at timm's size."""
+    import timm
+
+    height, width = height_and_width(size)
+    resized = re.sub(r"\d+$", str(height), name)
+    return resized if height == width and timm.is_model(resized) else name
 
 
 def _name_text_tower(name: str, hf_config: dict[str, Any], folder: Path) -> str:
@@ -88,7 +102,16 @@ def read(folder: Path, sample: Sample) -> Exported:
     import open_clip
 
     with quiet(), torch.inference_mode():
-        model: Any = open_clip.create_model(f"local-dir:{folder}").eval()
+        try:
+            model: Any = open_clip.create_model(f"local-dir:{folder}").eval()
+        except RuntimeError as error:
+            if "size mismatch for visual.trunk" not in str(error):
+                raise
+            tower = read_json(folder / CONFIG)["model_cfg"]["vision_cfg"]["timm_model_name"]
+            raise UserError(
+                f"open_clip builds {tower} only for timm's image size, not for --image_size "
+                f"{format_size(sample.pixels.shape[2:])}; choose another --format, or see docs/export.md"
+            ) from None
         transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
         pixels = torch.stack([transform(image) for image in sample.images])
         features = model.encode_image(sample.pixels), model.encode_text(sample.tokens.ids)

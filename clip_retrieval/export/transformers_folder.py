@@ -20,7 +20,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.models.chinese_clip import is_chinese_clip
-from clip_retrieval.models.instantiate import height_and_width
+from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.model_config import ClipModule, Config, State
 from clip_retrieval.models.towers import embedding_dim, text_part

@@ -7,15 +7,23 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from open_clip.timm_model import TimmModel
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models import names
+from clip_retrieval.models import config_schema, names
 from clip_retrieval.models.families import find_family
-from clip_retrieval.models.instantiate import height_and_width, instantiate, try_model
+from clip_retrieval.models.image_size import (
+    ImageSize,
+    check_image_size,
+    format_size,
+    height_and_width,
+    resize_image_tower,
+    resize_to_weights,
+)
+from clip_retrieval.models.instantiate import INVALID, REMEDY, instantiate, try_model
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.load import check_adaptor, load_into
 from clip_retrieval.models.model_config import ClipModule, Config, State, find_preprocess
+from clip_retrieval.models.schema import SchemaError
 from clip_retrieval.models.source import ModelSource, find_source, tags_of
 from clip_retrieval.models.towers import split_adaptor, text_part
 from clip_retrieval.options import ModelOptions
@@ -24,7 +32,6 @@ from clip_retrieval.options import ModelOptions
 SIGLIP_SCALE = math.log(10)
 SIGLIP_BIAS = -10.0
 DEFAULT_IMAGE_SIZE = 224
-RESNET_STRIDE = 32
 
 
 @dataclass
@@ -77,7 +84,7 @@ def rebuild_model(
     name: str,
     source: str,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     context_length: int | None = None,
     logit_bias: bool = False,
 ) -> BuiltModel:
@@ -99,60 +106,77 @@ def known_tags(name: str) -> list[str]:
         return []
 
 
-def _build(source: ModelSource, image_size: int | None, context_length: int | None, logit_bias: bool) -> BuiltModel:
+def _build(
+    source: ModelSource, image_size: ImageSize | None, context_length: int | None, logit_bias: bool
+) -> BuiltModel:
     config, config_from = deepcopy(source.config), source.config_from or source.name
-    _set_sizes(config, source.name, image_size, context_length)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    own_size = vision.get("image_size", DEFAULT_IMAGE_SIZE)
+    size = list(image_size) if isinstance(image_size, tuple) else image_size or own_size
+    is_resized = height_and_width(size) != height_and_width(own_size)
+
+    # the module, with random weights
+    if is_resized:
+        vision["image_size"] = size
+    has_limit = bool(text.get("hf_model_name") or text.get("hf_config"))
+    if context_length and not has_limit:
+        text["context_length"] = context_length
     state = source.state or {}
     if (logit_bias or "logit_bias" in state) and config.get("init_logit_bias") is None:
         config["init_logit_bias"] = SIGLIP_BIAS
     clip = instantiate(config, config_from)
-    _check_context_length(context_length, _position_limit(clip), source.name)
+    if is_resized:
+        check_image_size(clip.visual, size, source.name)
+        _check_limits(config, size)
+    if context_length and has_limit:
+        _check_context_length(context_length, _position_limit(clip), source.name)
+        text["context_length"] = context_length
 
-    # weights
+    # weights, at their own image size first
     state, adaptor = split_adaptor(state)
+    unfit = f"--image_size {format_size(size)}: does not fit {source.name}", "give another size"
     if source.state is not None:
-        # timm resizes the position embeddings itself, after it has the weights at their own size
-        if _has_other_size(clip, state):
-            _resize_timm(clip, config, source.name)
+        with translate_errors(*unfit):
+            resize_to_weights(clip.visual, state, own_size, size)
         load_into(clip, state, source.weights, source.name, source.random)
         check_adaptor(adaptor, config["embed_dim"], source.weights)
-    _resize_timm(clip, config, source.name)
+    with translate_errors(*unfit):
+        resize_image_tower(clip.visual, size)
     if logit_bias and "logit_bias" not in state:
         torch.nn.init.constant_(clip.logit_scale, config.get("init_logit_scale", SIGLIP_SCALE))
         torch.nn.init.constant_(clip.logit_bias, config["init_logit_bias"])
 
-    # preprocessing
-    preprocess = find_preprocess(source.preprocess)
-    size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
-    if "resize_size" in preprocess:
-        preprocess["resize_size"] = round(
-            preprocess["resize_size"] * max(height_and_width(size)) / max(height_and_width(preprocess["size"]))
-        )
-    preprocess["size"] = size
+    # a first use
+    preprocess = _preprocess_at(source.preprocess, size)
+    clip = clip.float().eval()
+    if not source.is_known or image_size or context_length:
+        with translate_errors(*(unfit if is_resized else (f"{config_from} {INVALID}", REMEDY))):
+            try_model(clip, config, preprocess)
     # The logit scale is missing too in weights of single towers, but has an initial value of its own.
     keys = clip.state_dict().keys() - {"logit_scale"}
     random = tuple(prefix.rstrip(".") for prefix in source.random if any(key.startswith(prefix) for key in keys))
-    clip = clip.float().eval()
-    if not source.is_known or image_size or context_length:
-        try_model(clip, config, preprocess, config_from)
     return BuiltModel(clip, config, preprocess, source.name, source.weights, adaptor or None, random, config_from)
 
 
-def _set_sizes(config: Config, name: str, image_size: int | None, context_length: int | None) -> None:
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if image_size:
-        unit = RESNET_STRIDE if isinstance(vision.get("layers"), (list, tuple)) else vision.get("patch_size") or 1
-        if image_size % unit:
-            raise UserError(f"--image_size {image_size}: must be a multiple of {unit} for {name}")
-        vision["image_size"] = image_size
-    if context_length:
-        # the built tower decides; simple-clip's refuses to be built with more
-        _check_context_length(context_length, text.get("hf_config", {}).get("max_position_embeddings", math.inf), name)
-        text["context_length"] = context_length
+def _preprocess_at(preprocess: Config, size: ImageSize) -> Config:
+    """Return the preprocessing for another image size. A size before the crop changes in proportion."""
+    preprocess = find_preprocess(preprocess)
+    if "resize_size" in preprocess:
+        scale = max(height_and_width(size)) / max(height_and_width(preprocess["size"]))
+        preprocess["resize_size"] = round(preprocess["resize_size"] * scale)
+    return preprocess | {"size": size}
 
 
-def _check_context_length(length: int | None, limit: float, name: str) -> None:
-    if length and length > limit:
+def _check_limits(config: Config, size: ImageSize) -> None:
+    """Raise UserError for a size at which a checkpoint of the model would be refused."""
+    try:
+        config_schema.model_config(config, "")
+    except SchemaError as error:
+        raise UserError(f"--image_size {format_size(size)}: {error}; give another size") from None
+
+
+def _check_context_length(length: int, limit: float, name: str) -> None:
+    if length > limit:
         raise UserError(f"--context_length {length}: must be at most {limit} for {name}")
 
 
@@ -164,23 +188,3 @@ def _position_limit(clip: ClipModule) -> float:
         return math.inf
     # RoBERTa's positions start behind that of padding
     return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-
-
-def _has_other_size(clip: ClipModule, state: State) -> bool:
-    key = "visual.trunk.pos_embed"
-    return key in state and isinstance(clip.visual, TimmModel) and state[key].shape != clip.state_dict()[key].shape
-
-
-def _resize_timm(clip: ClipModule, config: Config, name: str) -> None:
-    """Resize a timm image tower from timm's default image size to the config's."""
-    if not isinstance(clip.visual, TimmModel):
-        return
-    size = config["vision_cfg"].get("image_size", DEFAULT_IMAGE_SIZE)
-    if clip.visual.trunk.default_cfg["input_size"][-1] == size:
-        return
-    patch = getattr(getattr(clip.visual.trunk, "patch_embed", None), "patch_size", 1)
-    if any(side % each for side, each in zip(height_and_width(size), height_and_width(patch))):
-        unit = patch if isinstance(patch, int) else patch[0]
-        raise UserError(f"--image_size {size}: must be a multiple of {unit} for {name}")
-    with translate_errors(f"--image_size {size}: does not fit {name}", "give another size"):
-        clip.visual.set_input_size(size)

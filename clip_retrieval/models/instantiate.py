@@ -17,6 +17,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models import hub
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import filter_config, read_model_json
+from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.memory import build_within_memory
 from clip_retrieval.models.model_config import ClipModule, Config
@@ -40,6 +41,9 @@ def instantiate(config: Config, name: str) -> ClipModule:
     # a family's own class
     arguments = deepcopy(config)
     arguments["text_cfg"].pop("tokenizer_files", None)
+    if isinstance(vision.get("layers"), (list, tuple)):
+        # open_clip builds ResNets for squares only; `image_size.resize_image_tower` takes any size
+        arguments["vision_cfg"]["image_size"] = max(height_and_width(vision.get("image_size", 224)))
     if module := find_family(config).module:
         with translate_errors(f"{name} {INVALID}", REMEDY):
             return build_within_memory(lambda: module(**deepcopy(arguments)), name)
@@ -87,19 +91,14 @@ def _check_timm_name(tower: str, name: str) -> None:
         raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
 
 
-def try_model(clip: ClipModule, config: Config, preprocess: Config, name: str) -> None:
-    """Encode an image and a caption: some faults of a config show only then. Raises UserError."""
+def try_model(clip: ClipModule, config: Config, preprocess: Config) -> None:
+    """Encode an image and a caption: some faults of a config show only then, as exceptions of any type."""
     if clip.logit_scale.is_meta:
         return
     length = config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-    with translate_errors(f"{name} {INVALID}", REMEDY), torch.no_grad():
+    with torch.no_grad():
         model = RetrievalModel(clip, preprocess).eval()
         images = model.encode_image(torch.zeros(1, 3, *height_and_width(preprocess["size"]), dtype=torch.uint8))
         texts = model.encode_text(torch.zeros(1, length, dtype=torch.int64), torch.tensor([length]))
         if not images.shape == texts.shape == (1, config["embed_dim"]):
             raise ValueError(f"its features have the shapes {tuple(images.shape)} and {tuple(texts.shape)}")
-
-
-def height_and_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of a config's image size."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

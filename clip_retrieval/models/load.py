@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.libraries import translate_errors
@@ -19,7 +19,7 @@ from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 def load_into(clip: ClipModule, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
     """Load `state` into a model, strictly; only `logit_bias` and names that start with `random` may be missing.
 
-    Position embeddings are resized to the model's image size and context length. Raises UserError, naming `source`,
+    Text position embeddings are resized to the model's context length. Raises UserError, naming `source`,
     `name` and the weights, if they do not fit.
     """
     own = clip.state_dict()
@@ -72,9 +72,6 @@ def _fit(clip: ClipModule, state: State, own: State) -> State:
     for key in ("logit_scale", "logit_bias"):
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
-    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
-        if _differs_in_length(key, state, own):
-            state[key] = _resize_image_positions(state[key], len(own[key]))
     for key in ("positional_embedding", "text.positional_embedding"):
         if _differs_in_length(key, state, own):
             state[key] = _resize_text_positions(clip, state[key], own[key])
@@ -89,17 +86,6 @@ def _differs_in_length(key: str, state: State, own: State) -> bool:
         and state[key].shape[1] == own[key].shape[1]
         and len(state[key]) != len(own[key])
     )
-
-
-def _resize_image_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Interpolate the grid's positions as open_clip does, keeping the class token's; a grid not square is unchanged."""
-    side, old_side = round((length - 1) ** 0.5), round((len(positions) - 1) ** 0.5)
-    if side**2 + 1 != length or old_side**2 + 1 != len(positions):
-        return positions
-    # open_clip knows only the ViT's name; a ResNet's attention pooling has the same layout.
-    state = {"visual.positional_embedding": positions}
-    resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=side)))
-    return state["visual.positional_embedding"]
 
 
 def _resize_text_positions(clip: ClipModule, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

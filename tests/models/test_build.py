@@ -384,8 +384,9 @@ def test_context_length_is_at_most_the_positions_of_a_hugging_face_tower(kind, l
     path = tmp_path / "small.json"
     path.write_text(json.dumps(small_config(text_cfg=text | {"context_length": 16})))
     assert build_model(ModelOptions(vision_model=str(path), context_length=limit))
-    with pytest.raises(UserError, match=f"--context_length {limit + 1}: must be at most {limit} for"):
-        build_model(ModelOptions(vision_model=str(path), context_length=limit + 1))
+    for length in (limit + 1, 40):
+        with pytest.raises(UserError, match=f"--context_length {length}: must be at most {limit} for"):
+            build_model(ModelOptions(vision_model=str(path), context_length=length))
 
 
 @pytest.mark.parametrize("pad", [0, 5])
