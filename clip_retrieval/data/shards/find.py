@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braceexpand import alphabet, braceexpand
-
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT
+from clip_retrieval.data.shards.braces import expand_braces
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, is_clutter, open_regular, read_json
 from clip_retrieval.options import DatasetOptions
@@ -30,11 +29,6 @@ SIZES = "sizes.json"
 SEPARATOR = "::"
 _SPLIT_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])")
 _GZIP_MAGIC = b"\x1f\x8b"
-# Braces: ranges of numbers and of letters, the most names that they may expand to, and the deepest nesting.
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
-MAX_SHARDS, MAX_CHARACTERS = 10**6, 10**9
-MAX_BRACE_DEPTH = 50
 MIN_SAMPLE_BYTES = 2 * tarfile.BLOCKSIZE  # bytes: the headers of an image and a caption
 
 
@@ -70,7 +64,7 @@ def _split_patterns(text: str, source: str) -> list[str]:
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
     patterns = text.split()
-    if patterns != [text] and any(_glob(name) for name in _expand_braces(text, source)):
+    if patterns != [text] and any(_glob(name) for name in expand_braces(text, source)):
         return [text]
     return patterns
 
@@ -92,7 +86,7 @@ def _is_tar_pattern(text: str) -> bool:
 
 def _make_absolute(pattern: str) -> list[str]:
     """Make a pattern absolute; expand its braces first if only some alternatives are absolute already."""
-    names = _expand_braces(pattern, pattern) if "{" in pattern else [pattern]
+    names = expand_braces(pattern, pattern) if "{" in pattern else [pattern]
     mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() for name in names)
     return [str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
@@ -104,7 +98,7 @@ def expand_patterns(text: str, option: str) -> list[Path]:
     """
     paths: list[Path] = []
     for pattern in _split_patterns(text, f"{option} {text}"):
-        for name in _expand_braces(pattern, f"{option} {text}"):
+        for name in expand_braces(pattern, f"{option} {text}"):
             if found := _find_files(name):
                 paths += found
             elif Path(name).is_dir() or glob.has_magic(name):
@@ -122,43 +116,6 @@ def _find_files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     return _list_tars(path) if path.is_dir() else _glob(name)
-
-
-def _expand_braces(pattern: str, source: str) -> list[str]:
-    """Expand a pattern's braces to names. Raises UserError, naming `source`, if they do not match or give too many."""
-    try:
-        number = _count_expansions(pattern)
-        if number > MAX_SHARDS or number * len(pattern) > MAX_CHARACTERS:
-            raise UserError(f"{source}: the braces expand to more than {MAX_SHARDS:,} shards; correct the numbers")
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{source}: the braces do not match ({error}); write {{00000..00099}}") from None
-
-
-def _count_expansions(pattern: str) -> int:
-    """Count the names that `braceexpand` would make, at most MAX_SHARDS + 1, without making them.
-
-    Raises ValueError for deep nesting, because `braceexpand` is recursive.
-    """
-    # For each open brace: the number of names of the finished alternatives and of the current one.
-    groups, begins = [[0, 1]], [0]
-    for token in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
-        if token[0] == "{":
-            groups.append([0, 1])
-            begins.append(token.end())
-            if len(groups) > MAX_BRACE_DEPTH:
-                raise ValueError(f"nested more than {MAX_BRACE_DEPTH} deep")
-        elif len(groups) > 1 and token[0] == ",":
-            groups[-1] = [sum(groups[-1]), 1]
-        elif len(groups) > 1 and token[0] == "}":
-            number, begin = sum(groups.pop()), begins.pop()
-            if numbers := _RANGE.fullmatch(pattern, begin, token.start()):
-                first, last, step = (int(text or 1) for text in numbers.groups())
-                number = abs(last - first) // (step or 1) + 1
-            elif _LETTERS.fullmatch(pattern, begin, token.start()):
-                number = len(alphabet)
-            groups[-1][1] = min(groups[-1][1] * number, MAX_SHARDS + 1)
-    return groups[0][1]
 
 
 def _glob(pattern: str) -> list[Path]:
@@ -199,7 +156,7 @@ def _resolve_patterns(patterns: str | None) -> set[Path]:
     """Find the existing files of patterns."""
     if not patterns:
         return set()
-    names = (name for pattern in _split_patterns(patterns, patterns) for name in _expand_braces(pattern, patterns))
+    names = (name for pattern in _split_patterns(patterns, patterns) for name in expand_braces(pattern, patterns))
     return {path.resolve() for name in names for path in _find_files(name)}
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from braceexpand import braceexpand
 
+from clip_retrieval.data.shards.braces import count_expansions
 from clip_retrieval.data.shards.find import (
-    _count_expansions,
     absolute_patterns,
     check_whole,
     expand_patterns,
@@ -240,12 +240,12 @@ def test_braces_with_some_absolute_alternatives_are_expanded(tmp_path, monkeypat
     ],
 )
 def test_count_of_braces_equals_their_expansion(pattern):
-    assert _count_expansions(pattern) == len(list(braceexpand(pattern)))
+    assert count_expansions(pattern) == len(list(braceexpand(pattern)))
 
 
 def test_count_of_letter_ranges_is_an_upper_bound():
     for pattern in ("{a..e}", "{Z..a..3}", "{a..B}"):
-        assert len(list(braceexpand(pattern))) <= _count_expansions(pattern) <= 52
+        assert len(list(braceexpand(pattern))) <= count_expansions(pattern) <= 52
 
 
 @pytest.mark.parametrize(
