@@ -159,7 +159,7 @@ class DataOptions:
     train_data: str | tuple[str | None, ...] | None = option(
         None,
         "train split, instead of the one in dataset_root; chinese: LMDB folder, or prefix of _imgs.tsv and "
-        "_texts.jsonl; webdataset: shards ('shards/{00000..01537}.tar')",
+        "_texts.jsonl; webdataset: shards, also of http(s), s3, gs and hf ('shards/{00000..01537}.tar')",
         auto=True,
         repeatable=True,
     )
@@ -186,7 +186,7 @@ class DataOptions:
         None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
     )
     train_num_samples: int | None = option(
-        None, "webdataset: pairs in an epoch (default: all, counted or from sizes.json)", minimum=2
+        None, "webdataset: pairs in an epoch (default: all, from sizes.json or, of local shards, counted)", minimum=2
     )
     shuffle_buffer: int = option(4096, "webdataset: size of the shuffle buffer, in pairs over all processes", minimum=0)
     caption_sampling: str = option(

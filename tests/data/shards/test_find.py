@@ -14,8 +14,8 @@ from clip_retrieval.data.shards.find import (
     check_whole,
     expand_patterns,
     find_shards,
-    known_sizes,
 )
+from clip_retrieval.data.shards.sizes import known_sizes
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from tests.data.make_shards import numbered, write_shard
@@ -147,7 +147,8 @@ def test_error_for_a_folder_without_shards_names_the_option(tmp_path):
         (lambda content: content[: len(content) // 2], "its end is missing"),
         (lambda content: content[:-1024], "its end is missing"),
         (lambda content: b"no tar at all" * 1000, "not a tar"),
-        (lambda content: gzip.compress(content), "decompress it"),
+        (lambda content: gzip.compress(b"no tar at all" * 1000), "not a tar"),
+        (lambda content: gzip.compress(content)[:30], "end-of-stream"),
         (lambda content: b"", "not a tar"),
         (lambda content: bytes(10240), "contains no samples"),
     ],
