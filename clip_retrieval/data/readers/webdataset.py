@@ -31,7 +31,7 @@ from clip_retrieval.data.shards.samples import (
     read_samples,
 )
 from clip_retrieval.data.shards.sources import Place, is_forward
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_share
 from clip_retrieval.files import open_regular
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DatasetOptions
@@ -74,7 +74,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     if not keys:
         raise UserError(skipped[0] if skipped else f"{found.paths[0]}: holds no images with captions")
     if skipped:
-        log.warning(f"{len(skipped):,} of {len(keys) + len(skipped):,} samples are skipped; {skipped[0]}")
+        log.warning(f"{format_share(len(skipped), len(keys) + len(skipped), 'sample')} skipped; {skipped[0]}")
 
     # merge duplicate images
     if spool:

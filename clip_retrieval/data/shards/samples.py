@@ -17,7 +17,7 @@ from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.images.decode import check_encoded_size
 from clip_retrieval.data.shards.sources import Place, Source, is_forward, open_shard
 from clip_retrieval.data.shards.tar_headers import Header, read_headers
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts, format_share
 from clip_retrieval.log import log
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -118,12 +118,12 @@ def check_layout(path: Place, caption_key: str | None) -> None:
     dotted = [name for name in _read_other_names(path, most) if name.rpartition(".")[2].lower() in _ENDINGS]
     if dotted:
         log.warning(
-            f"{path}: {len(dotted):,} files are skipped, as their names have several dots ({dotted[0]}): webdataset "
-            "takes everything after the first dot as the ending; rename them"
+            f"{path}: skipped {format_counts(file=len(dotted))} with several dots in the name ({dotted[0]}): "
+            "webdataset takes everything after the first dot as the ending; rename them"
         )
     # more samples than keys: the files of a sample are not adjacent
     if incomplete:
-        text = f"{path}: {incomplete:,} of {samples:,} samples are incomplete; {first}"
+        text = f"{path}: {format_share(incomplete, samples, 'sample')} incomplete; {first}"
         if 2 * incomplete > samples > len(keys):
             raise UserError(f"{text}; pack the files of each sample next to each other (tar --sort=name)")
         log.warning(text)

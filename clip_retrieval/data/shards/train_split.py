@@ -22,7 +22,7 @@ from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.data.workers import default_num_workers, map_in_workers
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError, format_counts, one_line
+from clip_retrieval.errors import UserError, format_count, format_counts, one_line
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
 
@@ -78,7 +78,7 @@ class StreamedTrainSplit:
 
         Raises UserError if the processes cannot share the batches.
         """
-        log.info(f"the shards are read as {sampler.lanes} parallel parts")
+        log.info(f"the shards are read as {format_count(sampler.lanes, 'parallel part')}")
         return StreamLoader(
             LaneReader(sampler, self.transform, self.options.caption_key),
             self.tokenizer,
