@@ -327,7 +327,12 @@ class TrainOptions:
         "-wd",
         minimum=0,
     )
-    warmup: float = option(500, "steps of linear warmup, or a fraction of the run if below 1", minimum=0)
+    warmup: float | None = option(
+        None,
+        "steps of linear warmup, or a fraction of the run if below 1 (default: 500, but at most a tenth of the run)",
+        minimum=0,
+        auto=True,
+    )
     schedule: str = option(
         "cosine", "learning rate after the warmup: cosine to 0, or constant", choices=("cosine", "constant")
     )
