@@ -120,7 +120,18 @@ def printable(text: str) -> str:
 
 def format_counts(**counts: int) -> str:
     """Return numbers with their nouns: `format_counts(image=1, caption=2000)` is `1 image, 2,000 captions`."""
-    return ", ".join(f"{number:,} {noun if number == 1 else noun + 's'}" for noun, number in counts.items())
+    return ", ".join(format_count(number, noun) for noun, number in counts.items())
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun: `2 classes`, `1 image feature`."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def format_share(number: int, total: int, noun: str) -> str:
+    """Return a part of a number with its noun and verb: `1 of 26 images is`, `26 of 26 images are`."""
+    return f"{number:,} of {format_count(total, noun)} {'is' if number == 1 else 'are'}"
 
 
 def describe(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import choose_device, disable_tf32
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
-from clip_retrieval.errors import UserError, format_counts
+from clip_retrieval.errors import UserError, format_count, format_counts
 from clip_retrieval.jsonl import Id
 from clip_retrieval.log import log, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
@@ -157,7 +157,7 @@ def extract_with(
 def _write(path: Path, kind: str, ids: Sequence[Id], features: Tensor, processes: Processes) -> None:
     if processes.is_main:
         write_features(path, kind, ids, features.cpu().numpy())
-        log.info(f"wrote {path}: {len(features):,} {kind} features of {features.shape[1]} dimensions")
+        log.info(f"wrote {path}: {format_count(len(features), f'{kind} feature')} of {features.shape[1]} dimensions")
 
 
 def read_split(options: DataOptions, split: str) -> RetrievalDataset:

@@ -167,7 +167,7 @@ class DataOptions:
     train_data: str | tuple[str | None, ...] | None = option(
         None,
         "train split, instead of the one in dataset_root; chinese: LMDB folder, or prefix of _imgs.tsv and "
-        "_texts.jsonl; webdataset: shards ('shards/{00000..01537}.tar')",
+        "_texts.jsonl; webdataset: shards, also of http(s), s3, gs and hf ('shards/{00000..01537}.tar')",
         auto=True,
         repeatable=True,
     )
@@ -194,7 +194,7 @@ class DataOptions:
         None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
     )
     train_num_samples: int | None = option(
-        None, "webdataset: pairs in an epoch (default: all, counted or from sizes.json)", minimum=2
+        None, "webdataset: pairs in an epoch (default: all, from sizes.json or, of local shards, counted)", minimum=2
     )
     shuffle_buffer: int = option(4096, "webdataset: size of the shuffle buffer, in pairs over all processes", minimum=0)
     caption_sampling: str = option(
@@ -335,7 +335,12 @@ class TrainOptions:
         "-wd",
         minimum=0,
     )
-    warmup: float = option(500, "steps of linear warmup, or a fraction of the run if below 1", minimum=0)
+    warmup: float | None = option(
+        None,
+        "steps of linear warmup, or a fraction of the run if below 1 (default: 500, but at most a tenth of the run)",
+        minimum=0,
+        auto=True,
+    )
     schedule: str = option(
         "cosine", "learning rate after the warmup: cosine to 0, or constant", choices=("cosine", "constant")
     )

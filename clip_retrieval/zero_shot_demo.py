@@ -25,7 +25,7 @@ from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images.decode import as_rgb, decode_rgb
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import choose_device
-from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.errors import NotFiniteError, UserError, format_counts
 from clip_retrieval.files import path_exists
 from clip_retrieval.log import log, start_log
 from clip_retrieval.reporting.figures import Panel, draw_predictions, find_drawn_pages
@@ -116,7 +116,9 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     if demo.show_prediction:
         prompts = templates.texts[0] if len(templates.texts) == 1 else f"{templates.name} ({len(templates.texts)})"
         weights = "/".join(Path(options.run.resume or built.weights).parts[-2:])
-        heading = f"{built.name}, {weights}, zero-shot, {len(names):,} labels, prompts: {prompts.rstrip('.')}"
+        heading = (
+            f"{built.name}, {weights}, zero-shot, {format_counts(label=len(names))}, prompts: {prompts.rstrip('.')}"
+        )
         heading += f", temperature {1 / scale:.3g}" * (demo.temperature is not None)
         _draw(demo, paths, images, predictions, heading)
 

@@ -215,6 +215,17 @@ def test_long_warmup_is_clamped_with_one_warning(run, arguments, tmp_path):
     assert [line["lr"] for line in train] == pytest.approx([1e-3 * step / 6 for step in range(1, 7)])
 
 
+def test_default_warmup_of_a_short_run_is_a_tenth_of_it_without_a_warning(run, arguments, tmp_path):
+    at = arguments.index("--warmup")
+    command = [*arguments[:at], *arguments[at + 2 :], "--epochs", "7", "--schedule", "constant"]
+    for name, extra in (("typed", ["--warmup", "2"]), ("default", []), ("auto", ["--warmup", "auto"])):
+        code, _, err = run(*command, *extra, "--no_eval_first", "--eval_every", "0", "--experiments", name)
+        assert code == 0 and "--warmup" not in err
+    logs = [read_lines(tmp_path / f"logs/{name}/metrics.jsonl") for name in ("typed", "default", "auto")]
+    assert logs[0] == logs[1] == logs[2]  # 21 steps
+    assert [line["lr"] for line in logs[1][:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
 def test_data_without_splits_are_trained_on_and_not_scored(run, arguments, tmp_path, captioned):
     rows = (captioned / "captions.csv").read_text().splitlines()
     unsplit = tmp_path / "unsplit.csv"

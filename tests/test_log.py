@@ -9,7 +9,7 @@ import time
 import pytest
 
 from clip_retrieval import log as module
-from clip_retrieval.errors import format_counts
+from clip_retrieval.errors import format_count, format_counts, format_share
 from clip_retrieval.log import log, log_to_file, progress_bar, start_log
 from clip_retrieval.reporting.metrics_log import MetricsLog
 
@@ -110,3 +110,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 
 def test_one_image_is_singular():
     assert format_counts(image=1, caption=2000, pair=0) == "1 image, 2,000 captions, 0 pairs"
+
+
+def test_nouns_agree_with_their_numbers():
+    assert [format_count(number, "class") for number in (0, 1, 2000)] == ["0 classes", "1 class", "2,000 classes"]
+    assert format_share(1, 1, "image") == "1 of 1 image is" and format_share(1, 26, "image") == "1 of 26 images is"
+    assert format_share(0, 1, "image") == "0 of 1 image are" and format_share(2, 2000, "row") == "2 of 2,000 rows are"

@@ -96,7 +96,7 @@ def test_broken_and_missing_photographs_are_skipped(run, own, photographs, tmp_p
     code, _, err = run(*own)
     assert code == 2 and "--skip_broken" in err
     code, _, err = run(*own, "--skip_broken", "--overwrite", "--max_steps", "12")
-    assert code == 0 and "1 of 26 images are left out, missing: the first is" in err, err
+    assert code == 0 and "1 of 26 images is left out, missing: the first is" in err, err
     assert "images could not be used, replaced by others" in err and "0.jpg" in err
 
 
@@ -151,7 +151,7 @@ def test_check_data_reads_every_split_of_any_data_set(script, captioned, tmp_pat
         ("--dataset csv --dataset_root empty", ["empty: holds no", "--dataset_root", "--annotations"]),
         ("--annotations photos.csv --zero_shot_eval x --zero_shot_root gone", ["--zero_shot_root gone"]),
         ("--train_data gone/{0..3}.tar", ["gone/0.tar"]),
-        ("--annotations missing.csv", ["images are missing"]),
+        ("--annotations missing.csv", ["1 of 2 images is missing"]),
         ("--eval --annotations header.csv", ["no column caption"]),
         ("--dataset webdataset --val_fraction 0.1", ["--val_fraction", "streamed"]),
         ("--annotations photos.csv --val_fraction 0.6 --test_fraction 0.5", ["--val_fraction and --test_fraction"]),

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from clip_retrieval.data.captions import mend_characters
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import read_json, read_text
 from clip_retrieval.log import log
 
@@ -108,8 +108,8 @@ def _parse_list(path: Path, lines: Sequence[tuple[int, str]], folders: Sequence[
     if len(names) != len(folders):
         shown = ", ".join(folders[:3]) + ", ..." * (len(folders) > 3)
         raise UserError(
-            f"{path}: names {len(names):,} classes, but there are {len(folders):,} ({shown}); write one name for each, "
-            "in this order, or lines of folder, comma, name"
+            f"{path}: names {format_count(len(names), 'class')}, but there are {len(folders):,} ({shown}); write one "
+            "name for each, in this order, or lines of folder, comma, name"
         )
     # the folders themselves, in any order
     folder_of = {clean_name(folder): folder for folder in folders}

@@ -15,6 +15,7 @@ from clip_retrieval.data.captions import Tokens, tokenize
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels, make_pixels
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
+from clip_retrieval.errors import format_share
 from clip_retrieval.evaluation.evaluator import encode_split
 from clip_retrieval.log import log
 from clip_retrieval.models.towers import RetrievalModel
@@ -71,7 +72,7 @@ def prompt_classes(
     prompts = templates.prompts(class_names)
     tokens = tokenize(prompts, tokenizer)
     if tokens.cut:
-        log.info(f"{tokens.cut:,} of {len(prompts):,} prompts were cut to {tokens.ids.shape[1]} tokens")
+        log.info(f"{format_share(tokens.cut, len(prompts), 'prompt')} cut to {tokens.ids.shape[1]} tokens")
     dataset = RetrievalDataset(name, UNSPLIT, images, prompts, np.empty((0, 2), np.int64))
     return PromptedImages(dataset, tokens, make_pixels(images, preprocess), len(class_names))
 

@@ -11,7 +11,7 @@ import numpy as np
 from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.data.dataset import SPLITS
 from clip_retrieval.data.images.image_files import ImageFiles
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import is_clutter
 from clip_retrieval.log import log
 
@@ -39,7 +39,7 @@ def read_image_folder(
         raise UserError(f'{folder / missing}: the class file has no name for the folder "{missing}"; add it')
     classes = sort_naturally(names) if all_classes else folders
     if all_classes:
-        log.info(f"{folder}: {len(classes) - len(folders):,} classes without a folder are candidates as well")
+        log.info(f"{folder}: further candidates: {format_count(len(classes) - len(folders), 'class')} without a folder")
     paths: list[str] = []
     labels: list[int] = []
     skipped: list[Path] = []

@@ -12,7 +12,7 @@ def summary(block: dict[str, Any]) -> str:
     """One line: data set, sizes and accuracy in percent."""
     tops = "  ".join(f"{name} {block[name]:.2f}" for name in block if name.startswith("top"))
     return (
-        f"{block['dataset']}: {format_counts(image=block['images'])}, {block['classes']:,} classes  {tops}  "
+        f"{block['dataset']}: {format_counts(image=block['images'], **{'class': block['classes']})}  {tops}  "
         f"mean per class {block['mean_per_class']:.2f}"
     )
 

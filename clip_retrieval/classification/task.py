@@ -20,7 +20,7 @@ from clip_retrieval.classification.labelled import LabelledImages
 from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.errors import format_counts
+from clip_retrieval.errors import format_count
 from clip_retrieval.evaluation.neighbours import nearest
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Features, scoring_device
@@ -49,10 +49,8 @@ def make_task(
     labelled: LabelledImages, templates: Templates, tokenizer: Any, preprocess: dict[str, Any]
 ) -> ZeroShotTask:
     """Prepare the classification of labelled images."""
-    log.info(
-        f"{labelled.name}: {format_counts(image=len(labelled.images))} of {len(labelled.class_names):,} classes, "
-        f"templates: {templates.name} ({len(templates.texts)})"
-    )
+    counts = f"{format_count(len(labelled.images), 'image')} of {format_count(len(labelled.class_names), 'class')}"
+    log.info(f"{labelled.name}: {counts}, templates: {templates.name} ({len(templates.texts)})")
     names = list(labelled.class_names)
     return ZeroShotTask(
         labelled, templates, prompt_classes(labelled.name, labelled.images, names, templates, tokenizer, preprocess)

@@ -11,7 +11,8 @@ from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.data.mixture import read_mixture
 from clip_retrieval.data.selection import hold_out, without_empty_captions, without_images
-from clip_retrieval.errors import UserError
+from clip_retrieval.data.shards.remote import is_url
+from clip_retrieval.errors import UserError, format_share
 from clip_retrieval.log import log
 from clip_retrieval.options import DataOptions, DatasetOptions, as_tuple
 
@@ -127,7 +128,8 @@ def count_broken(dataset: RetrievalDataset) -> None:
     """Warn of captions with U+FFFD, by which readers replace half surrogate pairs."""
     broken = sum("\ufffd" in caption for caption in dataset.captions if not caption.isascii())
     if broken:
-        log.warning(f"{dataset.name} {dataset.split}: {broken:,} captions hold U+FFFD in place of broken characters")
+        share = format_share(broken, len(dataset.captions), "caption")
+        log.warning(f"{dataset.name} {dataset.split}: {share} damaged, with U+FFFD in place of broken characters")
 
 
 def size_warning(dataset: RetrievalDataset) -> str | None:
@@ -163,7 +165,7 @@ def infer_dataset(given: dict[str, Any]) -> str | None:
         return None
     names = [name for file in files for name in (file, *file.replace("::", " ").split())]
     tars = (".tar", ".tar.gz", ".tgz")
-    sharded = any(name.endswith(tars) or _holds_tars(name) for name in names)
+    sharded = any(name.endswith(tars) or is_url(name) or _holds_tars(name) for name in names)
     return "webdataset" if sharded else "chinese"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.dataset import KeyedImages, RetrievalDataset
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts, format_share
 from clip_retrieval.log import log
 
 HELD_OUT = ("test", "val")
@@ -85,9 +85,10 @@ def without_empty_captions(dataset: RetrievalDataset) -> RetrievalDataset:
     images = np.ones(len(dataset.images), bool)
     images[dataset.pairs[~keeps, 0]] = False
     images[dataset.pairs[keeps, 0]] = True
+    share = format_share(int(np.sum(~captions)), len(captions), "caption")
     log.warning(
-        f"{dataset.name} {dataset.split}: {np.count_nonzero(~captions):,} of {len(captions):,} captions are empty and "
-        f"left out; so are images without another caption: {np.count_nonzero(~images):,}"
+        f"{dataset.name} {dataset.split}: {share} empty and left out; so are images "
+        f"without another caption: {np.count_nonzero(~images):,}"
     )
     return select(dataset, images, captions, dataset.split)
 
@@ -104,7 +105,7 @@ def without_images(dataset: RetrievalDataset, rows: Sequence[int], problem: str)
         return dataset
     images = np.ones(len(dataset.images), bool)
     images[np.asarray(rows)] = False
-    log.warning(f"{dataset.name} {dataset.split}: {len(rows):,} of {len(images):,} images are left out, {problem}")
+    log.warning(f"{dataset.name} {dataset.split}: {format_share(len(rows), len(images), 'image')} left out, {problem}")
     return select(dataset, images, _captions_of(dataset, images), dataset.split)
 
 
@@ -141,7 +142,9 @@ def hold_out(dataset: RetrievalDataset, split: str, fractions: dict[str, float])
     images = np.array([_choose_split(_hash_place(names[file]), fractions) == split for file in files], bool)
     if not images.any():
         option = " and ".join(f"--{name}_fraction {fractions[name]:g}" for name in HELD_OUT if fractions[name])
-        raise UserError(f"{option}: none of the {len(images):,} images is in the {split} split; change the fraction")
+        raise UserError(
+            f"{option}: none of {format_counts(image=len(images))} is in the {split} split; change the fraction"
+        )
     return select(dataset, images, _captions_of(dataset, images), split)
 
 

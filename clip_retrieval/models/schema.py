@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from clip_retrieval.errors import format_counts
 from clip_retrieval.models.pickled import Unusable
 
 Check = Callable[[Any, str], None]
@@ -75,7 +76,7 @@ def sequence(item: Check, *lengths: int, empty: bool = True) -> Check:
             raise _mismatch(value, place, "a list")
         if (lengths and len(value) not in lengths) or not (value or empty):
             expected = " or ".join(map(str, lengths)) or "1 or more"
-            raise SchemaError(f"{place} has {len(value)} values, not {expected}")
+            raise SchemaError(f"{place} has {format_counts(value=len(value))}, not {expected}")
         for index, element in enumerate(value):
             item(element, f"{place}[{index}]")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_retrieval.errors import format_count
 from clip_retrieval.files import named_errors, open_append, open_regular, remove_special, write_text
 from clip_retrieval.log import log
 from clip_retrieval.reporting.trackers import open_tracker
@@ -55,7 +56,7 @@ class MetricsLog:
                 if keeps:
                     yield json.dumps(content) + "\n"
         if damaged:
-            log.warning(f"{self._path}: {damaged:,} damaged lines are skipped")
+            log.warning(f"{self._path}: skipped {format_count(damaged, 'damaged line')}")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write `values` (numbers, or dicts of numbers) of `kind` ("train", "val", ...) at `step`."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_retrieval.errors import NotFiniteError, UserError
+from clip_retrieval.errors import NotFiniteError, UserError, format_counts
 from clip_retrieval.files import to_json, write_atomic
 from clip_retrieval.jsonl import Id, get_id, is_id, open_input, parse_record_of_numbers, read_lines, write_lines
 
@@ -116,7 +116,8 @@ def _read_npy(path: Path, memory_map: bool) -> FeatureFile:
         raise UserError(f"{ids_file}: not a JSON list of ids, which are whole numbers or texts")
     if len(ids) != len(vectors):
         raise UserError(
-            f"{ids_file}: has {len(ids):,} ids, but {path} has {len(vectors):,} features; give files of one run"
+            f"{ids_file}: has {format_counts(id=len(ids))}, but {path} has {format_counts(feature=len(vectors))}; give "
+            "files of one run"
         )
     return FeatureFile(ids, vectors, path)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.jsonl import Id, get_id, is_id, read_records, write_lines
 from clip_retrieval.retrieval.features import FeatureFile, read_features
 
@@ -168,8 +168,8 @@ def _check_coverage(answered: dict[Id, list[Id]], predicted: Lists, answers: Lis
             )
         if len(items) < k and not relevant <= set(items):
             raise UserError(
-                f"{predicted.path}: {answers.query_key} {query!r} has {len(items)} predictions, too few for recall at "
-                f"{k}; make them with --top_k {k}, or give smaller K as --recall_k"
+                f"{predicted.path}: {answers.query_key} {query!r} has {format_counts(prediction=len(items))}, too few "
+                f"for recall at {k}; make them with --top_k {k}, or give smaller K as --recall_k"
             )
 
 

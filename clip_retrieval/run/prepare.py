@@ -209,10 +209,9 @@ def prepare(
         processes=processes,
         collapse=CollapseWatch(sampler.batch_size) if LOSSES[options.loss.loss].detects_collapse else None,
     )
-    if options.train.warmup > schedule.total_steps:
-        log.warning(
-            f"--warmup {options.train.warmup:g} is longer than the run: it becomes {schedule.total_steps} steps"
-        )
+    if (warmup := options.train.warmup) is not None and warmup > schedule.total_steps:
+        steps = format_counts(step=schedule.total_steps)
+        log.warning(f"--warmup {warmup:g} is longer than the run: it becomes {steps}")
     if built.weights == NO_WEIGHTS and options.train.lr <= FINETUNING_LR:
         log.warning(f"--lr {options.train.lr:g} is for finetuning, but the weights are random: 5e-4 is a usual start")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

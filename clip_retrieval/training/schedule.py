@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 from clip_retrieval.options import Options
 
+DEFAULT_WARMUP = 500  # steps
 
-def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Return the number of warmup steps: `warmup`, or that fraction of the run if below 1; at most `total_steps`."""
+
+def warmup_steps(warmup: float | None, total_steps: int) -> int:
+    """Return the number of warmup steps: `warmup`, or that fraction of the run if below 1; at most `total_steps`.
+
+    None is the default: DEFAULT_WARMUP, but at most a tenth of the run.
+    """
+    if warmup is None:
+        return min(DEFAULT_WARMUP, total_steps // 10)
     steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
     return min(steps, total_steps)
 

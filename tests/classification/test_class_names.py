@@ -95,7 +95,7 @@ def test_mapping_may_name_further_folders(tmp_path):
         ("n.txt", "1 n01 tench\n2 n02 shark\n3 n03 hen\n", ["n.txt", "seems to hold folder and name"]),
         ("n.csv", "folder,index,count\nn01,0,5\nn02,1,5\nn03,2,5\n", ["folder, index, count", "is called name"]),
         ("n.csv", '"tench",\n"shark",\n"hen"\n', ["is not a class name"]),
-        ("n.csv", f'a,"{"x" * 200000}\n', ["names 1 classes"]),
+        ("n.csv", f'a,"{"x" * 200000}\n', ["names 1 class,"]),
         ("n.json", '{"n01": ["tench", "Tinca tinca"]}', ["n.json", "JSON list"]),
         ("n.csv", "index,folder,name\n0,n01,tench\n1\n2,n03,hen\n", ["n.csv, line 3", "no name"]),
         ("n.json", "[1, 2, 3]", ["n.json", "JSON list"]),

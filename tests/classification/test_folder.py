@@ -90,7 +90,7 @@ def test_class_names_from_a_file_and_classes_without_folder(colours, tmp_path, c
     assert read(colours, class_names=file).class_names == ["Blau", "Grün", "Rot"]
     start_log()
     labelled = read(colours, class_names=file, all_classes=True)
-    assert f"{colours}: 1 classes without a folder are candidates as well" in capsys.readouterr().out
+    assert f"{colours}: further candidates: 1 class without a folder" in capsys.readouterr().out
     assert labelled.class_names == ["Schwarz", "Blau", "Grün", "Rot"]
     assert labelled.labels.tolist() == [1, 1, 2, 2, 3, 3, 3, 3]
 

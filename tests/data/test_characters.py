@@ -110,7 +110,7 @@ def test_captions_of_every_reader_are_fixed_and_counted(options, warnings):
     warnings.clear()
     dataset = read(options)
     assert list(dataset.captions) == FIXED
-    assert len(warnings) == 1 and f"{BROKEN} captions hold U+FFFD" in warnings[0]
+    assert len(warnings) == 1 and f"{BROKEN} of {len(FIXED)} captions are damaged, with U+FFFD" in warnings[0]
     assert len(tokenize(dataset.captions, open_clip.get_tokenizer("ViT-B-32")).ids) == 5
 
 
@@ -186,14 +186,14 @@ def test_invalid_image_names(tmp_path, name, layout):
         "karpathy": {"images": [{"filename": name, "split": "train", "sentences": [{"raw": "a dog"}]}]},
     }[layout]
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 of the 1 images are missing"):
+    with pytest.raises(UserError, match="1 of 1 image is missing"):
         read(DataOptions(dataset=layout, annotations=str(tmp_path / "a.json"), image_dir=str(tmp_path)))
 
 
 def test_folder_loops_hold_no_images(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.csv").write_text("image,caption\nloop/a.jpg,a dog\na.csv/b.jpg,a cat\n")
-    with pytest.raises(UserError, match="2 of the 2 images are missing"):
+    with pytest.raises(UserError, match="2 of 2 images are missing"):
         read(DataOptions(dataset="csv", annotations=str(tmp_path / "a.csv")))
 
 

@@ -97,7 +97,7 @@ def test_captions_of_the_user_in_the_format_of_coco_are_held_out(tmp_path, photo
 
 def test_a_split_without_images_is_refused(table, read):
     path = table("x.csv", range(2))
-    with pytest.raises(UserError, match=r"--val_fraction 0\.001: none of the 2 images"):
+    with pytest.raises(UserError, match=r"--val_fraction 0\.001: none of 2 images"):
         read("csv", path.parent, "val", annotations=path, val_fraction=0.001)
 
 

@@ -114,7 +114,7 @@ def test_bad_lines_are_named(tmp_path, content, words):
         ("{}", ["list"]),
         ("[1, 2", ["broken JSON"]),
         ("[1, 2.5, 3]", ["numbers or texts"]),
-        ("[1]", ["1 ids", "3 features"]),
+        ("[1]", ["1 id,", "3 features"]),
     ],
 )
 def test_bad_ids_are_named(tmp_path, ids, words):

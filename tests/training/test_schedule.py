@@ -26,5 +26,12 @@ def test_warmup_is_steps_or_a_fraction_at_most_the_run():
     assert warmup_steps(0.2, 1000) == 200
     assert warmup_steps(500, 30) == 30
     assert warmup_steps(0, 30) == 0
+
+
+def test_default_warmup_is_500_steps_and_at_most_a_tenth_of_the_run():
+    assert [warmup_steps(None, total) for total in (5, 30, 4999, 5000, 10**6)] == [0, 3, 499, 500, 500]
+
+
+def test_run_without_warmup_starts_at_the_peak():
     assert learning_rate(0, peak=1.0, warmup_steps=0, total_steps=10) == 1.0
     assert learning_rate(29, peak=1.0, warmup_steps=30, total_steps=30) == 1.0

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_retrieval.data.captions import SURROGATES
 from clip_retrieval.data.images.decode import decode_rgb, make_missing_error, read_encoded
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.errors import UserError, describe, format_share
 
 
 class ImageFiles:
@@ -128,7 +128,7 @@ def find_image_files(
     folders = ", ".join(dict.fromkeys(folder for folder, _ in existing))
     remedy = " or skip them with --skip_broken" if len(missing) < len(paths) else ""
     raise UserError(
-        f"{source}: {len(missing):,} of the {len(paths):,} images are missing, the first is {first} (searched in "
+        f"{source}: {format_share(len(missing), len(paths), 'image')} missing, the first is {first} (searched in "
         f"{folders}); give their folder as --image_dir{remedy}"
     )
 

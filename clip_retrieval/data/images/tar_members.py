@@ -21,13 +21,15 @@ class ShardImages:
     """Images by index, read from tar shards.
 
     Args:
-        paths: the shards.
+        paths: the shards, named in messages.
         places: int64 (images, 3): shard, first byte and size of each image.
         members: name of each image in its shard.
+        files: the file that holds the images of each shard: the shard itself, or a copy.
     """
 
-    def __init__(self, paths: Sequence[Path], places: np.ndarray, members: Sequence[str]):
+    def __init__(self, paths: Sequence[object], places: np.ndarray, members: Sequence[str], files: Sequence[Path]):
         self.paths = paths
+        self.files = files
         self.places = places
         self.members = members
 
@@ -43,7 +45,7 @@ class ShardImages:
         first, end, _ = part.indices(size)
         # Opening the file each time costs a hundredth of decoding, and leaves processes and threads nothing to share.
         try:
-            with open_regular(self.paths[shard]) as file:
+            with open_regular(self.files[shard]) as file:
                 file.seek(begin + first)
                 return file.read(end - first)
         except OSError as error:
@@ -59,4 +61,4 @@ class ShardImages:
     def stamp(self, index: int) -> tuple[int, int]:
         """Size of the image in bytes, and time of the shard's last change in ns."""
         shard, _, size = self.places[index].tolist()
-        return size, os.stat(self.paths[shard]).st_mtime_ns  # noqa: PTH116  a hundred thousand times
+        return size, os.stat(self.files[shard]).st_mtime_ns  # noqa: PTH116  a hundred thousand times

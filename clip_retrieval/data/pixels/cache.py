@@ -33,7 +33,7 @@ from clip_retrieval.data.pixels.transforms import (
     size_for_crops,
 )
 from clip_retrieval.data.workers import map_in_workers
-from clip_retrieval.errors import RunError, UserError, format_counts
+from clip_retrieval.errors import RunError, UserError, format_counts, format_share
 from clip_retrieval.log import log, progress_bar
 
 FORMAT = 1
@@ -144,7 +144,7 @@ def _build(
         file.finish()
     except OSError as error:
         raise RunError(
-            f"building {file.path} stopped: {error.strerror}; {len(file.records):,} of its {len(images):,} images are "
+            f"building {file.path} stopped: {error.strerror}; {format_share(len(file.records), len(images), 'image')} "
             "kept; fix this, and the same command resumes there"
         ) from error
 

@@ -30,7 +30,7 @@ from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import karpathy
 from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, read_ids
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_share
 from clip_retrieval.files import check_root, read_json
 from clip_retrieval.options import DatasetOptions
 
@@ -93,7 +93,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         rows, found = captions.find(ids)
         if not found.all():
             raise UserError(
-                f"{id_file}: {np.sum(~found):,} of its {len(ids):,} caption ids are not in {captions.source}, the "
+                f"{id_file}: {format_share(np.sum(~found), len(ids), 'caption id')} not in {captions.source}, the "
                 f"first is {ids[~found][0]}; both must be of the same data set"
             )
         parts.append((name, captions, rows))

@@ -27,7 +27,7 @@ from clip_retrieval.data.images.arrow_columns import ArrowImages, Contents, is_s
 from clip_retrieval.data.images.duplicates import merge_duplicates
 from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.mixture import read_mixture
-from clip_retrieval.errors import UserError, describe
+from clip_retrieval.errors import UserError, describe, format_share
 from clip_retrieval.files import check_root, read_json
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DatasetOptions
@@ -102,7 +102,7 @@ def _build_dataset(options: DatasetOptions, split: str, folder: Path) -> Retriev
         raise UserError(f"{folder}: no row has one image in {image_column} and a caption in {caption_column}")
     if len(rows) < len(sizes):
         log.warning(
-            f"{folder}: {len(sizes) - len(rows):,} of {len(sizes):,} rows are skipped: "
+            f"{folder}: {format_share(len(sizes) - len(rows), len(sizes), 'row')} skipped: "
             f"{np.count_nonzero(sizes == 0):,} without one image, {np.count_nonzero(~has_caption):,} without a caption"
         )
 

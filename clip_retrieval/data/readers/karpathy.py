@@ -26,7 +26,7 @@ from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
 from clip_retrieval.data.readers import csv_file
 from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, find_only_file
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import check_root, read_json, read_text
 from clip_retrieval.jsonl import Id, is_id
 from clip_retrieval.options import DatasetOptions
@@ -96,7 +96,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     if not chosen.names:
         return None
     if not chosen.texts:
-        raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
+        raise UserError(f"{path}: none of {format_count(len(chosen.names), f'{split} image')} has a caption")
     images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
     ids = (_unique_ids(found) for found in (chosen.image_ids, chosen.text_ids))

@@ -1,6 +1,7 @@
 """Find the tar shards of a split: expand patterns, search folders, and check each file before a run starts.
 
 --train_data 'shards/{00000..01537}.tar' --val_data 'val/*.tar'
+--train_data 'https://HOST/{00000..01537}.tar' --val_data 's3://BUCKET/val/*.tar'
 DATA/train-{0000..0099}.tar, DATA/cc3m-val-0.tar, DATA/test.tar    or  DATA/train/*.tar, DATA/valid/*.tar, ...
 DATA/*.tar                                                     without splits: all are training data
 
@@ -12,30 +13,22 @@ from __future__ import annotations
 import glob
 import os
 import re
-import reprlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from braceexpand import alphabet, braceexpand
 
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT
+from clip_retrieval.data.shards.braces import expand_braces
+from clip_retrieval.data.shards.remote import Url, check_protocol, is_url, list_store
+from clip_retrieval.data.shards.sources import Place, open_shard
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import check_root, is_clutter, open_regular, read_json
+from clip_retrieval.files import check_root, is_clutter
 from clip_retrieval.options import DatasetOptions
 
-SIZES = "sizes.json"
 SEPARATOR = "::"
 _SPLIT_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])")
-_GZIP_MAGIC = b"\x1f\x8b"
-# Braces: ranges of numbers and of letters, the most names that they may expand to, and the deepest nesting.
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
-MAX_SHARDS, MAX_CHARACTERS = 10**6, 10**9
-MAX_BRACE_DEPTH = 50
-MIN_SAMPLE_BYTES = 2 * tarfile.BLOCKSIZE  # bytes: the headers of an image and a caption
+TARS = ("*.tar", "*.tar.gz", "*.tgz")
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,11 @@ class SplitShards:
 
     Attributes:
         split: "train", "val" or "test", or UNSPLIT.
-        paths: the files, each once, in the order of the pattern or of their names.
+        paths: the files and addresses, each once, in the order of the pattern or of their names.
     """
 
     split: str
-    paths: list[Path]
+    paths: list[Place]
 
 
 def find_shards(options: DatasetOptions, split: str) -> SplitShards | None:
@@ -61,7 +54,8 @@ def find_shards(options: DatasetOptions, split: str) -> SplitShards | None:
     if found is None:
         return None
     for path in found.paths:
-        check_whole(path)
+        if isinstance(path, Path):
+            check_whole(path)
     return found
 
 
@@ -70,7 +64,7 @@ def _split_patterns(text: str, source: str) -> list[str]:
     if SEPARATOR in text:
         return [pattern.strip() for pattern in text.split(SEPARATOR) if pattern.strip()]
     patterns = text.split()
-    if patterns != [text] and any(_glob(name) for name in _expand_braces(text, source)):
+    if patterns != [text] and any(_glob(name) for name in expand_braces(text, source)):
         return [text]
     return patterns
 
@@ -83,7 +77,7 @@ def absolute_patterns(text: str) -> str:
 
 
 def _is_tar_pattern(text: str) -> bool:
-    if ".tar" in text or SEPARATOR in text:
+    if ".tar" in text or SEPARATOR in text or is_url(text):
         return True
     if glob.has_magic(text):  # unless it is a folder, or the prefix of files, with brackets in its name
         return not Path(text).exists() and not glob.glob(f"{glob.escape(text)}_*")  # noqa: PTH207
@@ -92,22 +86,25 @@ def _is_tar_pattern(text: str) -> bool:
 
 def _make_absolute(pattern: str) -> list[str]:
     """Make a pattern absolute; expand its braces first if only some alternatives are absolute already."""
-    names = _expand_braces(pattern, pattern) if "{" in pattern else [pattern]
-    mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() for name in names)
-    return [str(Path(name).absolute()) for name in (names if mixed else [pattern])]
+    if is_url(pattern):
+        return [pattern]
+    names = expand_braces(pattern, pattern) if "{" in pattern else [pattern]
+    mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() or is_url(name) for name in names)
+    return [name if is_url(name) else str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
 
-def expand_patterns(text: str, option: str) -> list[Path]:
-    """Expand patterns with braces and wildcards to files; a folder expands to its tars.
+def expand_patterns(text: str, option: str) -> list[Place]:
+    """Expand patterns with braces and wildcards to files and addresses; a folder expands to its tars.
 
-    Raises UserError, naming `option` and the missing file or folder, if anything is missing.
+    Raises UserError, naming `option` and the missing file or folder, if anything is missing. Addresses without
+    wildcards are not requested.
     """
-    paths: list[Path] = []
+    paths: list[Place] = []
     for pattern in _split_patterns(text, f"{option} {text}"):
-        for name in _expand_braces(pattern, f"{option} {text}"):
-            if found := _find_files(name):
+        for name in expand_braces(pattern, f"{option} {text}"):
+            if found := _find_remote(name, f"{option} {text}") if is_url(name) else _find_files(name):
                 paths += found
-            elif Path(name).is_dir() or glob.has_magic(name):
+            elif Path(name).is_dir() or glob.has_magic(name) or is_url(name):
                 raise UserError(f"{option} {text}: no shards in {name}; correct the pattern, or add the files")
             else:
                 raise UserError(f"{option} {text}: shard {name} is missing; fetch it, or correct the pattern")
@@ -116,49 +113,18 @@ def expand_patterns(text: str, option: str) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def _find_remote(address: str, source: str) -> list[Url]:
+    """Find the shards of an address: itself, or the matches of wildcards if the store can list them."""
+    check_protocol(address, source)
+    return list_store(address, source) if "*" in address or "[" in address else [Url(address)]
+
+
 def _find_files(name: str) -> list[Path]:
     """Find the files of a name: the file itself, the tars of a folder, or the matches of wildcards."""
     path = Path(name)
     if path.is_file():
         return [path]
     return _list_tars(path) if path.is_dir() else _glob(name)
-
-
-def _expand_braces(pattern: str, source: str) -> list[str]:
-    """Expand a pattern's braces to names. Raises UserError, naming `source`, if they do not match or give too many."""
-    try:
-        number = _count_expansions(pattern)
-        if number > MAX_SHARDS or number * len(pattern) > MAX_CHARACTERS:
-            raise UserError(f"{source}: the braces expand to more than {MAX_SHARDS:,} shards; correct the numbers")
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{source}: the braces do not match ({error}); write {{00000..00099}}") from None
-
-
-def _count_expansions(pattern: str) -> int:
-    """Count the names that `braceexpand` would make, at most MAX_SHARDS + 1, without making them.
-
-    Raises ValueError for deep nesting, because `braceexpand` is recursive.
-    """
-    # For each open brace: the number of names of the finished alternatives and of the current one.
-    groups, begins = [[0, 1]], [0]
-    for token in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
-        if token[0] == "{":
-            groups.append([0, 1])
-            begins.append(token.end())
-            if len(groups) > MAX_BRACE_DEPTH:
-                raise ValueError(f"nested more than {MAX_BRACE_DEPTH} deep")
-        elif len(groups) > 1 and token[0] == ",":
-            groups[-1] = [sum(groups[-1]), 1]
-        elif len(groups) > 1 and token[0] == "}":
-            number, begin = sum(groups.pop()), begins.pop()
-            if numbers := _RANGE.fullmatch(pattern, begin, token.start()):
-                first, last, step = (int(text or 1) for text in numbers.groups())
-                number = abs(last - first) // (step or 1) + 1
-            elif _LETTERS.fullmatch(pattern, begin, token.start()):
-                number = len(alphabet)
-            groups[-1][1] = min(groups[-1][1] * number, MAX_SHARDS + 1)
-    return groups[0][1]
 
 
 def _glob(pattern: str) -> list[Path]:
@@ -182,30 +148,30 @@ def _find_in_root(options: DatasetOptions, split: str) -> SplitShards | None:
     taken = _resolve_patterns(options.train_data) if split != "train" else _resolve_patterns(options.val_data)
     of_split = {name: list(_find_split_tars(root, name, strict=not named)) for name in ("train", "val", "test")}
     if any(of_split.values()):
-        return _exclude(SplitShards(split, of_split[split]), taken)
+        return _exclude(SplitShards(split, [*of_split[split]]), taken)
     # no name has a split's word: all tars are training data, except those that an option gives to another split
     tars = _list_tars(root)
     if named:
-        return _exclude(SplitShards(split, tars), taken) if split == "train" else None
+        return _exclude(SplitShards(split, [*tars]), taken) if split == "train" else None
     if not tars:
         raise UserError(
             f"{root}: contains no .tar shards; give their folder as --dataset_root, or patterns as --train_data and "
             "--val_data"
         )
-    return None if split == "val" else SplitShards(UNSPLIT, tars)
+    return None if split == "val" else SplitShards(UNSPLIT, [*tars])
 
 
 def _resolve_patterns(patterns: str | None) -> set[Path]:
     """Find the existing files of patterns."""
     if not patterns:
         return set()
-    names = (name for pattern in _split_patterns(patterns, patterns) for name in _expand_braces(pattern, patterns))
-    return {path.resolve() for name in names for path in _find_files(name)}
+    names = (name for pattern in _split_patterns(patterns, patterns) for name in expand_braces(pattern, patterns))
+    return {path.resolve() for name in names if not is_url(name) for path in _find_files(name)}
 
 
 def _exclude(found: SplitShards, taken: set[Path]) -> SplitShards | None:
-    paths = [path for path in found.paths if path.resolve() not in taken]
-    return SplitShards(found.split, paths) if paths else None
+    paths = [path for path in found.paths if isinstance(path, Path) and path.resolve() not in taken]
+    return SplitShards(found.split, [*paths]) if paths else None
 
 
 def _find_split_tars(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
@@ -230,66 +196,26 @@ def _find_split_tars(root: Path, split: str, *, strict: bool) -> Iterator[Path]:
 
 
 def _list_tars(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not is_clutter(path.name))
+    return sorted(path for tars in TARS for path in folder.glob(tars) if not is_clutter(path.name))
 
 
 def check_whole(path: Path) -> None:
-    """Raise UserError unless the file has the first and the last bytes of a tar: a cheap check before a run starts."""
+    """Raise UserError unless the file has the first and the last bytes of a tar: a cheap check before a run starts.
+
+    Of a compressed file, only the first bytes are checked.
+    """
     # read both ends
-    try:
-        with open_regular(path) as file:
-            header = file.read(tarfile.BLOCKSIZE)
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
-            end = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with open_shard(path) as source:
+        header, end, size = source.read_at(0, tarfile.BLOCKSIZE), bytes(2 * tarfile.BLOCKSIZE), source.size or 0
+        if source.size is not None:
+            end = source.read_at(max(0, size - len(end)), len(end))
     # the beginning: a header
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         if header and not header.strip(b"\0"):
             raise UserError(f"{path}: contains no samples; remove it from the pattern") from None
-        is_gzip = header.startswith(_GZIP_MAGIC)
-        remedy = "decompress it" if is_gzip else "fetch it again, or remove it from the pattern"
-        raise UserError(f"{path}: not a tar; {remedy}") from None
+        raise UserError(f"{path}: not a tar; fetch it again, or remove it from the pattern") from None
     # the end: two blocks of zeros
     if size % tarfile.BLOCKSIZE or end.strip(b"\0") or len(end) < 2 * tarfile.BLOCKSIZE:
         raise UserError(f"{path}: incomplete tar, its end is missing; fetch it again")
-
-
-def known_sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Read the number of samples of each shard from the `sizes.json` in its folder; None if it is not listed.
-
-    The file is a table {file name: samples}. Raises UserError if a value is not a number that the shard can hold.
-    """
-    tables: dict[Path, dict] = {}
-    found: list[int | None] = []
-    for path in paths:
-        source = path.parent / SIZES
-        if source not in tables:
-            tables[source] = read_sizes(source)
-        size = tables[source].get(path.name)
-        if size is not None and not _is_count(size, path):
-            raise UserError(f"{source}: {path.name} has {reprlib.repr(size)} samples; correct or delete the file")
-        found.append(None if size is None else int(size))
-    return found
-
-
-def read_sizes(source: Path) -> dict[str, Any]:
-    """Read a `sizes.json`; an empty table if there is no file. Raises UserError unless it is a table."""
-    table = read_json(source) if source.is_file() else {}
-    if not isinstance(table, dict):
-        raise UserError(f"{source}: not a table of samples by shard; correct or delete the file")
-    return table
-
-
-def _is_count(size: object, shard: Path) -> bool:
-    """Whether `size` is a number of samples that the shard can hold: memory is allocated for that many."""
-    if isinstance(size, str) and size.isascii() and size.isdecimal() and len(size) < 20:
-        size = int(size)
-    try:
-        largest = shard.stat().st_size // MIN_SAMPLE_BYTES
-    except OSError:
-        return False
-    return type(size) is int and 0 <= size <= largest

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +18,9 @@ from torch import Tensor
 from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.duplicates import image_key
 from clip_retrieval.data.pixels.pixels import ImageTransform
-from clip_retrieval.data.shards.order import Segment, ShardOrder
+from clip_retrieval.data.shards.order import Segment, ShardOrder, Shuffle
 from clip_retrieval.data.shards.samples import Unusable, image_ending, read_sample_captions, read_samples
+from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.errors import UserError
 
 
@@ -74,6 +74,9 @@ class LaneReader:
                     yield pair, problem
                 yield pair, None
                 replaced, last_round = [], segment.round
+            # a shard of unknown size, all of which is before `first`
+            if isinstance(numbers, Shuffle) and 0 < self.order.shards.count(segment.shard) <= numbers.first:
+                last_round = None
 
     def _find_fallback(self, epoch: int, lane: int, problem: str) -> Pair:
         """Find the pair that replaces all samples of a lane without a usable one."""
@@ -83,7 +86,7 @@ class LaneReader:
                     return pair
         raise UserError(f"{problem}; no other sample is usable either")
 
-    def _read_pairs(self, epoch: int, segment: Segment, numbers: np.ndarray) -> Iterator[Pair | str]:
+    def _read_pairs(self, epoch: int, segment: Segment, numbers: np.ndarray | Shuffle) -> Iterator[Pair | str]:
         """Read the pairs with these numbers; for an unusable sample, yield its name and problem."""
         path = self.order.shards.paths[segment.shard]
         for number, sample in read_in_order(self.order, segment, numbers):
@@ -96,7 +99,7 @@ class LaneReader:
 
 
 def decode_sample(
-    sample: dict[str, Any], path: Path, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
+    sample: dict[str, Any], path: Place, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
 ) -> Pair:
     """Decode a sample's image, and draw one of its captions.
 
@@ -115,11 +118,16 @@ def decode_sample(
     return Pair(transform(image, int(rng.integers(2**63))), caption, image_key(content))
 
 
-def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_in_order(
+    order: ShardOrder, segment: Segment, numbers: np.ndarray | Shuffle
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the samples of a segment with these numbers, in this order; the shard itself is read in file order.
 
     Raises UserError if the number of samples in the shard differs from its count.
     """
+    if isinstance(numbers, Shuffle):
+        yield from read_shuffled(order, segment, numbers)
+        return
     shard = segment.shard
     wanted, pending = set(numbers.tolist()), {}
     first = min(wanted)
@@ -135,6 +143,24 @@ def read_in_order(order: ShardOrder, segment: Segment, numbers: np.ndarray) -> I
     count = order.shards.count(shard)
     if segment.end == count and any(position >= count for position, _ in samples):
         raise _make_count_error(order, shard, "more")
+
+
+def read_shuffled(order: ShardOrder, segment: Segment, shuffle: Shuffle) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read all samples of a shard in the order that `read_in_order` would have, and record their number."""
+    buffer: list[tuple[int, dict[str, Any]]] = []
+    number = -1
+    for number, sample in enumerate(read_samples(order.shards.paths[segment.shard])):
+        if number < shuffle.size:
+            buffer.append((number, sample))
+            continue
+        place = int(shuffle.rng.integers(shuffle.size))
+        if number - shuffle.size >= shuffle.first:
+            yield buffer[place]
+        buffer[place] = number, sample
+    order.shards.record(segment.shard, number + 1)
+    remaining = shuffle.rng.permutation(np.arange(len(buffer)))
+    for place in remaining[max(0, shuffle.first - (number + 1 - len(buffer))) :].tolist():
+        yield buffer[place]
 
 
 def _make_count_error(order: ShardOrder, shard: int, than: str) -> UserError:

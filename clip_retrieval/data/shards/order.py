@@ -5,7 +5,8 @@ determine the lanes; processes and their workers divide the lanes among them. So
 of processes and workers: a pure function of the seed and the epoch.
 
 A run can resume at any batch of an epoch without losing or repeating a sample: a lane finds its shard from the counts,
-and its position in the shard from the headers. Of that shard only, it reads the shuffle buffer again, undecoded.
+and its position in the shard from the headers. Of that shard only, it reads the shuffle buffer again, undecoded. If the
+numbers of samples of remote or compressed shards are unknown, it reads those before its position again as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.shards.samples import count_samples
+from clip_retrieval.data.shards.sources import Place, is_forward
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 
@@ -33,11 +35,11 @@ class Shards:
     """Tar shards and their numbers of samples. An unknown number is counted at its first use.
 
     Args:
-        paths: the files.
+        paths: the files or addresses.
         sizes: samples of each shard, None if unknown.
     """
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int | None] | None = None):
+    def __init__(self, paths: Sequence[Place], sizes: Sequence[int | None] | None = None):
         self.paths = paths
         self._sizes = list(sizes or [None] * len(paths))
 
@@ -50,15 +52,36 @@ class Shards:
             size = self._sizes[shard] = count_samples(self.paths[shard])
         return size
 
+    def known(self, shard: int) -> int | None:
+        """Samples of a shard; None if it must be read to its end to count them."""
+        unknown = self._sizes[shard] is None and is_forward(self.paths[shard])
+        return None if unknown else self.count(shard)
+
+    def record(self, shard: int, size: int) -> None:
+        """Record the number of samples of a shard that was read to its end."""
+        self._sizes[shard] = size
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Samples `begin` to `end` - 1 of a shard, in a lane's `round`: 0, then 1 if the lane starts over, and so on."""
+    """Samples `begin` to `end` - 1 of a shard, in a lane's `round`: 0, then 1 if the lane starts over, and so on.
+
+    `end` is None for a whole shard with an unknown number of samples.
+    """
 
     shard: int
     begin: int
-    end: int
+    end: int | None
     round: int = 0
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """The order of a shard with an unknown number of samples: that of `shuffle_in_buffer`, from number `first` on."""
+
+    size: int
+    rng: np.random.Generator
+    first: int
 
 
 class ShardOrder:
@@ -103,9 +126,12 @@ class ShardOrder:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of the shards' names, sizes and some of their bytes: a run resumes only with the same data."""
+        """A checksum of the shards' names, sizes and some of their bytes: a run resumes only with the same data.
+
+        Of remote shards it has the names and, without num_samples, the numbers of samples.
+        """
         names = [path.name for path in self.shards.paths]
-        contents = [_probe(path) for path in self.shards.paths]
+        contents = [_probe(path) for path in self.shards.paths if isinstance(path, Path)]
         counts = [] if self.num_samples else self._counts.tolist()
         return zlib.crc32(repr((names, contents, counts)).encode(errors="surrogatepass"))
 
@@ -122,19 +148,24 @@ class ShardOrder:
         """Batches in an epoch."""
         return self.samples // self.batch_size
 
-    def lane(self, epoch: int, lane: int, first: int = 0) -> Iterator[tuple[Segment, np.ndarray]]:
+    def lane(self, epoch: int, lane: int, first: int = 0) -> Iterator[tuple[Segment, np.ndarray | Shuffle]]:
         """The samples of a lane in an epoch, from its sample number `first` on, endlessly.
 
         Yields:
-            A segment, and int64 (n,): its samples' numbers in the shard, in the order of training.
+            A segment, and int64 (n,): its samples' numbers in the shard, in the order of training. If its `end` is
+            None, a `Shuffle` instead; its number of samples must be recorded before the next segment.
         """
         size = max(1, self.shuffle_buffer // self.lanes)
         for segment in self._segments(epoch, lane):
+            rng = np.random.default_rng((self.seed, epoch, segment.shard, segment.begin, segment.round))
+            if segment.end is None:
+                yield segment, Shuffle(size, rng, first)
+                first = max(0, first - self.shards.count(segment.shard))
+                continue
             number = segment.end - segment.begin
             if first >= number:
                 first -= number
                 continue
-            rng = np.random.default_rng((self.seed, epoch, segment.shard, segment.begin, segment.round))
             yield segment, segment.begin + shuffle_in_buffer(number, size, rng)[first:]
             first = 0
 
@@ -179,7 +210,7 @@ class ShardOrder:
     def _repeat_shards(self, shards: list[int]) -> Iterator[Segment]:
         for round in itertools.count():
             for shard in shards:
-                yield Segment(shard, 0, self.shards.count(shard), round)
+                yield Segment(shard, 0, self.shards.known(shard), round)
             if not any(map(self.shards.count, shards)):
                 raise UserError(f"{self.shards.paths[shards[0]]}: holds no images with captions; remove it")
 

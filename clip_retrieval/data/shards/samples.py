@@ -7,24 +7,24 @@ The number of samples and the position of each follow from the headers alone.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.images.decode import check_encoded_size
+from clip_retrieval.data.shards.sources import Place, Source, is_forward, open_shard
 from clip_retrieval.data.shards.tar_headers import Header, read_headers
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular
+from clip_retrieval.errors import UserError, format_counts, format_share
 from clip_retrieval.log import log
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION = "caption"  # default key in a .json
 MAX_TEXT_BYTES = 2**24  # bytes of a .txt or .json
+MAX_FORWARD_BYTES = 2**28  # of an image that a server or a compressed file may make up
+LAYOUT_SAMPLES = 200  # samples, or files, of a shard that is read from front to back, to check its layout
 KEYS_SHOWN = 5  # keys of a .json in a message
 _ENDINGS = {*IMAGES, "txt", "json"}
 _METADATA = re.compile(r"__[^/]*__($|/)")
@@ -44,36 +44,28 @@ class Member(NamedTuple):
     size: int
 
 
-def read_members(path: Path) -> Iterator[list[Member]]:
+def read_members(path: Place) -> Iterator[list[Member]]:
     """Read the members of each sample from the headers alone.
 
     Raises UserError, naming the shard, if it is truncated or damaged, or a member is too large.
     """
-    with _open(path) as file:
-        yield from _group_members(path, file)
+    with open_shard(path) as file:
+        for members in _group_members(path, file):
+            yield list(members)
 
 
-def _group_members(path: Path, file: BinaryIO) -> Iterator[list[Member]]:
+def _group_members(path: Place, file: Source) -> Iterator[Iterator[Member]]:
+    """Yield the members of each sample while their headers are read, so that contents can be read in between."""
     for _, members in itertools.groupby(_iter_members(path, file), key=lambda member: member.key):
-        yield list(members)
+        yield members
 
 
-def _iter_members(path: Path, file: BinaryIO) -> Iterator[Member]:
+def _iter_members(path: Place, file: Source) -> Iterator[Member]:
     for header in read_headers(path, file):
         if _is_sample_part(header.name):
             key, ending = key_and_ending(header.name)
-            _check_size(header, ending, path)
+            _check_size(header, ending, path, file)
             yield Member(key, ending, header.header, header.begin, header.size)
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a shard for a block. Raises UserError instead of an OSError of the block."""
-    try:
-        with open_regular(path) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a tar ({describe(error)}); fetch it again") from None
 
 
 def key_and_ending(name: str) -> tuple[str, str]:
@@ -91,8 +83,10 @@ def _is_sample_part(name: str) -> bool:
     return key_and_ending(name)[1] in _ENDINGS and not _METADATA.match(name)
 
 
-def _check_size(header: Header, ending: str, path: Path) -> None:
+def _check_size(header: Header, ending: str, path: Place, file: Source) -> None:
     """Raise UserError if a member is too large to be read into memory."""
+    if file.size is None and header.size > MAX_FORWARD_BYTES:
+        raise UserError(f"{path}, {header.name}: {header.size:,} bytes, more than the {MAX_FORWARD_BYTES:,} allowed")
     if ending in IMAGES:
         check_encoded_size(header.size, f"{path}, {header.name}")
     elif header.size > MAX_TEXT_BYTES:
@@ -102,15 +96,16 @@ def _check_size(header: Header, ending: str, path: Path) -> None:
         )
 
 
-def check_layout(path: Path, caption_key: str | None) -> None:
-    """Warn of incomplete samples and unusual names in the headers of a shard.
+def check_layout(path: Place, caption_key: str | None) -> None:
+    """Warn of incomplete samples and unusual names in the headers of a shard; of a remote or compressed one, the first.
 
     Raises UserError if most of its samples are incomplete because their files are not adjacent.
     """
     # count the samples without an image or a caption
     samples = incomplete = 0
     first, keys = "", set()
-    for members in read_members(path):
+    most = LAYOUT_SAMPLES if is_forward(path) else None
+    for members in itertools.islice(read_members(path), most):
         samples += 1
         keys.add(members[0].key)
         of = {member.ending: member for member in members}
@@ -120,52 +115,52 @@ def check_layout(path: Path, caption_key: str | None) -> None:
             incomplete += 1
             first = first or f"sample {members[0].key}: {problem}"
     # names that webdataset splits at an unexpected dot
-    dotted = [name for name in _read_other_names(path) if name.rpartition(".")[2].lower() in _ENDINGS]
+    dotted = [name for name in _read_other_names(path, most) if name.rpartition(".")[2].lower() in _ENDINGS]
     if dotted:
         log.warning(
-            f"{path}: {len(dotted):,} files are skipped, as their names have several dots ({dotted[0]}): webdataset "
-            "takes everything after the first dot as the ending; rename them"
+            f"{path}: skipped {format_counts(file=len(dotted))} with several dots in the name ({dotted[0]}): "
+            "webdataset takes everything after the first dot as the ending; rename them"
         )
     # more samples than keys: the files of a sample are not adjacent
     if incomplete:
-        text = f"{path}: {incomplete:,} of {samples:,} samples are incomplete; {first}"
+        text = f"{path}: {format_share(incomplete, samples, 'sample')} incomplete; {first}"
         if 2 * incomplete > samples > len(keys):
             raise UserError(f"{text}; pack the files of each sample next to each other (tar --sort=name)")
         log.warning(text)
 
 
-def _read_other_names(path: Path) -> Iterator[str]:
-    """Read the names of files that are neither part of a sample nor webdataset's metadata."""
-    with _open(path) as file:
-        for header in read_headers(path, file):
+def _read_other_names(path: Place, most: int | None) -> Iterator[str]:
+    """Read the names, of `most` files, that are neither part of a sample nor webdataset's metadata."""
+    with open_shard(path) as file:
+        for header in itertools.islice(read_headers(path, file), most):
             hidden = header.name.rpartition("/")[2].startswith(".")  # macOS adds a ._file for every file
             if not hidden and not _is_sample_part(header.name) and not _METADATA.match(header.name):
                 yield header.name
 
 
-def count_samples(path: Path) -> int:
+def count_samples(path: Place) -> int:
     """Count the samples of a shard from its headers."""
     return sum(1 for _ in read_members(path))
 
 
-def read_samples(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
+def read_samples(path: Place, first: int = 0) -> Iterator[dict[str, Any]]:
     """Read the samples of a shard from number `first` on: `__key__`, and the content of each member by its ending.
 
     The first of two members with the same name is used. Contents before `first` are not read. Raises UserError if the
     shard is truncated or damaged, or a member is too large.
     """
-    with _open(path) as file:
+    with open_shard(path) as file:
         for members in itertools.islice(_group_members(path, file), first, None):
-            sample: dict[str, Any] = {"__key__": members[0].key}
+            sample: dict[str, Any] = {}
             for member in members:
+                sample["__key__"] = member.key
                 if member.ending not in sample:
                     sample[member.ending] = _read_member(path, file, member)
             yield sample
 
 
-def _read_member(path: Path, file: BinaryIO, member: Member) -> bytes:
-    file.seek(member.begin)
-    content = file.read(member.size)
+def _read_member(path: Place, file: Source, member: Member) -> bytes:
+    content = file.read_at(member.begin, member.size)
     if len(content) != member.size:
         raise UserError(f"{path}: cannot be read as a tar (it has become shorter); fetch it again")
     return content

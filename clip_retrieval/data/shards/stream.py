@@ -21,7 +21,7 @@ from clip_retrieval.data.shards.lanes import LaneReader, Pair
 from clip_retrieval.data.shards.order import ShardOrder
 from clip_retrieval.data.workers import Workers
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 
 
 class LaneParts(NamedTuple):
@@ -172,7 +172,7 @@ def lanes_of_process(order: ShardOrder, processes: Processes) -> range:
     """
     rank, world_size = processes.rank, processes.world_size
     if order.lanes % world_size:
-        shards = f" of {len(order.shards)} shards" if order.num_samples else ""
+        shards = f" of {format_counts(shard=len(order.shards))}" if order.num_samples else ""
         remedy = "omit --train_num_samples, add shards" if order.num_samples else "choose another one"
         raise UserError(
             f"--batch_size {order.batch_size}{shards}: {world_size} processes cannot share its {order.lanes} parallel "

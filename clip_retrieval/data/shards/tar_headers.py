@@ -6,12 +6,11 @@ negative size causes an endless loop. Here, a file is refused unless each member
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
+from clip_retrieval.data.shards.sources import Place, Source
 from clip_retrieval.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -47,18 +46,18 @@ class _DamagedError(Exception):
     """The reason why a header is refused."""
 
 
-def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
+def read_headers(path: Place, file: Source) -> Iterator[Header]:
     """Read the headers of a tar's regular files, in order; skip links, folders and devices.
 
     Args:
         path: the tar, for messages.
-        file: the open tar; its position is neither used nor changed.
+        file: the open tar. Read the content of a file that comes from front to back before the next header.
 
     Raises:
         UserError: the tar is truncated, damaged or sparse, or data follow its end.
         OSError: the tar cannot be read.
     """
-    total = os.fstat(file.fileno()).st_size
+    total = file.size
     offset = 0
     try:
         while True:
@@ -67,7 +66,7 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
             extended: _Extended = {}
             info = _read_header(file, offset)
             while info is not None and info.type in _EXTENDED:
-                content = _read_extended(file, info, offset + BLOCK, total)
+                content = _read_extended(file, info, offset + BLOCK)
                 if info.type != _PAX_GLOBAL:
                     extended |= content
                 offset += BLOCK + _round_up(info.size)
@@ -82,19 +81,19 @@ def read_headers(path: Path, file: BinaryIO) -> Iterator[Header]:
             if info.type in tarfile.SUPPORTED_TYPES and info.type not in _REGULAR:
                 offset = begin  # links, folders and devices have no content, even if their size is not 0
                 continue
-            if size < 0 or begin + size > total:
+            if size < 0 or (total is not None and begin + size > total):
                 raise _DamagedError("unexpected end of data")
             offset = begin + _round_up(size)
             if info.type in _REGULAR:
                 yield Header(_check_name(extended.get("path", info.name)), first, begin, size)
-        _check_end(file, path, offset, total)
+        _check_end(file, path, offset)
     except _DamagedError as problem:
         raise UserError(f"{path}: cannot be read as a tar (at byte {offset:,}: {problem}); fetch it again") from None
 
 
-def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
+def _read_header(file: Source, offset: int) -> tarfile.TarInfo | None:
     """Read the header at a byte; None for the zeros at the end."""
-    block = os.pread(file.fileno(), BLOCK, offset)
+    block = file.read_at(offset, BLOCK)
     if len(block) < BLOCK:
         raise _DamagedError("unexpected end of data")
     if not block.strip(b"\0"):
@@ -106,13 +105,13 @@ def _read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     return info
 
 
-def _read_extended(file: BinaryIO, info: tarfile.TarInfo, begin: int, total: int) -> _Extended:
+def _read_extended(file: Source, info: tarfile.TarInfo, begin: int) -> _Extended:
     """Read the name and the size of the next member from an extended header, if it has them."""
     if not 0 <= info.size <= MAX_HEADER_BYTES:
         raise _DamagedError(f"an extended header of {info.size:,} bytes")
-    if begin + info.size > total:
+    content = file.read_at(begin, info.size)
+    if len(content) != info.size:
         raise _DamagedError("unexpected end of data")
-    content = os.pread(file.fileno(), info.size, begin)
     if info.type == _LONG_LINK:
         return {}
     if info.type == _LONG_NAME:
@@ -148,10 +147,10 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_end(file: BinaryIO, path: Path, offset: int, total: int) -> None:
+def _check_end(file: Source, path: Place, offset: int) -> None:
     """Raise UserError unless only zeros follow the last member."""
-    rest = total - offset
-    if rest > MAX_PADDING_BYTES or os.pread(file.fileno(), rest, offset).strip(b"\0"):
+    rest = file.read_at(offset + BLOCK, MAX_PADDING_BYTES + 1)
+    if len(rest) > MAX_PADDING_BYTES or rest.strip(b"\0"):
         raise UserError(f"{path}: data after its end at byte {offset:,}; if it is several tars in one, separate them")
 
 

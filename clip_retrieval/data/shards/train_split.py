@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,17 @@ import torch
 
 from clip_retrieval.data.batches.train_split import EncodeFrozen
 from clip_retrieval.data.pixels.pixels import ImageTransform
-from clip_retrieval.data.shards.find import find_shards, known_sizes
+from clip_retrieval.data.shards.find import find_shards
 from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
 from clip_retrieval.data.shards.order import ShardOrder, Shards
+from clip_retrieval.data.shards.remote import Url
 from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_sample_captions, read_samples
+from clip_retrieval.data.shards.sizes import SIZES, known_sizes
+from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.data.workers import default_num_workers, map_in_workers
 from clip_retrieval.distributed import Processes
-from clip_retrieval.errors import UserError, format_counts, one_line
+from clip_retrieval.errors import UserError, format_count, format_counts, one_line
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DataOptions
 
@@ -76,7 +78,7 @@ class StreamedTrainSplit:
 
         Raises UserError if the processes cannot share the batches.
         """
-        log.info(f"the shards are read as {sampler.lanes} parallel parts")
+        log.info(f"the shards are read as {format_count(sampler.lanes, 'parallel part')}")
         return StreamLoader(
             LaneReader(sampler, self.transform, self.options.caption_key),
             self.tokenizer,
@@ -98,8 +100,8 @@ def open_stream(
 ) -> StreamedTrainSplit | None:
     """Find the shards of the train split, and count their samples unless an epoch's length is given.
 
-    Raises UserError if a shard is missing or is not a complete tar, or if no usable sample is found in the first shard
-    and the first samples of the others.
+    Raises UserError if a shard is missing or is not a complete tar, if the length of an epoch of remote shards is
+    unknown, or if no usable sample is found in the first shard and the first samples of the others.
     """
     data = options.parts()[0]
     found = find_shards(data, "train")
@@ -118,9 +120,18 @@ def open_stream(
     return stream
 
 
-def _count_unknown(paths: list[Path], sizes: Sequence[int | None], workers: int, processes: Processes) -> list[int]:
-    """Count the samples of each shard of unknown size; the processes share the work."""
+def _count_unknown(paths: list[Place], sizes: Sequence[int | None], workers: int, processes: Processes) -> list[int]:
+    """Count the samples of each shard of unknown size; the processes share the work.
+
+    Raises UserError for a remote shard, which would be downloaded to count.
+    """
     unknown = [shard for shard, size in enumerate(sizes) if size is None]
+    for path in (paths[shard] for shard in unknown):
+        if isinstance(path, Url):
+            raise UserError(
+                f"{path}: the number of its samples is unknown; give --train_num_samples, or list the shard in "
+                f"{path.beside(SIZES)} ({{file name: samples}})"
+            )
     own = unknown[processes.rank :: processes.world_size]
     counts = torch.tensor([size or 0 for size in sizes] if processes.is_main else [0] * len(sizes))
     workers = min(workers, len(own) // SHARDS_PER_WORKER)
@@ -156,7 +167,7 @@ def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3)
         log.info("  shards: one random caption per image and epoch, for any --caption_sampling")
 
 
-def _read_first_samples(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _read_first_samples(paths: Sequence[Place]) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Read all samples of the first shard, then the first FIRST of each other one."""
     for number, path in enumerate(paths):
         for sample in islice(read_samples(path), FIRST if number else None):

@@ -11,8 +11,8 @@ import numpy as np
 
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.decode import decode_rgb
-from clip_retrieval.data.shards.find import SIZES, read_sizes
 from clip_retrieval.data.shards.samples import CAPTION
+from clip_retrieval.data.shards.sizes import SIZES, read_sizes
 from clip_retrieval.data.writers.tsv import export_each, read_image_bytes
 from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.files import to_json, write_atomic, write_json

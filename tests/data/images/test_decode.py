@@ -270,7 +270,7 @@ def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["a\0b.jpg", "sub\0dir/a.jpg", "\ud800/a.jpg", "x" * 5000 + "/a.jpg", "loop/a.jpg"])
 def test_invalid_names_are_missing_images(tmp_path, name):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(UserError, match="1 of the 1 images are missing"):
+    with pytest.raises(UserError, match="1 of 1 image is missing"):
         find_image_files([(tmp_path, [name])], "captions.csv")
 
 

@@ -201,5 +201,5 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path, photos):
     with pytest.raises(UserError) as error:
         find_image_files([(tmp_path / "nowhere", names), (tmp_path / "images", names)], "captions.json")
     message = str(error.value)
-    assert message.startswith("captions.json: 2 of the 3 images")
+    assert message.startswith("captions.json: 2 of 3 images are missing")
     assert str(tmp_path / "images" / "b.jpg") in message and "--image_dir" in message

@@ -515,7 +515,7 @@ def test_full_disk_keeps_the_finished_images(images, folder, flush_often):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6 * IMAGE_BYTES + 100, limits[1]))
     try:
-        with pytest.raises(RunError, match=r"File too large; 6 of its 12 images are kept") as error:
+        with pytest.raises(RunError, match=r"File too large; 6 of 12 images are kept") as error:
             build(images, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -262,9 +262,16 @@ def test_missing_captions_file(clip_itm, read):
 
 def test_missing_images(clip_itm, read):
     (clip_itm / "images" / image_names()[41]).unlink()
-    fails(read, clip_itm, "captions_val2014.json", clip_itm / "images" / image_names()[41], "1 of the 2", "--image_dir")
+    fails(
+        read,
+        clip_itm,
+        "captions_val2014.json",
+        clip_itm / "images" / image_names()[41],
+        "1 of 2 images is missing",
+        "--image_dir",
+    )
     (clip_itm / "images").rename(clip_itm / "pictures")
-    fails(read, clip_itm, image_names()[41], "2 of the 2")
+    fails(read, clip_itm, image_names()[41], "2 of 2 images are missing")
 
 
 def test_broken_json_names_the_line(clip_itm, read):
@@ -307,7 +314,8 @@ def test_json_of_another_kind(clip_itm, read, data, message):
 def test_ids_missing_in_the_captions_file(clip_itm, read):
     write_ids(clip_itm / "annotations", {"test": {40: [40, 123456, 123457]}})
     folder = clip_itm / "annotations"
-    fails(read, clip_itm, folder / "coco_test_ids.npy", folder / "captions_val2014.json", "2 of its 3", "123456")
+    problem = "2 of 3 caption ids are not in"
+    fails(read, clip_itm, folder / "coco_test_ids.npy", folder / "captions_val2014.json", problem, "123456")
 
 
 class Evil:

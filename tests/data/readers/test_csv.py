@@ -195,7 +195,7 @@ def test_several_files(table, tmp_path, read):
 
 def test_missing_image(table, tmp_path, read):
     path = table("image,caption\na.jpg,a dog\ngone.jpg,a bus\n")
-    fails(read, tmp_path, path, tmp_path / "gone.jpg", "1 of the 2", "--image_dir")
+    fails(read, tmp_path, path, tmp_path / "gone.jpg", "1 of 2 images is missing", "--image_dir")
 
 
 @pytest.mark.parametrize(

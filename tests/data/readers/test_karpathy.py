@@ -217,8 +217,8 @@ def test_several_json_files(tmp_path, read):
 def test_missing_images(tmp_path, photos, read):
     path = write_json(tmp_path / "dataset_flickr8k.json")
     photos(tmp_path / "images", "d.jpg")
-    fails(read, "flickr8k", tmp_path, path, tmp_path / "images" / "e.jpg", "1 of the 2", "--image_dir")
-    fails(read, "flickr8k", tmp_path, path, "nowhere/d.jpg", "2 of the 2", image_dir="nowhere")
+    fails(read, "flickr8k", tmp_path, path, tmp_path / "images" / "e.jpg", "1 of 2 images is missing", "--image_dir")
+    fails(read, "flickr8k", tmp_path, path, "nowhere/d.jpg", "2 of 2 images are missing", image_dir="nowhere")
 
 
 @pytest.mark.parametrize(

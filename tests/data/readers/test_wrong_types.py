@@ -16,7 +16,7 @@ from clip_retrieval.config import read_config
 from clip_retrieval.data.catalog import read_dataset
 from clip_retrieval.data.readers import coco, csv_file, karpathy
 from clip_retrieval.data.readers.huggingface import _read_split_names
-from clip_retrieval.data.shards.find import known_sizes
+from clip_retrieval.data.shards.sizes import known_sizes
 from clip_retrieval.data.writers.tsv import export_split
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.options import DataOptions, Options

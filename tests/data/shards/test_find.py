@@ -8,14 +8,14 @@ import time
 import pytest
 from braceexpand import braceexpand
 
+from clip_retrieval.data.shards.braces import count_expansions
 from clip_retrieval.data.shards.find import (
-    _count_expansions,
     absolute_patterns,
     check_whole,
     expand_patterns,
     find_shards,
-    known_sizes,
 )
+from clip_retrieval.data.shards.sizes import known_sizes
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import DataOptions
 from tests.data.make_shards import numbered, write_shard
@@ -147,7 +147,8 @@ def test_error_for_a_folder_without_shards_names_the_option(tmp_path):
         (lambda content: content[: len(content) // 2], "its end is missing"),
         (lambda content: content[:-1024], "its end is missing"),
         (lambda content: b"no tar at all" * 1000, "not a tar"),
-        (lambda content: gzip.compress(content), "decompress it"),
+        (lambda content: gzip.compress(b"no tar at all" * 1000), "not a tar"),
+        (lambda content: gzip.compress(content)[:30], "end-of-stream"),
         (lambda content: b"", "not a tar"),
         (lambda content: bytes(10240), "contains no samples"),
     ],
@@ -240,12 +241,12 @@ def test_braces_with_some_absolute_alternatives_are_expanded(tmp_path, monkeypat
     ],
 )
 def test_count_of_braces_equals_their_expansion(pattern):
-    assert _count_expansions(pattern) == len(list(braceexpand(pattern)))
+    assert count_expansions(pattern) == len(list(braceexpand(pattern)))
 
 
 def test_count_of_letter_ranges_is_an_upper_bound():
     for pattern in ("{a..e}", "{Z..a..3}", "{a..B}"):
-        assert len(list(braceexpand(pattern))) <= _count_expansions(pattern) <= 52
+        assert len(list(braceexpand(pattern))) <= count_expansions(pattern) <= 52
 
 
 @pytest.mark.parametrize(

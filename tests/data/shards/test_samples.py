@@ -158,7 +158,7 @@ def test_names_with_several_dots_are_warned_of(tmp_path, caplog):
         check_layout(write_shard(tmp_path / "dots.tar", samples), None)
         check_layout(write_shard(tmp_path / "plain.tar", numbered(0, 4)), None)
     (message,) = caplog.messages
-    assert "dots.tar: 3 files are skipped" in message and "(IMG.2021.1.jpg)" in message
+    assert "dots.tar: skipped 3 files" in message and "(IMG.2021.1.jpg)" in message
 
 
 def test_nonadjacent_files_are_refused_and_incomplete_samples_warned_of(tmp_path, caplog):
@@ -168,7 +168,7 @@ def test_nonadjacent_files_are_refused_and_incomplete_samples_warned_of(tmp_path
     path = write_shard(tmp_path / "few.tar", [*numbered(0, 4), ("x", {"jpg": jpeg(1)})])
     with caplog.at_level("WARNING", "clip_retrieval"):
         check_layout(path, None)
-    assert caplog.messages == [f"{path}: 1 of 5 samples are incomplete; sample x: it has no .txt and no .json"]
+    assert caplog.messages == [f"{path}: 1 of 5 samples is incomplete; sample x: it has no .txt and no .json"]
     caplog.clear()
     check_layout(path, "alt")  # adjacent files, but no caption of this key
     assert "5 of 5 samples are incomplete; sample 00000: it has no .json" in caplog.messages[0]

@@ -10,6 +10,7 @@ import pytest
 
 from clip_retrieval.data.shards.find import check_whole
 from clip_retrieval.data.shards.samples import check_layout, count_samples, read_samples
+from clip_retrieval.data.shards.sources import open_shard
 from clip_retrieval.data.shards.tar_headers import read_headers
 from clip_retrieval.errors import UserError
 from tests.data.make_shards import jpeg, numbered, write_shard
@@ -18,7 +19,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 def headers(path):
-    with path.open("rb") as file:
+    with open_shard(path) as file:
         return list(read_headers(path, file))
 
 

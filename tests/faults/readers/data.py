@@ -221,8 +221,8 @@ def _make_sizes(folder: Path) -> list[Path]:
 
 
 def _read_sizes(path: Path) -> None:
-    from clip_retrieval.data.shards.find import known_sizes
     from clip_retrieval.data.shards.order import ShardOrder, Shards
+    from clip_retrieval.data.shards.sizes import known_sizes
 
     paths = [path.parent / f"{i}.tar" for i in range(3)]
     sizes = known_sizes(paths)
