@@ -8,7 +8,7 @@ cosines with the negative texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from clip_retrieval.search.encoder import Encoder
 from clip_retrieval.search.index import Table, read_index
 from clip_retrieval.search.source import choose_source
 
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""search(query, k) returns int64 rows and float64 scores of the best k, like `top_k`."""
 BLOCK = 2**12  # features to convert to float64 at a time
 
 
@@ -48,7 +50,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.text.strip() and not self.images:
-            raise UserError("nothing to search for: give a text or --image")
+            raise UserError("nothing to search for: give a text or --image, and the folder")
         if self.top_k < 1:
             raise UserError(f"--top_k {self.top_k}: must be at least 1")
 
@@ -134,6 +136,25 @@ class Gallery:
             positives.append(self.encoder.encode_photos(images).numpy())
         return combine(np.concatenate(positives), self.encoder.encode_texts(negatives).numpy() if negatives else None)
 
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the top k exactly; see `top_k`."""
+        return top_k(self.table.features, query, k)
+
+    def approximate_search(self) -> Search:
+        """Build a FAISS index in memory: a search that may miss items, but is faster for a million. See faiss_index."""
+        from clip_retrieval.retrieval.faiss_index import build_index, propose
+        from clip_retrieval.retrieval.features import FeatureFile
+
+        features = self.table.features
+        index = build_index(FeatureFile(range(len(features)), features, self.table.features_path), "--faiss")
+
+        def search(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = propose(index, query[None], k)
+            best, scores = top_k(features[rows], query, k)
+            return rows[best], scores
+
+        return search
+
 
 def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Request) -> None:
     """Search an index, and print the photographs with the highest scores."""
@@ -141,7 +162,7 @@ def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Reques
     gallery = Gallery(photos, folder, typed)
     texts = [request.text] if request.text.strip() else []
     query = gallery.encode_query(texts, images, negatives=request.negative)
-    rows, scores = top_k(gallery.table.features, query, request.top_k)
+    rows, scores = gallery.search(query, request.top_k)
     found = [(score, gallery.entries[row]) for row, score in zip(rows.tolist(), scores.tolist())]
     if not request.json:
         for score, entry in found:
