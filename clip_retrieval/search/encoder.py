@@ -18,10 +18,8 @@ from clip_retrieval.encode import IMAGE_BATCH_SIZE, encoding_model
 from clip_retrieval.errors import NotFiniteError
 from clip_retrieval.files import to_json
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.search.source import ModelSource
 
 SAMPLED = 1024  # numbers of each weight that the fingerprint uses
 
@@ -35,10 +33,10 @@ class Encoder:
         batch_size: images to encode at a time.
     """
 
-    def __init__(self, source: ModelSource, typed: dict[str, Any]):
-        """Load the model. typed: options of this machine (device, eval_batch_size, ...)."""
-        options, checkpoint = settle_options({**typed, **source.options, "eval": True})
-        self.options: Options = options
+    def __init__(self, source: dict[str, Any], typed: dict[str, Any]):
+        """Load the model of a source. typed: options of this machine (device, eval_batch_size, ...)."""
+        options, checkpoint = settle_options({**typed, **source["options"], "eval": True})
+        self.num_workers = options.data.num_workers
         self.device = choose_device(options.run.device)
         model, built, self._tokenizer = load_model(options, checkpoint)
         warn_of_random_weights(built)
@@ -50,7 +48,7 @@ class Encoder:
         self.batch_size = options.evaluation.eval_batch_size or IMAGE_BATCH_SIZE[self.device.type]
         dim = self.encode_texts(["a photo"]).shape[1]
         self.record: dict[str, Any] = {
-            "source": source.record(),
+            "source": source,
             "name": built.name,
             "fingerprint": fingerprint,
             "dim": dim,

@@ -4,86 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from clip_retrieval.classification.folder import IMAGE_SUFFIXES
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import is_clutter
+from clip_retrieval.classification.folder import list_images
+from clip_retrieval.errors import UserError
 
 Stamp = tuple[int, int]
 """Size in bytes and time of the last change (ns) of a file."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Listing:
-    """The photographs of a folder.
-
-    Attributes:
-        stamps: the stamp of each file, by its path relative to the folder, sorted.
-        unreadable: folders that could not be listed, relative to the folder, with the reason.
-        others: number of files without an image suffix.
+    """The photographs of a folder: their stamps by path relative to it; folders that could not be listed, with the
+    reason; and the number of files that are not images.
     """
 
-    stamps: dict[str, Stamp] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    others: int = 0
+    stamps: dict[str, Stamp]
+    unreadable: dict[str, str]
+    others: int
+
+    def may_hold(self, name: str) -> bool:
+        """Whether a file may be in a folder that could not be listed."""
+        return any(name.startswith(f"{folder}{os.sep}") for folder in self.unreadable)
 
 
 def list_photos(folder: Path) -> Listing:
-    """List the image files of a folder, recognised by suffix, and of its subfolders.
+    """List the image files, recognised by suffix, without the clutter of systems and editors; links are followed.
 
-    Files and folders of systems and editors are ignored. Links are followed; a folder that several links reach is
-    listed once. Raises UserError if `folder` is not a folder or cannot be listed.
+    Raises UserError if `folder` is not a folder, cannot be listed, or holds no images.
     """
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {problem}; give the folder of the photographs")
-    listing = Listing()
-    seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        place = waiting.pop()
+    errors: list[OSError] = []
+    images, others = list_images(folder, on_error=errors.append)
+    stamps, prefix = {}, len(os.path.join(folder, ""))  # noqa: PTH118
+    for path in map(str, images):
         try:
-            subfolders = sorted(_list_folder(folder, place, seen, listing), reverse=True)
-        except OSError as error:
-            if not place:
-                raise UserError(f"{folder}: cannot be listed ({describe(error)}); check its permissions") from None
-            listing.unreadable[place] = describe(error)
+            found = os.stat(path)  # noqa: PTH116
+        except OSError:  # a broken link
             continue
-        waiting += subfolders
-    listing.stamps = dict(sorted(listing.stamps.items()))
-    return listing
-
-
-def _list_folder(folder: Path, place: str, seen: set[tuple[int, int]], listing: Listing) -> Iterator[str]:
-    """Add the files of the subfolder `place` to the listing; yield its subfolders, unless it was seen before."""
-    path = folder / place
-    found = path.stat()
-    if (found.st_dev, found.st_ino) in seen:  # links can form a cycle
-        return
-    seen.add((found.st_dev, found.st_ino))
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = f"{place}/{entry.name}" if place else entry.name
-            if is_clutter(entry.name):
-                continue
-            if entry.is_dir():
-                yield name
-            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
-                listing.others += 1
-            else:
-                try:
-                    stamp = entry.stat()
-                    listing.stamps[name] = (stamp.st_size, stamp.st_mtime_ns)
-                except OSError:  # a broken link, or deleted in this moment
-                    listing.others += 1
-
-
-def is_below(name: str, folders: dict[str, str]) -> bool:
-    """Whether a relative path is in one of the folders."""
-    return any(name.startswith(f"{folder}/") for folder in folders)
+        stamps[path[prefix:]] = (found.st_size, found.st_mtime_ns)
+    unreadable = {str(error.filename)[prefix:]: error.strerror or "" for error in errors}
+    if "" in unreadable:
+        raise UserError(f"{folder}: cannot be listed ({unreadable['']}); check its permissions")
+    if not stamps:
+        raise UserError(f"{folder}: holds no images; is its drive connected?")
+    return Listing(stamps, unreadable, len(others))
 
 
 def digest(content: bytes) -> str:

@@ -3,8 +3,8 @@
     index.jsonl          a line about the model, then one for each file:
                          {"name": "2019/beach.jpg", "size": 84211, "mtime": 1564650000000000000, "digest": "5e...",
                           "width": 1024, "height": 768}, or a "problem" if it cannot be read
-    features-3.npy       float32 (readable images, dim), L2-normalised, in the order of the lines
-    part-4.jsonl, features-4.npy    the same, of images that an unfinished update has encoded
+    index-features-3.npy float32 (readable images, dim), L2-normalised, in the order of the lines
+    index-part-4.jsonl, index-features-4.npy    the same, of images that an unfinished update has encoded
 
 A .jsonl file names its features and is renamed to its place after them: it is there completely or not at all.
 """
@@ -26,7 +26,8 @@ from clip_retrieval.jsonl import read_records
 
 INDEX = "index.jsonl"
 VERSION = 1
-_FEATURES = re.compile(r"features-(\d{1,9})\.npy")
+_FEATURES = re.compile(r"index-features-(\d{1,9})\.npy")
+_PART = re.compile(r"index-part-(\d{1,9})\.jsonl")
 _NAMES = ("name", "size", "mtime", "digest", "width", "height", "problem")
 _CONTENT = {"size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
 
@@ -72,10 +73,6 @@ class Table:
     features: np.ndarray
     rows: np.ndarray
 
-    def readable(self) -> list[Entry]:
-        """The files with features, in the order of the features."""
-        return [entry for entry in self.entries if entry.problem is None]
-
 
 def read_index(folder: Path, photos: Path) -> Table:
     """Read a complete index. Raises UserError if there is none, or it is damaged."""
@@ -86,8 +83,17 @@ def read_index(folder: Path, photos: Path) -> Table:
 
 def read_tables(folder: Path) -> list[Table]:
     """Read the index, if there is one, and the parts of an unfinished update, oldest first."""
-    parts = sorted(folder.glob("part-*.jsonl"), key=lambda path: (len(path.name), path.name))
-    return [read_table(path) for path in (folder / INDEX, *parts) if path.is_file()]
+    paths = [folder / INDEX, *(part_path(folder, number) for number in sorted(_numbers(folder, _PART)))]
+    return [read_table(path) for path in paths if path.is_file()]
+
+
+def part_path(folder: Path, number: int | None = None) -> Path:
+    """The file of a part, by default of the next one."""
+    return folder / f"index-part-{max(_numbers(folder, _PART), default=0) + 1 if number is None else number}.jsonl"
+
+
+def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
+    return [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
 
 
 def read_table(path: Path) -> Table:
@@ -142,8 +148,8 @@ def write_table(
 
     Raises OSError if the folder cannot be written.
     """
-    numbers = [int(match[1]) for each in path.parent.iterdir() if (match := _FEATURES.fullmatch(each.name))]
-    features_path = path.with_name(f"features-{max(numbers, default=0) + 1}.npy")
+    number = max(_numbers(path.parent, _FEATURES), default=0) + 1
+    features_path = path.with_name(f"index-features-{number}.npy")
     shape = (sum(entry.problem is None for entry in entries), dim)
     with write_atomic(features_path) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -162,5 +168,5 @@ def delete_unused(folder: Path, index: Table) -> None:
     """Delete the parts of `folder`, and the features that the index does not use."""
     for path in list(folder.iterdir()):
         is_features = _FEATURES.fullmatch(path.name) and path != index.features_path
-        if is_features or re.fullmatch(r"part-\d{1,9}\.jsonl", path.name):
+        if is_features or _PART.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -53,10 +53,9 @@ def load_photos(photos: Path, stamps: dict[str, Stamp], encoder: Encoder) -> Ite
     """Yield the files in order, in batches. Files that cannot be read have a problem instead of pixels."""
     names = list(stamps)
     requests = [names[start : start + encoder.batch_size] for start in range(0, len(names), encoder.batch_size)]
-    workers = encoder.options.data.num_workers
     return map_in_workers(
         _Fetch(photos, {name: size for name, (size, _) in stamps.items()}, encoder.preprocess),
         requests,
-        num_workers=default_num_workers(encoder.device) if workers is None else workers,
+        num_workers=default_num_workers(encoder.device) if encoder.num_workers is None else encoder.num_workers,
         pin_memory=encoder.device.type == "cuda",
     )

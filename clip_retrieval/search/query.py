@@ -8,6 +8,7 @@ cosines with the negative texts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from clip_retrieval.data.images.photographs import prepare_photo
 from clip_retrieval.errors import UserError, one_line
 from clip_retrieval.evaluation.scores import rounding_bound
 from clip_retrieval.files import to_json
+from clip_retrieval.log import log, start_log
 from clip_retrieval.search.encoder import Encoder
 from clip_retrieval.search.index import Table, read_index
 from clip_retrieval.search.source import choose_source
@@ -109,7 +111,7 @@ class Gallery:
         """Read the index and load its model, or the one in `typed`. Raises UserError if that is another model."""
         self.photos = photos
         self.table: Table = read_index(folder, photos)
-        self.entries = self.table.readable()
+        self.entries = [entry for entry in self.table.entries if entry.problem is None]
         self.encoder = Encoder(choose_source(typed, self.table.model), typed)
         if self.encoder.record["fingerprint"] != self.table.model.get("fingerprint"):
             raise UserError(
@@ -158,6 +160,8 @@ class Gallery:
 
 def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Request) -> None:
     """Search an index, and print the photographs with the highest scores."""
+    start_log()
+    log.setLevel(logging.WARNING)  # standard output is for the results
     images = [decode_rgb(str(path), str(path), prepare_photo) for path in request.images]
     gallery = Gallery(photos, folder, typed)
     texts = [request.text] if request.text.strip() else []

@@ -40,7 +40,6 @@ def serve(
     start_log()
     if not 0 <= port < 2**16:
         raise UserError(f"--port {port}: must be between 0 and 65535")
-    listener = listen(host, port)
     gallery = Gallery(photos, folder, {"max_image_pixels": MAX_PIXELS, **typed})
     search: Search = gallery.search
     if faiss:
@@ -49,32 +48,17 @@ def serve(
     is_local = is_loopback(host)
     hosts = LOOPBACK | {host.lower(), *(() if is_local else (socket.gethostname().lower(),))}
     app = make_app(gallery, search, hosts, any_address=not is_local)
-    server: Any = waitress.create_server(app, sockets=[listener], threads=THREADS, ident=None, **LIMITS)
+    try:
+        server: Any = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None, **LIMITS)
+    except (OSError, ValueError) as error:  # ValueError: an unknown host name
+        raise UserError(f"--host {host} --port {port}: {describe(error)}; choose another --port") from None
     if not is_local:
         log.warning(f"--host {host}: everyone who can reach this machine can see and search the photographs")
     shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
     shown = f"[{shown}]" if ":" in shown else shown
-    log.info(f"{len(gallery.entries):,} images: http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
-    try:
-        server.run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the port. Raises UserError if that fails."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot be used ({describe(error)}); choose another --port"
-        ) from None
-    return listener
+    log.info(f"{len(gallery.entries):,} images: http://{shown}:{getattr(server, 'effective_port', port)} (Ctrl-C ends)")
+    server.run()  # until Ctrl-C
+    server.close()
 
 
 def is_loopback(host: str) -> bool:

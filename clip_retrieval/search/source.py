@@ -1,9 +1,11 @@
-"""The options that say which model an index uses, and where they are recorded. Loads no torch."""
+"""Which model an index uses: its options, as they are typed. Loads no torch.
+
+A source is a dict: `options` by name, with absolute paths, and `stamp`, size and time of change (ns) of the checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +19,31 @@ NAMES = ("resume", "eval_precision", *(field.name for field in dataclasses.field
 """The options that decide the features."""
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """The options of a model, as they are given to main.py.
+def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
+    """Take the options of the model from `typed` and return their source; without any, that of an index's record.
 
-    Attributes:
-        options: the options; paths are absolute.
-        stamp: size and time of the last change (ns) of the checkpoint, if there is one.
-    """
-
-    options: dict[str, Any]
-    stamp: tuple[int, ...] = ()
-
-    def record(self) -> dict[str, Any]:
-        """The source as JSON."""
-        return {"options": self.options, "stamp": list(self.stamp)}
-
-    def describe(self) -> str:
-        """Words for messages: the options as they are typed."""
-        return " ".join(f"--{name} {value}" for name, value in self.options.items())
-
-
-def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> ModelSource:
-    """Return the model that was typed, else the one of an index's record.
-
-    Removes the options of the model from `typed`. Raises UserError if there is neither, or a checkpoint is missing.
+    Raises UserError if there is neither, or the checkpoint is missing.
     """
     given = {name: typed.pop(name) for name in NAMES if name in typed}
+    options: Any
     if given:
-        options = {name: _absolute(value) for name, value in given.items()}
+        options = {name: str(Path(value).absolute()) if _is_path(value) else value for name, value in given.items()}
     elif record is None:
         raise UserError("no model: give a checkpoint, --resume CKPT, or a pretrained one, --vision_model ViT-B/32")
     else:
-        options = _read_options(record)
+        source = record.get("source")
+        options = source.get("options") if isinstance(source, dict) else None
+        if not isinstance(options, dict) or not options or not options.keys() <= set(NAMES):
+            raise UserError("the index does not name its model; give it: --resume CKPT")
     resume = options.get("resume")
     if resume is None:
-        return ModelSource(options)
-    if not path_exists(resume):
+        return {"options": options, "stamp": []}
+    if not _is_path(resume):
         where = "" if given else ", from which the index was made"
         raise UserError(f"{resume}: no such checkpoint{where}; give its path as --resume")
     found = Path(resume).stat()
-    return ModelSource(options, (found.st_size, found.st_mtime_ns))
+    return {"options": options, "stamp": [found.st_size, found.st_mtime_ns]}
 
 
-def _read_options(record: dict[str, Any]) -> dict[str, Any]:
-    source = record.get("source")
-    options = source.get("options") if isinstance(source, dict) else None
-    if (
-        not isinstance(options, dict)
-        or not options
-        or not all(name in NAMES and isinstance(value, (str, int)) for name, value in options.items())
-    ):
-        raise UserError("the index does not say which model it is of; give it: --resume CKPT")
-    return options
-
-
-def _absolute(value: Any) -> Any:
-    return str(Path(value).absolute()) if isinstance(value, str) and path_exists(value) else value
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and path_exists(value)

@@ -17,13 +17,17 @@ DECODERS = 2  # images decoded at a time: each takes up to 4 bytes a pixel
 
 
 class Thumbnails:
-    """JPEG files of the small size in memory, the least recently used ones dropped. Several threads may use it."""
+    """JPEG files of the small size in memory, the least recently used ones dropped. Several threads may use it.
+
+    Attributes:
+        decoding: to hold while an image is decoded.
+    """
 
     def __init__(self, max_bytes: int = CACHE_BYTES):
         self._cache: OrderedDict[str, bytes] = OrderedDict()
         self._free = max_bytes
         self._lock = threading.Lock()
-        self._decoding = threading.Semaphore(DECODERS)
+        self.decoding = threading.Semaphore(DECODERS)
 
     def get(self, path: str, size: str) -> bytes:
         """Return an image of a size as JPEG, without its metadata. Raises UserError if it cannot be read."""
@@ -31,7 +35,7 @@ class Thumbnails:
             if size == "small" and path in self._cache:
                 self._cache.move_to_end(path)
                 return self._cache[path]
-        with self._decoding:
+        with self.decoding:
             content = _reduce(path, SIDES[size])
         if size == "small":
             with self._lock:

@@ -22,9 +22,18 @@ from clip_retrieval.data.images.decode import read_encoded
 from clip_retrieval.errors import Interrupted, UserError, format_counts
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.run.folder import lock_folder
-from clip_retrieval.search.files import Listing, Stamp, digest, is_below, list_photos
-from clip_retrieval.search.index import INDEX, Entry, Table, delete_unused, read_table, read_tables, write_table
-from clip_retrieval.search.source import ModelSource, choose_source
+from clip_retrieval.search.files import Listing, Stamp, digest, list_photos
+from clip_retrieval.search.index import (
+    INDEX,
+    Entry,
+    Table,
+    delete_unused,
+    part_path,
+    read_table,
+    read_tables,
+    write_table,
+)
+from clip_retrieval.search.source import choose_source
 from clip_retrieval.signals import StopSignal
 
 if TYPE_CHECKING:  # torch is not loaded to find that nothing has changed
@@ -58,13 +67,10 @@ def update_index(photos: Path, folder: Path, typed: dict[str, Any], *, overwrite
     """Build or update the index in `folder`.
 
     typed: options of the command line; without a model, it is that of the index. overwrite: replace an index of
-    another model. Raises UserError if the folder holds no photographs or an index of another model, Interrupted on
-    Ctrl-C after the work was saved.
+    another model. Raises UserError without photographs, and for an index of another model; Interrupted on Ctrl-C.
     """
     start_log()
     listing = list_photos(photos)
-    if not listing.stamps:
-        raise UserError(f"{photos}: holds no images; is the drive connected? The index was not changed")
     for place, problem in listing.unreadable.items():
         log.warning(f"{photos / place}: cannot be listed ({problem}); its photographs stay as they are in the index")
     with lock_folder(folder, "--index"):
@@ -83,7 +89,7 @@ def update_index(photos: Path, folder: Path, typed: dict[str, Any], *, overwrite
             log.info(f"{photos}: {format_counts(image=len(plan.missing))} to encode")
             encoder = encoder or load_encoder(source, typed)
             if encoder.record["fingerprint"] != record["fingerprint"]:
-                raise UserError(f"{source.describe()}: its weights have changed; replace the index with --overwrite")
+                raise UserError(f"{record['name']}: its weights have changed; replace the index with --overwrite")
             encode_missing(photos, plan.missing, folder, encoder)
             own = select_tables(read_tables(folder), record, overwrite=overwrite)
             plan = make_plan(photos, listing, own, retry=False)
@@ -95,7 +101,7 @@ def update_index(photos: Path, folder: Path, typed: dict[str, Any], *, overwrite
     report(photos, folder, listing, entries, counts)
 
 
-def load_encoder(source: ModelSource, typed: dict[str, Any]) -> Encoder:
+def load_encoder(source: dict[str, Any], typed: dict[str, Any]) -> Encoder:
     """Load torch and the model."""
     log.info("loading torch and the model")
     from clip_retrieval.search.encoder import Encoder
@@ -103,10 +109,10 @@ def load_encoder(source: ModelSource, typed: dict[str, Any]) -> Encoder:
     return Encoder(source, typed)
 
 
-def find_record(source: ModelSource, tables: Sequence[Table]) -> dict[str, Any] | None:
+def find_record(source: dict[str, Any], tables: Sequence[Table]) -> dict[str, Any] | None:
     """Return the record of the model if a table was made with the same options and the same, unchanged checkpoint."""
     for table in tables:
-        if table.model.get("source") == source.record() and isinstance(table.model.get("dim"), int):
+        if table.model.get("source") == source and isinstance(table.model.get("dim"), int):
             return table.model
     return None
 
@@ -163,7 +169,7 @@ def make_plan(photos: Path, listing: Listing, tables: Sequence[Table], *, retry:
     plan.counts["changed"] = sum(name in known and known[name][2].digest is not None for name in unknown)
     for name, (number, row, entry) in known.items():
         if name not in listing.stamps:
-            if is_below(name, listing.unreadable):
+            if listing.may_hold(name):
                 plan.kept[number].append((row, entry))
             else:
                 plan.counts["deleted"] += 1
@@ -184,15 +190,14 @@ def encode_missing(photos: Path, missing: dict[str, Stamp], folder: Path, encode
     entries: list[Entry] = []
     features: list[np.ndarray] = []
     saved = time.monotonic()
-    number = 1 + max((int(path.stem[5:]) for path in folder.glob("part-*.jsonl")), default=0)
 
     def save() -> None:
-        nonlocal number, saved
+        nonlocal saved
         if entries:
-            write_table(folder / f"part-{number}.jsonl", encoder.record, entries, encoder.record["dim"], features)
+            write_table(part_path(folder), encoder.record, entries, encoder.record["dim"], features)
         entries.clear()
         features.clear()
-        number, saved = number + 1, time.monotonic()
+        saved = time.monotonic()
 
     bar = progress_bar(total=len(missing), desc="images", unit="image", leave=False)
     with StopSignal().handle_signals() as stop, bar:

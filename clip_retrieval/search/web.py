@@ -95,7 +95,8 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
         rows = [read_row(request.args["like"])] if request.args.get("like") else []
         images = []
         if request.method == "POST":
-            images = [decode_rgb(io.BytesIO(request.get_data()), "the image", prepare_photo)]
+            with thumbnails.decoding:
+                images = [decode_rgb(io.BytesIO(request.get_data()), "the image", prepare_photo)]
         count = min(max(request.args.get("k", 60, type=int), 1), MAX_RESULTS)
         if texts or rows or images:
             query = gallery.encode_query(texts, images, rows, negatives)

@@ -71,11 +71,13 @@ function show(found, query) {
   const grown = found.length > results.length && results.every((each, place) => each.row === found[place].row);
   const first = grown ? results.length : 0;
   results = found;
+  const held = grid.contains(document.activeElement);
   if (!first) {
     grid.replaceChildren();
     scrollTo(0, 0);
   }
   grid.append(...found.slice(first).map((each, place) => card(each, first + place)));
+  if (held && !first) grid.querySelector(".photo")?.focus();
   const number = images.toLocaleString();
   const searched = query.has("q") || query.has("like") || upload;
   if (!found.length) say("The index holds no images.");
@@ -95,7 +97,7 @@ function card(each, place) {
   item.style.flex = `${ratio} 1 calc(${ratio} * var(--row))`;
   item.style.aspectRatio = ratio;
   const photo = document.createElement("button");
-  photo.className = "photo";
+  photo.className = each.score === null ? "photo plain" : "photo";
   photo.title = each.name;
   photo.setAttribute("aria-label", `Photographs similar to ${name(each)}`);
   const image = new Image();
