@@ -51,6 +51,7 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.url_map.merge_slashes = False  # it would redirect
     app.json.sort_keys = False  # type: ignore[attr-defined]
     thumbnails = Thumbnails()
 

@@ -18,7 +18,7 @@ const read = () => new URLSearchParams(location.hash.slice(1));
 function go(changes) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries({ q: text.value.trim(), not: not.value.trim(), like: read().get("like"), ...changes })) {
-    if (value) query.set(name, value);
+    if (value !== null && value !== "") query.set(name, value); // row 0 is a row
   }
   if (upload) query.set("file", upload.name);
   const hash = "#" + query;
