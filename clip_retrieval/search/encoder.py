@@ -57,7 +57,8 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts; longer ones are cut to the context length."""
         tokens = tokenize([clean_caption(text) for text in texts], self._tokenizer)
-        return self._encode(self._model.encode_text, tokens.ids.long(), tokens.lengths)
+        longest = int(tokens.lengths.max()) if self._model.trims_text else None
+        return self._encode(self._model.encode_text, tokens.ids[:, :longest].long(), tokens.lengths)
 
     def encode_photos(self, photos: Sequence[Image.Image]) -> Tensor:
         """Encode RGB images."""
