@@ -22,7 +22,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         typed = [self._normalize(arg) for arg in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = self.parse_known_args(typed, namespace)
+        namespace, unknown = self.parse_known_intermixed_args(typed, namespace)  # options between positionals too
         if unknown:
             self.error(f"unknown option {unknown[0]}{self.suggest(unknown[0].split('=')[0])}")
         return namespace

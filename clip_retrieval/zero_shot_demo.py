@@ -8,22 +8,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from clip_retrieval.classification.class_names import OFFICIAL_NAMES, clean_name, imagenet_names, read_names
 from clip_retrieval.classification.embeddings import prompt_classes
 from clip_retrieval.classification.folder import list_images, log_skipped
 from clip_retrieval.classification.templates import choose_templates
-from clip_retrieval.data.images.decode import as_rgb, decode_rgb
+from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.image_files import ImageFiles
+from clip_retrieval.data.images.photographs import Photographs
 from clip_retrieval.device import choose_device
 from clip_retrieval.errors import NotFiniteError, UserError, format_counts
 from clip_retrieval.files import path_exists
@@ -156,23 +155,6 @@ def read_labels(source: str) -> list[str]:
             '"cat,dog"'
         )
     return labels
-
-
-class Photographs(ImageFiles):
-    """Images as a viewer shows them: upright, with white for transparency."""
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return decode_rgb(self.paths[index], self.paths[index], prepare_photo)
-
-
-def prepare_photo(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, rotated by its EXIF orientation, on a white background."""
-    with suppress(Exception):  # broken EXIF data can raise anything
-        image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
-        return as_rgb(image)
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def check_image(path: Path) -> None:

@@ -95,12 +95,17 @@ def sort_naturally(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else names
 
 
-def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], list[Path]]:
-    """The image files of `folder`, recognised by suffix, and its other files; both sorted."""
+def list_images(
+    folder: Path, *, recursive: bool = True, on_error: Callable[[OSError], object] | None = None
+) -> tuple[list[Path], list[Path]]:
+    """The image files of `folder`, recognised by suffix, and its other files; both sorted.
+
+    on_error: receives the error of each folder that cannot be listed; by default it is skipped.
+    """
     images: list[Path] = []
     others: list[Path] = []
     seen: set[str] = set()
-    for place, subfolders, files in os.walk(folder, followlinks=True):
+    for place, subfolders, files in os.walk(folder, onerror=on_error, followlinks=True):
         real = os.path.realpath(place)
         subfolders[:] = sorted(name for name in subfolders if recursive and real not in seen and not is_clutter(name))
         if real in seen:  # links can form a cycle

@@ -25,16 +25,12 @@ TRAIN_ITEMS = 64  # training items per list
 
 def approximate_nearest(queries: FeatureFile, items: FeatureFile, k: int) -> np.ndarray:
     """Find the item rows (queries, k), best first. Raises UserError if faiss is not installed."""
-    faiss = _import_faiss()
-    count, k = len(items.vectors), min(k, len(items.vectors))
-    index = _build(faiss, items)
+    k = min(k, len(items.vectors))
+    index = build_index(items, "--index faiss")
     rows = np.empty((len(queries.vectors), k), np.int64)
     for start in range(0, len(rows), QUERIES):
         vectors = _read_float32(queries, slice(start, start + QUERIES))
-        proposals = np.unique(index.search(vectors, min(count, max(4 * k, 100)))[1])
-        proposals = proposals[proposals >= 0]  # -1: the searched lists hold too few items
-        if len(proposals) < k:
-            proposals = np.union1d(proposals, np.arange(k))
+        proposals = propose(index, vectors, k)
         neighbours = nearest(
             Features(vectors, torch.device("cpu"), "query", str),
             Features(items.vectors[proposals], torch.device("cpu"), "item", str),
@@ -45,18 +41,15 @@ def approximate_nearest(queries: FeatureFile, items: FeatureFile, k: int) -> np.
     return rows
 
 
-def _import_faiss() -> Any:
+def build_index(items: FeatureFile, option: str) -> Any:
+    """Build the index in memory. Raises UserError, naming the `option` that asked for it, if faiss is not installed."""
     try:
         import faiss
     except ImportError:
-        raise UserError("--index faiss: faiss is not installed; pip install faiss-cpu") from None
-    return faiss
-
-
-def _build(faiss: Any, items: FeatureFile) -> Any:
+        raise UserError(f"{option}: faiss is not installed; pip install faiss-cpu") from None
     count, dim = items.vectors.shape
     lists = int(4 * count**0.5) if count >= LISTS_FROM else 0
-    index = faiss.index_factory(dim, f"IVF{lists},SQ8" if lists else "SQ8", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(dim, f"IVF{lists},SQ8" if lists else "SQ8", faiss.METRIC_INNER_PRODUCT)
     if lists:
         index.nprobe = max(16, lists // 16)
     sample = np.random.default_rng(0).permutation(count)[: max(CHUNK, TRAIN_ITEMS * lists)]
@@ -64,6 +57,14 @@ def _build(faiss: Any, items: FeatureFile) -> Any:
     for start in range(0, count, CHUNK):
         index.add(_read_float32(items, slice(start, start + CHUNK)))
     return index
+
+
+def propose(index: Any, queries: np.ndarray, k: int) -> np.ndarray:
+    """Propose items for the top k of float32 queries (queries, dim): distinct rows, at least k if there are as many."""
+    k = min(k, index.ntotal)
+    proposals = np.unique(index.search(queries, min(index.ntotal, max(4 * k, 100)))[1])
+    proposals = proposals[proposals >= 0]  # -1: the searched lists hold too few items
+    return proposals if len(proposals) >= k else np.union1d(proposals, np.arange(k))
 
 
 def _read_float32(features: FeatureFile, rows: slice | np.ndarray) -> np.ndarray:

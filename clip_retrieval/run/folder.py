@@ -99,15 +99,15 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[FolderLock]:
+def lock_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> Iterator[FolderLock]:
     """Create `folder` and lock it for this run. Delete the temporary files of a run that was killed.
 
-    The lock is a POSIX record lock: loader workers do not inherit it, and it works over NFS. Raises UserError if
-    another run holds the lock.
+    The lock is a POSIX record lock: loader workers do not inherit it, and it works over NFS. Raises UserError, naming
+    the `options` that choose another folder, if another run holds the lock.
     """
     is_new = not folder.exists()
-    make_folder(folder)
-    descriptor = _lock(folder)
+    make_folder(folder, options)
+    descriptor = _lock(folder, options)
     try:
         for half_written in folder.glob(".*.tmp"):
             half_written.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def lock_folder(folder: Path) -> Iterator[FolderLock]:
                 folder.rmdir()
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, options: str) -> int | None:
     if fcntl is None:
         return None
     path = folder / LOCK
@@ -143,7 +143,8 @@ def _lock(folder: Path) -> int | None:
                 time.sleep(0.05)
                 continue
             raise UserError(
-                f"{folder} is in use by another run ({holder}); wait for it to end, or choose another --experiments"
+                f"{folder} is in use by another run ({holder}); wait for it to end, or choose another folder with "
+                f"{options}"
             ) from None
         # The previous holder may have deleted the file between open and lock: try again.
         if _is_file(descriptor, path):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from clip_retrieval.data.images.photographs import Photographs
 from clip_retrieval.errors import UserError
-from clip_retrieval.zero_shot_demo import Photographs, best_labels, probabilities, read_labels
+from clip_retrieval.zero_shot_demo import best_labels, probabilities, read_labels
 from tests.classification.conftest import paint
 from tests.conftest import ROOT
 from tests.models.small import small_clip, small_preprocess

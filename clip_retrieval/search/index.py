@@ -1,0 +1,172 @@
+"""The index of a folder of photographs on disk.
+
+    index.jsonl          a line about the model, then one for each file:
+                         {"name": "2019/beach.jpg", "size": 84211, "mtime": 1564650000000000000, "digest": "5e...",
+                          "width": 1024, "height": 768}, or a "problem" if it cannot be read
+    index-features-3.npy float32 (readable images, dim), L2-normalised, in the order of the lines
+    index-part-4.jsonl, index-features-4.npy    the same, of images that an unfinished update has encoded
+
+A .jsonl file names its features and is renamed to its place after them: it is there completely or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from clip_retrieval.arrays import read_npy
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import to_json, write_atomic
+from clip_retrieval.jsonl import read_records
+
+INDEX = "index.jsonl"
+VERSION = 1
+_FEATURES = re.compile(r"index-features-(\d{1,9})\.npy")
+_PART = re.compile(r"index-part-(\d{1,9})\.jsonl")
+_NAMES = ("name", "size", "mtime", "digest", "width", "height", "problem")
+_CONTENT = {"size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the index.
+
+    Attributes:
+        name: path relative to the folder of the photographs, with slashes.
+        size: bytes.
+        mtime: time of the last change (ns); None if it may change again without a later time.
+        digest: hash of the content; None if the file could not be read.
+        width, height: pixels of the upright image.
+        problem: why the image cannot be used; None if it can.
+    """
+
+    name: str
+    size: int
+    mtime: int | None
+    digest: str | None
+    width: int | None = None
+    height: int | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Table:
+    """The files of an index, or of a part of it.
+
+    Attributes:
+        path: the .jsonl file.
+        model: the record of the model; see `encoder.Encoder.record`.
+        entries: the files.
+        features: float32 (readable files, dim), memory-mapped from features_path.
+        rows: int64 (files,), the row of each file's features; -1 if it has a problem.
+    """
+
+    path: Path
+    model: dict[str, Any]
+    entries: list[Entry]
+    features_path: Path
+    features: np.ndarray
+    rows: np.ndarray
+
+
+def read_index(folder: Path, photos: Path) -> Table:
+    """Read a complete index. Raises UserError if there is none, or it is damaged."""
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{photos} has no index in {folder}; make it: search.py index {photos} --resume CKPT")
+    return read_table(folder / INDEX)
+
+
+def read_tables(folder: Path) -> list[Table]:
+    """Read the index, if there is one, and the parts of an unfinished update, oldest first."""
+    paths = [folder / INDEX, *(part_path(folder, number) for number in sorted(_numbers(folder, _PART)))]
+    return [read_table(path) for path in paths if path.is_file()]
+
+
+def part_path(folder: Path, number: int | None = None) -> Path:
+    """The file of a part, by default of the next one."""
+    return folder / f"index-part-{max(_numbers(folder, _PART), default=0) + 1 if number is None else number}.jsonl"
+
+
+def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
+    return [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+
+
+def read_table(path: Path) -> Table:
+    """Read a .jsonl file and map its features. Raises UserError, naming the line, if they are damaged."""
+    records = read_records(path)
+    _, head = next(records, (0, {}))
+    features_name, model = head.get("features"), head.get("model")
+    if not isinstance(features_name, str) or not _FEATURES.fullmatch(features_name) or not isinstance(model, dict):
+        raise UserError(f"{path}: not an index of search.py; delete it and index the folder again")
+    if head.get("version") != VERSION:
+        raise UserError(f"{path}: written by another version of search.py; delete it and index the folder again")
+    entries = []
+    for line, record in records:
+        try:
+            entries.append(_parse_entry(record))
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}; delete the file and index the folder again") from None
+    features = read_npy(path.with_name(features_name), memory_map=True)
+    is_readable = np.fromiter((entry.problem is None for entry in entries), bool, len(entries))
+    if features.dtype != np.float32 or features.ndim != 2 or len(features) != is_readable.sum():
+        raise UserError(
+            f"{path.with_name(features_name)}: not the features of {path.name}; delete both and index the folder again"
+        )
+    return Table(
+        path,
+        model,
+        entries,
+        path.with_name(features_name),
+        features,
+        np.where(is_readable, is_readable.cumsum() - 1, -1),
+    )
+
+
+def _parse_entry(record: dict[str, Any]) -> Entry:
+    name = record.get("name")
+    # An index may come with photographs from elsewhere: it must not name files outside their folder.
+    if not isinstance(name, str) or not name or "\0" in name or name[0] == "/" or ".." in PurePosixPath(name).parts:
+        raise ValueError("no valid name of a file")
+    content = {key: value for key in _CONTENT if (value := record.get(key)) is not None}
+    for key, value in content.items():
+        if type(value) is not _CONTENT[key]:
+            raise ValueError(f'"{key}" is invalid')
+    if "problem" not in content and min(content.get("width", 0), content.get("height", 0)) < 1:
+        raise ValueError("no width and height")
+    return Entry(**{"name": name, "size": -1, "mtime": None, "digest": None, **content})
+
+
+def write_table(
+    path: Path, model: dict[str, Any], entries: Sequence[Entry], dim: int, features: Iterable[np.ndarray]
+) -> None:
+    """Write a .jsonl file and its features, given in blocks (n, dim) that together have a row for each readable file.
+
+    Raises OSError if the folder cannot be written.
+    """
+    number = max(_numbers(path.parent, _FEATURES), default=0) + 1
+    features_path = path.with_name(f"index-features-{number}.npy")
+    shape = (sum(entry.problem is None for entry in entries), dim)
+    with write_atomic(features_path) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in features:
+            file.write(np.ascontiguousarray(block, "<f4").data)
+    with write_atomic(path) as file:
+        head = {"version": VERSION, "model": model, "features": features_path.name}
+        file.write(to_json(head) + b"\n")
+        for entry in entries:
+            record = {name: value for name in _NAMES if (value := getattr(entry, name)) is not None}
+            file.write(to_json(record) + b"\n")
+
+
+def delete_unused(folder: Path, index: Table) -> None:
+    """Delete the parts of `folder`, and the features that the index does not use."""
+    for path in list(folder.iterdir()):
+        is_features = _FEATURES.fullmatch(path.name) and path != index.features_path
+        if is_features or _PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
