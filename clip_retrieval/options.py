@@ -189,6 +189,9 @@ class DataOptions:
         None, "webdataset: pairs in an epoch (default: all, counted or from sizes.json)", minimum=2
     )
     shuffle_buffer: int = option(4096, "webdataset: size of the shuffle buffer, in pairs over all processes", minimum=0)
+    caption_prefix: str | None = option(
+        None, "text before every caption, such as 'a photo of ', in training and evaluation; none: no text", auto="none"
+    )
     caption_sampling: str = option(
         "all",
         "all: every caption once an epoch; one: every image once an epoch, with a random caption (streamed shards: "
