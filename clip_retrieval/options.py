@@ -21,6 +21,8 @@ NO_PRESET = "none"
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 """The files of --preset, by name."""
 MAX_IMAGE_PIXELS = 500_000_000  # enough for scans and maps; takes 2 GB of memory
+RERANKINGS = ("dual_softmax", "inverted_softmax", "qb_norm", "csls", "dist_norm")
+"""The methods of --rerank, see `evaluation.rerank`."""
 NUMBER_LIMIT = 2**63  # the absolute value of a number must be less
 
 
@@ -411,6 +413,28 @@ class EvalOptions:
     )
     recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always included", minimum=1)
     map: bool = option(False, "also compute mean average precision at 1, 5 and 10 (mAP@K)")
+    rerank: tuple[str, ...] | None = option(
+        None,
+        "with --eval: also score with these methods of re-ranking, apart from plain recall; parameters are chosen on "
+        "the val split",
+        choices=RERANKINGS,
+        from_checkpoint=False,
+    )
+    rerank_bank: int = option(
+        10_000, "qb_norm: number of training captions in its bank", minimum=1, from_checkpoint=False
+    )
+    ensemble: tuple[str, ...] | None = option(
+        None,
+        "with --eval: checkpoints whose features or scores are averaged with the model's; each has its own "
+        "preprocessing and tokenizer",
+        from_checkpoint=False,
+    )
+    ensemble_mode: str = option(
+        "scores",
+        "mean of the scores, for any models, or of the normalised features, for models finetuned from the same weights",
+        choices=("scores", "features"),
+        from_checkpoint=False,
+    )
 
 
 @dataclass
@@ -550,8 +574,9 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} {v:g}: must be at least {meta['minimum'] or 0:g}")
             if meta["above"] is not None and v <= meta["above"]:
                 raise UserError(f"--{f.name} {v:g}: must be greater than {meta['above']:g}")
-        if meta["choices"] and value not in meta["choices"]:
-            raise UserError(f"--{f.name} {value}: choose from {', '.join(meta['choices'])}")
+        for v in values:
+            if meta["choices"] and v not in (*meta["choices"], f.default):
+                raise UserError(f"--{f.name} {v}: choose from {', '.join(meta['choices'])}")
 
 
 def _check_text(name: str, value: str) -> None:

@@ -41,7 +41,7 @@ def evaluation_folder(options: Options, model_name: str, beside: Path | None, *,
 
     Raises UserError if it holds a training run.
     """
-    suffix = f"{options.data.name}_{options.evaluation.eval_split}"
+    suffix = f"{options.data.name}_{options.evaluation.eval_split}" + "_ensemble" * bool(options.evaluation.ensemble)
     if named:
         folder = run_folder(options)
         if (folder / "metrics.jsonl").exists():
