@@ -26,7 +26,7 @@ from clip_retrieval.run.ensemble import Ensemble
 from clip_retrieval.run.tool import run_tool
 
 SYMMETRIC = Path(__file__).with_name("evaluation") / "aro_symmetric.json"
-"""Relations that ARO leaves out of its macro accuracy: exchanging their two sides changes nothing, or is rare."""
+"""Relations that ARO's notebook leaves out of its macro accuracy, as symmetric."""
 
 
 def score_pair_tasks(typed: dict[str, Any], task: str, data: Path, image_dir: Path, output: Path | None = None) -> None:

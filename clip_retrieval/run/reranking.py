@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from clip_retrieval.data.catalog import is_streamed, read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import SplitFeatures
 from clip_retrieval.evaluation.metrics import STANDARD_K, report, retrieval_metrics
@@ -41,60 +43,43 @@ def rerank(ensemble: Ensemble, encoded: SplitFeatures, dataset: RetrievalDataset
     val = None
     if dataset.split == "test":
         val = read_split(options.data, "val", ensemble.device, ensemble.processes, require_pairs=False)
-    if val is None or val.split == UNSPLIT:
+    encoded_val = ensemble.encode(val) if val is not None and val.split != UNSPLIT else None
+    if encoded_val is None:
         log.info("re-ranking: there is no val split to choose parameters on; they are the papers' defaults")
-        return {name: _score(METHODS[name], None, encoded, dataset, bank, ensemble) for name in names}
-    encoded_val = ensemble.encode(val)
     # choose and score
     blocks = {}
+    shared: dict[str, Any] = {"recall_k": options.evaluation.recall_k, "processes": ensemble.processes}
     for name in names:
-        value = _choose(METHODS[name], encoded_val, val, bank, ensemble)
-        blocks[name] = _score(METHODS[name], value, encoded, dataset, bank, ensemble)
+        method = METHODS[name]
+        value, chosen_on = method.default, "default"
+        if val is not None and encoded_val is not None:
+            sums = [_recall_sum(metrics) for metrics in _score(method, encoded_val, val, method.grid, bank, **shared)]
+            value, chosen_on = method.grid[int(np.argmax(sums))], "val"
+        (metrics,) = _score(method, encoded, dataset, (value,), bank, **shared)
+        number = {"bank": len(bank)} if method.needs_bank and bank is not None else {}
+        blocks[name] = {"uses": method.uses, **number, method.parameter: value, "chosen_on": chosen_on, **metrics}
     return blocks
-
-
-def _choose(
-    method: Method, encoded: SplitFeatures, dataset: RetrievalDataset, bank: Tensor | None, ensemble: Ensemble
-) -> float:
-    """The value of the grid with the highest sum of recalls on the val split."""
-    metrics = _metrics(method, method.grid, encoded, dataset, bank, ensemble)
-    sums = [sum(block[direction][f"R@{k}"] for direction in method.directions for k in STANDARD_K) for block in metrics]
-    return method.grid[int(np.argmax(sums))]
 
 
 def _score(
     method: Method,
-    value: float | None,
     encoded: SplitFeatures,
     dataset: RetrievalDataset,
-    bank: Tensor | None,
-    ensemble: Ensemble,
-) -> dict[str, Any]:
-    """The block of results.json of a method, with a value chosen on val, or with its default."""
-    parameter = {method.parameter: method.default if value is None else value}
-    (metrics,) = _metrics(method, tuple(parameter.values()), encoded, dataset, bank, ensemble)
-    number = {"bank": len(bank)} if method.needs_bank and bank is not None else {}
-    return {"uses": method.uses, **number, **parameter, "chosen_on": "default" if value is None else "val", **metrics}
-
-
-def _metrics(
-    method: Method,
     values: tuple[float, ...],
-    encoded: SplitFeatures,
-    dataset: RetrievalDataset,
     bank: Tensor | None,
-    ensemble: Ensemble,
-) -> list[dict[str, Any]]:
-    """The metrics of the directions that a method changes, for each value of its parameter."""
+    recall_k: tuple[int, ...],
+    processes: Processes,
+) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of the directions that a method changes, for each value of its parameter."""
     extra = (bank,) if method.needs_bank else ()
-    recall_k, blocks = ensemble.options.evaluation.recall_k, []
     for images, texts in method.transform(encoded.images, encoded.captions, values, *extra):
-        ranks = dict(zip(("i2t", "t2i"), retrieval_ranks(images, texts, dataset.pairs, processes=ensemble.processes)))
-        if len(method.directions) == 2:
-            blocks.append(report(ranks["i2t"], ranks["t2i"], recall_k))
-        else:
-            blocks.append({name: retrieval_metrics(ranks[name], recall_k) for name in method.directions})
-    return blocks
+        i2t, t2i = retrieval_ranks(images, texts, dataset.pairs, processes=processes)
+        yield report(i2t, t2i, recall_k) if "i2t" in method.directions else {"t2i": retrieval_metrics(t2i, recall_k)}
+
+
+def _recall_sum(metrics: dict[str, Any]) -> float:
+    """The sum of R@1, R@5 and R@10 of the directions in `metrics`."""
+    return sum(metrics[direction][f"R@{k}"] for direction in ("i2t", "t2i") if direction in metrics for k in STANDARD_K)
 
 
 def read_bank(options: DataOptions, number: int, seed: int) -> list[str]:
