@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from clip_retrieval import __version__
 from clip_retrieval.errors import UserError, one_line, reports_error
-from clip_retrieval.options import GROUPS, as_tuple
+from clip_retrieval.options import GROUPS, DataOptions, EvalOptions, RunOptions, as_tuple
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -106,6 +106,13 @@ def add_arguments(parser: argparse._ActionsContainer, group: type, only: Sequenc
             parser.add_argument(
                 flag, dest=f.name, action="store_const", const=value, help=f"the same as --{f.name} {value}"
             )
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options with which a script evaluates models on data of its own."""
+    add_arguments(parser, RunOptions, only=("resume", "checkpoint_path", "device"))
+    add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision", "ensemble", "ensemble_mode"))
+    add_arguments(parser, DataOptions, only=("caption_prefix", "num_workers", "decoder", "max_image_pixels"))
 
 
 def _help(f: dataclasses.Field) -> str:

@@ -6,27 +6,29 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.evaluator import encode_split, score
+from clip_retrieval.evaluation.evaluator import score
 from clip_retrieval.evaluation.protocols import check_protocols
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_options, write_results
-from clip_retrieval.reporting.table import protocols_table, results_table
+from clip_retrieval.reporting.table import protocols_table, rerank_table, results_table
 from clip_retrieval.retrieval.rankings import save_rankings
+from clip_retrieval.run.ensemble import load_ensemble
 from clip_retrieval.run.folder import evaluation_folder, make_folder
-from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
+from clip_retrieval.run.model import record_model_name
+from clip_retrieval.run.reranking import rerank
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.run.splits import count_trained, log_samples, make_split, read_split
+from clip_retrieval.run.splits import count_trained, describe_prefix, log_samples, read_split
 
 
 def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -55,23 +57,22 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
             f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
         )
     check_protocols(options.evaluation.protocols, dataset)
-    trained_on = count_trained(dataset, options.data.fractions, checkpoint, options.model.pretrained)
+    others = [Checkpoint.load_if_ours(Path(path)) for path in options.evaluation.ensemble or ()]
+    sources = [(checkpoint, options.model.pretrained), *((other, None) for other in others)]
+    trained_on = max(count_trained(dataset, options.data.fractions, *source) for source in sources)
     if trained_on and dataset.split != UNSPLIT:
         dataset = replace(dataset, split="train")  # held out here, but not in training
-    with processes.main_first():
-        model, built, tokenizer = load_model(options, checkpoint)
+    ensemble = load_ensemble(options, checkpoint, device, processes)
+    built = ensemble.members[0].built
     options = record_model_name(options, built)
-    warn_of_random_weights(built)
-    with processes.main_first() if options.data.image_cache else nullcontext():  # it may have to be built
-        split = make_split(options.data, dataset, tokenizer, built.preprocess, device)
-    log_samples(split.dataset)
+    log_samples(dataset)
 
     # make the output folder
     folder = evaluation_folder(
         options.run,
         built.name,
         options.data.name,
-        options.evaluation.eval_split,
+        options.evaluation.eval_split + "_ensemble" * bool(options.evaluation.ensemble),
         beside=checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
@@ -81,27 +82,23 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         write_options(folder, options, f"{device} ({device_name(device)})")
 
     # encode and score
-    encoded = encode_split(
-        model.to(device),
-        split.dataset,
-        split.tokens,
-        split.pixels,
-        options.evaluation,
-        num_workers=options.data.num_workers,
-        device=device,
-        processes=processes,
-    )
-    block, ranks = score(encoded, split.dataset, options.evaluation, processes, full=True)
+    encoded = ensemble.encode(dataset)
+    block, ranks = score(encoded, dataset, options.evaluation, processes, full=True)
+    if options.evaluation.rerank:
+        block["rerank"] = rerank(ensemble, encoded, dataset)
 
     # write the results
     if processes.is_main:
-        results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
+        settings = {"decoder": options.data.decoder} | describe_prefix(options.data)
+        results = {"model": built.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
         results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
-        write_ranks(folder / RANKS, split.dataset, *ranks)
+        write_ranks(folder / RANKS, dataset, *ranks)
     if k := options.evaluation.save_rankings:
-        save_rankings(folder, encoded.images, encoded.captions, split.dataset, k, processes)
+        save_rankings(folder, encoded.images, encoded.captions, dataset, k, processes)
     log.info(results_table({dataset.split: block}))
     if "protocols" in block:
         log.info(protocols_table(block["protocols"]))
+    if options.evaluation.rerank:
+        log.info(f"re-ranked, which needs more than the query and the items:\n{rerank_table(block['rerank'])}")
     log.info(f"wrote {folder / 'results.json'}")

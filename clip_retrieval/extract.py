@@ -143,7 +143,7 @@ def extract_with(
             features = encode_captions(
                 encoder.encode_text,
                 dataset.captions,
-                tokenize(dataset.captions, tokenizer),
+                tokenize(dataset.captions, tokenizer, options.data.caption_prefix),
                 trim=encoder.trims_text,
                 batch_size=request.text_batch_size,
                 **shared,

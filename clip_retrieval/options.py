@@ -21,6 +21,8 @@ NO_PRESET = "none"
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 """The files of --preset, by name."""
 MAX_IMAGE_PIXELS = 500_000_000  # enough for scans and maps; takes 2 GB of memory
+RERANKINGS = ("dual_softmax", "inverted_softmax", "qb_norm", "csls", "dist_norm")
+"""The methods of --rerank, see `evaluation.rerank`."""
 NUMBER_LIMIT = 2**63  # the absolute value of a number must be less
 
 
@@ -197,6 +199,9 @@ class DataOptions:
         None, "webdataset: pairs in an epoch (default: all, from sizes.json or, of local shards, counted)", minimum=2
     )
     shuffle_buffer: int = option(4096, "webdataset: size of the shuffle buffer, in pairs over all processes", minimum=0)
+    caption_prefix: str | None = option(
+        None, "text before every caption, such as 'a photo of ', in training and evaluation; none: no text", auto="none"
+    )
     caption_sampling: str = option(
         "all",
         "all: every caption once an epoch; one: every image once an epoch, with a random caption (streamed shards: "
@@ -435,6 +440,28 @@ class EvalOptions:
         from_checkpoint=False,
     )
     map: bool = option(False, "also compute mean average precision at 1, 5 and 10 (mAP@K)")
+    rerank: tuple[str, ...] | None = option(
+        None,
+        "with --eval: also score with these methods of re-ranking, apart from plain recall; parameters are chosen on "
+        "the val split",
+        choices=RERANKINGS,
+        from_checkpoint=False,
+    )
+    rerank_bank: int = option(
+        10_000, "qb_norm: number of training captions in its bank", minimum=1, from_checkpoint=False
+    )
+    ensemble: tuple[str, ...] | None = option(
+        None,
+        "with --eval: checkpoints whose features or scores are averaged with the model's; each has its own "
+        "preprocessing and tokenizer",
+        from_checkpoint=False,
+    )
+    ensemble_mode: str = option(
+        "scores",
+        "mean of the scores, for any models, or of the normalised features, for models finetuned from the same weights",
+        choices=("scores", "features"),
+        from_checkpoint=False,
+    )
 
 
 @dataclass

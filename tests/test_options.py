@@ -55,6 +55,9 @@ SPELLINGS = {
     "experiments": ["--experiments", "--name"],
     "device": ["--device"],
     "seed": ["--seed"],
+    "caption_prefix": ["--caption_prefix"],
+    "rerank_bank": ["--rerank_bank"],
+    "ensemble_mode": ["--ensemble_mode"],
 }
 VALUES = {
     "beta1": "0.5",
@@ -66,6 +69,7 @@ VALUES = {
     "eval_split": "val",
     "schedule": "constant",
     "preset": "clip_itm",
+    "ensemble_mode": "features",
 }
 
 
@@ -198,6 +202,8 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--epochs 0", ["--epochs"]),
         ("--warmup -1", ["--warmup"]),
         ("--recall_k 0", ["--recall_k"]),
+        ("--rerank csls", ["--rerank", "--eval"]),
+        ("--ensemble other.pt", ["--ensemble", "--eval"]),
         ("--grad_cache 8 --accum_freq 4", ["--accum_freq", "--grad_cache"]),
         ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
         ("--imagenet_eval_steps 5", ["--zero_shot_steps", "--zero_shot_eval"]),

@@ -21,7 +21,7 @@ def built(tmp_path_factory):
 
 def test_all_modules_and_data_files_are_installed(built):
     package = ROOT / "clip_retrieval"
-    suffixes = (".py", ".json", ".yaml", ".html", ".css", ".js", ".svg")
+    suffixes = (".py", ".csv", ".json", ".yaml", ".html", ".css", ".js", ".svg")
     expected = {path.relative_to(package) for path in package.rglob("*") if path.suffix in suffixes}
     found = {path.relative_to(built / "clip_retrieval") for path in built.rglob("*.*")}
     lists = {path.name for path in (ROOT / "datasets" / "annotations").iterdir() if path.suffix in (".npy", ".txt")}

@@ -55,6 +55,7 @@ def test_every_option_exists():
         "docs/data.md",
         "docs/training.md",
         "docs/evaluation.md",
+        "docs/benchmarks.md",
         "docs/export.md",
         "docs/python.md",
         "docs/systems.md",

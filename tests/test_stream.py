@@ -278,3 +278,16 @@ def test_two_processes_equal_one(run, on_shards, broken_shards, tmp_path):
     assert "of 4 = 2 x 2 pairs" in out and "2 samples could not be used" in err
     one, two = last(tmp_path, "one")["model"], last(tmp_path, "two")["model"]
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)
+
+
+def test_caption_prefix_is_that_of_the_shards_captions(run, on_shards, shards, tmp_path):
+    from clip_retrieval.data.shards.samples import read_samples
+
+    assert run(*on_shards, "--max_steps", "2", "--caption_prefix", "a photo of ")[0] == 0
+    for path in shards.glob("train-*.tar"):
+        samples = [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in read_samples(path)]
+        typed = [(key, s | {"json": s["json"].replace(b'"a ', b'"a photo of a ')}) for key, s in samples]
+        write_shard(path, typed)
+    assert run(*on_shards, "--max_steps", "2", "--experiments", "typed")[0] == 0
+    found, expected = last(tmp_path)["model"], last(tmp_path, "typed")["model"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -54,12 +54,13 @@ Tokenizer: TypeAlias = "SimpleTokenizer | HuggingFaceTokenizer"
 """SimpleTokenizer is CLIP's own."""
 
 
-def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+def tokenize(captions: Sequence[str], tokenizer: Tokenizer, prefix: str | None = None) -> Tokens:
     """Tokenize captions, with the ids of `tokenizer`, each distinct caption once.
 
     Args:
         captions: the captions.
         tokenizer: a tokenizer of open_clip or of models.tokenizers.
+        prefix: text before every caption.
 
     Raises:
         UserError: a Hugging Face tokenizer fails.
@@ -69,7 +70,7 @@ def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
     index_of: dict[str, int] = {}
     rows = np.fromiter((index_of.setdefault(c, len(index_of)) for c in captions), np.int64, len(captions))
-    distinct = list(index_of)
+    distinct = [f"{prefix or ''}{caption}" for caption in index_of]
     if isinstance(tokenizer, SimpleTokenizer):
         ids, lengths, cut = _tokenize_clip(distinct, tokenizer)
     else:

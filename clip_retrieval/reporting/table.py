@@ -62,6 +62,25 @@ def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
 
 
 RECALLS = ("R@1", "R@5", "R@10")
+
+
+def rerank_table(blocks: dict[str, dict[str, Any]]) -> str:
+    """A table of the recalls of re-ranked scores, in percent, and below it the data and the parameter of each method.
+
+    A method that changes one direction has no values for the other one.
+    """
+    lines = [f"{'':16}{'i2t R@1':>9}{'R@5':>8}{'R@10':>8}{'t2i R@1':>9}{'R@5':>8}{'R@10':>8}{'rsum':>9}"]
+    lines.append("-" * len(lines[0]))
+    notes = []
+    for name, block in blocks.items():
+        cells = [block[d][r] if d in block else None for d in ("i2t", "t2i") for r in RECALLS] + [block.get("rsum")]
+        texts = ["" if cell is None else f"{cell:.2f}" for cell in cells]
+        lines.append(f"{name:16}" + "".join(text.rjust(width) for text, width in zip(texts, (9, 8, 8, 9, 8, 8, 9))))
+        parameter = next(key for key in ("temperature", "k", "share") if key in block)
+        notes.append(f"{name} uses {block['uses']}; {parameter} {block[parameter]:.3g} ({block['chosen_on']})")
+    return "\n".join([*lines, *notes])
+
+
 COLUMNS = (
     "model",
     "data",

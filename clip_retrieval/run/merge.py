@@ -117,6 +117,9 @@ def check_combinations(options: Options) -> None:
     if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
         raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
     # evaluation and the run's folder
+    for name in ("rerank", "ensemble"):
+        if getattr(options.evaluation, name) and not options.run.eval:
+            raise UserError(f"--{name} is for --eval, after training; drop it")
     if not options.evaluation.zero_shot_eval:
         for name in BELONGING["zero_shot_eval"]:
             if getattr(options.evaluation, name):

@@ -14,6 +14,7 @@ from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, sco
 from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.log import log
 from clip_retrieval.run.prepare import Run
+from clip_retrieval.run.splits import describe_prefix
 
 SCORES: tuple[str, ...] = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
 SCORES += ("top1", "top5", "top10", "mean_per_class")
@@ -39,7 +40,8 @@ def score_split(
             processes=run.processes,
         )
         block, ranks = score(encoded, split.dataset, options.evaluation, run.processes, full=full)
-    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}, ranks
+    settings = {"decoder": options.data.decoder} | describe_prefix(options.data)
+    return encoded, {"model": run.built.name, **settings, **block}, ranks
 
 
 def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:

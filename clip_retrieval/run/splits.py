@@ -122,13 +122,18 @@ def make_split(
         device: the device of the model, which determines the number of loader workers.
         augment: "none", "crop", "auto" or "auto_flip".
     """
-    tokens = tokenize(dataset.captions, tokenizer)
+    tokens = tokenize(dataset.captions, tokenizer, options.caption_prefix)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
     log.info(f"{dataset.describe()}{cut}")
     for part in dataset.parts:
         if warning := size_warning(part):
             log.warning(warning)
     return Split(dataset, tokens, load_pixels(options, dataset, preprocess, device, augment))
+
+
+def describe_prefix(options: DataOptions) -> dict[str, str]:
+    """The entry of --caption_prefix in results.json; empty without one."""
+    return {"caption_prefix": options.caption_prefix} if options.caption_prefix else {}
 
 
 def load_pixels(

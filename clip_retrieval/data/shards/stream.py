@@ -47,16 +47,17 @@ class LaneParts(NamedTuple):
 class _FetchLanes:
     """Fetches the part of a batch that some lanes provide; continues in its open shards if it can."""
 
-    def __init__(self, read: LaneReader, tokenizer: Any):
+    def __init__(self, read: LaneReader, tokenizer: Any, prefix: str | None):
         self.read = read
         self.tokenizer = tokenizer
+        self.prefix = prefix
         self._open: dict[int, tuple[tuple[int, int], Iterator[tuple[Pair, str | None]]]] = {}
 
     def __call__(self, request: tuple[int, int, range]) -> LaneParts:
         epoch, batch, lanes = request
         found = [pair for lane in lanes for pair in self._read_pairs(epoch, batch, lane)]
         pairs = [pair for pair, _ in found]
-        tokens = tokenize([pair.caption for pair in pairs], self.tokenizer)
+        tokens = tokenize([pair.caption for pair in pairs], self.tokenizer, self.prefix)
         images, keys = torch.stack([pair.pixels for pair in pairs]), torch.tensor([pair.key for pair in pairs])
         replaced = [problem for _, problem in found if problem]
         return LaneParts(images, tokens.ids, tokens.lengths, keys, tokens.cut, replaced)
@@ -82,6 +83,7 @@ class StreamLoader:
         num_workers: worker processes, limited to the number of this process's lanes.
         device: device of the batches.
         processes: the processes that share a batch; this one computes its part of the lanes.
+        prefix: text before every caption.
 
     Raises:
         UserError: the processes cannot share the lanes.
@@ -97,6 +99,7 @@ class StreamLoader:
         device: torch.device,
         processes: Processes = SINGLE_PROCESS,
         bucket: int = 1,
+        prefix: str | None = None,
     ):
         self.order = read.order
         self.trim = trim
@@ -107,7 +110,7 @@ class StreamLoader:
         cuts = [own.start + len(own) * i // number for i in range(number + 1)]
         self._groups = [range(*cut) for cut in pairwise(cuts)]
         self._to_device = ToDevice(device)
-        fetch = _FetchLanes(read, tokenizer)
+        fetch = _FetchLanes(read, tokenizer, prefix)
         self._workers = Workers(fetch, num_workers=min(num_workers, number), pin_memory=self._to_device.pin_memory)
         self._next: tuple[int, int] | None = None
         self._skipped = SkipCounter("samples", processes, tokenizer.context_length)

@@ -84,6 +84,7 @@ class StreamedTrainSplit:
             self.tokenizer,
             trim=trim,
             bucket=bucket,
+            prefix=self.options.caption_prefix,
             num_workers=self.num_workers,
             device=device,
             processes=processes,
