@@ -12,7 +12,8 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.models.libraries import translate_errors
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import pool_type
-from clip_retrieval.models.towers import make_adaptor, text_part
+from clip_retrieval.models.projection import text_part
+from clip_retrieval.models.towers import make_adaptor
 from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 
 
