@@ -67,7 +67,8 @@ def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias:
         UserError: an unknown name or tag, or weights that cannot be fetched or read, or do not fit.
     """
     source = find_source(options, typed_model)
-    return _build(source, options.image_size, options.context_length, logit_bias)
+    sizes = options.image_size, options.context_length, options.keep_positions
+    return _build(source, *sizes, logit_bias=logit_bias)
 
 
 def rebuild_model(
@@ -79,6 +80,7 @@ def rebuild_model(
     *,
     image_size: int | None = None,
     context_length: int | None = None,
+    keep_positions: int | None = None,
     logit_bias: bool = False,
 ) -> BuiltModel:
     """Rebuild a model from a checkpoint of ours: the attributes of a `BuiltModel`, and the state dict.
@@ -86,9 +88,8 @@ def rebuild_model(
     Raises UserError, naming `source`, if they do not fit each other.
     """
     name = find_family(config).config_name(config) or name
-    return _build(
-        ModelSource(name, config, preprocess, source, state, config_from=source), image_size, context_length, logit_bias
-    )
+    model = ModelSource(name, config, preprocess, source, state, config_from=source)
+    return _build(model, image_size, context_length, keep_positions, logit_bias=logit_bias)
 
 
 def known_tags(name: str) -> list[str]:
@@ -99,7 +100,14 @@ def known_tags(name: str) -> list[str]:
         return []
 
 
-def _build(source: ModelSource, image_size: int | None, context_length: int | None, logit_bias: bool) -> BuiltModel:
+def _build(
+    source: ModelSource,
+    image_size: int | None,
+    context_length: int | None,
+    keep_positions: int | None,
+    *,
+    logit_bias: bool,
+) -> BuiltModel:
     config, config_from = deepcopy(source.config), source.config_from or source.name
     _set_sizes(config, source.name, image_size, context_length)
     state = source.state or {}
@@ -114,7 +122,7 @@ def _build(source: ModelSource, image_size: int | None, context_length: int | No
         # timm resizes the position embeddings itself, after it has the weights at their own size
         if _has_other_size(clip, state):
             _resize_timm(clip, config, source.name)
-        load_into(clip, state, source.weights, source.name, source.random)
+        load_into(clip, state, source.weights, source.name, source.random, keep_positions)
         check_adaptor(adaptor, config["embed_dim"], source.weights)
     _resize_timm(clip, config, source.name)
     if logit_bias and "logit_bias" not in state:

@@ -116,7 +116,8 @@ def _log_model(file: Weights, found: str | None, assumed: ModelName) -> None:
     if found:
         log.info(f"{file.source} decides the model: {found}")
         return
-    gelu = "" if file.family.quick_gelu else f" with QuickGELU (--vision_model {assumed.config}: with GELU)"
+    decides = assumed.openai_spelling and not file.family.quick_gelu
+    gelu = f" with QuickGELU (--vision_model {assumed.config}: with GELU)" if decides else ""
     log.warning(f"{file.source} does not name its model: {assumed.name} is assumed{gelu}")
 
 

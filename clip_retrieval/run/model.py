@@ -37,6 +37,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
             source=str(checkpoint.path),
             image_size=options.model.image_size,
             context_length=options.model.context_length,
+            keep_positions=options.model.keep_positions,
             logit_bias=logit_bias,
         )
     # the towers, and an adaptor
