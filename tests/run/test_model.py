@@ -93,3 +93,32 @@ def test_file_that_has_its_model_is_said_to_decide_it(weights, arguments, run, t
     assert read_json(tmp_path / "logs/second/options.json")["vision_model"] == "plain.json"
     code, _, error = run("--config", tmp_path / "logs/second/options.json", "--experiments", "third")
     assert code == 0, error
+
+
+def test_folder_of_the_model_may_move(weights, arguments, run, tmp_path):
+    given = [*drop_model(arguments), "--no_eval_first"]
+    code, _, error = run(*given, "--vision_model", "local-dir:plain", "--epochs", "1")
+    assert code == 0, error
+    (tmp_path / "plain").rename(tmp_path / "moved")
+    logs = tmp_path / "logs/ex0"
+    results = read_json(logs / "results.json")
+
+    # evaluate, start from the weights, resume; the new place is recorded
+    code, _, error = run("--eval", "--resume", logs / "best.pt", "--experiments", "evaluated")
+    assert code == 0, error
+    assert read_json(tmp_path / "logs/evaluated/results.json")["t2i"] == results["t2i"]
+    code, _, error = run(*given, "--pretrained", logs / "best.pt", "--epochs", "1", "--experiments", "second")
+    assert code == 0, error
+    for epochs, folder in enumerate(("plain", "moved"), start=2):
+        resumed = ["--resume", "auto", "--vision_model", f"local-dir:{folder}", "--epochs", epochs]
+        code, _, error = run(*given, *resumed)
+        assert code == 0, error
+        assert read_json(logs / "options.json")["vision_model"] == f"local-dir:{folder}"
+    code, _, error = run("--eval", "--resume", logs / "last.pt", "--vision_model", "local-dir:moved")
+    assert code == 0, error
+
+    # another model's folder
+    config = small_config(embed_dim=32)
+    (tmp_path / "quick/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    code, _, error = run(*given, "--resume", "auto", "--vision_model", "local-dir:quick", "--epochs", "4")
+    assert code == 2 and f"local-dir:quick contradicts {logs / 'last.pt'}, which holds another model" in error
