@@ -119,6 +119,12 @@ class ModelOptions:
         "--bert_weight_path",
     )
     context_length: int | None = option(None, "maximum length of captions, in tokens (default: the model's)", minimum=3)
+    keep_positions: int | None = option(
+        None,
+        "with a longer --context_length: number of first text position embeddings that stay as they are, while the "
+        "others are stretched; Long-CLIP keeps 20 (default: interpolate all)",
+        minimum=1,
+    )
     image_size: tuple[int, ...] | int | None = option(
         None,
         "side of the square input image, or its height and width, in pixels; position embeddings are interpolated "

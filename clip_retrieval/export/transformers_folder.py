@@ -23,7 +23,7 @@ from clip_retrieval.models.chinese_clip import is_chinese_clip
 from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.model_config import ClipModule, Config, State
-from clip_retrieval.models.towers import embedding_dim, text_part
+from clip_retrieval.models.projection import embedding_dim, text_part
 
 ARCHITECTURES = "it has CLIP's ViT and text transformer, SigLIP and Chinese-CLIP with a ViT"
 Converted = tuple[str, Config, State]

@@ -74,7 +74,8 @@ def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias:
         UserError: an unknown name or tag, or weights that cannot be fetched or read, or do not fit.
     """
     source = find_source(options, typed_model)
-    return _build(source, options.image_size, options.context_length, logit_bias)
+    sizes = options.image_size, options.context_length, options.keep_positions
+    return _build(source, *sizes, logit_bias=logit_bias)
 
 
 def rebuild_model(
@@ -86,6 +87,7 @@ def rebuild_model(
     *,
     image_size: ImageSize | None = None,
     context_length: int | None = None,
+    keep_positions: int | None = None,
     logit_bias: bool = False,
 ) -> BuiltModel:
     """Rebuild a model from a checkpoint of ours: the attributes of a `BuiltModel`, and the state dict.
@@ -93,9 +95,8 @@ def rebuild_model(
     Raises UserError, naming `source`, if they do not fit each other.
     """
     name = find_family(config).config_name(config) or name
-    return _build(
-        ModelSource(name, config, preprocess, source, state, config_from=source), image_size, context_length, logit_bias
-    )
+    model = ModelSource(name, config, preprocess, source, state, config_from=source)
+    return _build(model, image_size, context_length, keep_positions, logit_bias=logit_bias)
 
 
 def known_tags(name: str) -> list[str]:
@@ -107,7 +108,12 @@ def known_tags(name: str) -> list[str]:
 
 
 def _build(
-    source: ModelSource, image_size: ImageSize | None, context_length: int | None, logit_bias: bool
+    source: ModelSource,
+    image_size: ImageSize | None,
+    context_length: int | None,
+    keep_positions: int | None,
+    *,
+    logit_bias: bool,
 ) -> BuiltModel:
     config, config_from = deepcopy(source.config), source.config_from or source.name
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -138,7 +144,7 @@ def _build(
     if source.state is not None:
         with translate_errors(*unfit):
             resize_to_weights(clip.visual, state, own_size, size)
-        load_into(clip, state, source.weights, source.name, source.random)
+        load_into(clip, state, source.weights, source.name, source.random, keep_positions)
         check_adaptor(adaptor, config["embed_dim"], source.weights)
     with translate_errors(*unfit):
         resize_image_tower(clip.visual, size)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from clip_retrieval.models import chinese_clip, names, simple_clip_weights, transformers_weights
+from clip_retrieval.models import chinese_clip, long_clip, names, simple_clip_weights, transformers_weights
 from clip_retrieval.models.model_config import Config, State
 from clip_retrieval.models.siglip_model import SiglipCLIP
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
@@ -111,6 +111,12 @@ FAMILIES = (
         is_checkpoint=lambda state, keys: any(name.startswith("clip_model.") for name in state),
         to_open_clip=_crossmodal_to_open_clip,
         quick_gelu=True,
+    ),
+    Family(
+        "Long-CLIP",
+        is_checkpoint=lambda state, keys: long_clip.is_long_clip(state),
+        to_open_clip=long_clip.to_open_clip,
+        infer=long_clip.infer,
     ),
     Family(
         "simple-clip",

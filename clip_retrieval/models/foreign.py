@@ -11,9 +11,7 @@ from clip_retrieval.models.wrappers import holders, tensors_of
 
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_|ia3_|hada_|lokr_|base_layer\.|modules_to_save\.)")
 _ADAPTER_PROBLEM = "holds the weights of an adapter (LoRA, peft)"
-_MERGE = (
-    "merge it into its model: torch.save(PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().state_dict(), NEW)"
-)
+_MERGE = "merge it: torch.save(PeftModel.from_pretrained(MODEL, ADAPTER).merge_and_unload().state_dict(), NEW)"
 _SHARDS_PROBLEM = "is a part of a DeepSpeed checkpoint, without all weights"
 _JOIN_SHARDS = "join its parts: python zero_to_fp32.py FOLDER NEW (the script is in the checkpoint's folder)"
 _SHARD_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+|mp_rank_\d+_\d+_optim_states")

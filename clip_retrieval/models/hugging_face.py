@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,11 @@ def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **argume
     try:
         with quiet() if is_local else hub.hub_access():
             return load(source, trust_remote_code=False, local_files_only=is_local, **arguments)
-    except ImportError as error:
-        raise UserError(
-            f"the tokenizer {source} needs a further package; pip install sentencepiece protobuf"
-        ) from error
     except Exception as error:  # transformers raises nearly anything on broken files
+        if isinstance(error, ImportError) or _lacks_sentencepiece(Path(source), error):
+            raise UserError(
+                f"the tokenizer {source} needs a further package; pip install sentencepiece protobuf"
+            ) from error
         if "custom code" in str(error):
             names = [Path(source) / name for name in ("tokenizer_config.json", "config.json")]
             place = next((path for path in names if _has_auto_map(path)), source)
@@ -91,6 +92,17 @@ def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **argume
         if is_local:
             failure = f"the tokenizer {source} cannot be read ({describe(error)}); give another --tokenizer"
         raise UserError(failure) from error
+
+
+def _lacks_sentencepiece(source: Path, error: Exception) -> bool:
+    """Whether a tokenizer could not be loaded because it is a SentencePiece model, and that package is missing.
+
+    transformers 5 then asks for tiktoken, or does not know the tokenizer's class.
+    """
+    if find_spec("sentencepiece") is not None:
+        return False
+    only_model = any(source.glob("*.model")) and not (source / "tokenizer.json").exists()
+    return only_model or any(package in str(error) for package in ("sentencepiece", "tiktoken"))
 
 
 def _refuse_special_files(path: Path) -> None:

@@ -9,22 +9,35 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.log import log
+from clip_retrieval.models.libraries import quiet, translate_errors
+from clip_retrieval.models.long_clip import stretch_positions
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import pool_type
-from clip_retrieval.models.towers import make_adaptor, text_part
+from clip_retrieval.models.projection import text_part
+from clip_retrieval.models.towers import make_adaptor
 from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, join_first
 
 
-def load_into(clip: ClipModule, state: State, source: str, name: str, random: tuple[str, ...] = ()) -> None:
+def load_into(
+    clip: ClipModule,
+    state: State,
+    source: str,
+    name: str,
+    random: tuple[str, ...] = (),
+    keep_positions: int | None = None,
+) -> None:
     """Load `state` into a model, strictly; only `logit_bias` and names that start with `random` may be missing.
 
-    Text position embeddings are resized to the model's context length. Raises UserError, naming `source`,
-    `name` and the weights, if they do not fit.
+    Text position embeddings are resized to the model's context length, see `_resize_text_positions`. Raises UserError,
+    naming `source`, `name` and the weights, if they do not fit.
     """
     own = clip.state_dict()
     with translate_errors(f"{source} {UNKNOWN_WEIGHTS}"):
         state = _fit(clip, state, own)
+    for key in ("positional_embedding", "text.positional_embedding"):
+        if _differs_in_length(key, state, own):
+            state[key] = _resize_text_positions(clip, state[key], own[key], source, keep_positions)
     missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
     differing = [
@@ -72,9 +85,6 @@ def _fit(clip: ClipModule, state: State, own: State) -> State:
     for key in ("logit_scale", "logit_bias"):
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
-    for key in ("positional_embedding", "text.positional_embedding"):
-        if _differs_in_length(key, state, own):
-            state[key] = _resize_text_positions(clip, state[key], own[key])
     return state
 
 
@@ -88,16 +98,32 @@ def _differs_in_length(key: str, state: State, own: State) -> bool:
     )
 
 
-def _resize_text_positions(clip: ClipModule, positions: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Resize positions to another context length.
+def _resize_text_positions(
+    clip: ClipModule, positions: torch.Tensor, own: torch.Tensor, source: str, keep: int | None
+) -> torch.Tensor:
+    """Resize positions to another context length, and log how.
 
-    A shorter context keeps the first positions, so the features of captions that fit do not change. A longer one, or
-    a tower that pools its last position, is interpolated as open_clip does.
+    A shorter context keeps the first positions, so the features of captions that fit do not change. A longer one keeps
+    the first `keep`, as Long-CLIP does. Without `keep`, or if a shorter tower pools its last position, all are
+    interpolated as open_clip does. Raises UserError if `keep` is not below their number.
     """
-    text = text_part(clip)
-    pools_end_token = pool_type(text) in ("argmax", "eos")
-    if len(own) < len(positions) and pools_end_token and getattr(text, "cls_emb", None) is None:
-        return positions[: len(own)]
-    state = {"positional_embedding": positions}
-    resize_text_pos_embed(state, SimpleNamespace(positional_embedding=own))
-    return state["positional_embedding"]
+    text, number, length = text_part(clip), len(positions), len(own)
+    has_class_token = getattr(text, "cls_emb", None) is not None  # CoCa's, at the last position
+    if length > number and keep:
+        others = number - has_class_token
+        if keep >= others:
+            raise UserError(f"--keep_positions {keep}: must be less than the {others} positions of {source}")
+        how = f"the first {keep} stay, the others are stretched by {(length - number) / (others - keep) + 1:.3g}"
+        resized = stretch_positions(positions[:others], length - has_class_token, keep)
+        resized = torch.cat([resized, positions[others:]])
+    elif length < number and pool_type(text) in ("argmax", "eos") and not has_class_token:
+        how, resized = f"the first {length} are kept", positions[:length]
+    else:
+        advice = "; --keep_positions 20 keeps the first ones, as Long-CLIP does" if length > number else ""
+        how = f"all are interpolated{advice}"
+        state = {"positional_embedding": positions}
+        with quiet():
+            resize_text_pos_embed(state, SimpleNamespace(positional_embedding=own))
+        resized = state["positional_embedding"]
+    log.info(f"{source} has {number} text positions, the model {length}: {how}")
+    return resized

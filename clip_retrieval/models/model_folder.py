@@ -31,7 +31,7 @@ def find_folder(name: ModelName) -> Path:
     if name.kind == "folder":
         if not Path(place).is_dir():
             raise UserError(f"{name.config}: no such folder; give the folder of a model")
-        return _find_config_folder(Path(place))
+        return _find_config_folder(Path(place), place)
     failure = (
         f"open_clip_config.json or config.json of {name.config} could not be fetched from huggingface.co; check the "
         "name and the network, or download the repository elsewhere and give its folder as --vision_model "
@@ -39,7 +39,7 @@ def find_folder(name: ModelName) -> Path:
     )
     if config := hub.fetch_if_exists(place, OPEN_CLIP_CONFIG):
         return Path(config).parent
-    return _find_config_folder(Path(hub.fetch_small_files(place, failure)))
+    return _find_config_folder(Path(hub.fetch_small_files(place, failure)), name.config)
 
 
 def holds_open_clip(folder: Path) -> bool:
@@ -53,11 +53,14 @@ def find_weights(name: ModelName) -> str:
     Raises UserError if there are none.
     """
     folder, place = find_folder(name), name.config.partition(":")[2]
+    problem = find_folder_problem(folder)
     if name.kind == "hub":
         failure = (
             f"the weights of {name.config} could not be fetched from huggingface.co; check the network, or download "
             "them elsewhere and give them as --pretrained FILE"
         )
+        if problem:
+            failure = f"{name.config} {problem}"
         if holds_open_clip(folder):
             return hub.fetch(failure, lambda: download_pretrained_from_hf(place))
         return _fetch_weights(place, folder, failure)
@@ -67,7 +70,8 @@ def find_weights(name: ModelName) -> str:
     else:
         path = next((str(folder / file) for file in WEIGHTS if (folder / file).exists()), None)
     if path is None:
-        raise UserError(f"{name.config} holds no weights; give them as --pretrained FILE, or --pretrained none")
+        problem = problem or "holds no weights; give them as --pretrained FILE, or --pretrained none"
+        raise UserError(f"{name.config} {problem}")
     return path
 
 
@@ -88,10 +92,10 @@ def as_folder_name(place: str) -> str | None:
     return f"{FOLDER}{place}" if Path(place).is_dir() else None
 
 
-def _find_config_folder(folder: Path) -> Path:
+def _find_config_folder(folder: Path, name: str) -> Path:
     """Return the folder itself or, as sentence-transformers saves a model, its only subfolder with a config of a CLIP.
 
-    Raises UserError if none has a config.
+    Raises UserError, with `name`, if none has a config.
     """
     if holds_open_clip(folder) or (folder / TRANSFORMERS_CONFIG).exists():
         return folder
@@ -99,10 +103,10 @@ def _find_config_folder(folder: Path) -> Path:
     found = [place for place, path in configs.items() if _has_model_type(path)]
     if len(found) != 1:
         if problem := find_folder_problem(folder):
-            raise UserError(f"{folder} {problem}")
+            raise UserError(f"{name} {problem}")
         several = f" (there are {', '.join(path.name for path in found)})" if found else ""
         raise UserError(
-            f"{folder} holds no {OPEN_CLIP_CONFIG} and no {TRANSFORMERS_CONFIG} of a CLIP{several}; give the folder of "
+            f"{name} holds no {OPEN_CLIP_CONFIG} and no {TRANSFORMERS_CONFIG} of a CLIP{several}; give the folder of "
             "a model"
         )
     return found[0]

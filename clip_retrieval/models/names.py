@@ -90,6 +90,14 @@ def resolve(name: str) -> ModelName:
     )
 
 
+def canonical(name: str) -> str:
+    """Return the canonical spelling of a model name; an unknown name as it is."""
+    try:
+        return resolve(name).name
+    except UserError:
+        return name
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ` (did you mean A, B?)` with the names in `known` that are similar to `name`, or an empty string."""
     by_lower = {k.lower(): k for k in reversed(known)}

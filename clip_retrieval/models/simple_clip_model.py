@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torchvision import models
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.libraries import quiet
 
 CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classifier"}
@@ -111,7 +109,8 @@ class TorchvisionTower(nn.Module):
     def _run_checkpointed(self, x: Tensor) -> Tensor:
         # A trunk runs its layers one after the other and flattens the pooled 1 x 1.
         for layer in _iterate_layers(self.trunk):
-            x = _checkpoint_block(layer, x) if isinstance(layer, RESIDUAL_BLOCKS) else layer(x)
+            is_block = isinstance(layer, RESIDUAL_BLOCKS)
+            x = checkpoint(layer, x, use_reentrant=False) if is_block else layer(x)
         return x.flatten(1)
 
 
@@ -167,8 +166,3 @@ def _iterate_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _iterate_layers(child)
         else:
             yield child
-
-
-def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a block with gradient checkpointing; the second forward pass does not update batch statistics."""
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), freeze_statistics(block)))

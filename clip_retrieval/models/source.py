@@ -8,6 +8,7 @@ from pathlib import Path
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.models import config_schema, hub, names, simple_clip_weights
 from clip_retrieval.models.families import FAMILIES, TRANSFORMERS, Family, find_family
 from clip_retrieval.models.libraries import translate_errors
@@ -66,10 +67,13 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
             return _from_folder(folder, options, typed_model, pretrained)
         _refuse_misspelt_tag(pretrained, name)
         file = read_weights(pretrained, options.pretrained_key)
-        if source := _from_checkpoint(file, options, typed_model) or _from_file_of_folder(file, options, typed_model):
-            return source
+        source = _from_checkpoint(file, options, typed_model) or _from_file_of_folder(file, options, typed_model)
         if file.family.model and not typed_model and not options.text_model:
             name = names.resolve(file.family.model)
+        if not typed_model and not options.text_model:
+            _log_model(file, source.name if source else file.family.model, name)
+        if source:
+            return source
 
     # otherwise the names define it
     config, preprocess = find_model_config(name)
@@ -105,6 +109,16 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
 def tags_of(name: ModelName) -> list[str]:
     """Return the tags of open_clip's or torchvision's weights for a model."""
     return [*list_pretrained_tags_by_model(name.config), *simple_clip_weights.weight_tags(name.config)]
+
+
+def _log_model(file: Weights, found: str | None, assumed: ModelName) -> None:
+    """Log the model of a file that was given without --vision_model: the `found` one, else the default."""
+    if found:
+        log.info(f"{file.source} decides the model: {found}")
+        return
+    decides = assumed.openai_spelling and not file.family.quick_gelu
+    gelu = f" with QuickGELU (--vision_model {assumed.config}: with GELU)" if decides else ""
+    log.warning(f"{file.source} does not name its model: {assumed.name} is assumed{gelu}")
 
 
 def _find_tag(name: ModelName, tag: str) -> Config | None:
@@ -165,7 +179,7 @@ def _from_checkpoint(file: Weights, options: ModelOptions, typed_model: bool) ->
     else:
         return None
     _refuse_text_pretrained(options, file.source)
-    held = find_family(config).config_name(config) or held
+    held = find_family(config).config_name(config) or names.canonical(held)
     check_names(options, typed_model, config, held, file.source)
     return ModelSource(held, config, preprocess, file.source, file.state, config_from=file.source)
 
@@ -236,6 +250,7 @@ def check_names(options: ModelOptions, typed_model: bool, config: Config, held: 
     """
     family = find_family(config)
     name = names.resolve(options.vision_model) if typed_model else None
+    held = names.canonical(held)
     if name and held not in (name.name, name.config):
         typed = find_model_config(name)[0]
         # --vision_model names only the image tower of a pair

@@ -18,7 +18,7 @@ from clip_retrieval.models.hugging_face import load_tokenizer
 from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.model_config import ClipModule
-from clip_retrieval.models.towers import text_part
+from clip_retrieval.models.projection import text_part
 from clip_retrieval.models.word_piece import WordPieceTokenizer
 from clip_retrieval.options import ModelOptions
 

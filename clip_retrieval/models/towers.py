@@ -1,16 +1,11 @@
-"""The model of a run: two towers, normalisation on the device, the adaptor, and access to the projections."""
+"""The model of a run: two towers, normalisation on the device, and the adaptor."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,10 +25,16 @@ from clip_retrieval.models.pooled import (
     pools_one_image_token,
     pools_the_end_token,
 )
-from clip_retrieval.models.simple_clip_model import DistilBertTower, TorchvisionTower
-
-HUGGING_FACE = (HFTextEncoder, DistilBertTower)
-"""Text towers of transformers: they mask padding and have their projection in `proj`."""
+from clip_retrieval.models.projection import (
+    HUGGING_FACE,
+    Projection,
+    embedding_dim,
+    project,
+    text_part,
+    text_projection,
+    vision_projection,
+    without_projection,
+)
 
 ADAPTOR_RATIO = 0.2
 ADAPTOR_REDUCTION = 4
@@ -113,11 +114,11 @@ class RetrievalModel(nn.Module):
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """Turn the output of `pooled_image` into the features of `encode_image`."""
-        return self._adapt(_project(vision_projection(self.clip), pooled.to(self._dtype)))
+        return self._adapt(project(vision_projection(self.clip), pooled.to(self._dtype)))
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Turn the output of `pooled_text` into the features of `encode_text`."""
-        return F.normalize(_project(text_projection(self.clip), pooled.to(self._dtype)).float(), dim=-1)
+        return F.normalize(project(text_projection(self.clip), pooled.to(self._dtype)).float(), dim=-1)
 
     def _run_vision(self, images: Tensor) -> Tensor:
         # The operations of ToTensor and Normalize, in their order: equal to the reference in every bit.
@@ -125,7 +126,7 @@ class RetrievalModel(nn.Module):
         memory_format = torch.channels_last if images.is_cuda else torch.preserve_format
         pixels, visual = pixels.to(self._dtype, memory_format=memory_format), self.clip.visual
         if pools_one_image_token(visual):
-            return _project(vision_projection(self.clip), pooled_image_token(visual, pixels, self._functions))
+            return project(vision_projection(self.clip), pooled_image_token(visual, pixels, self._functions))
         return _drop_tokens(visual(pixels))
 
     def _adapt(self, features: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class RetrievalModel(nn.Module):
     def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         text = text_part(self.clip)
         if lengths is not None and pools_the_end_token(text):
-            return _project(text_projection(self.clip), pooled_end_token(text, tokens, lengths, self._functions))
+            return project(text_projection(self.clip), pooled_end_token(text, tokens, lengths, self._functions))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
         return self.clip.encode_text(tokens) if text is self.clip else _drop_tokens(text(tokens))
@@ -225,84 +226,6 @@ def make_adaptor(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.ReLU())
 
 
-def text_part(clip: ClipModule) -> ClipModule:
-    """Return the module that holds the text tower's parts: `clip.text` of a CustomTextCLIP, or a CLIP itself."""
-    return getattr(clip, "text", clip)
-
-
-def embedding_dim(clip: ClipModule) -> int:
-    """Return the width of the features."""
-    text = text_part(clip)
-    if isinstance(text, HUGGING_FACE):
-        return text.output_dim
-    projection = text.text_projection
-    if projection is None:
-        return text.ln_final.weight.shape[0]
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Location of a tower's projection into the shared space: a parameter, a module, or missing."""
-
-    owner: ClipModule
-    name: str
-
-    @property
-    def value(self) -> nn.Module | nn.Parameter | None:
-        return getattr(self.owner, self.name, None)
-
-    def parameters(self) -> list[nn.Parameter]:
-        if isinstance(self.value, nn.Module):
-            return list(self.value.parameters())
-        return [] if self.value is None else [self.value]
-
-
-def vision_projection(clip: ClipModule) -> Projection:
-    """Locate the image projection: ViT's `proj`, a ResNet's `attnpool.c_proj`, timm's and torchvision's `head`."""
-    visual = clip.visual
-    if isinstance(visual, (TimmModel, TorchvisionTower)):
-        return Projection(visual, "head")
-    if hasattr(visual, "attnpool"):
-        return Projection(visual.attnpool, "c_proj")
-    return Projection(visual, "proj")
-
-
-def text_projection(clip: ClipModule) -> Projection:
-    """Locate the text projection: `text_projection`, or a Hugging Face tower's `proj`."""
-    text = text_part(clip)
-    return Projection(text, "proj" if isinstance(text, HUGGING_FACE) else "text_projection")
-
-
-@contextmanager
-def without_projection(projection: Projection) -> Iterator[None]:
-    """Remove the projection inside the block, so that the tower returns its pooled output."""
-    value = projection.value
-    if value is None:
-        yield
-        return
-    replacement: nn.Module | None = None
-    if projection.name == "c_proj" and isinstance(value, nn.Linear):
-        # the attention before it reads weight and bias, so it needs both
-        replacement = nn.Linear(value.in_features, value.in_features).to(value.weight)
-        nn.init.eye_(replacement.weight)
-        nn.init.zeros_(replacement.bias)
-    elif projection.name != "text_projection" and isinstance(value, nn.Module):
-        replacement = nn.Identity()
-    setattr(projection.owner, projection.name, replacement)
-    try:
-        yield
-    finally:
-        setattr(projection.owner, projection.name, value)
-
-
-def _project(projection: Projection, pooled: Tensor) -> Tensor:
-    value = projection.value
-    if value is None:
-        return pooled
-    return value(pooled) if isinstance(value, nn.Module) else pooled @ value
-
-
 def _drop_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Return a tower's pooled output; CoCa's towers also return all tokens."""
     return output[0] if isinstance(output, tuple) else output
@@ -315,4 +238,4 @@ def _encode_trimmed(text: ClipModule, tokens: Tensor) -> Tensor:
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
     x = text_global_pool(x, tokens, pool_type(text), eos_token_id=eos_id(text))
-    return _project(Projection(text, "text_projection"), x)
+    return project(Projection(text, "text_projection"), x)

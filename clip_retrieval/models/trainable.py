@@ -8,7 +8,8 @@ from torch import nn
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.model_config import ClipModule
-from clip_retrieval.models.towers import Projection, RetrievalModel, text_projection, vision_projection
+from clip_retrieval.models.projection import Projection, text_projection, vision_projection
+from clip_retrieval.models.towers import RetrievalModel
 
 
 def set_trainable(
@@ -40,8 +41,10 @@ def set_trainable(
         _set_requires_grad(vision, not freeze_vision)
         _set_requires_grad(text, not freeze_text)
     elif trainable == "linear_projection":
-        _set_requires_grad(_projection_parameters(vision_projection(model.clip), "image"), not freeze_vision)
-        _set_requires_grad(_projection_parameters(text_projection(model.clip), "text"), not freeze_text)
+        if not freeze_vision:
+            _set_requires_grad(_projection_parameters(vision_projection(model.clip), "image"), True)
+        if not freeze_text:
+            _set_requires_grad(_projection_parameters(text_projection(model.clip), "text"), True)
     if model.adaptor is not None:
         _set_requires_grad(model.adaptor.parameters(), True)
     _set_requires_grad([model.clip.logit_scale], learn_scale)
@@ -86,7 +89,9 @@ def text_parameters(clip: ClipModule) -> Iterable[nn.Parameter]:
 def _projection_parameters(projection: Projection, tower: str) -> list[nn.Parameter]:
     parameters = projection.parameters()
     if not parameters:
+        freeze = {"image": "--freeze_vision", "text": "--freeze_text"}[tower]
         raise UserError(
-            f"--trainable linear_projection: this model's {tower} tower has no projection; use --trainable adaptor"
+            f"--trainable linear_projection: this model's {tower} tower has no projection; add {freeze} to train only "
+            "the other one, or use --trainable adaptor"
         )
     return parameters

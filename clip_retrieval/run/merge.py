@@ -111,6 +111,9 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    # model
+    if options.model.keep_positions and not options.model.context_length:
+        raise UserError(f"--keep_positions {options.model.keep_positions} needs --context_length; give both")
     # training
     if train.grad_cache and train.accum_freq > 1:
         raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")

@@ -9,7 +9,7 @@ from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel, build_model, known_tags, rebuild_model
 from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.models.names import FOLDER
+from clip_retrieval.models.names import FOLDER, canonical
 from clip_retrieval.models.tokenizers import build_tokenizer, has_pad_id_of, keep_vocabulary
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
@@ -26,7 +26,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     if checkpoint is None:
         built = build_model(options.model, typed_model="vision_model" in options.given, logit_bias=logit_bias)
     else:
-        name, typed = checkpoint.options["vision_model"], options.model.vision_model
+        name, typed = canonical(checkpoint.options["vision_model"]), options.model.vision_model
         if "vision_model" in options.given and typed.startswith(FOLDER):
             name = typed  # the folder has moved
         built = rebuild_model(
@@ -37,6 +37,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
             source=str(checkpoint.path),
             image_size=options.model.image_size,
             context_length=options.model.context_length,
+            keep_positions=options.model.keep_positions,
             logit_bias=logit_bias,
         )
     # the towers, and an adaptor
@@ -45,7 +46,8 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
     if model.adaptor is not None and built.adaptor_state is not None:
         model.adaptor.load_state_dict(built.adaptor_state)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    log.info(f"{built.name}, {size:,.1f} M parameters, weights: {built.weights}")
+    activation = ", QuickGELU" if built.config.get("quick_gelu") else ""
+    log.info(f"{built.name}{activation}, {size:,.1f} M parameters, weights: {built.weights}")
     # the tokenizer
     tokenizer = build_tokenizer(options.model, built)
     keep_vocabulary(built.config, tokenizer)
@@ -54,7 +56,12 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
 
 
 def record_model_name(options: Options, built: BuiltModel) -> Options:
-    """Return the options with the name of the built model, which may come from a file or a folder."""
+    """Return the options with the name of the built model, which may come from a file or a folder.
+
+    The user's spelling of this name is kept: it decides whether a bare state dict runs with QuickGELU.
+    """
+    if canonical(options.model.vision_model) == built.name:
+        return options
     return replace(options, model=replace(options.model, vision_model=built.name))
 
 

@@ -30,6 +30,7 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
 from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
@@ -393,7 +394,7 @@ def make_trainer(
         learn_bias=loss.learns_bias,
     )
     if options.grad_checkpointing:
-        model.clip.set_grad_checkpointing()
+        enable_grad_checkpointing(model.clip)
     if processes.world_size > 1 and not vision_is_frozen(model):
         model.clip.visual = share_statistics(model.clip.visual, device)
     if device.type == "cuda":

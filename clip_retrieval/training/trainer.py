@@ -105,6 +105,7 @@ class Trainer:
         self.accum_freq = options.accum_freq
         self.grad_clip = options.grad_clip
         self.seed = options.seed
+        self._recomputes = options.grad_checkpointing
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
         # the model that computes: a copy in lower precision, or the model itself
@@ -247,7 +248,9 @@ class Trainer:
         """Backpropagate the gradients of a chunk. Unused scales and frozen towers, which have no graph, are skipped."""
         used = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad and g is not None]
         if used:
-            torch.autograd.backward([t for t, _ in used], [g for _, g in used])
+            # blocks that run again would update their batch statistics again
+            with freeze_statistics(self.towers) if self._recomputes else nullcontext():
+                torch.autograd.backward([t for t, _ in used], [g for _, g in used])
         if self._masters is not None:
             if last and self._parallel is not None:  # collected and averaged during the backward pass
                 self._masters.free_gradients()

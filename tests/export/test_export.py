@@ -1,5 +1,7 @@
 """Exports are read by the other systems with the features of the model; nothing else is written."""
 
+import json
+
 import numpy as np
 import open_clip
 import pytest
@@ -146,6 +148,16 @@ def test_model_card_of_a_file_does_not_replace_another_file(saved, tmp_path):
         export(saved("chinese")[0], tmp_path / "new.pt", "chinese_clip")
 
 
+def test_file_with_the_name_of_the_model_card_is_refused(saved, script, tmp_path):
+    path, _ = saved("chinese")
+    code, _, err = script("export", path, "clip_cn.md", "--format", "chinese_clip")
+    assert code == 2 and err.count("\n") == 1
+    assert "clip_cn.md: the model card has this name; choose one that ends in .pt" in err
+    assert not (tmp_path / "clip_cn.md").exists()
+    code, _, err = script("export", path, "folder.md", "--format", "open_clip")  # a folder may have any name
+    assert code == 0 and (tmp_path / "folder.md" / CARD).is_file(), err
+
+
 def test_wrong_export_is_not_written(saved, tmp_path, monkeypatch):
     path, _ = saved("clip")
     for name, value in (("image_features", torch.ones(3, 24)), ("ids", torch.zeros(4, 16, dtype=torch.int64))):
@@ -181,6 +193,23 @@ def test_model_card_has_data_options_and_results(saved, tmp_path):
     assert "| val | image to text | 12.35 | 20.00 | 30.00 | 4.00 |" in card
     assert "| lr | 3e-05 |" in card and "| dataset_root | coco |" in card and "/home" not in card
     assert "| epochs |" not in card  # the default
+
+
+@pytest.mark.parametrize("step, split, is_shown", [(3, "test", True), (2, "test", False), (3, "val", False)])
+def test_model_card_has_test_results_of_its_own_step_only(saved, tmp_path, step, split, is_shown):
+    path, _ = saved("clip", val=RESULTS)
+    block = BLOCK | {"R@1": 77.77}
+    results = RESULTS | {"split": split, "i2t": block, "t2i": block, "step": step, "dataset": "coco"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    export(path, tmp_path / "out", "open_clip")
+    card = (tmp_path / "out" / CARD).read_text()
+    assert ("| coco test | image to text | 77.77 |" in card) == is_shown == ("77.77" in card)
+    assert "| val | image to text | 12.35 |" in card
+
+    # results.json is about best.pt, not about another checkpoint of this step
+    path.with_name("last.pt").write_bytes(path.read_bytes())
+    export(path.with_name("last.pt"), tmp_path / "last", "open_clip")
+    assert "77.77" not in (tmp_path / "last" / CARD).read_text()
 
 
 def test_values_in_the_model_card_are_escaped(saved, tmp_path):

@@ -3,6 +3,7 @@
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.hf_model import HFTextEncoder
 
 from clip_retrieval.models.simple_clip_model import SimpleCLIP
 
@@ -36,6 +37,60 @@ def small_preprocess(size=16):
         "resize_mode": "shortest",
         "fill_color": 0,
     }
+
+
+SOT, EOT = 49406, 49407
+
+
+def token_ids(lengths, context=16):
+    """Make token ids like CLIP's tokenizer; the first caption is all "!", whose id is also the padding's."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.zeros(len(lengths), context, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        words = torch.randint(1, 49000, (length - 2,), generator=generator)
+        ids[row, :length] = torch.tensor([SOT, *(words * (row > 0)).tolist(), EOT])
+    return ids
+
+
+TIMM = {
+    "timm": {"timm_model_name": "test_resnet", "timm_proj": "linear"},
+    "timm mlp": {"timm_model_name": "test_convnext", "timm_proj": "mlp"},
+    "eva": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None, "image_size": 224},
+    "mobileclip": {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": None},
+    "mobileclip-b": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None},
+    "pe": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map", "timm_proj": None, "image_size": 384},
+    "siglip": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
+    "abs_attn": {"timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": ""},
+    "rot_attn": {"timm_model_name": "resnet10t", "timm_pool": "rot_attn", "timm_proj": "none"},
+    "attn and linear": {"timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": "linear"},
+}
+"""Image towers of timm, one for each way in which open_clip ends them."""
+
+
+def small_towers(kind):
+    """A small CLIP of a kind of towers, and its image size."""
+    if kind in TIMM:
+        vision = {"timm_model_pretrained": False, "image_size": 160} | TIMM[kind]
+        dim = 64 if kind == "siglip" else 24  # without a projection, the width of the tower
+        return small_clip(custom_text=True, vision_cfg=vision, embed_dim=dim), vision["image_size"]
+    if kind == "hugging face":
+        from transformers import BertConfig
+
+        clip = small_clip(custom_text=True)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        config = BertConfig(vocab_size=49408, **sizes)
+        clip.text = HFTextEncoder("bert", 24, config, pooler_type="mean_pooler", proj_type="mlp").eval()
+        return clip, 16
+    if kind == "simple-clip":
+        return small_simple_clip(vocabulary=49408, dim=32), 32
+    if kind == "coca":
+        text = TEXT | {"embed_cls": True, "output_tokens": True}
+        small = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
+        small["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        coca = open_clip.CoCa(**small).eval()
+        torch.nn.init.normal_(coca.text_decoder.text_projection)  # open_clip leaves it uninitialised
+        return coca, 16
+    return small_clip(resnet=kind == "resnet", custom_text=kind == "custom text"), 32 if kind == "resnet" else 16
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "red", "green", "dog", "##s", "cafe", "small"]

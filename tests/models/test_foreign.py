@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPConfig
 
 from clip_retrieval.errors import LONGEST_MESSAGE, UserError
 from clip_retrieval.models.weights import read_weights
@@ -36,7 +37,7 @@ LORA = {
 @pytest.mark.parametrize("kind", LORA)
 def test_adapter_is_refused_with_the_line_that_merges_it(kind, tmp_path):
     torch.save(LORA[kind], tmp_path / "adapter_model.bin")
-    assert re.search(r"adapter \(LoRA, peft\); merge it .*merge_and_unload", refusal(tmp_path / "adapter_model.bin"))
+    assert re.search(r"adapter \(LoRA, peft\); merge it: .*merge_and_unload", refusal(tmp_path / "adapter_model.bin"))
 
 
 def test_merged_adapter_is_read(tmp_path):
@@ -63,6 +64,31 @@ def test_adapter_folder_as_the_model_is_refused_with_its_kind(tmp_path, run):
     (tmp_path / "adapter_config.json").touch()
     code, _, err = run("--vision_model", f"local-dir:{tmp_path}", "--dataset", "shapes", "--eval")
     assert code == 2 and f"{tmp_path} holds the weights of an adapter" in err
+
+
+@pytest.mark.parametrize("option", ["--vision_model", "--pretrained"])
+@pytest.mark.parametrize("has_config", [False, True])
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_adapter_with_or_without_a_config_is_refused_by_name(place, has_config, option, tmp_path, run, monkeypatch):
+    commit, name = "0" * 40, f"local-dir:{tmp_path}"
+    folder = tmp_path
+    if place == "hub":
+        repository, name = tmp_path / "models--some--adapter", "hf-hub:some/adapter"
+        folder = repository / "snapshots" / commit
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text(commit)
+        folder.mkdir(parents=True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").touch()
+    if has_config:
+        CLIPConfig().save_pretrained(folder)
+    code, _, err = run(option, name, "--dataset", "shapes", "--eval")
+    assert code == 2
+    problem = "holds the weights of an adapter (LoRA, peft); merge it: torch.save(PeftModel.from_"
+    named = name if has_config or place == "hub" else tmp_path
+    assert f"error: {named} {problem}pretrained(MODEL, ADAPTER).merge_and_unload().state_dict(), NEW)" in err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch import nn
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.models.pooled import pools_one_image_token, pools_the_end_token
-from clip_retrieval.models.towers import RetrievalModel, text_part
+from clip_retrieval.models.projection import text_part
+from clip_retrieval.models.towers import RetrievalModel
 from tests.models.small import TEXT, VIT, small_clip, small_preprocess
 from tests.models.test_towers import captions
 

@@ -1,5 +1,7 @@
+import json
 import os
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -81,6 +83,18 @@ def test_missing_package_of_a_tokenizer_is_named():
 
     with pytest.raises(UserError, match="the tokenizer words needs a further package; pip install sentencepiece"):
         load_tokenizer(load, "words", "")
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+@pytest.mark.parametrize("kind", ["SiglipTokenizer", "T5Tokenizer", "XLMRobertaTokenizer", None])
+def test_sentencepiece_model_needs_its_package(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    for name in ("spiece.model", "sentencepiece.bpe.model"):
+        (tmp_path / name).write_bytes(b"\n\x0e\n\x05<pad>\x15\0\0\0\0\x18\x03")
+    if kind:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(UserError, match=rf"{tmp_path} needs a further package; pip install sentencepiece protobuf$"):
+        load_tokenizer(HFTokenizer, str(tmp_path), "")
 
 
 def test_vocabulary_with_nonzero_padding_id_is_refused(vocabulary):

@@ -12,25 +12,13 @@ from PIL import Image
 
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.models.towers import RetrievalModel
-from tests.models.small import TEXT, small_clip, small_config, small_preprocess, small_simple_clip
-
-SOT, EOT = 49406, 49407
-
-
-def captions(lengths, context=16):
-    """Make token ids like CLIP's tokenizer; the first caption is all "!", whose id is also the padding's."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.zeros(len(lengths), context, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        words = torch.randint(1, 49000, (length - 2,), generator=generator)
-        ids[row, :length] = torch.tensor([SOT, *(words * (row > 0)).tolist(), EOT])
-    return ids
+from tests.models.small import TEXT, small_clip, small_preprocess, small_towers, token_ids
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
 def test_trimmed_text_gives_open_clip_features(custom_text):
     model = RetrievalModel(small_clip(custom_text=custom_text), small_preprocess()).eval()
-    ids = captions([4, 3, 7, 5])
+    ids = token_ids([4, 3, 7, 5])
     assert model.trims_text
     with torch.no_grad():
         reference = model.clip.encode_text(ids, normalize=True)
@@ -61,7 +49,7 @@ def test_text_is_not_trimmed_if_the_tower_attends_to_padding():
     text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
     model = RetrievalModel(small_clip(custom_text=True, text_cfg=text), small_preprocess()).eval()
     assert not model.trims_text
-    ids = captions([4, 3])
+    ids = token_ids([4, 3])
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(ids), model.clip.encode_text(ids, normalize=True))
         # cutting the padding would change the features
@@ -104,7 +92,7 @@ def test_adaptor_mixes_a_fifth_into_the_image_features_only():
         adapted = torch.relu(torch.relu(x @ down.T) @ up.T)
         mixed = 0.2 * adapted + 0.8 * x
         torch.testing.assert_close(model.encode_image(images), mixed / mixed.norm(dim=1, keepdim=True))
-        torch.testing.assert_close(model.encode_text(captions([5])), plain.encode_text(captions([5])))
+        torch.testing.assert_close(model.encode_text(token_ids([5])), plain.encode_text(token_ids([5])))
     assert down.shape == (6, 24) and up.shape == (24, 6)
 
 
@@ -120,61 +108,9 @@ def test_weights_have_open_clip_names_and_load_back():
     assert names == set(open_clip.CLIP.state_dict(model.clip))
 
 
-def towers(kind):
-    """Make a small model for each location of a projection, and return its image size."""
-    if kind == "timm":
-        vision = {
-            "timm_model_name": "resnet18",
-            "timm_model_pretrained": False,
-            "image_size": 32,
-            "timm_proj": "linear",
-        }
-        return small_clip(custom_text=True, vision_cfg=vision), 32
-    if kind == "hugging face":
-        from transformers import BertConfig
-
-        clip = small_clip(custom_text=True)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        config = BertConfig(vocab_size=49408, **sizes)
-        clip.text = HFTextEncoder("bert", 24, config, pooler_type="mean_pooler", proj_type="mlp").eval()
-        return clip, 16
-    if kind == "simple-clip":
-        return small_simple_clip(vocabulary=49408, dim=32), 32
-    if kind == "coca":
-        text = TEXT | {"embed_cls": True, "output_tokens": True}
-        small = small_config(text_cfg=text, multimodal_cfg=TEXT | {"attn_pooler_heads": 2})
-        small["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-        coca = open_clip.CoCa(**small).eval()
-        torch.nn.init.normal_(coca.text_decoder.text_projection)  # open_clip leaves it uninitialised
-        return coca, 16
-    return small_clip(resnet=kind == "resnet", custom_text=kind == "custom text"), 32 if kind == "resnet" else 16
-
-
-@pytest.mark.parametrize("kind", ["vit", "custom text", "resnet", "timm", "hugging face", "simple-clip", "coca"])
-@pytest.mark.parametrize("adaptor", [False, True])
-def test_projection_can_be_computed_separately(kind, adaptor):
-    torch.manual_seed(0)
-    clip, size = towers(kind)
-    model = RetrievalModel(clip, small_preprocess(size), adaptor=adaptor).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
-    ids = captions([4, 9, 6], 16)
-    with torch.no_grad():
-        whole = model(images, ids)
-        pooled = model.pooled_image(images), model.pooled_text(ids)
-        projected = model(*pooled)
-    for features, reference in zip(projected, whole, strict=True):
-        torch.testing.assert_close(features, reference, rtol=0, atol=2e-6)
-    assert pooled[1].shape[1] == 32 and (kind == "coca" or pooled[0].shape[1] != 24)
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(images), whole[0])
-
-
 def test_coca_features_equal_open_clip():
-    model = RetrievalModel(towers("coca")[0], small_preprocess()).eval()
-    images, ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), captions([4, 9], 16)
+    model = RetrievalModel(small_towers("coca")[0], small_preprocess()).eval()
+    images, ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), token_ids([4, 9], 16)
     pixels = (images / 255 - model.mean) / model.std
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(images), model.clip.encode_image(pixels, normalize=True))
