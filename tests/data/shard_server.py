@@ -11,6 +11,7 @@ class ShardServer:
 
     Attributes:
         ranges: whether `Range` is obeyed.
+        silent: answer a range without saying which.
         length: whether the length of a body is announced.
         faults: the fault of each next request, in order: None, "500", "404", "drop" (half of the body, then the
             connection ends), "reset" (at once), "redirect" (to itself), "file" (redirects to a local file).
@@ -21,7 +22,7 @@ class ShardServer:
 
     def __init__(self, folder):
         self.folder = folder
-        self.ranges, self.length, self.down = True, True, False
+        self.ranges, self.length, self.down, self.silent = True, True, False, False
         self.faults = []
         self.requests = []
         self.endless = None
@@ -69,7 +70,7 @@ class ShardServer:
 
     def _send(self, handler, content, begin, fault):
         handler.send_response(206 if begin else 200)
-        if begin:
+        if begin and not self.silent:
             handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         if self.length:
             handler.send_header("Content-Length", str(len(content) - begin))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import http.client
 import importlib.util
+import multiprocessing
 import posixpath
 import re
 import ssl
@@ -17,9 +18,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from clip_retrieval.errors import RunError, UserError, describe
+from clip_retrieval.log import log
 
 WEB = ("http", "https")
 STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
@@ -107,12 +109,6 @@ class MissingError(UserError):
     """The server has no such file, or does not show it: stores answer the same to strangers."""
 
 
-class _Connection(Protocol):
-    def read(self, number: int) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
 class RemoteFile:
     """A remote file, read from front to back.
 
@@ -124,7 +120,7 @@ class RemoteFile:
         self.url = url
         self._position = 0
         self._ahead = b""
-        self._connection: _Connection | None = None
+        self._connection: Any = None  # an HTTP response, or a file of fsspec
         self._total: int | None = None
         self._failures = self._connections = 0
 
@@ -166,7 +162,7 @@ class RemoteFile:
             self._connection.close()
             self._connection = None
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Any:
         """Open the file at the position."""
         self._connections += 1
         if self.url.protocol not in WEB:
@@ -187,11 +183,15 @@ class RemoteFile:
     def _wait(self, error: Exception) -> None:
         """Wait before the next try. Raises RunError after the last one."""
         self._failures += 1
+        cause = getattr(error, "reason", None)  # of urllib's errors
+        reason = describe(cause if isinstance(cause, Exception) else error)
         if self._failures >= TRIES or self._connections >= MAX_CONNECTIONS:
             raise RunError(
                 f"{self.url}: the server failed {self._failures} times in a row at byte {self._position:,} "
-                f"({describe(error)}); when it is back, --resume auto continues the run"
+                f"({reason}); when it is back, --resume auto continues the run"
             ) from None
+        if self._failures == 2 and multiprocessing.parent_process() is None:  # workers do not log
+            log.warning(f"{self.url}: the server failed twice at byte {self._position:,} ({reason}); trying again")
         time.sleep(FIRST_WAIT * 2 ** (self._failures - 1))
 
 
@@ -199,16 +199,9 @@ class RemoteFile:
 def _make_opener() -> urllib.request.OpenerDirector:
     """Make an opener for web addresses only: a redirection leads nowhere else."""
     opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
+    for name in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError", "Unknown"):
+        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
 
 
@@ -239,11 +232,12 @@ def _request(url: Url, position: int) -> tuple[http.client.HTTPResponse, int]:
         if isinstance(error.reason, str):  # not an error of the network
             raise UserError(f"{url}: not a valid address ({error.reason})") from None
         raise
-    span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
-    begin = int(span[1]) if response.status == 206 and span else 0
-    if begin > position:
+    span = response.headers.get("Content-Range") or ""
+    begin = int(found[1]) if (found := re.match(r"bytes (\d+)-", span)) else position + 1
+    if response.status == 206 and begin > position:
         response.close()
-        raise ConnectionError(f"the server sent byte {begin:,} instead of {position:,}")
+        raise ConnectionError(f"the server sent {span or 'an unknown part'} instead of byte {position:,}")
+    begin = begin if response.status == 206 else 0
     return response, begin
 
 
@@ -254,7 +248,7 @@ def _open_store(address: str) -> Any:
     return fsspec.filesystem(Url(address).protocol, skip_instance_cache=True)
 
 
-def _open_in_store(url: Url, position: int) -> _Connection:
+def _open_in_store(url: Url, position: int) -> Any:
     """Open a file of a store at a byte. Raises UserError if the store refuses it for good."""
     try:
         file = _open_store(url.address).open(url.address, "rb", block_size=BLOCK_BYTES)

@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from clip_retrieval.data.shards.remote import RemoteFile, Url
 from clip_retrieval.errors import UserError, describe
@@ -20,28 +20,15 @@ Place = Path | Url
 """Where a shard is."""
 
 
-class Source(Protocol):
-    """The content of a shard.
-
-    Attributes:
-        size: bytes; None if only the end tells.
-    """
-
-    size: int | None
-
-    def read_at(self, offset: int, number: int) -> bytes:
-        """Read `number` bytes from a byte on, fewer at the end."""
-        ...
-
-
 class SeekableSource:
-    """A local file."""
+    """A local file, of `size` bytes."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.size: int | None = os.fstat(file.fileno()).st_size
+        self.size = os.fstat(file.fileno()).st_size
 
     def read_at(self, offset: int, number: int) -> bytes:
+        """Read `number` bytes from a byte on, fewer at the end."""
         if number <= CHUNK:
             return os.pread(self.file.fileno(), number, offset)
         self.file.seek(offset)
@@ -49,15 +36,16 @@ class SeekableSource:
 
 
 class ForwardSource:
-    """A stream. Each read begins at or after the end of the one before; the bytes between them are read and dropped."""
+    """A stream of unknown size, read at growing positions; the bytes between them are read and dropped."""
 
-    size: int | None = None
+    size = None
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile | RemoteFile):
         self.stream = stream
         self.position = 0
 
     def read_at(self, offset: int, number: int) -> bytes:
+        """Read as `SeekableSource.read_at`."""
         assert offset >= self.position
         while self.position < offset and self._read(min(CHUNK, offset - self.position)):
             pass
@@ -89,6 +77,9 @@ class _Gzip(ForwardSource):
                 f"{self.place}: {self.raw.tell():,} bytes unpack to {self.position:,}, too many for images; remove it"
             )
         return part
+
+
+Source = SeekableSource | ForwardSource
 
 
 @contextlib.contextmanager

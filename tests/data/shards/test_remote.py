@@ -73,6 +73,13 @@ def test_bytes_equal_the_file_through_faults(server, tmp_path, ranges, faults):
     assert any(begin for _, begin in server.requests) == ("drop" in faults)
 
 
+def test_part_of_an_unknown_place_is_never_used(server, tmp_path):
+    (tmp_path / "0.tar").write_bytes(CONTENT)
+    server.faults, server.silent = ["drop"], True
+    with pytest.raises(RunError, match="an unknown part instead of byte 256,000"):
+        read_all(f"{server.url}/0.tar")
+
+
 def test_body_without_an_announced_length_is_read(server, tmp_path):
     (tmp_path / "0.tar").write_bytes(CONTENT)
     server.length = False
