@@ -63,7 +63,7 @@ def main() -> None:
         torch.manual_seed(0)
         start = time.perf_counter()
         gallery = Gallery(folder, folder, {"device": "cpu"})
-        print(f"{args.images:,} images of {gallery.table.features.shape[1]} dimensions")
+        print(f"{args.images:,} images of {gallery.features.shape[1]} dimensions")
         print(f"reading the index and loading the model: {time.perf_counter() - start:.1f} s")
         query = gallery.encode_query(["a dog on the beach"])
         print("encoding the text:", measure(lambda: gallery.encode_query(["a dog on the beach"])))

@@ -29,6 +29,7 @@ VERSION = 1
 _FEATURES = re.compile(r"index-features-(\d{1,9})\.npy")
 _PART = re.compile(r"index-part-(\d{1,9})\.jsonl")
 _NAMES = ("name", "size", "mtime", "digest", "width", "height", "problem")
+_MODEL = {"source": dict, "name": str, "fingerprint": str, "dim": int}
 _CONTENT = {"size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
 
 
@@ -62,7 +63,7 @@ class Table:
         path: the .jsonl file.
         model: the record of the model; see `encoder.Encoder.record`.
         entries: the files.
-        features: float32 (readable files, dim), memory-mapped from features_path.
+        features_path: the .npy file of the features, float32 (readable files, dim).
         rows: int64 (files,), the row of each file's features; -1 if it has a problem.
     """
 
@@ -70,8 +71,11 @@ class Table:
     model: dict[str, Any]
     entries: list[Entry]
     features_path: Path
-    features: np.ndarray
     rows: np.ndarray
+
+    def map_features(self) -> np.ndarray:
+        """Map the features. The many parts of a long run are not mapped at a time: each holds an open file."""
+        return read_npy(self.features_path, memory_map=True)
 
 
 def read_index(folder: Path, photos: Path) -> Table:
@@ -98,33 +102,30 @@ def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
 
 def read_table(path: Path) -> Table:
     """Read a .jsonl file and map its features. Raises UserError, naming the line, if they are damaged."""
+    # the line about the model
     records = read_records(path)
     _, head = next(records, (0, {}))
-    features_name, model = head.get("features"), head.get("model")
-    if not isinstance(features_name, str) or not _FEATURES.fullmatch(features_name) or not isinstance(model, dict):
+    name, model = head.get("features"), head.get("model")
+    if not isinstance(name, str) or not _FEATURES.fullmatch(name) or not isinstance(model, dict):
         raise UserError(f"{path}: not an index of search.py; delete it and index the folder again")
-    if head.get("version") != VERSION:
+    if head.get("version") != VERSION or not all(isinstance(model.get(key), kind) for key, kind in _MODEL.items()):
         raise UserError(f"{path}: written by another version of search.py; delete it and index the folder again")
+    # the files
     entries = []
     for line, record in records:
         try:
             entries.append(_parse_entry(record))
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}; delete the file and index the folder again") from None
-    features = read_npy(path.with_name(features_name), memory_map=True)
+    # the features
     is_readable = np.fromiter((entry.problem is None for entry in entries), bool, len(entries))
-    if features.dtype != np.float32 or features.ndim != 2 or len(features) != is_readable.sum():
+    table = Table(path, model, entries, path.with_name(name), np.where(is_readable, is_readable.cumsum() - 1, -1))
+    features = table.map_features()
+    if features.dtype != np.float32 or features.shape != (is_readable.sum(), model["dim"]):
         raise UserError(
-            f"{path.with_name(features_name)}: not the features of {path.name}; delete both and index the folder again"
+            f"{table.features_path}: not the features of {path.name}; delete both and index the folder again"
         )
-    return Table(
-        path,
-        model,
-        entries,
-        path.with_name(features_name),
-        features,
-        np.where(is_readable, is_readable.cumsum() - 1, -1),
-    )
+    return table
 
 
 def _parse_entry(record: dict[str, Any]) -> Entry:

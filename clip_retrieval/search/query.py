@@ -24,7 +24,7 @@ from clip_retrieval.evaluation.scores import rounding_bound
 from clip_retrieval.files import to_json
 from clip_retrieval.log import log, start_log
 from clip_retrieval.search.encoder import Encoder
-from clip_retrieval.search.index import Table, read_index
+from clip_retrieval.search.index import read_index
 from clip_retrieval.search.source import choose_source
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -104,18 +104,20 @@ class Gallery:
         photos: the folder of the photographs.
         table: the index.
         entries: the readable files, in the order of the features.
+        features: float32 (entries, dim), memory-mapped.
         encoder: the model.
     """
 
     def __init__(self, photos: Path, folder: Path, typed: dict[str, Any]):
         """Read the index and load its model, or the one in `typed`. Raises UserError if that is another model."""
         self.photos = photos
-        self.table: Table = read_index(folder, photos)
+        self.table = read_index(folder, photos)
+        self.features = self.table.map_features()
         self.entries = [entry for entry in self.table.entries if entry.problem is None]
         self.encoder = Encoder(choose_source(typed, self.table.model), typed)
-        if self.encoder.record["fingerprint"] != self.table.model.get("fingerprint"):
+        if self.encoder.record["fingerprint"] != self.table.model["fingerprint"]:
             raise UserError(
-                f"{folder}: the index was made by {self.table.model.get('name')} with other weights; give that "
+                f"{folder}: the index was made by {self.table.model['name']} with other weights; give that "
                 "checkpoint as --resume, or update the index with: search.py index --overwrite"
             )
 
@@ -131,7 +133,7 @@ class Gallery:
         negatives: Sequence[str] = (),
     ) -> np.ndarray:
         """Encode a query of texts, images and rows of the index, and negative texts: float32 (dim,)."""
-        positives = [self.table.features[list(rows)]] if rows else []
+        positives = [self.features[list(rows)]] if rows else []
         if texts:
             positives.append(self.encoder.encode_texts(texts).numpy())
         if images:
@@ -140,14 +142,14 @@ class Gallery:
 
     def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the top k exactly; see `top_k`."""
-        return top_k(self.table.features, query, k)
+        return top_k(self.features, query, k)
 
     def approximate_search(self) -> Search:
         """Build a FAISS index in memory: a search that may miss items, but is faster for a million. See faiss_index."""
         from clip_retrieval.retrieval.faiss_index import build_index, propose
         from clip_retrieval.retrieval.features import FeatureFile
 
-        features = self.table.features
+        features = self.features
         index = build_index(FeatureFile(range(len(features)), features, self.table.features_path), "--faiss")
 
         def search(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[
     else:
         source = record.get("source")
         options = source.get("options") if isinstance(source, dict) else None
-        if not isinstance(options, dict) or not options or not options.keys() <= set(NAMES):
+        if not isinstance(options, dict) or not options or not all(_is_valid(*each) for each in options.items()):
             raise UserError("the index does not name its model; give it: --resume CKPT")
     resume = options.get("resume")
     if resume is None:
@@ -43,6 +43,10 @@ def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[
         raise UserError(f"{resume}: no such checkpoint{where}; give its path as --resume")
     found = Path(resume).stat()
     return {"options": options, "stamp": [found.st_size, found.st_mtime_ns]}
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    return name in NAMES and isinstance(value, int if name in ("context_length", "image_size") else str)
 
 
 def _is_path(value: Any) -> bool:

@@ -112,17 +112,17 @@ def load_encoder(source: dict[str, Any], typed: dict[str, Any]) -> Encoder:
 def find_record(source: dict[str, Any], tables: Sequence[Table]) -> dict[str, Any] | None:
     """Return the record of the model if a table was made with the same options and the same, unchanged checkpoint."""
     for table in tables:
-        if table.model.get("source") == source and isinstance(table.model.get("dim"), int):
+        if table.model["source"] == source:
             return table.model
     return None
 
 
 def select_tables(tables: Sequence[Table], record: dict[str, Any], *, overwrite: bool) -> list[Table]:
     """Return the tables of this model. Raises UserError for an index of another one, unless it is overwritten."""
-    own = [table for table in tables if table.model.get("fingerprint") == record["fingerprint"]]
+    own = [table for table in tables if table.model["fingerprint"] == record["fingerprint"]]
     others = [table for table in tables if table.path.name == INDEX and table not in own]
     if others and not overwrite:
-        name = others[0].model.get("name")
+        name = others[0].model["name"]
         raise UserError(
             f"{others[0].path.parent}: an index of another model ({name}) or of other weights; give that model, "
             "replace the index with --overwrite, or choose another folder with --index"
@@ -162,7 +162,7 @@ def make_plan(photos: Path, listing: Listing, tables: Sequence[Table], *, retry:
         if content is not None:
             number, row, entry = content
             plan.kept[number].append((row, replace(entry, name=name, mtime=settled_time(unknown.pop(name)))))
-            plan.counts["moved"] += name not in known
+            plan.counts["renamed or copied"] += name not in known
     # the others, and deleted files
     plan.missing = unknown
     plan.counts["new"] = sum(name not in known for name in unknown)
@@ -219,9 +219,9 @@ def encode_missing(photos: Path, missing: dict[str, Stamp], folder: Path, encode
 def copy_features(tables: Sequence[Table], plan: Plan) -> Iterator[np.ndarray]:
     """Yield the features of the kept entries in blocks."""
     for table, part in zip(tables, plan.kept):
-        rows = np.array([row for row, _ in part if row >= 0], np.int64)
+        features, rows = table.map_features(), np.array([row for row, _ in part if row >= 0], np.int64)
         for start in range(0, len(rows), BLOCK):
-            yield table.features[rows[start : start + BLOCK]]
+            yield features[rows[start : start + BLOCK]]
 
 
 def report(photos: Path, folder: Path, listing: Listing, entries: Sequence[Entry], counts: Counter[str]) -> None:
@@ -231,7 +231,8 @@ def report(photos: Path, folder: Path, listing: Listing, entries: Sequence[Entry
         log.warning(f"broken: {entry.problem}")
     if len(broken) > MAX_LISTED:
         log.warning(f'{len(broken) - MAX_LISTED:,} more are broken: the lines of {folder / INDEX} with a "problem"')
-    changes = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("new", "changed", "moved", "deleted") if counts[kind])
+    kinds = ("new", "changed", "renamed or copied", "deleted")
+    changes = ", ".join(f"{counts[kind]:,} {kind}" for kind in kinds if counts[kind])
     others = f"; {format_counts(**{'other file': listing.others})} ignored" if listing.others else ""
     log.info(
         f"{photos}: {format_counts(image=len(entries) - len(broken))} in the index ({changes or 'no changes'}), "

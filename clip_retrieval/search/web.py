@@ -87,7 +87,7 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
 
     @app.get("/info")
     def info() -> Response:
-        model = gallery.table.model.get("name")
+        model = gallery.table.model["name"]
         return jsonify(folder=gallery.photos.resolve().name, images=len(gallery.entries), model=model)
 
     @app.route("/search", methods=["GET", "POST"])

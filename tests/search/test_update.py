@@ -79,7 +79,7 @@ def test_renamed_copied_and_touched_files_are_not_encoded(indexed, index, encode
     shutil.copyfile(indexed / "1.jpg", indexed / "copy.jpg")
     os.utime(indexed / "2.jpg", ns=(1, 1))
     code, out, err = index()
-    assert code == 0 and "(2 moved, 1 deleted)" in out and encoded == [], err
+    assert code == 0 and "(2 renamed or copied, 1 deleted)" in out and encoded == [], err
     entries, after = read_entries(indexed)
     assert np.array_equal(after["trip/renamed.jpg"], before["0.jpg"])
     assert np.array_equal(after["copy.jpg"], before["1.jpg"]) and np.array_equal(after["1.jpg"], before["1.jpg"])
@@ -283,6 +283,19 @@ def test_file_that_is_no_index_is_refused(indexed, script, content):
     for command in (("a", indexed), ("index", indexed)):
         code, _, err = script("search", *command)
         assert code == 2 and "not an index of search.py" in err
+
+
+@pytest.mark.parametrize(
+    "options", [{"vision_model": 3}, {"resume": ["x"]}, {"config": "x.yaml"}, {"image_size": "1"}, {}, []]
+)
+def test_hostile_model_of_an_index_is_refused(indexed, script, options):
+    path = indexed / INDEX_FOLDER / "index.jsonl"
+    head, *entries = path.read_text().splitlines()
+    content = json.loads(head)
+    content["model"]["source"]["options"] = options
+    path.write_text("\n".join([json.dumps(content), *entries]) + "\n")
+    code, _, err = script("search", "a", indexed)
+    assert code == 2 and "does not name its model" in err and err.count("\n") == 1
 
 
 def test_features_of_another_index_are_refused(indexed, script):

@@ -87,7 +87,7 @@ function show(found, query) {
   more.hidden = found.length < count || count >= Math.min(MOST, images);
 }
 
-const source = (each, size) => `/image/${each.row}/${size}?${each.version}`;
+const source = (each, size) => `/image/${each.row}/${size}?${encodeURIComponent(each.version)}`;
 const name = (each) => each.name.split("/").pop();
 const score = (each) => (each.score === null ? "" : each.score.toFixed(3));
 

@@ -288,3 +288,12 @@ def test_an_image_larger_than_the_memory_is_code_3(monkeypatch):
 
     with pytest.raises(RunError, match=r"a\.jpg: the memory is too small to decode this image"):
         decode_rgb(io.BytesIO(encoded()), "a.jpg", convert)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("large.jpg", (500, 250)), ("small.jpg", (220, 210)), ("large.png", (2000, 1000))]
+)
+def test_min_side_reduces_a_jpeg_to_no_less(tmp_path, name, size):
+    Image.new("RGB", (220, 210) if name == "small.jpg" else (2000, 1000), "red").save(tmp_path / name)
+    assert decode_rgb(str(tmp_path / name), name, min_side=200).size == size
+    assert decode_rgb(str(tmp_path / name), name).size in ((2000, 1000), (220, 210))
