@@ -90,7 +90,7 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     # write the results
     if processes.is_main:
         settings = {"decoder": options.data.decoder} | describe_prefix(options.data)
-        results = {"model": built.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
+        results = {"model": ensemble.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
         results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
         write_ranks(folder / RANKS, dataset, *ranks)

@@ -16,7 +16,7 @@ from typing import Any
 from clip_retrieval.data.catalog import KNOWN_SIZES
 from clip_retrieval.errors import RunError, UserError, one_line
 from clip_retrieval.files import read_text, write_json
-from clip_retrieval.log import log
+from clip_retrieval.log import log, start_log
 from clip_retrieval.reporting.results import read_results
 from clip_retrieval.reporting.table import RECALLS
 from clip_retrieval.run.folder import make_folder
@@ -123,6 +123,7 @@ def verify(
         lines.append(describe(record))
         records.append(record)
     write_json(output / "verify.json", {"dataset": dataset, "tolerance": TOLERANCE, "models": records})
+    start_log()  # the log.txt of the last evaluation ends
     log.info("\n".join(["", *lines]))
     log.info(f"wrote {output / 'verify.json'}")
     if failed := sum(record["status"] != "ok" for record in records):

@@ -37,6 +37,7 @@ EVALUATIONS = {
     "one batch for all": "--eval_batch_size 256",
     "bf16": "--eval_batch_size 4 --eval_precision bf16",
     "mAP": "--eval_batch_size 4 --map",
+    "re-ranked": "--eval_batch_size 4 --rerank dual_softmax qb_norm csls",
 }
 
 

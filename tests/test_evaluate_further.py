@@ -85,6 +85,7 @@ def test_ensemble_of_scores_keeps_each_models_preprocessing(run, trained, other,
     images, texts = np.concatenate([a, c], axis=1), np.concatenate([b, d], axis=1)
     assert results["t2i"] == retrieval_metrics(retrieval_ranks(images, texts, test.pairs)[1])
     assert results["ensemble"]["mode"] == "scores"
+    assert results["model"] == " + ".join(member["model"] for member in results["ensemble"]["members"])
     assert [member["weights"] for member in results["ensemble"]["members"]] == [str(trained), str(other)]
     assert not (trained.parent / "eval_csv_test").exists()
 

@@ -52,6 +52,11 @@ class Ensemble:
     device: torch.device
     processes: Processes
 
+    @property
+    def name(self) -> str:
+        """The names of the models, for results."""
+        return " + ".join(member.built.name for member in self.members)
+
     def encode(self, dataset: RetrievalDataset) -> SplitFeatures:
         """Encode a split with all members. Each tokenizes the captions and preprocesses the images in its own way."""
         options, parts = self.options, []

@@ -62,7 +62,7 @@ def run_tool(
             write_options(folder, record_model_name(options, built), f"{device} ({device_name(device)})")
         # score, and write the results
         results, table = score(ensemble, data)
-        head = {"model": built.name, "weights": built.weights, "precision": options.evaluation.eval_precision}
+        head = {"model": ensemble.name, "weights": built.weights, "precision": options.evaluation.eval_precision}
         if processes.is_main:
             write_results(folder, head | describe_prefix(options.data) | ensemble.describe() | results)
     log.info(table)
