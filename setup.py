@@ -7,5 +7,5 @@ LISTS = "clip_retrieval.data.annotations"
 setup(
     packages=[*find_packages(include=["clip_retrieval*"]), LISTS],
     package_dir={LISTS: "datasets/annotations"},
-    package_data={"clip_retrieval": ["**/*.json", "**/*.yaml"], LISTS: ["*.npy", "*.txt"]},
+    package_data={"clip_retrieval": ["**/*.json", "**/*.yaml", "**/templates/*"], LISTS: ["*.npy", "*.txt"]},
 )

@@ -1,0 +1,116 @@
+"""The numbers behind a report: ranks, exact top items and similarities of every query, in both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, from_numpy
+
+from clip_retrieval.evaluation.metrics import expected_ranks
+from clip_retrieval.evaluation.neighbours import nearest
+from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
+from clip_retrieval.evaluation.scores import Features, exact_scores, scoring_device
+
+TOP = 10  # items of a query; a report shows the first five
+RANDOM_PAIRS = 50_000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction, with a row for each query that has a relevant item, in index order. k is at most TOP.
+
+    Attributes:
+        queries: int64 (queries,), the index of each query.
+        ranks: the counts that determine the rank of each query.
+        rank: float64 (queries,), the expected rank of the first relevant item.
+        items: int64 (queries, k), the top items, best first.
+        scores: float64 (queries, k), their cosines.
+        relevant: bool (queries, k), whether they match the query.
+        best: int64 (queries,), the relevant item with the highest cosine.
+        best_score: float64 (queries,), its cosine.
+        hardest: float64 (queries,), the cosine of the best negative among the top items; NaN if there is none.
+    """
+
+    queries: np.ndarray
+    ranks: Ranks
+    rank: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+    relevant: np.ndarray
+    best: np.ndarray
+    best_score: np.ndarray
+    hardest: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool (queries,): no negative scores as high as the best relevant item."""
+        return self.rank == 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both directions, and the cosines of all relevant pairs and of random other pairs, float64 (pairs,)."""
+
+    i2t: Direction
+    t2i: Direction
+    positives: np.ndarray
+    negatives: np.ndarray
+
+
+def measure(image_features: Tensor, caption_features: Tensor, pairs: np.ndarray) -> Measured:
+    """Rank all queries and find their top items.
+
+    Args:
+        image_features: (images, dim), L2-normalised.
+        caption_features: (captions, dim), likewise.
+        pairs: int64 (P, 2), the distinct relevant (image index, caption index), at least one.
+    """
+    device = scoring_device(image_features, None)
+    images = Features(image_features, device, "image", str)
+    captions = Features(caption_features, device, "caption", str)
+    i2t, t2i = retrieval_ranks(image_features, caption_features, pairs)
+    neighbours = nearest(images, captions, TOP)
+    positives = score_pairs(images, captions, pairs)
+    reverse = pairs[:, ::-1]
+    random = np.random.default_rng(SEED).integers(0, (len(images), len(captions)), (RANDOM_PAIRS, 2))
+    random = random[~contains(pairs, random[:, 0], random[:, 1])]
+    return Measured(
+        _measure_direction(images, captions, pairs, positives, i2t, neighbours["i2t"].items),
+        _measure_direction(captions, images, reverse, positives, t2i, neighbours["t2i"].items),
+        positives,
+        score_pairs(images, captions, random),
+    )
+
+
+def _measure_direction(
+    queries: Features, items: Features, pairs: np.ndarray, positives: np.ndarray, ranks: Ranks, top: np.ndarray
+) -> Direction:
+    """pairs (P, 2) are the relevant (query, item), positives (P,) their scores, top (queries, k) the top items."""
+    # the best relevant item of each query
+    order = np.lexsort((-positives, pairs[:, 0]))
+    rows, first = np.unique(pairs[order, 0], return_index=True)
+    best = order[first]
+    # the top items
+    top = top[rows]
+    query = np.repeat(rows, top.shape[1])
+    scores = score_pairs(queries, items, np.stack([query, top.ravel()], 1)).reshape(top.shape)
+    relevant = contains(pairs, query, top.ravel()).reshape(top.shape)
+    negatives = np.where(relevant, -np.inf, scores).max(axis=1, initial=-np.inf)
+    hardest = np.where(np.isfinite(negatives), negatives, np.nan)
+    return Direction(
+        rows, ranks, expected_ranks(ranks), top, scores, relevant, pairs[best, 1], positives[best], hardest
+    )
+
+
+def score_pairs(left: Features, right: Features, pairs: np.ndarray) -> np.ndarray:
+    """Compute the scores of (left, right) index pairs (n, 2), float64 (n,)."""
+    i, j = (from_numpy(pairs[:, side].copy()).to(left.norms.device) for side in (0, 1))
+    return exact_scores(left, i, right, j).cpu().numpy()
+
+
+def contains(pairs: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Whether each (left, right) pair is one of `pairs`, bool (n,)."""
+    width = 1 + max(pairs[:, 1].max(initial=0), right.max(initial=0))
+    return np.isin(left * width + right, pairs[:, 0] * width + pairs[:, 1])
