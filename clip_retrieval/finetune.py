@@ -27,7 +27,7 @@ from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
-from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
+from clip_retrieval.run.scoring import score_split, score_zero_shot, write_run_report, write_scores
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
@@ -216,9 +216,9 @@ def finish(run: Run) -> None:
 
     # score it
     val = progress.best["block"] if progress.best else None
-    test = None
+    encoded = test = None
     if run.test is not None:
-        _, test = score_split(run, run.test)
+        encoded, test = score_split(run, run.test)
         write_scores(run, "test", test)
     blocks = {"before": progress.before, "val": val}
     if run.zero_shot is not None:
@@ -234,9 +234,12 @@ def finish(run: Run) -> None:
         "steps": progress.step,
         "seconds": results.get("seconds", {}) | {"training": progress.seconds},
     }
+    results |= {name: block for name, block in blocks.items() if block}
     if run.lock is not None:
         run.lock.check()
-        write_results(run.folder, results | {name: block for name, block in blocks.items() if block})
+        write_results(run.folder, results)
+    if run.options.run.report:
+        write_run_report(run, encoded, results)
 
     # print the table
     lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}

@@ -20,7 +20,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import encode_split, score
 from clip_retrieval.log import log, start_log
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions
-from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
+from clip_retrieval.reporting.html.write import REPORT, Evaluated, name_run, write_report
 from clip_retrieval.reporting.results import read_results
 from clip_retrieval.run.model import load_model, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
@@ -80,7 +80,7 @@ def evaluate_run(folder: Path, typed: dict[str, Any]) -> Evaluated:
     if (folder / "results.json").is_file():
         stored = read_results(folder / "results.json")
         results = {name: stored[name] for name in ("before", "val") if name in stored} | results
-    name = folder.resolve().name
+    name = name_run(checkpoint.path if checkpoint else None, built.name)
     return Evaluated(name, dataset, encoded.images, encoded.captions, results, folder / "metrics.jsonl")
 
 

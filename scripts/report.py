@@ -21,7 +21,9 @@ def main() -> None:
     parser = build_parser(__doc__.partition("\n")[0], groups=(DataOptions,))
     parser.usage = "%(prog)s RUN [OTHER_RUN] [options]"
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finetune or of an evaluation")
-    parser.add_argument("other", metavar="OTHER_RUN", nargs="?", default=None, type=Path, help="another one on the same data")
+    parser.add_argument(
+        "other", metavar="OTHER_RUN", nargs="?", default=None, type=Path, help="another one, on the same data"
+    )
     add_arguments(parser, EvalOptions, only=("eval_split", "eval_batch_size", "eval_precision", "recall_k"))
     add_arguments(parser, RunOptions, only=("device",))
     parser.add_argument("--output", type=Path, help="file to write (default: RUN/report.html)")

@@ -12,6 +12,7 @@ from clip_retrieval.data.batches.split import Split
 from clip_retrieval.errors import NotFiniteError, RunError
 from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
 from clip_retrieval.log import log
+from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
 from clip_retrieval.run.prepare import Run
 
 SCORES: tuple[str, ...] = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
@@ -52,6 +53,23 @@ def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> di
     write_scores(run, kind, block)
     log.info(f"zero-shot {summary(block)}")
     return {name: value for name, value in block.items() if name not in ("per_class", "templates")}
+
+
+def write_run_report(run: Run, encoded: SplitFeatures | None, results: dict[str, Any]) -> None:
+    """Write report.html of a finetune's test split, or of its val split if there is no other.
+
+    encoded: the features of the test split; results: the content of results.json.
+    """
+    split = run.test or run.val
+    if split is None:
+        log.warning("--report: there is no val and no test split, so there is nothing to report")
+        return
+    if encoded is None:
+        encoded, _ = score_split(run, split)
+    if run.processes.is_main:
+        features = encoded.images, encoded.captions
+        name, metrics = run.folder.resolve().name, run.folder / "metrics.jsonl"
+        write_report(run.folder / REPORT, Evaluated(name, split.dataset, *features, results, metrics))
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,10 @@ class Facts:
     misses: dict[str, int]
     explained: dict[str, int]
     judged: dict[str, int] | None
-    outcomes: dict[str, tuple[int, int, int, int]]
+    outcomes: dict[str, tuple[int, ...]]
+
+
+MakeItem = Callable[[int], Item]
 
 
 class _Namer:
@@ -139,60 +142,75 @@ class _Namer:
     def caption(self, index: int) -> Item:
         return Item(None, printable(self.dataset.captions[index]), f"caption {index}")
 
+    def items(self, direction: str) -> tuple[int, MakeItem]:
+        """The number of items that the queries of a direction retrieve, and the function that makes one."""
+        if direction == "i2t":
+            return len(self.dataset.captions), self.caption
+        return len(self.dataset.images), self.image
+
 
 def collect(measured: Measured, dataset: RetrievalDataset, other: Measured | None = None) -> Facts:
     """Collect the facts of a run, and of its comparison with another run on the same data."""
-    namer, judged = _Namer(dataset), read_judged_pairs(dataset)
-    pair_of = {"i2t": (dataset.pairs, judged), "t2i": (dataset.pairs[:, ::-1], judged[:, ::-1])}
-    makers = {"i2t": (namer.image, namer.caption), "t2i": (namer.caption, namer.image)}
-    counts = {"i2t": len(dataset.captions), "t2i": len(dataset.images)}
-    images_of = group_images(dataset)
-    queries: list[Query] = []
-    hubs, misses, explained, right_by_judges, outcomes = {}, {}, {}, {}, {}
-    for name, (make_query, make_item) in makers.items():
+    namer, images_of, judged = _Namer(dataset), group_images(dataset), read_judged_pairs(dataset)
+    facts = Facts([], {}, *_list_shared(images_of, namer), {}, {}, {} if len(judged) else None, {})
+    for name in ("i2t", "t2i"):
         one: Direction = getattr(measured, name)
         another: Direction | None = getattr(other, name) if other else None
-        is_judged = contains(pair_of[name][1], np.repeat(one.queries, one.items.shape[1]), one.items.ravel())
-        is_judged = is_judged.reshape(one.items.shape) & ~one.relevant
         # the shown queries
-        for row, groups in choose(one, is_judged, another).items():
-            versus = another if {"won", "lost"} & set(groups) else None
-            queries.append(
-                Query(
-                    direction=name,
-                    item=make_query(int(one.queries[row])),
-                    groups=groups,
-                    rank=float(one.rank[row]),
-                    right=bool(one.right[row]),
-                    tied=int(one.ranks.tied[row]),
-                    top=_list_hits(one, row, make_item, is_judged[row]),
-                    best=Hit(make_item(int(one.best[row])), float(one.best_score[row]), "right"),
-                    other_rank=float(versus.rank[row]) if versus else None,
-                    other_top=_list_hits(versus, row, make_item) if versus else (),
-                )
-            )
-        # the counts
-        hubs[name] = find_hubs(one.items, counts[name], make_item)
-        misses[name] = int((~one.right).sum())
-        explained[name] = int((~one.right & _shares_caption(one, name, dataset, images_of)).sum())
-        right_by_judges[name] = int((~one.right & is_judged[:, 0]).sum())
+        pairs = judged if name == "i2t" else judged[:, ::-1]
+        facts.queries.extend(_list_queries(name, one, another, pairs, namer))
+        # hubs and counts
+        count, make_item = namer.items(name)
+        facts.hubs[name] = find_hubs(one.items, count, make_item)
+        wrong = ~one.right
+        facts.misses[name] = int(wrong.sum())
+        facts.explained[name] = int((wrong & _shares_caption(one, name, dataset, images_of)).sum())
+        if facts.judged is not None:
+            facts.judged[name] = int((wrong & _find_judged(one, pairs)[:, 0]).sum())
         if another is not None:
             a, b = one.right, another.right
-            outcomes[name] = tuple(int(both.sum()) for both in (a & b, a & ~b, ~a & b, ~a & ~b))
+            facts.outcomes[name] = tuple(int(both.sum()) for both in (a & b, a & ~b, ~a & b, ~a & ~b))
+    return facts
+
+
+def _find_judged(one: Direction, judged: np.ndarray) -> np.ndarray:
+    """Whether only the judged pairs (n, 2) of (query, item) say that a top item is right, bool (queries, k)."""
+    found = contains(judged, np.repeat(one.queries, one.items.shape[1]), one.items.ravel())
+    return found.reshape(one.items.shape) & ~one.relevant
+
+
+def _list_queries(
+    name: str, one: Direction, another: Direction | None, judged: np.ndarray, namer: _Namer
+) -> Iterator[Query]:
+    """Yield the shown queries of a direction."""
+    _, make_item = namer.items(name)
+    _, make_query = namer.items("t2i" if name == "i2t" else "i2t")
+    is_judged = _find_judged(one, judged)
+    is_judged_too = _find_judged(another, judged) if another else is_judged
+    for row, groups in choose(one, is_judged, another).items():
+        versus = another if {"won", "lost"} & set(groups) else None
+        yield Query(
+            direction=name,
+            item=make_query(int(one.queries[row])),
+            groups=groups,
+            rank=float(one.rank[row]),
+            right=bool(one.right[row]),
+            tied=int(one.ranks.tied[row]),
+            top=_list_hits(one, row, make_item, is_judged[row]),
+            best=Hit(make_item(int(one.best[row])), float(one.best_score[row]), "right"),
+            other_rank=float(versus.rank[row]) if versus else None,
+            other_top=_list_hits(versus, row, make_item, is_judged_too[row]) if versus else (),
+        )
+
+
+def _list_shared(images_of: dict[str, set[int]], namer: _Namer) -> tuple[list[SharedCaption], int]:
+    """The captions of the most images, and the number of captions of several images."""
     shared = sorted(((t, i) for t, i in images_of.items() if len(i) > 1), key=lambda entry: -len(entry[1]))
-    return Facts(
-        queries=queries,
-        hubs=hubs,
-        shared=[
-            SharedCaption(printable(t), [namer.image(i) for i in sorted(found)[:SHARED_IMAGES]], len(found))
-            for t, found in shared[:SHARED]
-        ],
-        shared_count=len(shared),
-        misses=misses,
-        explained=explained,
-        judged=right_by_judges if len(judged) else None,
-        outcomes=outcomes,
-    )
+    shown = [
+        SharedCaption(printable(text), [namer.image(i) for i in sorted(images)[:SHARED_IMAGES]], len(images))
+        for text, images in shared[:SHARED]
+    ]
+    return shown, len(shared)
 
 
 def choose(one: Direction, judged: np.ndarray, other: Direction | None) -> dict[int, tuple[str, ...]]:
@@ -203,16 +221,17 @@ def choose(one: Direction, judged: np.ndarray, other: Direction | None) -> dict[
     rank; random: of all queries, to see the usual ones.
     """
     margin = np.where(one.right, one.best_score - np.nan_to_num(one.hardest, nan=-1), -np.inf)
-    groups = {
-        "worst": [row for row in np.argsort(-one.rank, kind="stable")[:PER_GROUP] if not one.right[row]],
-        "best": [row for row in np.argsort(-margin, kind="stable")[:PER_GROUP] if one.right[row]],
-        "judged": np.flatnonzero(~one.right & judged[:, 0])[:PER_GROUP],
-    }
+    groups: dict[str, Sequence[int] | np.ndarray] = {}
     if other is not None:
         gain = np.log(other.rank) - np.log(one.rank)
         groups["won"] = [row for row in np.argsort(-gain, kind="stable")[:PER_GROUP] if gain[row] > 0]
         groups["lost"] = [row for row in np.argsort(gain, kind="stable")[:PER_GROUP] if gain[row] < 0]
-    groups["random"] = np.random.default_rng(SEED).permutation(len(one.rank))[:PER_GROUP]
+    groups |= {
+        "worst": [row for row in np.argsort(-one.rank, kind="stable")[:PER_GROUP] if not one.right[row]],
+        "best": [row for row in np.argsort(-margin, kind="stable")[:PER_GROUP] if one.right[row]],
+        "judged": np.flatnonzero(~one.right & judged[:, 0])[:PER_GROUP],
+        "random": np.random.default_rng(SEED).permutation(len(one.rank))[:PER_GROUP],
+    }
     chosen: defaultdict[int, list[str]] = defaultdict(list)
     for name, rows in groups.items():
         for row in rows:
@@ -220,16 +239,15 @@ def choose(one: Direction, judged: np.ndarray, other: Direction | None) -> dict[
     return {row: tuple(names) for row, names in chosen.items()}
 
 
-def _list_hits(one: Direction, row: int, make_item, judged: np.ndarray | None = None) -> list[Hit]:
+def _list_hits(one: Direction, row: int, make_item: MakeItem, judged: np.ndarray) -> list[Hit]:
     hits = []
     for place, (item, score) in enumerate(zip(one.items[row, :SHOWN].tolist(), one.scores[row].tolist())):
-        is_judged = judged is not None and judged[place]
-        mark = "right" if one.relevant[row, place] else "judged" if is_judged else "wrong"
+        mark = "right" if one.relevant[row, place] else "judged" if judged[place] else "wrong"
         hits.append(Hit(make_item(item), score, mark))
     return hits
 
 
-def find_hubs(items: np.ndarray, count: int, make_item) -> Hubs:
+def find_hubs(items: np.ndarray, count: int, make_item: MakeItem) -> Hubs:
     """Find the most frequent of `count` items among the top items (queries, k)."""
     numbers = np.bincount(items.ravel(), minlength=count)
     frequent = np.argsort(-numbers, kind="stable")[:HUBS]
@@ -256,9 +274,7 @@ def _normalize(caption: str) -> str:
     return caption.casefold().strip(" .")
 
 
-def _shares_caption(
-    one: Direction, name: str, dataset: RetrievalDataset, images_of: dict[str, set[int]]
-) -> np.ndarray:
+def _shares_caption(one: Direction, name: str, dataset: RetrievalDataset, images_of: dict[str, set[int]]) -> np.ndarray:
     """Whether the first item of each query has the same caption as a relevant item, bool (queries,)."""
     images, captions = (one.queries, one.items[:, 0]) if name == "i2t" else (one.items[:, 0], one.queries)
     empty: set[int] = set()

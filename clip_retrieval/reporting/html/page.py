@@ -17,12 +17,12 @@ from clip_retrieval.reporting.html.thumbnails import Thumbnails
 TEMPLATES = Path(__file__).with_name("templates")
 BOTH = ("mean_recall", "rsum")
 GROUPS = {
+    "won": "won",
+    "lost": "lost",
     "worst": "worst",
     "best": "best",
     "random": "random sample",
     "judged": "right by ECCV Caption",
-    "won": "won",
-    "lost": "lost",
 }
 
 
@@ -31,7 +31,7 @@ class Page:
     """The content of a report.
 
     Attributes:
-        title: the heading.
+        title, subtitle: the heading.
         about: (name, value) lines about the model, the data and the report.
         warnings: sentences that the reader must not miss.
         blocks: the blocks of results.json to list, by label.
@@ -42,6 +42,7 @@ class Page:
     """
 
     title: str
+    subtitle: str
     about: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     blocks: Mapping[str, dict[str, Any]]

@@ -25,9 +25,10 @@ INK, GRID = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505")
 VARIABLES = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}
 RECALL_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
-RANK_BINS = (1, 2, 6, 11, 21, 51, 101, 501)  # first rank of each bin
+RANK_BINS = (1, 2, 6, 11, 51, 101, 501)  # first rank of each bin
 MOST_POINTS = 1000  # of a line
-STYLE = {
+LARGEST = 1e30  # value to draw
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -85,13 +86,14 @@ def _draw_recall(runs: Sequence[tuple[str, Measured]]) -> Plot:
         axes.set_xlim(ks[0], ks[-1])
         axes.set_ylim(bottom=0)
         axes.set(xlabel="K", ylabel="recall@K, %")
-        axes.legend(loc="upper left")
+        axes.legend()
 
     return Plot("Recall over K", draw_svg(draw, "Line plot of recall at K against K for both directions"))
 
 
 def _draw_ranks(measured: Measured) -> Plot:
-    firsts = [first for first in RANK_BINS if first == 1 or first <= max(measured.i2t.rank.max(), measured.t2i.rank.max())]
+    highest = max(measured.i2t.rank.max(), measured.t2i.rank.max())
+    firsts = [first for first in RANK_BINS if first == 1 or first <= highest]
     lasts = [*(first - 1 for first in firsts[1:]), None]
     labels = [
         f"{first}+" if last is None and first > 1 else f"{first}" if last in (first, None) else f"{first}–{last}"
@@ -141,7 +143,7 @@ def draw_training(records: Sequence[dict[str, Any]]) -> list[Plot]:
 
     Plots without a value are left out, and values that are not finite numbers are skipped.
     """
-    wanted = {
+    wanted: dict[str, dict[str, tuple[str, ...]]] = {
         "Loss": {"training": ("train", "loss"), "val": ("val", "loss")},
         "R@1 on val, %": {DIRECTIONS[d]: ("val", d, "R@1") for d in DIRECTIONS},
         "Learning rate": {"learning rate": ("train", "lr")},
@@ -158,14 +160,14 @@ def draw_training(records: Sequence[dict[str, Any]]) -> list[Plot]:
 
 def _read_series(records: Sequence[dict[str, Any]], kind: str, *path: str) -> list[tuple[float, float]]:
     """The (step, value) points of one kind of record; at most about MOST_POINTS."""
-    points = []
+    points: list[tuple[float, float]] = []
     for record in records:
         value: Any = record if record.get("kind") == kind else None
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         step = record.get("step")
-        if all(type(number) in (int, float) and abs(number) < 1e30 for number in (step, value)):
-            points.append((step, value))
+        if all(isinstance(number, (int, float)) and abs(number) < LARGEST for number in (step, value)):
+            points.append((float(step), float(value)))  # type: ignore[arg-type]
     stride = max(1, len(points) // MOST_POINTS)
     return points[:-1:stride] + points[-1:]
 
@@ -176,6 +178,7 @@ def _line_drawer(lines: dict[str, list[tuple[float, float]]]) -> Callable[[Axes]
             steps, values = zip(*points)
             axes.plot(steps, values, color=color, label=label, marker="o" if len(points) <= 12 else None, markersize=4)
         axes.set_xlabel("step")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         if len(lines) > 1:
             axes.legend()
 
@@ -191,7 +194,7 @@ def draw_svg(draw: Callable[[Axes], None], label: str) -> Markup:
     from matplotlib.figure import Figure
 
     file = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):  # type: ignore[arg-type]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure = Figure(figsize=SIZE, layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clip_retrieval import __version__
 from clip_retrieval.data.dataset import KeyedImages, RetrievalDataset
-from clip_retrieval.errors import UserError, format_counts, printable
+from clip_retrieval.errors import UserError, printable
 from clip_retrieval.files import open_regular, write_text
 from clip_retrieval.log import log
 from clip_retrieval.reporting.html.collect import collect
@@ -63,6 +63,7 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     content = render(
         Page(
             title=f"{names[0]} and {names[1]}" if other else f"{names[0]} on {run.dataset.name} {run.dataset.split}",
+            subtitle=run.dataset.describe(),
             about=describe(run, other),
             warnings=[warning] if warning else [],
             blocks=choose_blocks(run, other, names),
@@ -76,8 +77,12 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
 
     # write
     write_text(path, content)
-    log.info(f"wrote {path}: {format_counts(query=len(facts.queries)).replace('querys', 'queries')}, "
-             f"{path.stat().st_size / 1e6:.1f} MB")
+    log.info(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def name_run(checkpoint: Path | None, model: str) -> str:
+    """The name of a run on the page: its checkpoint's folder, or its model without one."""
+    return checkpoint.resolve().parent.name if checkpoint else model
 
 
 def check_same_data(run: Evaluated, other: Evaluated) -> None:
@@ -128,7 +133,7 @@ def describe(run: Evaluated, other: Evaluated | None) -> list[tuple[str, str]]:
     return [
         ("data", run.dataset.describe()),
         *((printable(name), printable(value)) for name, value in lines),
-        ("features encoded for this report", datetime.now().astimezone().isoformat(" ", "minutes")),
+        ("features encoded", datetime.now().astimezone().isoformat(" ", "minutes")),
         ("clip_retrieval", __version__),
     ]
 
