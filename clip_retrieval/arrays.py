@@ -1,6 +1,6 @@
-"""Safe reading of .npy files: the header is checked against the file size before memory is allocated.
+"""Safe reading of .npy and .npz files: each header is checked against the file size before memory is allocated.
 
-Pickles are never loaded: object arrays, .npz files and pickles are refused.
+Pickles are never loaded: object arrays and pickles are refused. So are compressed .npz files.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import zipfile
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO, Literal
 
 import numpy as np
 
@@ -48,8 +49,37 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
         raise UserError(f"{path}: not a readable .npy array ({describe(error)}); write it with numpy.save") from None
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, whether it is in Fortran order, and dtype. Raises ValueError unless it is an array of numbers."""
+def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
+    """Read arrays (n,) from a .npz file written by numpy.savez.
+
+    kinds: the dtype kinds that each array may have, such as {"ids": "U", "ranks": "i"}; other arrays are not read.
+
+    Raises UserError, naming the file, if it cannot be read, lacks an array, is damaged or is something else.
+    """
+    arrays = {}
+    name = ""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as members:
+            for name, kind in kinds.items():
+                info = members.getinfo(f"{name}.npy")
+                size = os.fstat(file.fileno()).st_size
+                if info.compress_type != zipfile.ZIP_STORED or not 0 <= info.file_size <= size:
+                    raise ValueError("it is compressed")
+                with members.open(info) as member:
+                    shape, _, dtype = _read_header(member, kind)
+                    if len(shape) != 1 or dtype.itemsize == 0 or shape[0] > size // dtype.itemsize:
+                        raise ValueError(f"its header has the shape {shape}")
+                    arrays[name] = np.frombuffer(member.read(shape[0] * dtype.itemsize), dtype, shape[0])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
+    except (ValueError, KeyError, RuntimeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        part = f"array {name}: " if name else ""
+        raise UserError(f"{path}: not a readable .npz file ({part}{describe(error)})") from None
+    return arrays
+
+
+def _read_header(file: IO[bytes], kinds: str = KINDS) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, whether it is in Fortran order, and dtype. Raises ValueError unless it is an array of the kinds."""
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
@@ -63,8 +93,8 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     # numpy parses the header as a Python literal: damage can raise nearly anything (SyntaxError, TokenError, ...).
     except Exception:
         raise ValueError("its header is damaged") from None
-    if dtype.kind not in KINDS or dtype.itemsize > 8:
-        raise ValueError(f"it holds {dtype.name}, not numbers")
+    if dtype.kind not in kinds or (dtype.kind in KINDS and dtype.itemsize > 8):
+        raise ValueError(f"it holds {dtype.name}, not {'texts' if kinds == 'U' else 'numbers'}")
     if any(length < 0 for length in shape):
         raise ValueError(f"its header has the shape {shape}")
     return shape, fortran, dtype

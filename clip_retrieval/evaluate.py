@@ -19,6 +19,7 @@ from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.html.write import REPORT, Evaluated, name_run, write_report
+from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.reporting.table import results_table
 from clip_retrieval.run.folder import evaluation_folder, make_folder
@@ -86,15 +87,16 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         device=device,
         processes=processes,
     )
-    block = score(encoded, split.dataset, options.evaluation, processes)
+    block, ranks = score(encoded, split.dataset, options.evaluation, processes, intervals=True)
 
     # write the results
     if processes.is_main:
         results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
         results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
-        if options.run.report:
-            name = name_run(checkpoint.path if checkpoint else None, built.name)
-            write_report(folder / REPORT, Evaluated(name, split.dataset, encoded.images, encoded.captions, results))
+        write_ranks(folder / RANKS, split.dataset, *ranks)
     log.info(results_table({dataset.split: block}))
     log.info(f"wrote {folder / 'results.json'}")
+    if options.run.report and processes.is_main:
+        name = name_run(checkpoint.path if checkpoint else None, built.name)
+        write_report(folder / REPORT, Evaluated(name, split.dataset, encoded, ranks, results))

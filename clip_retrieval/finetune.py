@@ -20,6 +20,8 @@ from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
+from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
+from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch, clock
 from clip_retrieval.reporting.table import results_table
@@ -27,7 +29,7 @@ from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
-from clip_retrieval.run.scoring import score_split, score_zero_shot, write_run_report, write_scores
+from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
@@ -99,7 +101,7 @@ def evaluate_first(run: Run) -> None:
     if progress.step or run.options.evaluation.no_eval_first:
         return
     if split is not None and not progress.before:
-        _, progress.before = score_split(run, split)
+        _, progress.before, _ = score_split(run, split, intervals=True)
         write_scores(run, "before", progress.before)
         log.info("before training:\n" + results_table({split.dataset.split: progress.before}))
     if run.zero_shot is not None and not progress.zero_shot_before:
@@ -190,7 +192,7 @@ def complete_milestone(run: Run) -> None:
 def evaluate_val(run: Run, val: Split) -> None:
     """Score the model on the val split, and save it as best.pt if its rsum is the highest so far."""
     progress, epoch = run.progress, -(-run.progress.step // run.schedule.steps_per_epoch)
-    encoded, block = score_split(run, val)
+    encoded, block, _ = score_split(run, val)
     batches = run.trainer.validate(encoded.images, encoded.captions, val.dataset, run.sampler.batch_size)
     write_scores(run, "val", block | batches)
     better = progress.best is None or block["rsum"] > progress.best["block"]["rsum"]
@@ -214,12 +216,14 @@ def finish(run: Run) -> None:
         run.processes.broadcast(run.model.weights())
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
 
-    # score it
-    val = progress.best["block"] if progress.best else None
-    encoded = test = None
+    # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
+    val, final = progress.best["block"] if progress.best else None, run.test or run.val
+    encoded = test = ranks = None
     if run.test is not None:
-        encoded, test = score_split(run, run.test)
+        encoded, test, ranks = score_split(run, run.test, intervals=True)
         write_scores(run, "test", test)
+    elif run.val is not None:
+        encoded, val, ranks = score_split(run, run.val, intervals=True)
     blocks = {"before": progress.before, "val": val}
     if run.zero_shot is not None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
@@ -238,8 +242,8 @@ def finish(run: Run) -> None:
     if run.lock is not None:
         run.lock.check()
         write_results(run.folder, results)
-    if run.options.run.report:
-        write_run_report(run, encoded, results)
+        if final and ranks:
+            write_ranks(run.folder / RANKS, final.dataset, *ranks)
 
     # print the table
     lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}
@@ -248,6 +252,11 @@ def finish(run: Run) -> None:
         log.info(results_table(lines))
     files = [run.folder / name for name in ("results.json", "best.pt", "last.pt")]
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
+
+    # write the report
+    if run.options.run.report and run.processes.is_main and final and encoded and ranks:
+        name, metrics = run.folder.resolve().name, run.folder / "metrics.jsonl"
+        write_report(run.folder / REPORT, Evaluated(name, final.dataset, encoded, ranks, results, metrics))
 
 
 def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> None:

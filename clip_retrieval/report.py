@@ -72,7 +72,7 @@ def evaluate_run(folder: Path, typed: dict[str, Any]) -> Evaluated:
         num_workers=options.data.num_workers,
         device=device,
     )
-    block = score(encoded, dataset, options.evaluation)
+    block, ranks = score(encoded, dataset, options.evaluation, intervals=True)
 
     # add the results before training and on val, if the run is complete
     results = {"model": built.name, "decoder": options.data.decoder, **block, "weights": built.weights}
@@ -81,7 +81,7 @@ def evaluate_run(folder: Path, typed: dict[str, Any]) -> Evaluated:
         stored = read_results(folder / "results.json")
         results = {name: stored[name] for name in ("before", "val") if name in stored} | results
     name = name_run(checkpoint.path if checkpoint else None, built.name)
-    return Evaluated(name, dataset, encoded.images, encoded.captions, results, folder / "metrics.jsonl")
+    return Evaluated(name, dataset, encoded, ranks, results, folder / "metrics.jsonl")
 
 
 def find_options(folder: Path, typed: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from clip_retrieval.evaluation.metrics import report
+from clip_retrieval.reporting.ranks_file import read_ranks
 from tests.conftest import read_json, read_lines
 
 BLOCK = {"model", "decoder", "dataset", "split", "precision", "images", "captions"}
@@ -18,7 +20,7 @@ def test_run_writes_its_documented_files(run, arguments, tmp_path):
     folder = tmp_path / "logs" / "ex0"
     files = {path.name for path in folder.iterdir()}
     expected = {"options.json", "log.txt", "metrics.jsonl", "tensorboard", "last.pt", "best.pt", "results.json"}
-    assert files == expected | {"epoch_1.pt", "epoch_2.pt"}
+    assert files == expected | {"ranks.npz", "epoch_1.pt", "epoch_2.pt"}
     assert any((folder / "tensorboard").iterdir())
 
     # results.json
@@ -26,13 +28,21 @@ def test_run_writes_its_documented_files(run, arguments, tmp_path):
     assert set(results) >= BLOCK
     assert (results["split"], results["images"], results["captions"]) == ("test", 6, 15)
     for name, split in (("val", "val"), ("before", "test")):
-        assert set(results[name]) == BLOCK
+        assert set(results[name]) - {"intervals"} == BLOCK
         assert results[name]["split"] == split
     for block in (results, results["val"], results["before"]):
         assert list(block["i2t"]) == list(block["t2i"]) == ["R@1", "R@5", "R@10", "MedR", "MeanR"]
         recalls = [block[d][k] for d in ("i2t", "t2i") for k in ("R@1", "R@5", "R@10")]
         assert block["rsum"] == pytest.approx(sum(recalls))
         assert block["mean_recall"] == pytest.approx(sum(recalls) / 6)
+
+    # intervals and ranks of the reported evaluations, but not of each epoch
+    assert "intervals" not in results["val"]
+    for block in (results, results["before"]):
+        low, high = block["intervals"]["t2i"]["MeanR"]
+        assert low <= block["t2i"]["MeanR"] <= high
+    ranks = read_ranks(folder / "ranks.npz").ranks
+    assert report(ranks["i2t"], ranks["t2i"])["t2i"] == results["t2i"]
 
     # options.json, log and metrics.jsonl
     options = read_json(folder / "options.json")
@@ -53,6 +63,19 @@ def test_checkpoints_have_the_documented_entries(run, arguments, tmp_path, capti
     assert (last["epoch"], last["step"]) == (2, 6)
     assert last["options"]["dataset_root"] == str(captioned)
     assert all(value.dtype == torch.float32 for value in last["model"].values())
+
+
+def test_without_a_test_split_val_gets_intervals_and_ranks(run, arguments, captioned, tmp_path):
+    rows = [row for row in (captioned / "captions.csv").read_text().splitlines() if not row.endswith(",test")]
+    (tmp_path / "no_test.csv").write_text("\n".join(rows) + "\n")
+    data = ("--annotations", tmp_path / "no_test.csv", "--image_dir", captioned)
+    code, _, err = run(*arguments, *data, "--epochs", "1")
+    assert code == 0, err
+    folder = tmp_path / "logs" / "ex0"
+    results = read_json(folder / "results.json")
+    assert results["split"] == "val" and results["val"]["intervals"] == results["intervals"]
+    ranks = read_ranks(folder / "ranks.npz").ranks
+    assert report(ranks["i2t"], ranks["t2i"])["i2t"] == results["i2t"]
 
 
 def test_keep_weights_only_leaves_the_optimizer_out_of_numbered_checkpoints(run, arguments, tmp_path):

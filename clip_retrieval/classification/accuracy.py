@@ -42,7 +42,6 @@ def accuracy_report(
     per_class: list[dict[str, Any]] = []
     for rows in np.split(order, starts[1:]):
         label = int(labels[rows[0]])
-        class_ranks = Ranks(ranks.above[rows], ranks.tied[rows], ranks.positives[rows])
         confusions = np.bincount(predicted[rows], minlength=len(class_names))
         confusions[label] = 0
         worst = int(confusions.argmax())
@@ -51,7 +50,7 @@ def accuracy_report(
                 "label": label,
                 "class": class_names[label],
                 "images": len(rows),
-                "top1": recall_at(class_ranks, 1),
+                "top1": recall_at(ranks[rows], 1),
                 "confused_with": class_names[worst] if confusions[worst] else None,
                 "confused": 100 * int(confusions[worst]) / len(rows),
             }

@@ -68,8 +68,8 @@ class RetrievalDataset:
         pairs: int64 (pairs, 2): (image index, caption index) of every caption that describes an image.
             Many-to-many, unique, and sorted by image, then caption. Without pairs, a split can be encoded, but not
             used for training or scored.
-        image_ids: the data set's ids of the images, for results; None if it has none.
-        text_ids: the same for the captions.
+        image_ids: the data set's ids of the images, for results (COCO's image ids); None if it has none.
+        text_ids: the same for the captions (COCO's annotation ids, Karpathy's sentids).
     """
 
     name: str
@@ -95,6 +95,10 @@ class RetrievalDataset:
     def describe(self) -> str:
         """Describe the split for the log: `coco test: 5,000 images, 25,010 captions`."""
         return f"{self.name} {self.split}: {format_counts(image=len(self.images), caption=len(self.captions))}"
+
+    def caption_name(self, index: int) -> str:
+        """The id of a caption, or its index if the data set has no ids."""
+        return str(index if self.text_ids is None else self.text_ids[index])
 
     @property
     def parts(self) -> tuple[RetrievalDataset, ...]:

@@ -16,8 +16,9 @@ from clip_retrieval.device import disable_tf32
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.evaluation.average_precision import retrieval_map
+from clip_retrieval.evaluation.bootstrap import bootstrap_intervals
 from clip_retrieval.evaluation.metrics import report
-from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import EvalOptions
 
@@ -65,9 +66,17 @@ def _now(device: torch.device) -> float:
 
 
 def score(
-    encoded: SplitFeatures, dataset: RetrievalDataset, options: EvalOptions, processes: Processes = SINGLE_PROCESS
-) -> dict[str, Any]:
-    """Compute the block of results.json for a split: sizes, metrics of both directions in percent, and seconds."""
+    encoded: SplitFeatures,
+    dataset: RetrievalDataset,
+    options: EvalOptions,
+    processes: Processes = SINGLE_PROCESS,
+    *,
+    intervals: bool = False,
+) -> tuple[dict[str, Any], tuple[Ranks, Ranks]]:
+    """Compute the block of results.json for a split, and the ranks of the images and of the captions.
+
+    The block has sizes, metrics of both directions in percent, their bootstrap intervals if asked for, and seconds.
+    """
     started = time.perf_counter()
     i2t, t2i = retrieval_ranks(
         encoded.images,
@@ -78,12 +87,17 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
+    ranked = time.perf_counter()
+    if intervals:
+        metrics["intervals"] = bootstrap_intervals(i2t, t2i, dataset.pairs, options.recall_k)
+    bootstrapped = time.perf_counter()
     if options.map:  # from the exact top items, which ranks do not list
         precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
         for direction, values in precisions.items():
             metrics[direction] |= values
-    seconds = encoded.seconds | {"ranks": time.perf_counter() - started}
-    return {
+    seconds = encoded.seconds | {"ranks": time.perf_counter() - started - (bootstrapped - ranked)}
+    seconds |= {"intervals": bootstrapped - ranked} if intervals else {}
+    block = {
         "dataset": dataset.name,
         "split": dataset.split,
         "precision": options.eval_precision,
@@ -92,3 +106,4 @@ def score(
         **metrics,
         "seconds": seconds | {"total": sum(seconds.values())},
     }
+    return block, (i2t, t2i)

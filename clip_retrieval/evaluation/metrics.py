@@ -15,7 +15,12 @@ STANDARD_K = (1, 5, 10)
 
 
 def recall_at(ranks: Ranks, k: int) -> float:
-    """Percent of queries with at least one relevant item among their first k.
+    """Percent of queries with at least one relevant item among their first k."""
+    return 100 * float(hit_chances(ranks, k).mean())
+
+
+def hit_chances(ranks: Ranks, k: int) -> np.ndarray:
+    """The chance that a query has a relevant item among its first k, float64 (queries,): 0 or 1 unless items tie.
 
     k - above places are left for the equal items: `tied` negatives and `positives` relevant ones. A query misses if
     none of these places holds a relevant item, in C(tied, places) / C(tied + positives, places) of the orders.
@@ -29,7 +34,7 @@ def recall_at(ranks: Ranks, k: int) -> float:
     for place in range(places.max(initial=0)):
         miss *= np.divide(tied - place, tied + positives - place, out=np.ones_like(miss), where=place < places)
     hit[undecided] = 1 - miss
-    return 100 * float(hit.mean())
+    return hit
 
 
 def expected_ranks(ranks: Ranks) -> np.ndarray:

@@ -50,6 +50,12 @@ class Ranks:
     """Negatives equal to it."""
     positives: np.ndarray
     """Positives equal to it, including itself: at least 1."""
+    queries: np.ndarray
+    """The indices of the queries, ascending."""
+
+    def __getitem__(self, rows: np.ndarray) -> "Ranks":
+        """The ranks of some rows."""
+        return Ranks(self.above[rows], self.tied[rows], self.positives[rows], self.queries[rows])
 
 
 @torch.no_grad()
@@ -162,7 +168,8 @@ class _Direction:
         for counts in (self.above, self.tied):
             processes.sum(counts)
         has_positives = self.positives > 0
-        return Ranks(*(counts[has_positives].cpu().numpy() for counts in (self.above, self.tied, self.positives)))
+        counted = (self.above, self.tied, self.positives, torch.arange(len(has_positives), device=has_positives.device))
+        return Ranks(*(counts[has_positives].cpu().numpy() for counts in counted))
 
 
 def _unique_pairs(pairs: Tensor | np.ndarray, images: Features, texts: Features) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
 from clip_retrieval.options import AUTO, Options
+from clip_retrieval.reporting.ranks_file import RANKS
 from clip_retrieval.reporting.trackers import RUN_ID
 
 try:
@@ -193,7 +194,7 @@ def without_resume(options: Options, folder: Path) -> Options:
 
 def clear_run(folder: Path) -> None:
     """Delete the files of a run, and no others."""
-    files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", "report.html", "log.txt", RUN_ID]
+    files = ["last.pt", "best.pt", "metrics.jsonl", "results.json", RANKS, "report.html", "log.txt", RUN_ID]
     for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
         path.unlink(missing_ok=True)
     remove_special(folder / "tensorboard", keep_folder=True)

@@ -11,16 +11,18 @@ from clip_retrieval.classification.task import ZeroShotTask, score_task
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.errors import NotFiniteError, RunError
 from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split, score
+from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.log import log
-from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
 from clip_retrieval.run.prepare import Run
 
 SCORES: tuple[str, ...] = ("i2t", "t2i", "mean_recall", "rsum", "loss", "i2t_accuracy", "t2i_accuracy")
 SCORES += ("top1", "top5", "top10", "mean_per_class")
 
 
-def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
-    """Encode and score a split; return its features and its block of results.json."""
+def score_split(
+    run: Run, split: Split, *, intervals: bool = False
+) -> tuple[SplitFeatures, dict[str, Any], tuple[Ranks, Ranks]]:
+    """Encode and score a split; return its features, its block of results.json, and the ranks of both directions."""
     options, device = run.options, run.trainer.device
     with _evaluation(run):
         encoded = encode_split(
@@ -33,8 +35,8 @@ def score_split(run: Run, split: Split) -> tuple[SplitFeatures, dict[str, Any]]:
             device=device,
             processes=run.processes,
         )
-        block = score(encoded, split.dataset, options.evaluation, run.processes)
-    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}
+        block, ranks = score(encoded, split.dataset, options.evaluation, run.processes, intervals=intervals)
+    return encoded, {"model": run.built.name, "decoder": options.data.decoder, **block}, ranks
 
 
 def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> dict[str, Any]:
@@ -53,23 +55,6 @@ def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> di
     write_scores(run, kind, block)
     log.info(f"zero-shot {summary(block)}")
     return {name: value for name, value in block.items() if name not in ("per_class", "templates")}
-
-
-def write_run_report(run: Run, encoded: SplitFeatures | None, results: dict[str, Any]) -> None:
-    """Write report.html of a finetune's test split, or of its val split if there is no other.
-
-    encoded: the features of the test split; results: the content of results.json.
-    """
-    split = run.test or run.val
-    if split is None:
-        log.warning("--report: there is no val and no test split, so there is nothing to report")
-        return
-    if encoded is None:
-        encoded, _ = score_split(run, split)
-    if run.processes.is_main:
-        features = encoded.images, encoded.captions
-        name, metrics = run.folder.resolve().name, run.folder / "metrics.jsonl"
-        write_report(run.folder / REPORT, Evaluated(name, split.dataset, *features, results, metrics))
 
 
 def write_scores(run: Run, kind: str, block: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ NAMES = ["cat", "dog", "猫头鹰", "bee", "fox", "yak"]
 
 def ranks(above, tied=None):
     above = np.array(above)
-    return Ranks(above, np.zeros_like(above) if tied is None else np.array(tied), np.ones_like(above))
+    tied = np.zeros_like(above) if tied is None else np.array(tied)
+    return Ranks(above, tied, np.ones_like(above), np.arange(len(above)))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
 
 
 def ranks(*queries):
-    return Ranks(*np.array(queries, np.int64).reshape(-1, 3).T)
+    return Ranks(*np.array(queries, np.int64).reshape(-1, 3).T, np.arange(len(queries)))
 
 
 @given(above=st.integers(0, 4), tied=st.integers(0, 4), positives=st.integers(1, 3))
@@ -82,5 +82,5 @@ def test_collapsed_model_scores_chance():
 
 
 def test_recall_at_huge_k():
-    ranks = Ranks(*(np.array(values, np.int64) for values in ([0, 7], [0, 3], [1, 1])))
+    ranks = Ranks(*(np.array(values, np.int64) for values in ([0, 7], [0, 3], [1, 1], [0, 1])))
     assert recall_at(ranks, 10**30) == recall_at(ranks, 2**63) == recall_at(ranks, 100) == 100

@@ -229,6 +229,7 @@ def _build_dataset(
     names_2017 = [f"{image_id:012d}.jpg" for image_id in images]
 
     # captions, pairs and image files
+    text_ids = np.concatenate([captions.ids[rows] for _, captions, rows in parts]).tolist()
     texts = [captions.texts[row] for _, captions, rows in parts for row in rows.tolist()]
     image_ids = np.concatenate([captions.image_ids[rows] for _, captions, rows in parts]).tolist()
     pairs = np.stack([[images[image_id] for image_id in image_ids], np.arange(len(texts))], axis=1)
@@ -236,7 +237,7 @@ def _build_dataset(
     found = find_image_files(
         _iter_places(options, names, names_2014, names_2017), source, skip_missing=options.skip_broken
     )
-    return RetrievalDataset(options.name, split, found, texts, pairs)
+    return RetrievalDataset(options.name, split, found, texts, pairs, list(images), text_ids)
 
 
 def _list_folders(options: DatasetOptions) -> list[Path]:
@@ -268,4 +269,6 @@ def _build_unsplit(options: DatasetOptions, split: str, captions: Captions) -> R
     names = list(captions.names.values())
     places = [(folder, names) for folder in _list_folders(options)]
     images = find_image_files(places, captions.source, skip_missing=options.skip_broken)
-    return RetrievalDataset(options.name, UNSPLIT, images, captions.texts, pairs)
+    return RetrievalDataset(
+        options.name, UNSPLIT, images, captions.texts, pairs, list(captions.names), captions.ids.tolist()
+    )

@@ -28,6 +28,7 @@ from clip_retrieval.data.readers import csv_file
 from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, find_only_file
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root, read_json, read_text
+from clip_retrieval.jsonl import Id, is_id
 from clip_retrieval.options import DatasetOptions
 
 FLICKR = ("flickr8k", "flickr30k")
@@ -52,14 +53,20 @@ class Part:
         folders: the folder of each image as the file gives it, or "".
         texts: the captions.
         owners: image index of each caption.
+        image_ids: COCO's id of each image, or None.
+        text_ids: id of each caption ("sentid"), or None.
     """
 
     names: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
+    image_ids: list[Any] = field(default_factory=list, compare=False)
+    text_ids: list[Any] = field(default_factory=list, compare=False)
 
-    def add(self, name: str, folder: str, texts: list[str]) -> None:
+    def add(self, name: str, folder: str, texts: list[str], image_id: Any = None, text_ids: Any = None) -> None:
+        self.image_ids.append(image_id)
+        self.text_ids += text_ids or [None] * len(texts)
         self.owners += [len(self.names)] * len(texts)
         self.names.append(name)
         self.folders.append(folder)
@@ -84,13 +91,21 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         chosen.names += part.names
         chosen.folders += part.folders
         chosen.texts += part.texts
+        chosen.image_ids += part.image_ids
+        chosen.text_ids += part.text_ids
     if not chosen.names:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of the {len(chosen.names):,} {split} images has a caption")
     images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
-    return RetrievalDataset(options.name, split, images, chosen.texts, pairs)
+    ids = (_unique_ids(found) for found in (chosen.image_ids, chosen.text_ids))
+    return RetrievalDataset(options.name, split, images, chosen.texts, pairs, *ids)
+
+
+def _unique_ids(ids: list[Any]) -> list[Id] | None:
+    """Return the ids, or None if one is missing or duplicate."""
+    return ids if all(map(is_id, ids)) and len(set(ids)) == len(ids) else None
 
 
 def _find_file(options: DatasetOptions) -> Path:
@@ -162,7 +177,9 @@ def read_karpathy_json(path: Path) -> dict[str, Part]:
         if texts is None:
             raise UserError(f'{prefix}, {image["filename"]}, has no "sentences", each with a "raw" text)')
         folder = image.get("filepath")
-        parts.setdefault(split, Part()).add(image["filename"], folder if isinstance(folder, str) else "", texts)
+        text_ids = [sentence.get("sentid") for sentence in image["sentences"]]
+        part = parts.setdefault(split, Part())
+        part.add(image["filename"], folder if isinstance(folder, str) else "", texts, image.get("cocoid"), text_ids)
     return parts
 
 

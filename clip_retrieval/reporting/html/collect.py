@@ -140,7 +140,7 @@ class _Namer:
         return Item(index, printable(text), printable(name))
 
     def caption(self, index: int) -> Item:
-        return Item(None, printable(self.dataset.captions[index]), f"caption {index}")
+        return Item(None, printable(self.dataset.captions[index]), f"caption {self.dataset.caption_name(index)}")
 
     def items(self, direction: str) -> tuple[int, MakeItem]:
         """The number of items that the queries of a direction retrieve, and the function that makes one."""
@@ -175,7 +175,7 @@ def collect(measured: Measured, dataset: RetrievalDataset, other: Measured | Non
 
 def _find_judged(one: Direction, judged: np.ndarray) -> np.ndarray:
     """Whether only the judged pairs (n, 2) of (query, item) say that a top item is right, bool (queries, k)."""
-    found = contains(judged, np.repeat(one.queries, one.items.shape[1]), one.items.ravel())
+    found = contains(judged, np.repeat(one.ranks.queries, one.items.shape[1]), one.items.ravel())
     return found.reshape(one.items.shape) & ~one.relevant
 
 
@@ -191,7 +191,7 @@ def _list_queries(
         versus = another if {"won", "lost"} & set(groups) else None
         yield Query(
             direction=name,
-            item=make_query(int(one.queries[row])),
+            item=make_query(int(one.ranks.queries[row])),
             groups=groups,
             rank=float(one.rank[row]),
             right=bool(one.right[row]),
@@ -276,7 +276,7 @@ def _normalize(caption: str) -> str:
 
 def _shares_caption(one: Direction, name: str, dataset: RetrievalDataset, images_of: dict[str, set[int]]) -> np.ndarray:
     """Whether the first item of each query has the same caption as a relevant item, bool (queries,)."""
-    images, captions = (one.queries, one.items[:, 0]) if name == "i2t" else (one.items[:, 0], one.queries)
+    images, captions = (one.ranks.queries, one.items[:, 0]) if name == "i2t" else (one.items[:, 0], one.ranks.queries)
     empty: set[int] = set()
     pairs = zip(images.tolist(), captions.tolist())
     return np.array([image in images_of.get(_normalize(dataset.captions[c]), empty) for image, c in pairs])

@@ -9,7 +9,7 @@ from torch import Tensor, from_numpy
 
 from clip_retrieval.evaluation.metrics import expected_ranks
 from clip_retrieval.evaluation.neighbours import nearest
-from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
+from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.evaluation.scores import Features, exact_scores, scoring_device
 
 TOP = 10  # items of a query; a report shows the first five
@@ -22,7 +22,6 @@ class Direction:
     """One direction, with a row for each query that has a relevant item, in index order. k is at most TOP.
 
     Attributes:
-        queries: int64 (queries,), the index of each query.
         ranks: the counts that determine the rank of each query.
         rank: float64 (queries,), the expected rank of the first relevant item.
         items: int64 (queries, k), the top items, best first.
@@ -33,7 +32,6 @@ class Direction:
         hardest: float64 (queries,), the cosine of the best negative among the top items; NaN if there is none.
     """
 
-    queries: np.ndarray
     ranks: Ranks
     rank: np.ndarray
     items: np.ndarray
@@ -59,18 +57,18 @@ class Measured:
     negatives: np.ndarray
 
 
-def measure(image_features: Tensor, caption_features: Tensor, pairs: np.ndarray) -> Measured:
-    """Rank all queries and find their top items.
+def measure(image_features: Tensor, caption_features: Tensor, pairs: np.ndarray, i2t: Ranks, t2i: Ranks) -> Measured:
+    """Find the top items of all queries.
 
     Args:
         image_features: (images, dim), L2-normalised.
         caption_features: (captions, dim), likewise.
         pairs: int64 (P, 2), the distinct relevant (image index, caption index), at least one.
+        i2t, t2i: the ranks of both directions.
     """
     device = scoring_device(image_features, None)
     images = Features(image_features, device, "image", str)
     captions = Features(caption_features, device, "caption", str)
-    i2t, t2i = retrieval_ranks(image_features, caption_features, pairs)
     neighbours = nearest(images, captions, TOP)
     positives = score_pairs(images, captions, pairs)
     reverse = pairs[:, ::-1]
@@ -90,8 +88,7 @@ def _measure_direction(
     """pairs (P, 2) are the relevant (query, item), positives (P,) their scores, top (queries, k) the top items."""
     # the best relevant item of each query
     order = np.lexsort((-positives, pairs[:, 0]))
-    rows, first = np.unique(pairs[order, 0], return_index=True)
-    best = order[first]
+    rows, best = ranks.queries, order[np.unique(pairs[order, 0], return_index=True)[1]]
     # the top items
     top = top[rows]
     query = np.repeat(rows, top.shape[1])
@@ -99,9 +96,7 @@ def _measure_direction(
     relevant = contains(pairs, query, top.ravel()).reshape(top.shape)
     negatives = np.where(relevant, -np.inf, scores).max(axis=1, initial=-np.inf)
     hardest = np.where(np.isfinite(negatives), negatives, np.nan)
-    return Direction(
-        rows, ranks, expected_ranks(ranks), top, scores, relevant, pairs[best, 1], positives[best], hardest
-    )
+    return Direction(ranks, expected_ranks(ranks), top, scores, relevant, pairs[best, 1], positives[best], hardest)
 
 
 def score_pairs(left: Features, right: Features, pairs: np.ndarray) -> np.ndarray:

@@ -9,15 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clip_retrieval import __version__
 from clip_retrieval.data.dataset import KeyedImages, RetrievalDataset
 from clip_retrieval.errors import UserError, printable
+from clip_retrieval.evaluation.evaluator import SplitFeatures
+from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.files import open_regular, write_text
 from clip_retrieval.log import log
 from clip_retrieval.reporting.html.collect import collect
-from clip_retrieval.reporting.html.measure import measure
+from clip_retrieval.reporting.html.measure import Measured, measure
 from clip_retrieval.reporting.html.page import Page, render
 from clip_retrieval.reporting.html.plots import draw_plots, draw_training
 
@@ -31,17 +31,21 @@ class Evaluated:
     Attributes:
         name: of the run, for the page.
         dataset: the split.
-        images, captions: its L2-normalised features, (images, dim) and (captions, dim).
+        features: its features.
+        ranks: those of the images and of the captions.
         results: the content of results.json: the block of the split, and `before` and `val` of a finetune.
         metrics: metrics.jsonl of a finetune, if any.
     """
 
     name: str
     dataset: RetrievalDataset
-    images: Tensor
-    captions: Tensor
+    features: SplitFeatures
+    ranks: tuple[Ranks, Ranks]
     results: dict[str, Any]
     metrics: Path | None = None
+
+    def measure(self) -> Measured:
+        return measure(self.features.images, self.features.captions, self.dataset.pairs, *self.ranks)
 
 
 def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> None:
@@ -52,8 +56,7 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     # measure, and choose what to show
     if other is not None:
         check_same_data(run, other)
-    measured = measure(run.images, run.captions, run.dataset.pairs)
-    measured_other = measure(other.images, other.captions, other.dataset.pairs) if other else None
+    measured, measured_other = run.measure(), other.measure() if other else None
     names = distinguish(printable(run.name), printable(other.name) if other else "")
     facts = collect(measured, run.dataset, measured_other)
 

@@ -84,6 +84,14 @@ def test_clip_itm_layout_in_the_order_of_the_id_lists(clip_itm, read, described,
     assert dataset.images[0].size == (8, 8)
 
 
+def test_ids_are_those_of_coco(clip_itm, read):
+    dataset = read("coco", clip_itm)
+    assert dataset.image_ids == [41, 40]
+    assert [dataset.caption_name(i) for i in range(4)] == ["44", "43", "40", "41"]
+    alone = read("coco", clip_itm, annotations=clip_itm / "annotations" / "captions_val2014.json")
+    assert [f"caption {name}" for name in map(alone.caption_name, range(len(alone.captions)))] == alone.captions
+
+
 def test_no_restval_limits_train_to_the_train_list(clip_itm, read, described):
     assert len(read("coco", clip_itm, "train", no_restval=True).images) == 2
     assert len(read("coco", clip_itm, "val", no_restval=True).images) == 1

@@ -55,6 +55,22 @@ def test_json_in_the_root(tmp_path, photos, read, described, name, suffix):
         assert list(described(dataset).items()) == list(EXPECTED[split].items())
 
 
+def test_ids_unless_one_is_missing_or_duplicate(tmp_path, photos, read):
+    photos(tmp_path, *NAMES)
+    number = iter(range(10, 100))
+    images = [{**image, "cocoid": next(number)} for image in IMAGES]
+    for image in images:
+        image["sentences"] = [{**sentence, "sentid": next(number)} for sentence in image["sentences"]]
+    write_json(tmp_path / "dataset_my.json", images)
+    train = read("karpathy", tmp_path, "train")
+    assert (train.image_ids, train.text_ids) == ([10, 11], [15, 16, 17])
+    images[1]["cocoid"] = 10
+    del images[0]["sentences"][0]["sentid"]
+    write_json(tmp_path / "ids" / "dataset_my.json", images)
+    train = read("karpathy", tmp_path / "ids", "train", image_dir=tmp_path)
+    assert train.image_ids is train.text_ids is None and train.caption_name(2) == "2"
+
+
 def test_no_restval(tmp_path, photos, read, described):
     write_json(tmp_path / "dataset_my.json")
     photos(tmp_path, *NAMES)
