@@ -241,9 +241,9 @@ def choose(one: Direction, judged: np.ndarray, other: Direction | None) -> dict[
 
 def _list_hits(one: Direction, row: int, make_item: MakeItem, judged: np.ndarray) -> list[Hit]:
     hits = []
-    for place, (item, score) in enumerate(zip(one.items[row, :SHOWN].tolist(), one.scores[row].tolist())):
+    for place, (item, score) in enumerate(zip(one.items[row, :SHOWN].tolist(), one.scores(row))):
         mark = "right" if one.relevant[row, place] else "judged" if judged[place] else "wrong"
-        hits.append(Hit(make_item(item), score, mark))
+        hits.append(Hit(make_item(item), float(score), mark))
     return hits
 
 

@@ -25,21 +25,26 @@ class Direction:
         ranks: the counts that determine the rank of each query.
         rank: float64 (queries,), the expected rank of the first relevant item.
         items: int64 (queries, k), the top items, best first.
-        scores: float64 (queries, k), their cosines.
         relevant: bool (queries, k), whether they match the query.
         best: int64 (queries,), the relevant item with the highest cosine.
         best_score: float64 (queries,), its cosine.
         hardest: float64 (queries,), the cosine of the best negative among the top items; NaN if there is none.
+        features: those of the queries and of the items.
     """
 
     ranks: Ranks
     rank: np.ndarray
     items: np.ndarray
-    scores: np.ndarray
     relevant: np.ndarray
     best: np.ndarray
     best_score: np.ndarray
     hardest: np.ndarray
+    features: tuple[Features, Features]
+
+    def scores(self, row: int) -> np.ndarray:
+        """The cosines of the top items of one query, float64 (k,)."""
+        top = self.items[row]
+        return score_pairs(*self.features, np.stack([np.full_like(top, self.ranks.queries[row]), top], axis=1))
 
     @property
     def right(self) -> np.ndarray:
@@ -89,14 +94,15 @@ def _measure_direction(
     # the best relevant item of each query
     order = np.lexsort((-positives, pairs[:, 0]))
     rows, best = ranks.queries, order[np.unique(pairs[order, 0], return_index=True)[1]]
-    # the top items
+    # the top items, and the first negative among them
     top = top[rows]
-    query = np.repeat(rows, top.shape[1])
-    scores = score_pairs(queries, items, np.stack([query, top.ravel()], 1)).reshape(top.shape)
-    relevant = contains(pairs, query, top.ravel()).reshape(top.shape)
-    negatives = np.where(relevant, -np.inf, scores).max(axis=1, initial=-np.inf)
-    hardest = np.where(np.isfinite(negatives), negatives, np.nan)
-    return Direction(ranks, expected_ranks(ranks), top, scores, relevant, pairs[best, 1], positives[best], hardest)
+    relevant = contains(pairs, np.repeat(rows, top.shape[1]), top.ravel()).reshape(top.shape)
+    hardest = np.full(len(rows), np.nan)
+    negative = np.flatnonzero(~relevant.all(axis=1))
+    first = top[negative, (~relevant[negative]).argmax(axis=1)]
+    hardest[negative] = score_pairs(queries, items, np.stack([rows[negative], first], axis=1))
+    features = queries, items
+    return Direction(ranks, expected_ranks(ranks), top, relevant, pairs[best, 1], positives[best], hardest, features)
 
 
 def score_pairs(left: Features, right: Features, pairs: np.ndarray) -> np.ndarray:

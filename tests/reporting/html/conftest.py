@@ -10,7 +10,7 @@ from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.reporting.html.write import Evaluated
 
-HOSTILE = "</script><script>document.title = 1</script> \"quoted\" <img src=x onerror=\"document.title = 2\">"
+HOSTILE = '</script><script>document.title = 1</script> "quoted" <img src=x onerror="document.title = 2">'
 HOSTILE_NAME = "a\"><img src=x onerror=alert(1)> 'b'.png"
 
 

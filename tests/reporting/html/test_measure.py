@@ -34,7 +34,7 @@ def test_directions_equal_the_whole_matrix(random):
             top = np.argsort(-matrix[query])[:10]
             assert one.items[row].tolist() == top.tolist()
             assert one.relevant[row].tolist() == matches[query, top].tolist()
-            np.testing.assert_allclose(one.scores[row], matrix[query, top])
+            np.testing.assert_allclose(one.scores(row), matrix[query, top])
             best = np.where(matches[query], matrix[query], -2).argmax()
             assert one.best[row] == best and one.best_score[row] == pytest.approx(matrix[query, best])
             assert one.rank[row] == 1 + (matrix[query][~matches[query]] > matrix[query, best]).sum()
