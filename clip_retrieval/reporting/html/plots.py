@@ -107,7 +107,7 @@ def _draw_ranks(measured: Measured) -> Plot:
             counts = np.histogram(rank, [*firsts, math.inf])[0]
             places = np.arange(len(firsts)) + (offset - 0.5) * width
             axes.bar(places, 100 * counts / len(rank), width * 0.92, color=color, label=DIRECTIONS[name])
-        axes.set_xticks(range(len(firsts)), labels)
+        axes.set_xticks(range(len(firsts)), labels, fontsize=8.5)
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="rank of the first relevant item", ylabel="queries, %")
         axes.legend()

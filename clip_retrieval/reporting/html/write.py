@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from clip_retrieval.errors import UserError, printable
 from clip_retrieval.evaluation.evaluator import SplitFeatures
 from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.files import open_regular, write_text
+from clip_retrieval.jsonl import parse_record
 from clip_retrieval.log import log
 from clip_retrieval.reporting.html.collect import collect
 from clip_retrieval.reporting.html.measure import Measured, measure
@@ -22,6 +23,7 @@ from clip_retrieval.reporting.html.page import Page, render
 from clip_retrieval.reporting.html.plots import draw_plots, draw_training
 
 REPORT = "report.html"
+MOST_METRICS = 2**26  # bytes of metrics.jsonl, half a million lines
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,17 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     measured, measured_other = run.measure(), other.measure() if other else None
     names = distinguish(printable(run.name), printable(other.name) if other else "")
     facts = collect(measured, run.dataset, measured_other)
+    models = dict.fromkeys(str(each.results.get("model", "")) for each in (run, other) if each)
 
     # render
     trained = run.results.get("images_trained_on")
-    warning = f"The model was trained on {trained:,} of these images: it is worse on others." if trained else None
+    warnings = [f"The model was trained on {trained:,} of these images; others may be harder."] if trained else []
     content = render(
         Page(
             title=f"{names[0]} and {names[1]}" if other else f"{names[0]} on {run.dataset.name} {run.dataset.split}",
-            subtitle=run.dataset.describe(),
+            subtitle=printable("; ".join((*models, run.dataset.describe()))),
             about=describe(run, other),
-            warnings=[warning] if warning else [],
+            warnings=warnings,
             blocks=choose_blocks(run, other, names),
             names=names,
             facts=facts,
@@ -130,7 +133,7 @@ def describe(run: Evaluated, other: Evaluated | None) -> list[tuple[str, str]]:
     lines = []
     for each in (run, other) if other else (run,):
         prefix = f"{each.name}: " if other else ""
-        for name in ("model", "weights", "precision", "decoder"):
+        for name in ("model", "weights", "step", "precision", "decoder"):
             if isinstance(value := each.results.get(name), (str, int, float)):
                 lines.append((prefix + name, str(value)))
     return [
@@ -146,10 +149,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with open_regular(path) as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                yield record
+        for line in file.read(MOST_METRICS).splitlines():
+            with contextlib.suppress(ValueError):
+                yield parse_record(line)
