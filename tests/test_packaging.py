@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SUFFIXES = (".py", ".json", ".yaml", ".html", ".css", ".js")
+SUFFIXES = (".py", ".json", ".yaml", ".html", ".css", ".js", ".mplstyle")
 
 
 @pytest.fixture(scope="module")

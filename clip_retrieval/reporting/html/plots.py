@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 SIZE = (4.6, 2.9)  # inches of 72 SVG units
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
-# Colours that stand for variables of the style sheet.
+# Colours that stand for variables of report.css. plots.mplstyle uses the first two.
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505")
 VARIABLES = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}
@@ -28,31 +29,7 @@ RECALL_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 RANK_BINS = (1, 2, 6, 11, 51, 101, 501)  # first rank of each bin
 MOST_POINTS = 1000  # of a line
 LARGEST = 1e30  # value to draw
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "font.size": 10,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "figure.facecolor": "none",
-    "lines.linewidth": 2,
-}
+STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
 
 @dataclass(frozen=True)
@@ -190,11 +167,11 @@ def draw_svg(draw: Callable[[Axes], None], label: str) -> Markup:
 
     Style attributes become presentation attributes, because the page's Content-Security-Policy forbids them.
     """
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
     file = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+    with matplotlib.style.context([STYLE, {"svg.hashsalt": label}]):
         figure = Figure(figsize=SIZE, layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
