@@ -8,7 +8,7 @@ setup(
     packages=[*find_packages(include=["clip_retrieval*"]), LISTS],
     package_dir={LISTS: "datasets/annotations"},
     package_data={
-        "clip_retrieval": ["**/*.csv", "**/*.json", "**/*.yaml", "search/static/*"],
+        "clip_retrieval": ["**/*.csv", "**/*.json", "**/*.yaml", "**/static/*", "**/templates/*"],
         LISTS: ["*.npy", "*.txt"],
     },
 )

@@ -6,29 +6,24 @@ python main.py --eval --vision_model ViT-L/14 --dataset_root DATA
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from clip_retrieval.data.dataset import UNSPLIT
-from clip_retrieval.device import choose_device, device_name
+from clip_retrieval.device import device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.evaluator import score
-from clip_retrieval.evaluation.protocols import check_protocols
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
+from clip_retrieval.reporting.html.write import REPORT, Evaluated, name_run, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.reporting.table import protocols_table, rerank_table, results_table
 from clip_retrieval.retrieval.rankings import save_rankings
-from clip_retrieval.run.ensemble import load_ensemble
+from clip_retrieval.run.evaluation import Evaluation
 from clip_retrieval.run.folder import evaluation_folder, make_folder
 from clip_retrieval.run.model import record_model_name
-from clip_retrieval.run.reranking import rerank
 from clip_retrieval.run.settings import settle_options
-from clip_retrieval.run.splits import count_trained, describe_prefix, log_samples, read_split
+from clip_retrieval.run.splits import log_samples
 
 
 def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -48,22 +43,9 @@ def evaluate(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
 
 def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[str, Any], processes: Processes) -> None:
     """The evaluation of one or of several processes, which share the work."""
-    # read the data, then load the model, which may be a download
-    device = choose_device(options.run.device)
-    dataset = read_split(options.data, options.evaluation.eval_split, device, processes)
-    if dataset is None:
-        raise UserError(
-            f"{options.data.name} in {options.data.place} has no "
-            f"{options.evaluation.eval_split} split; choose another --eval_split, or other data"
-        )
-    check_protocols(options.evaluation.protocols, dataset)
-    others = [Checkpoint.load_if_ours(Path(path)) for path in options.evaluation.ensemble or ()]
-    sources = [(checkpoint, options.model.pretrained), *((other, None) for other in others)]
-    trained_on = max(count_trained(dataset, options.data.fractions, *source) for source in sources)
-    if trained_on and dataset.split != UNSPLIT:
-        dataset = replace(dataset, split="train")  # held out here, but not in training
-    ensemble = load_ensemble(options, checkpoint, device, processes)
-    built = ensemble.members[0].built
+    # read the data, then load the models
+    evaluation = Evaluation.prepare(options, checkpoint, processes)
+    dataset, built = evaluation.dataset, evaluation.ensemble.members[0].built
     options = record_model_name(options, built)
     log_samples(dataset)
 
@@ -79,26 +61,25 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     if processes.is_main:
         make_folder(folder)
         log_to_file(folder)
+        device = evaluation.ensemble.device
         write_options(folder, options, f"{device} ({device_name(device)})")
 
     # encode and score
-    encoded = ensemble.encode(dataset)
-    block, ranks = score(encoded, dataset, options.evaluation, processes, full=True)
-    if options.evaluation.rerank:
-        block["rerank"] = rerank(ensemble, encoded, dataset)
+    scores = evaluation.score()
 
     # write the results
+    results = scores.results
     if processes.is_main:
-        settings = {"decoder": options.data.decoder} | describe_prefix(options.data)
-        results = {"model": ensemble.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
-        results |= {"images_trained_on": trained_on} if trained_on else {}
         write_results(folder, results)
-        write_ranks(folder / RANKS, dataset, *ranks)
+        write_ranks(folder / RANKS, dataset, *scores.ranks)
     if k := options.evaluation.save_rankings:
-        save_rankings(folder, encoded.images, encoded.captions, dataset, k, processes)
-    log.info(results_table({dataset.split: block}))
-    if "protocols" in block:
-        log.info(protocols_table(block["protocols"]))
-    if options.evaluation.rerank:
-        log.info(f"re-ranked, which needs more than the query and the items:\n{rerank_table(block['rerank'])}")
+        save_rankings(folder, scores.encoded.images, scores.encoded.captions, dataset, k, processes)
+    log.info(results_table({dataset.split: results}))
+    if "protocols" in results:
+        log.info(protocols_table(results["protocols"]))
+    if "rerank" in results:
+        log.info(f"re-ranked, which needs more than the query and the items:\n{rerank_table(results['rerank'])}")
     log.info(f"wrote {folder / 'results.json'}")
+    if options.run.report and processes.is_main:
+        name = name_run(checkpoint.path if checkpoint else None, built.name)
+        write_report(folder / REPORT, Evaluated(name, dataset, scores.encoded, scores.ranks, results))

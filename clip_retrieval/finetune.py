@@ -20,6 +20,7 @@ from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
+from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch, clock
@@ -218,8 +219,8 @@ def finish(run: Run) -> None:
         log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
 
     # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
-    val = progress.best["block"] if progress.best else None
-    test, final = None, run.test or run.val
+    val, final = progress.best["block"] if progress.best else None, run.test or run.val
+    encoded = test = ranks = None
     if final is not None:
         encoded, block, ranks = score_split(run, final, full=True)
         if final is run.test:
@@ -243,10 +244,11 @@ def finish(run: Run) -> None:
         "steps": progress.step,
         "seconds": results.get("seconds", {}) | {"training": progress.seconds},
     }
+    results |= {name: block for name, block in blocks.items() if block}
     if run.lock is not None:
         run.lock.check()
-        write_results(run.folder, results | {name: block for name, block in blocks.items() if block})
-        if final is not None:
+        write_results(run.folder, results)
+        if final and ranks:
             write_ranks(run.folder / RANKS, final.dataset, *ranks)
 
     # print the table
@@ -258,6 +260,11 @@ def finish(run: Run) -> None:
         log.info(protocols_table(results["protocols"]))
     files = [run.folder / name for name in ("results.json", "best.pt", "last.pt")]
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
+
+    # write the report
+    if run.options.run.report and run.processes.is_main and final and encoded and ranks:
+        name, metrics = run.folder.resolve().name, run.folder / "metrics.jsonl"
+        write_report(run.folder / REPORT, Evaluated(name, final.dataset, encoded, ranks, results, metrics))
 
 
 def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> None:

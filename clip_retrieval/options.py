@@ -528,6 +528,11 @@ class RunOptions:
         "tensorboard",
         "trackers that receive the metrics, separated by commas: tensorboard, wandb, trackio (if installed), or none",
     )
+    report: bool = option(
+        False,
+        "also write report.html at the end: metrics, figures, and the retrieved images and captions to look at",
+        from_checkpoint=False,
+    )
     device: str | None = option(None, "device: cuda, cuda:1, mps or cpu", auto=True, from_checkpoint=False)
 
 

@@ -1,4 +1,4 @@
-"""An installed package has all modules, and the model configs and split lists that come with the project."""
+"""An installed package has all modules, and the model configs, split lists and templates of the project."""
 
 import subprocess
 import sys
@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+
+SUFFIXES = (".py", ".csv", ".json", ".yaml", ".html", ".css", ".js", ".svg", ".mplstyle")
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,7 @@ def built(tmp_path_factory):
 
 def test_all_modules_and_data_files_are_installed(built):
     package = ROOT / "clip_retrieval"
-    suffixes = (".py", ".csv", ".json", ".yaml", ".html", ".css", ".js", ".svg")
-    expected = {path.relative_to(package) for path in package.rglob("*") if path.suffix in suffixes}
+    expected = {path.relative_to(package) for path in package.rglob("*") if path.suffix in SUFFIXES}
     found = {path.relative_to(built / "clip_retrieval") for path in built.rglob("*.*")}
     lists = {path.name for path in (ROOT / "datasets" / "annotations").iterdir() if path.suffix in (".npy", ".txt")}
     assert expected <= found and len(lists) == 10

@@ -1,0 +1,147 @@
+"""Render a report: one HTML page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_retrieval.data.dataset import Images
+from clip_retrieval.reporting.html.collect import Facts
+from clip_retrieval.reporting.html.plots import DIRECTIONS, Plot
+from clip_retrieval.reporting.html.thumbnails import Thumbnails
+
+TEMPLATES = Path(__file__).with_name("templates")
+BOTH = ("mean_recall", "rsum")
+GROUPS = {
+    "won": "won",
+    "lost": "lost",
+    "worst": "worst",
+    "best": "best",
+    "random": "random sample",
+    "judged": "right by ECCV Caption",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The content of a report.
+
+    Attributes:
+        title, subtitle: the heading.
+        about: (name, value) lines about the model, the data and the report.
+        warnings: sentences that the reader must not miss.
+        blocks: the blocks of results.json to list, by label.
+        names: the names of this run and of the other one.
+        facts: the retrieved items.
+        plots, training: the figures.
+        images: the images that the facts refer to.
+    """
+
+    title: str
+    subtitle: str
+    about: Sequence[tuple[str, str]]
+    warnings: Sequence[str]
+    blocks: Mapping[str, dict[str, Any]]
+    names: tuple[str, str]
+    facts: Facts
+    plots: Sequence[Plot]
+    training: Sequence[Plot]
+    images: Images
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric, and the bounds of its interval if there is one."""
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+
+
+def render(page: Page) -> str:
+    """Render the page. Every text is escaped, and the page may load and run only what is in it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    columns, rows = tabulate(page.blocks)
+    return environment.get_template("report.html").render(
+        page=page,
+        facts=page.facts,
+        directions=DIRECTIONS,
+        groups={name: label for name, label in GROUPS.items() if any(name in q.groups for q in page.facts.queries)},
+        columns=columns,
+        rows=rows,
+        has_intervals=any(cell.interval for _, _, cells in rows for cell in cells),
+        embed=Thumbnails(page.images).embed,
+        format_rank=format_rank,
+        style=Markup(style),
+        script=Markup(script),
+        policy="; ".join(
+            (
+                "default-src 'none'",
+                "img-src data:",
+                f"style-src '{_hash(style)}'",
+                f"script-src '{_hash(script)}'",
+                "base-uri 'none'",
+                "form-action 'none'",
+            )
+        ),
+    )
+
+
+def _hash(content: str) -> str:
+    """The source expression of an inline style sheet or script in a Content-Security-Policy."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def tabulate(blocks: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
+    """The columns and the (label, direction, cells) rows of the table of metrics.
+
+    Columns are the metrics of the first block. rsum and mean recall, which belong to both directions, are on a block's
+    first row.
+    """
+    directions = {label: {d: block.get(d) for d in DIRECTIONS} for label, block in blocks.items()}
+    first = next(iter(directions.values()))["i2t"]
+    columns = [name for name, value in (first or {}).items() if _is_number(value)]
+    rows = []
+    for label, block in blocks.items():
+        intervals = block.get("intervals")
+        for direction in DIRECTIONS:
+            metrics, bounds = directions[label][direction], _get(intervals, direction)
+            cells = [_make_cell(_get(metrics, name), _get(bounds, name)) for name in columns]
+            is_first = direction == "i2t"
+            cells += [_make_cell(block.get(n) if is_first else None, _get(intervals, n)) for n in BOTH]
+            rows.append((label, direction, cells))
+    return [*columns, "mean recall", "rsum"], rows
+
+
+def _make_cell(value: Any, bounds: Any) -> Cell:
+    """The cell of values from a results.json, which may hold anything."""
+    if not _is_number(value):
+        return Cell(None)
+    is_interval = isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(_is_number, bounds))
+    return Cell(value, (bounds[0], bounds[1]) if is_interval else None)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _get(mapping: Any, name: str) -> Any:
+    return mapping.get(name) if isinstance(mapping, dict) else None
+
+
+def format_rank(rank: float) -> str:
+    """`1`, or `12.5` for the expectation over a random order of tied items."""
+    return f"{rank:,.0f}" if rank == int(rank) else f"{rank:,.1f}"
