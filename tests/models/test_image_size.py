@@ -183,7 +183,7 @@ def test_random_positions_of_another_size_are_not_interpolated(saved):
         ("eva_giant_patch14_224", 225, "must be a multiple of 14 for .*; give 224 or 238"),
         ("swin_base_patch4_window7_224", 225, "must be a multiple of 4 for .*; give 224 or 228"),
         ("vitamin_small_224", 225, "must be a multiple of 16 for .*; give 224 or 240"),
-        ("convnext_tiny", 8, "does not fit .*; give another size"),
+        ("convnext_tiny", 31, "must be at least 32 for .*; give a larger one"),
         ("swin_base_patch4_window7_224", 2048, r"does not fit .*\(more than 8,192 patches\); give another size"),
         ("vit", 1024, "vision_cfg divides an image into more than 8,192 patches; give another size"),
     ],
