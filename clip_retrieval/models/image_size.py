@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -37,11 +36,18 @@ def format_size(size: ImageSize) -> str:
 def check_image_size(visual: ClipModule, size: ImageSize, name: str) -> None:
     """Raise UserError, with the nearest sizes, unless both sides are multiples of the tower's patch size.
 
-    timm's own size passes: SigLIP's 384 is no multiple of 14.
+    timm's own size passes: SigLIP's 384 is no multiple of 14. A CNN of timm needs a pixel of its last feature map.
     """
     sides, units = height_and_width(size), patch_size(visual)
-    if isinstance(visual, TimmModel) and sides == _present_size(visual):
-        return
+    if isinstance(visual, TimmModel):
+        if sides == _present_size(visual):
+            return
+        stages = getattr(visual.trunk, "feature_info", None)
+        smallest = stages[-1]["reduction"] if stages and units == (1, 1) else 1
+        if min(sides) < smallest:
+            raise UserError(
+                f"--image_size {format_size(size)}: must be at least {smallest} for {name}; give a larger one"
+            )
     if all(side % unit == 0 for side, unit in zip(sides, units)):
         return
     smaller = [max(side // unit, 1) * unit for side, unit in zip(sides, units)]
@@ -53,8 +59,8 @@ def check_image_size(visual: ClipModule, size: ImageSize, name: str) -> None:
 
 
 def patch_size(visual: ClipModule) -> tuple[int, int]:
-    """Return the pixels (height, width) of a patch; (1, 1) for a tower that takes any size."""
-    if isinstance(visual, ModifiedResNet):
+    """Return the pixels (height, width) of a patch, or of a cell that a ResNet pools; (1, 1) for other CNNs."""
+    if hasattr(visual, "attnpool"):
         return RESNET_STRIDE, RESNET_STRIDE
     if isinstance(visual, TimmModel):
         # for ViTamin's patches, which a CNN makes, `patch_size` counts the pixels of the CNN's output
