@@ -12,8 +12,7 @@ from clip_retrieval.data.captions import tokenize
 from clip_retrieval.models.pooled import pools_one_image_token, pools_the_end_token
 from clip_retrieval.models.projection import text_part
 from clip_retrieval.models.towers import RetrievalModel
-from tests.models.small import TEXT, VIT, small_clip, small_preprocess
-from tests.models.test_towers import captions
+from tests.models.small import TEXT, VIT, small_clip, small_preprocess, token_ids
 
 LENGTHS = torch.tensor([4, 16, 3, 9, 2])
 SHAPES = {
@@ -34,7 +33,7 @@ def model_of(shape):
 def inputs():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    return images, captions(LENGTHS.tolist())
+    return images, token_ids(LENGTHS.tolist())
 
 
 def outcome(model, features):

@@ -17,8 +17,7 @@ from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.trainer import Trainer
 from tests.conftest import ROOT, read_json
-from tests.models.small import TEXT, small_clip, small_preprocess
-from tests.models.test_towers import captions, towers
+from tests.models.small import TEXT, small_clip, small_preprocess, small_towers, token_ids
 
 CPU = torch.device("cpu")
 FAMILIES = ["vit", "custom text", "resnet", "timm", "timm swin", "hugging face", "simple-clip", "coca", "siglip text"]
@@ -37,7 +36,7 @@ def build(family):
     if family == "siglip text":
         text = TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
         return small_clip(custom_text=True, text_cfg=text), 16
-    return towers(family)
+    return small_towers(family)
 
 
 def take_step(family, loss, **options):
@@ -53,7 +52,7 @@ def take_step(family, loss, **options):
     images = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8)
     lengths = 4 + torch.arange(pairs) % 12
     positives = (torch.arange(pairs)[:, None] // 8 == torch.arange(pairs) // 8).nonzero()
-    result = trainer.step(TrainBatch(images, captions(lengths.tolist()), positives, lengths), 1, 1e-3)
+    result = trainer.step(TrainBatch(images, token_ids(lengths.tolist()), positives, lengths), 1, 1e-3)
     return {"loss": result.loss, **{name: value.clone() for name, value in model.weights().items()}}
 
 

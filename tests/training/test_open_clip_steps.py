@@ -14,8 +14,7 @@ from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.optimizer import parameter_groups
 from clip_retrieval.training.schedule import learning_rate
 from clip_retrieval.training.trainer import Trainer
-from tests.models.small import TEXT, small_clip, small_config, small_preprocess
-from tests.models.test_towers import captions
+from tests.models.small import TEXT, small_clip, small_config, small_preprocess, token_ids
 
 STEPS, WARMUP, PAIRS = 10, 3, 8
 OPTIONS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
@@ -33,7 +32,7 @@ def make_batches():
     for step in range(STEPS):
         images = torch.randint(0, 256, (PAIRS, 3, 16, 16), dtype=torch.uint8, generator=generator)
         lengths = 3 + (torch.arange(PAIRS) + step) % 10
-        yield images, captions(lengths.tolist()), lengths
+        yield images, token_ids(lengths.tolist()), lengths
 
 
 def train_as_open_clip(clip):
