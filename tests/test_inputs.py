@@ -69,6 +69,8 @@ def inputs(tmp_path, captioned):
         "predictions.jsonl": ["evaluate_predictions", "gold_texts.jsonl", "X", "out.json"],
         "x_texts.jsonl": ["transform_ir_annotation_to_tr", "--input", "X"],
         "results.json": ["results_table", "X"],
+        "ranks.npz": ["compare", "X", "X"],
+        "run.json": ["convert_results", "X", "--format", "clip_benchmark"],
         "names.txt": [*classify, "--class_names", "X"],
         "names.json": [*classify, "--class_names", "X"],
         "templates.txt": [*classify, "--templates", "X"],

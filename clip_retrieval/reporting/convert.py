@@ -33,7 +33,7 @@ def convert_results(
         raise UserError("results.json has no recalls, because the data had neither a val nor a test split")
     dataset, split, model = (str(results.get(name, "")) for name in ("dataset", "split", "model"))
     values = {
-        f"{task}_{name.replace('R@', 'recall@')}": results[direction][name]
+        f"{task}_{name.replace('R@', 'recall@')}": round(results[direction][name], 6)
         for direction, task in TASKS.items()
         for name in RECALLS
     }

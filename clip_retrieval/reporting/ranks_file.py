@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it loads torch
     from clip_retrieval.evaluation.ranks import Ranks
 
 RANKS = "ranks.npz"
+LARGEST = 2**53  # float64 has every whole number up to here
 COUNTS = ("above", "tied", "positives", "queries")
 KINDS = {f"{direction}_{name}": "i" for direction in ("i2t", "t2i") for name in COUNTS}
 KINDS |= {"i2t_ids": "U", "t2i_ids": "U", "t2i_images": "i"}
@@ -63,7 +64,8 @@ def read_ranks(path: Path) -> RankedQueries:
         own = {name: array for name, array in arrays.items() if name.startswith(direction)}
         ids, size = own.pop(f"{direction}_ids"), len(own[f"{direction}_above"])
         sizes_differ = size == 0 or any(len(array) != size for array in (ids, *own.values()))
-        if sizes_differ or any(array.min() < (name == f"{direction}_positives") for name, array in own.items()):
+        least = {name: int(name == f"{direction}_positives") for name in own}
+        if sizes_differ or any(array.min() < least[name] or array.max() > LARGEST for name, array in own.items()):
             raise UserError(f"{path}: its {direction} arrays do not belong together; write it again with --eval")
     return RankedQueries(
         {direction: arrays[f"{direction}_ids"] for direction in ("i2t", "t2i")},

@@ -51,7 +51,8 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
 
 def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
     """A table of the protocols of a split, in percent, for the log: a line for each direction."""
-    columns = ("R@1", "R@5", "R@10", "R-P", "mAP@R")
+    found = {name for block in protocols.values() for name in block["i2t"]}
+    columns = [name for name in ("R@1", "R@5", "R@10", "R-P", "mAP@R") if name in found]
     lines = ["  ".join(("protocol".ljust(10), "   ", *(name.rjust(6) for name in columns)))]
     lines.append("-" * len(lines[0]))
     for name, block in protocols.items():

@@ -52,6 +52,7 @@ def without(arrays, name):
         "an array is missing": (lambda a: without(a, "t2i_above"), "t2i_above"),
         "sizes differ": (lambda a: a | {"i2t_tied": a["i2t_tied"][1:]}, "i2t arrays"),
         "ranks below 0": (lambda a: a | {"i2t_above": a["i2t_above"] - 9}, "i2t arrays"),
+        "ranks beyond float64": (lambda a: a | {"i2t_tied": a["i2t_tied"] + 2**62}, "i2t arrays"),
         "no positives": (lambda a: a | {"t2i_positives": 0 * a["t2i_positives"]}, "t2i arrays"),
         "no queries": (lambda a: {key: value[:0] for key, value in a.items()}, "i2t arrays"),
         "floats": (lambda a: a | {"i2t_above": a["i2t_above"] + 0.5}, "i2t_above"),

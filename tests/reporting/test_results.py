@@ -6,7 +6,7 @@ import pytest
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import write_json
 from clip_retrieval.reporting.results import read_results, read_runs
-from clip_retrieval.reporting.table import markdown_table, results_table, sort_rows
+from clip_retrieval.reporting.table import markdown_table, protocols_table, results_table, sort_rows
 
 
 def block(value):
@@ -41,6 +41,16 @@ def test_intervals_are_half_widths_below_the_figures():
     lines = results_table({"before": block(1.0), "test": wide}).splitlines()
     assert [line.split() for line in lines[5:7]] == [["±", "1.25", "1.00", "6.00"], ["t2i", *lines[6].split()[1:]]]
     assert lines[7].split() == ["±", "1.25"] and "95%" in lines[8]
+
+
+def test_protocols_are_one_table_of_the_metrics_that_exist():
+    blocks = {name: {"R@1": 60.0, "R@5": 80.0, "R@10": 90.0, "MedR": 1.0} for name in ("i2t", "t2i")}
+    protocols = {"coco_1k": blocks, "map_at_r": {name: {"R-P": 33.333, "mAP@R": 100.0} for name in ("i2t", "t2i")}}
+    lines = protocols_table(protocols).splitlines()
+    assert lines[0].split() == ["protocol", "R@1", "R@5", "R@10", "R-P", "mAP@R"] and max(map(len, lines)) <= 80
+    assert lines[2].split() == ["coco_1k", "i2t", "60.00", "80.00", "90.00"]
+    assert lines[5].split() == ["t2i", "33.33", "100.00"] and len(lines[5]) == len(lines[0])
+    assert "R@1" not in protocols_table({"map_at_r": protocols["map_at_r"]})
 
 
 def write_run(folder, results, **options):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,15 @@ def _features(name: str, content: bytes) -> Case:
     return Case(f"features: {name}", make, script=FEATURES, words=("image.npy",))
 
 
+def _ranks(name: str, content: bytes) -> Case:
+    def make(folder: Path) -> list[object]:
+        with zipfile.ZipFile(folder / "ranks.npz", "w") as file:
+            file.writestr("i2t_above.npy", content)
+        return [folder / "ranks.npz", folder / "ranks.npz"]
+
+    return Case(f"ranks: {name}", make, script="scripts/compare.py", words=("ranks.npz",))
+
+
 def _predictions(name: str, gold: str, predictions: str, bad: str) -> Case:
     def make(folder: Path) -> list[object]:
         for file, text in (("gold.jsonl", gold), ("predictions.jsonl", predictions)):
@@ -244,6 +254,7 @@ CHINESE = (
 ARRAYS = (
     *(_ids(name, content) for name, content in NPY_FILES.items()),
     *(_features(name, content) for name, content in NPY_FILES.items()),
+    *(_ranks(name, content) for name, content in NPY_FILES.items()),
 )
 LINES = (
     _predictions(

@@ -116,6 +116,21 @@ def _read_results(path: Path) -> None:
     markdown_table(read_runs([path]))
 
 
+def _make_ranks(folder: Path) -> list[Path]:
+    from clip_retrieval.reporting.ranks_file import KINDS
+
+    counts = {"above": [0, 2, 5], "tied": [0, 1, 0], "positives": [1, 2, 1], "queries": [0, 1, 3]}
+    counts |= {"ids": ["a.jpg", "b.jpg", "c.jpg"], "images": [0, 0, 3]}
+    np.savez(folder / "ranks.npz", **{name: np.array(counts[name.split("_")[1]]) for name in KINDS})
+    return [folder / "ranks.npz"]
+
+
+def _read_ranks(path: Path) -> None:
+    from clip_retrieval.reporting.compare import compare, comparison_table
+
+    comparison_table(compare(path, path, queries=3))
+
+
 def _make_config(folder: Path) -> list[Path]:
     (folder / "run.yaml").write_text(
         "vision_model: ViT-B/16\nbatch-size: 64\nlr: 1e-4\nrecall_k: [1, 5, 10]\nfreeze_text: yes\n"
@@ -147,6 +162,7 @@ RESULTS = (
     Reader("predictions", _make_prediction_file, _read_predictions, tokens.JSON, (change_json,)),
     Reader("gold", _make_gold, _read_predictions, tokens.JSON, (change_json,)),
     Reader("results.json", _make_results, _read_results, tokens.JSON, (change_json,)),
+    Reader("ranks.npz", _make_ranks, _read_ranks, tokens.NPY),
     Reader("config yaml", _make_config, _read_config, tokens.YAML),
     Reader("options.json", _make_options, _read_config, tokens.JSON, (change_json,)),
 )
