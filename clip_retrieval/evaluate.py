@@ -88,5 +88,5 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         write_results(folder, results)
     log.info(results_table({dataset.split: block}))
     if options.evaluation.rerank:
-        log.info(f"results of --rerank, apart from plain recall:\n{rerank_table(block['rerank'])}")
+        log.info(f"re-ranked, which needs more than the query and the items:\n{rerank_table(block['rerank'])}")
     log.info(f"wrote {folder / 'results.json'}")

@@ -37,7 +37,7 @@ def test_rerank_chooses_parameters_on_val_and_leaves_recall_alone(run, trained, 
     assert code == 0, err
     results = read_json(trained.parent / "eval_csv_test/results.json")
     assert [results[d] for d in ("i2t", "t2i")] == [plain[d] for d in ("i2t", "t2i")] and "rerank" not in plain
-    assert max(map(len, out[out.index("results of --rerank") : out.index("wrote")].splitlines())) <= 80
+    assert max(map(len, out[out.index("re-ranked") : out.index("wrote")].splitlines())) <= 80
     test, val = (read_dataset("csv", captioned, split) for split in ("test", "val"))
     for name, method in METHODS.items():
         block = results["rerank"][name]
