@@ -37,11 +37,13 @@ def encode_images(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Encode all images. Returns float32 (images, dim) on `device`.
+    """Encode all images. Returns float32 (images, dim) on `device`; (0, 0) without images.
 
     encode: maps uint8 (n, 3, height, width) to features (n, dim).
     processes: each encodes every world_size-th batch; all get all features.
     """
+    if len(pixels) == 0:
+        return torch.empty(0, 0, device=device)
     batches = torch.arange(len(pixels)).split(batch_size or IMAGE_BATCH_SIZE[device.type])
     own = batches[processes.rank :: processes.world_size]
     loaded = image_batches(

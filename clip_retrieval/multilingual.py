@@ -15,7 +15,7 @@ from clip_retrieval.data.multilingual import MultilingualData, read_multilingual
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.log import log
-from clip_retrieval.reporting.table import RECALLS
+from clip_retrieval.reporting.table import RECALL_HEADS, align, recall_cells
 from clip_retrieval.run.ensemble import Ensemble
 from clip_retrieval.run.tool import run_tool
 
@@ -65,12 +65,8 @@ def _score(ensemble: Ensemble, data: MultilingualData) -> tuple[dict[str, Any], 
 
 def _table(blocks: dict[str, Any]) -> str:
     """A line for each language, and their mean; recall in percent."""
-    head = ["language", "captions", "i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "mean"]
-    widths = (9, 10, 9, 8, 8, 9, 8, 8, 8)
-    rows = [head]
+    rows = [["language", "captions", *RECALL_HEADS, "mean"]]
     for language, block in blocks.items():
-        recalls = [f"{block[direction][name]:.2f}" for direction in ("i2t", "t2i") for name in RECALLS]
         number = f"{block['captions']:,}" if "captions" in block else ""
-        rows.append([language, number, *recalls, f"{block['mean_recall']:.2f}"])
-    lines = ["".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        rows.append([language, number, *recall_cells(block), f"{block['mean_recall']:.2f}"])
+    return align(rows)

@@ -22,6 +22,7 @@ from clip_retrieval.evaluation.pair_scores import (
     summarize,
 )
 from clip_retrieval.log import log
+from clip_retrieval.reporting.table import align
 from clip_retrieval.run.ensemble import Ensemble
 from clip_retrieval.run.tool import run_tool
 
@@ -104,11 +105,8 @@ def _table(results: dict[str, Any], columns: tuple[str, ...]) -> str:
     if "mean" in results:
         rows["mean"] = {"accuracy": results["mean"]}
     shown = [column for column in columns if any(column in row for row in rows.values())]
-    width = max(map(len, shown)) + 2
-    lines = [
-        f"{results['task']:26}" + "".join(column.replace("_", " ").rjust(width) for column in shown) + "  examples"
-    ]
+    lines = [[results["task"], *(column.replace("_", " ") for column in shown), "examples"]]
     for name, row in rows.items():
         cells = [f"{row[column]:.2f}" if column in row else "" for column in shown]
-        lines.append(f"{name:26.26}" + "".join(cell.rjust(width) for cell in cells) + f"{row.get('examples', ''):>10}")
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        lines.append([name, *cells, str(row.get("examples", ""))])
+    return align(lines)

@@ -65,21 +65,31 @@ def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
 RECALLS = ("R@1", "R@5", "R@10")
 
 
-def rerank_table(blocks: dict[str, dict[str, Any]]) -> str:
-    """A table of the recalls of re-ranked scores, in percent, and below it the data and the parameter of each method.
+def align(rows: list[list[str]]) -> str:
+    """A table for the log: a rule below the first row, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
-    A method that changes one direction has no values for the other one.
-    """
-    lines = [f"{'':16}{'i2t R@1':>9}{'R@5':>8}{'R@10':>8}{'t2i R@1':>9}{'R@5':>8}{'R@10':>8}{'rsum':>9}"]
-    lines.append("-" * len(lines[0]))
-    notes = []
+
+def recall_cells(block: dict[str, Any]) -> list[str]:
+    """The six recalls of a block, rounded; empty for a direction that it lacks."""
+    return [f"{block[d][r]:.2f}" if d in block else "" for d in ("i2t", "t2i") for r in RECALLS]
+
+
+RECALL_HEADS = ["i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10"]
+
+
+def rerank_table(blocks: dict[str, dict[str, Any]]) -> str:
+    """A table of the recalls of re-ranked scores, in percent; below it the data and the parameter of each method."""
+    rows, notes = [["re-ranked", *RECALL_HEADS, "rsum"]], []
     for name, block in blocks.items():
-        cells = [block[d][r] if d in block else None for d in ("i2t", "t2i") for r in RECALLS] + [block.get("rsum")]
-        texts = ["" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append(f"{name:16}" + "".join(text.rjust(width) for text, width in zip(texts, (9, 8, 8, 9, 8, 8, 9))))
+        rows.append([name, *recall_cells(block), f"{block['rsum']:.2f}" if "rsum" in block else ""])
         parameter = next(key for key in ("temperature", "k", "share") if key in block)
         notes.append(f"{name} uses {block['uses']}; {parameter} {block[parameter]:.3g} ({block['chosen_on']})")
-    return "\n".join([*lines, *notes])
+    return "\n".join([align(rows), *notes])
 
 
 COLUMNS = (

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.device import disable_tf32
 from clip_retrieval.distributed import Processes
-from clip_retrieval.encode import encode_captions, encoding_model
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import SplitFeatures, encode_split
 from clip_retrieval.models.build import BuiltModel
@@ -79,25 +76,6 @@ class Ensemble:
         images, captions = ([getattr(part, side) for part in parts] for side in ("images", "captions"))
         mode = options.evaluation.ensemble_mode
         return SplitFeatures(combine(images, mode), combine(captions, mode), seconds)
-
-    def encode_texts(self, captions: list[str]) -> Tensor:
-        """Encode captions without images, (captions, dim), as `encode` encodes them."""
-        options, parts = self.options, []
-        for member in self.members:
-            encoder = encoding_model(member.model, options.evaluation.eval_precision)
-            tokens = tokenize(captions, member.tokenizer, options.data.caption_prefix)
-            with disable_tf32():
-                features = encode_captions(
-                    encoder.encode_text,
-                    captions,
-                    tokens,
-                    trim=encoder.trims_text,
-                    batch_size=options.evaluation.eval_batch_size,
-                    device=self.device,
-                    processes=self.processes,
-                )
-            parts.append(features)
-        return combine(parts, options.evaluation.ensemble_mode)
 
     def describe(self) -> dict[str, Any]:
         """The entry of an ensemble in results.json; empty for a single model."""

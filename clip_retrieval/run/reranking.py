@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clip_retrieval.data.catalog import is_streamed, read_dataset
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
+from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.evaluator import SplitFeatures
@@ -38,8 +39,8 @@ def rerank(ensemble: Ensemble, encoded: SplitFeatures, dataset: RetrievalDataset
     bank = None
     if any(METHODS[name].needs_bank for name in names):
         captions = read_bank(options.data, options.evaluation.rerank_bank, options.train.seed)
-        log.info(f"qb_norm: a bank of {len(captions):,} training captions")
-        bank = ensemble.encode_texts(captions)
+        no_images, no_pairs = ImageArray(np.empty((0, 1, 1, 3), np.uint8), "bank"), np.empty((0, 2), np.int64)
+        bank = ensemble.encode(RetrievalDataset("qb_norm's bank", "train", no_images, captions, no_pairs)).captions
     val = None
     if dataset.split == "test":
         val = read_split(options.data, "val", ensemble.device, ensemble.processes, require_pairs=False)

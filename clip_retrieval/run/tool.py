@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.distributed import process_group
 from clip_retrieval.log import log, log_to_file, start_log
@@ -19,27 +18,17 @@ from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import describe_prefix
 
 
-class HasDataset(Protocol):
-    """Data with images and captions; the name of their data set is that of the task."""
-
-    @property
-    def dataset(self) -> RetrievalDataset: ...
-
-
-Data = TypeVar("Data", bound=HasDataset)
-
-
 def run_tool(
     typed: dict[str, Any],
-    read: Callable[[], Data],
-    score: Callable[[Ensemble, Data], tuple[dict[str, Any], str]],
+    read: Callable[[], Any],
+    score: Callable[[Ensemble, Any], tuple[dict[str, Any], str]],
     output: Path | None = None,
 ) -> None:
     """Score the models of the options, log a table, and write results.json.
 
     Args:
         typed: options of the command line about the model and its evaluation.
-        read: reads the data. It runs first, because a model may be a download.
+        read: reads the data, with a `dataset` that names the folder. It runs first: a model may be a download.
         score: returns the content of results.json and the table.
         output: folder of the results (default: named after the data, beside the checkpoint or in --checkpoint_path).
     """
