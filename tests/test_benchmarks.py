@@ -73,3 +73,12 @@ def test_end_to_end(run_benchmark, real_data):
     assert header[3:] == ["pairs/s", "of the step alone", "data (%)", "first 20 steps (s)"]
     assert [row[2] for row in found] == list(rows)
     assert all(float(row[3].replace(",", "")) > 0 for row in found) and float(found[1][6]) > 1
+
+
+def test_html_report(run_benchmark, captioned, tmp_path):
+    for path in captioned.glob("*.jpg"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    header, _, *found = run_benchmark("html_report", tmp_path, "--size", 40, "--threads", 1)
+    assert header == ["runs", "images / captions", "seconds", "CPU seconds", "MB"]
+    assert [row[:2] for row in found] == [["1", "40 / 200"], ["2", "40 / 200"]]
+    assert all(0 < float(row[4]) < 10 for row in found)

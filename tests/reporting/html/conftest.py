@@ -16,10 +16,11 @@ HOSTILE_NAME = "a\"><img src=x onerror=alert(1)> 'b'.png"
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A data set of 24 small images with two captions each, one of them hostile, and one image with a hostile name."""
+    """A data set of 24 small images with two captions each, one of them hostile, and two hostile file names."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    paths = [str(folder / (HOSTILE_NAME if i == 3 else f"photo {i}.png")) for i in range(24)]
+    names = {3: HOSTILE_NAME, 4: "caf\udce9 \x1b[31m\n.png"}  # the second is not UTF-8
+    paths = [str(folder / names.get(i, f"photo {i}.png")) for i in range(24)]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
     captions = [f"a photo of the number {i // 2}, take {i % 2}" for i in range(48)]

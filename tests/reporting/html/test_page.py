@@ -68,7 +68,9 @@ def test_policy_allows_only_the_own_script_and_styles(photos, page):
 def test_hostile_texts_are_escaped(photos, page):
     run = make_run(photos, 0.8, name=HOSTILE, weights=HOSTILE)
     run = replace(run, results=run.results | {"before": run.results | {"i2t": HOSTILE}})
-    parsed = Page(page(run, replace(run, name="<b>other</b>")))
+    content = page(run, replace(run, name="<b>other</b>"))
+    assert "\x1b" not in content and r"caf\udce9 \x1b[31m" in content
+    parsed = Page(content)
     tags = [tag for tag, _ in parsed.elements]
     assert tags.count("script") == 1 and "b" not in tags
     assert all(attributes.keys() & {"id", "data-of"} for tag, attributes in parsed.elements if tag == "img")

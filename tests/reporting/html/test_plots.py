@@ -10,7 +10,7 @@ from clip_retrieval.reporting.html.write import read_metrics
 from tests.reporting.html.conftest import make_run
 
 
-def test_figures_are_labelled_svg_without_style_attributes_or_fixed_colours(photos):
+def test_figures_are_labelled_and_have_no_styles_or_fixed_colours(photos):
     plots = draw_plots(make_run(photos, 0.8).measure(), None, ("run", ""))
     assert [plot.title for plot in plots] == ["Recall over K", "Ranks", "Similarity"]
     for plot in plots:
