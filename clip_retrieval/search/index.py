@@ -11,10 +11,11 @@ A .jsonl file names its features and is renamed to its place after them: it is t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,8 @@ INDEX = "index.jsonl"
 VERSION = 1
 _FEATURES = re.compile(r"index-features-(\d{1,9})\.npy")
 _PART = re.compile(r"index-part-(\d{1,9})\.jsonl")
-_NAMES = ("name", "size", "mtime", "digest", "width", "height", "problem")
 _MODEL = {"source": dict, "name": str, "fingerprint": str, "dim": int}
-_CONTENT = {"size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
+_TYPES = {"name": str, "size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +129,17 @@ def read_table(path: Path) -> Table:
 
 
 def _parse_entry(record: dict[str, Any]) -> Entry:
-    name = record.get("name")
-    # An index may come with photographs from elsewhere: it must not name files outside their folder.
-    if not isinstance(name, str) or not name or "\0" in name or name[0] == "/" or ".." in PurePosixPath(name).parts:
-        raise ValueError("no valid name of a file")
-    content = {key: value for key in _CONTENT if (value := record.get(key)) is not None}
-    for key, value in content.items():
-        if type(value) is not _CONTENT[key]:
+    values = [record.get(key) for key in _TYPES]
+    for (key, kind), value in zip(_TYPES.items(), values):
+        if value is not None and type(value) is not kind:
             raise ValueError(f'"{key}" is invalid')
-    if "problem" not in content and min(content.get("width", 0), content.get("height", 0)) < 1:
+    name, _, _, _, width, height, problem = values
+    # An index may come with photographs from elsewhere: it must not name files outside their folder.
+    if not name or "\0" in name or os.path.isabs(name) or ".." in name.replace(os.sep, "/").split("/"):  # noqa: PTH117
+        raise ValueError("no valid name of a file")
+    if problem is None and min(width or 0, height or 0) < 1:
         raise ValueError("no width and height")
-    return Entry(**{"name": name, "size": -1, "mtime": None, "digest": None, **content})
+    return Entry(*values)  # type: ignore[arg-type]
 
 
 def write_table(
@@ -161,7 +161,7 @@ def write_table(
         head = {"version": VERSION, "model": model, "features": features_path.name}
         file.write(to_json(head) + b"\n")
         for entry in entries:
-            record = {name: value for name in _NAMES if (value := getattr(entry, name)) is not None}
+            record = {name: value for name in _TYPES if (value := getattr(entry, name)) is not None}
             file.write(to_json(record) + b"\n")
 
 

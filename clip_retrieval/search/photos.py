@@ -43,7 +43,7 @@ class _Fetch:
         try:
             content = read_encoded(path)
             known = digest(content)
-            image = decode_rgb(io.BytesIO(content), path, prepare_photo)
+            image = decode_rgb(io.BytesIO(content), name, prepare_photo)
         except UserError as error:
             return None, Entry(name, self.sizes[name], None, known, problem=str(error))
         return self._transform(image), Entry(name, self.sizes[name], None, known, image.width, image.height)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.photographs import prepare_photo
-from clip_retrieval.errors import UserError, one_line
+from clip_retrieval.errors import UserError, printable
 from clip_retrieval.evaluation.scores import rounding_bound
 from clip_retrieval.files import to_json
 from clip_retrieval.log import log, start_log
@@ -172,7 +172,8 @@ def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Reques
     found = [(score, gallery.entries[row]) for row, score in zip(rows.tolist(), scores.tolist())]
     if not request.json:
         for score, entry in found:
-            print(f"{score:7.4f}  {one_line(str(photos / entry.name), 4096)}")
+            shown = printable(str(photos / entry.name)).replace("\n", "\\n")
+            print(f"{score:7.4f}  {shown}")
         return
     results = [
         {"score": score, "name": entry.name, "path": str((photos / entry.name).absolute())} for score, entry in found

@@ -23,7 +23,7 @@ except ImportError:
 
 HOST, PORT = "127.0.0.1", 8000
 THREADS = 4
-MAX_PIXELS = 100_000_000  # of an image, because anyone who reaches the page can send one
+MAX_PIXELS = 200_000_000  # of an image: anyone who reaches the page can send one
 LIMITS = {
     "max_request_body_size": MAX_BODY,
     "max_request_header_size": 2**14,

@@ -225,6 +225,7 @@ def test_strange_names_links_and_clutter(photos, index, script):
     code, out, err = script("search", "a", photos, "--json", "--top_k", 100)
     assert code == 0, err
     names = {result["name"] for result in json.loads(out)["results"]}
+    assert f"{photos!s}/caf\\udce9 \\udcff\\n" in script("search", "a", photos)[1]
     assert names >= {STRANGE, " a b /図.jpg", "trip/4.png"} and len(names) == 8
 
 
