@@ -82,6 +82,6 @@ class Evaluation:
             block["rerank"] = rerank(ensemble, encoded, self.dataset)
         built = ensemble.members[0].built
         settings = {"decoder": self.options.data.decoder} | describe_prefix(self.options.data)
-        results = {"model": built.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
+        results = {"model": ensemble.name, **settings, **block, "weights": built.weights, **ensemble.describe()}
         results |= {"images_trained_on": self.trained_on} if self.trained_on else {}
         return Scores(encoded, ranks, results)
