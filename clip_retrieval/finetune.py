@@ -209,7 +209,7 @@ def evaluate_val(run: Run, val: Split) -> None:
 
 
 def finish(run: Run) -> None:
-    """Load the best model, score it on the test split, and write results.json."""
+    """Load the best model, score it on the test split, and write results.json, and a report if asked for."""
     # load the best model
     progress, best = run.progress, run.folder / "best.pt"
     if progress.best is not None:
