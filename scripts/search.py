@@ -43,21 +43,27 @@ def make_parser(command: str) -> OptionParser:
     )
     add_arguments(parser, RunOptions, only=("resume", "device"))
     add_arguments(parser, DataOptions, only=("max_image_pixels",))
-    parser.add_argument("--index", type=Path, help=f"folder of the index (default: PHOTOS/{INDEX_FOLDER})")
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help=f"folder of the index (default: PHOTOS/{INDEX_FOLDER})"
+    )
     if command == "index":
         add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
         add_arguments(parser, DataOptions, only=("num_workers",))
         parser.add_argument("--overwrite", action="store_true", help="replace an index of another model")
     elif command == "query":
-        parser.add_argument("--image", dest="images", action="append", type=Path, help="search for this image, too")
+        parser.add_argument(
+            "--image", dest="images", action="append", type=Path, metavar="FILE", help="search for this image, too"
+        )
         parser.add_argument(
             "--not", dest="negative", action="append", metavar="TEXT", help="without this; may be repeated"
         )
-        parser.add_argument("--top_k", type=int, help="number of results (default: 10)")
+        parser.add_argument("--top_k", type=int, metavar="N", help="number of results (default: 10)")
         parser.add_argument("--json", action="store_true", help="print JSON")
     else:
-        parser.add_argument("--host", help="address to serve on (default: 127.0.0.1, this machine only)")
-        parser.add_argument("--port", type=int, help="port (default: 8000; 0: a free one)")
+        parser.add_argument(
+            "--host", metavar="ADDRESS", help="address to serve on (default: 127.0.0.1, this machine only)"
+        )
+        parser.add_argument("--port", type=int, metavar="N", help="port (default: 8000; 0: a free one)")
         parser.add_argument("--faiss", action="store_true", help="approximate search with FAISS, for a million images")
     return parser
 

@@ -85,7 +85,8 @@ def top_k(features: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, 
     k = min(k, len(features))
     if k == 0:
         return np.empty(0, np.int64), np.empty(0)
-    fast = features @ query
+    with np.errstate(all="ignore"):  # of features that are not finite
+        fast = features @ query
     if not np.isfinite(fast).all():
         raise UserError("the index holds features that are not finite; build it again with --overwrite")
     margin = 1.01 * rounding_bound(len(query))[0] * float(np.linalg.norm(query.astype(np.float64)))
