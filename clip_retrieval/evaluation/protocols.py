@@ -93,16 +93,10 @@ def read_positives(name: str, dataset: RetrievalDataset) -> dict[str, np.ndarray
     for the two captions of ECCV Caption that COCO's test split of 25,000 lacks. Raises UserError if eccv-caption is not
     installed, or the data set lacks other images or captions.
     """
-    if not (folder := _find_package()):
+    pairs = read_known_positives(name, dataset)
+    if pairs is None:
         raise UserError(f"--protocols {name}: needs the positives of eccv-caption; pip install eccv-caption")
-    images, texts = ({str(i): row for row, i in enumerate(ids or ())} for ids in (dataset.image_ids, dataset.text_ids))
-    by_image = read_json(folder / f"{name}_image_to_caption.json").items()
-    by_text = read_json(folder / f"{name}_caption_to_image.json").items()
-    pairs = {
-        "i2t": [(images.get(image, -1), texts.get(str(text), -1)) for image, found in by_image for text in found],
-        "t2i": [(images.get(str(image), -1), texts.get(text, -1)) for text, found in by_text for image in found],
-    }
-    if sum(-1 in pair for found in pairs.values() for pair in found) > 2:
+    if sum(np.count_nonzero(found.min(axis=1) < 0) for found in pairs.values()) > 2:
         raise UserError(
             f"--protocols {name}: {dataset.describe()}, lacks images or captions of COCO's test split; choose that "
             "one, or drop the protocol"
@@ -110,9 +104,23 @@ def read_positives(name: str, dataset: RetrievalDataset) -> dict[str, np.ndarray
     return {direction: np.unique(found, axis=0) for direction, found in pairs.items()}
 
 
-def _find_package() -> Path | None:
+def read_known_positives(name: str, dataset: RetrievalDataset) -> dict[str, np.ndarray] | None:
+    """Read positives as `read_positives` does, with -1 for any image or caption that the data set lacks.
+
+    None if eccv-caption is not installed. Its files are read without importing it, which takes seconds.
+    """
     spec = importlib.util.find_spec("eccv_caption")
-    return Path(spec.submodule_search_locations[0], "data") if spec and spec.submodule_search_locations else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0], "data")
+    images, texts = ({str(i): row for row, i in enumerate(ids or ())} for ids in (dataset.image_ids, dataset.text_ids))
+    by_image = read_json(folder / f"{name}_image_to_caption.json").items()
+    by_text = read_json(folder / f"{name}_caption_to_image.json").items()
+    pairs = {
+        "i2t": [(images.get(image, -1), texts.get(str(text), -1)) for image, found in by_image for text in found],
+        "t2i": [(images.get(str(image), -1), texts.get(text, -1)) for text, found in by_text for image in found],
+    }
+    return {direction: np.array(found) for direction, found in pairs.items()}
 
 
 def _score_folds(images: Tensor, captions: Tensor, pairs: np.ndarray, processes: Processes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_retrieval.data.dataset import KeyedImages, RetrievalDataset
 from clip_retrieval.errors import printable
-from clip_retrieval.reporting.html.eccv import read_judged_pairs
+from clip_retrieval.evaluation.protocols import read_known_positives
 from clip_retrieval.reporting.html.measure import SEED, Direction, Measured, contains
 
 SHOWN = 5  # top items of a query
@@ -147,6 +147,16 @@ class _Namer:
         if direction == "i2t":
             return len(self.dataset.captions), self.caption
         return len(self.dataset.images), self.image
+
+
+def read_judged_pairs(dataset: RetrievalDataset) -> np.ndarray:
+    """Read the (image index, caption index) pairs that match by ECCV Caption (Chun et al., 2022), int64 (n, 2).
+
+    Empty unless the data are COCO's test split and eccv-caption is installed.
+    """
+    positives = read_known_positives("eccv", dataset) if (dataset.name, dataset.split) == ("coco", "test") else None
+    pairs = np.concatenate(list((positives or {"": np.empty((0, 2), np.int64)}).values()))
+    return np.unique(pairs[pairs.min(axis=1, initial=0) >= 0], axis=0)
 
 
 def collect(measured: Measured, dataset: RetrievalDataset, other: Measured | None = None) -> Facts:

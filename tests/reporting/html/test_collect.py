@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clip_retrieval.data.dataset import RetrievalDataset
-from clip_retrieval.reporting.html import eccv
-from clip_retrieval.reporting.html.collect import PER_GROUP, SHOWN, collect, find_hubs, group_images
+from clip_retrieval.evaluation import protocols
+from clip_retrieval.reporting.html.collect import PER_GROUP, SHOWN, collect, find_hubs, group_images, read_judged_pairs
 from clip_retrieval.reporting.html.collect import _Namer as Namer
 from tests.reporting.html.conftest import HOSTILE_NAME, make_run
 
@@ -88,8 +88,8 @@ def test_eccv_judgements_mark_items_of_coco_test(photos, tmp_path, monkeypatch):
         for pair in sorted(pairs):
             lists.setdefault(str(100 + pair[side]), []).append(100 + pair[1 - side])
         (tmp_path / "data" / f"eccv_{name}.json").write_text(str(lists).replace("'", '"'))
-    spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
-    monkeypatch.setattr(eccv, "find_spec", lambda name: spec)
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(protocols.importlib.util, "find_spec", lambda name: spec)
     ids = {"image_ids": range(100, 124), "text_ids": range(100, 148)}
     measured = make_run(photos, noise=1.5).measure()
     assert collect(measured, photos).judged is None  # not COCO
@@ -102,4 +102,4 @@ def test_eccv_judgements_mark_items_of_coco_test(photos, tmp_path, monkeypatch):
 def test_eccv_package_files_are_read(photos):
     pytest.importorskip("eccv_caption")
     dataset = replace(photos, name="coco", image_ids=[373119, *range(23)], text_ids=[560256, 646721, *range(46)])
-    assert eccv.read_judged_pairs(dataset).tolist() == [[0, 0], [0, 1]]
+    assert read_judged_pairs(dataset).tolist() == [[0, 0], [0, 1]]
