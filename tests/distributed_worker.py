@@ -68,6 +68,7 @@ def cases() -> dict[str, dict[str, Any]]:
     found["infonce simple-clip"] = {"simple_clip": True}
     found["siglip simple-clip grad_cache"] = {"loss": "siglip", "simple_clip": True, "grad_cache": CHUNK}
     found["simple-clip grad_checkpointing"] = {"simple_clip": True, "grad_checkpointing": True}
+    found["resnet grad_checkpointing"] = {"resnet": True, "grad_checkpointing": True}
     found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}

@@ -53,7 +53,7 @@ def token_ids(lengths, context=16):
 
 
 TIMM = {
-    "timm": {"timm_model_name": "test_resnet", "timm_proj": "linear"},
+    "timm": {"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 64},
     "timm mlp": {"timm_model_name": "test_convnext", "timm_proj": "mlp"},
     "eva": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None, "image_size": 224},
     "mobileclip": {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": None},
