@@ -211,7 +211,7 @@ def test_replaced_samples_equal_those_of_one_process(two):
 
 
 def test_skipped_samples_of_one_process_are_logged_by_all(two):
-    message = "epoch 1, batches 1 to 1: 1 sample could not be used, replaced by others: 0.tar, sample é"
+    message = "epoch 1, batch 1: 1 sample could not be used, replaced by others: 0.tar, sample é"
     assert [found["warnings"] for found in two] == [[message], [message]]
 
 

@@ -53,12 +53,15 @@ class SkipCounter:
             self._log(self._problems, self._cut, " of this process's" * (self.processes.world_size > 1))
 
     def _log(self, problems: int, cut: int, of: str = "") -> None:
-        batches = f"epoch {self._epoch + 1}, batches {self._first_batch + 1:,} to {self._batches:,}"
+        first, last = self._first_batch + 1, self._batches
+        numbers = f"batch {last:,}" if first == last else f"batches {first:,} to {last:,}"
+        batches = f"epoch {self._epoch + 1}, {numbers}"
         if problems:
-            first = f": {self._first}" if self._first else ""
+            example = f": {self._first}" if self._first else ""
             noun = self.noun.removesuffix("s") if problems == 1 and not of else self.noun
-            log.warning(f"{batches}: {problems:,}{of} {noun} could not be used, replaced by others{first}")
+            log.warning(f"{batches}: {problems:,}{of} {noun} could not be used, replaced by others{example}")
             self._logged = self._problems
         if cut and not self._is_cut_logged:  # once: other epochs cut about as many
-            log.info(f"{batches}: {cut:,}{of} captions cut to {self.context_length} tokens")
+            noun = "caption" if cut == 1 and not of else "captions"
+            log.info(f"{batches}: {cut:,}{of} {noun} cut to {self.context_length} tokens")
             self._is_cut_logged = True

@@ -377,14 +377,19 @@ def test_find_positives_equals_pairwise_comparison(kinds):
         assert torch.equal(find_positives(keys, first, number), expected)
 
 
-def test_cut_captions_are_counted(stream, tmp_path, caplog):
-    samples = [(f"{i:05}", {"jpg": jpeg(i), "txt": "a thing " * (9 if i < 5 else 1)}) for i in range(16)]
+@pytest.mark.parametrize(
+    "batches, long, message",
+    [(2, 5, "epoch 1, batches 1 to 2: 5 captions cut"), (1, 1, "epoch 1, batch 1: 1 caption cut")],
+)
+def test_cut_captions_are_counted(stream, tmp_path, caplog, batches, long, message):
+    number = 8 * batches
+    samples = [(f"{i:05}", {"jpg": jpeg(i), "txt": "a thing " * (9 if i < long else 1)}) for i in range(number)]
     path = write_shard(tmp_path / "long.tar", samples)
     loader = stream([path])
     with caplog.at_level("INFO", "clip_retrieval"):
         for epoch in range(2):
             list(loader.epoch(epoch))
-    assert caplog.messages == ["epoch 1, batches 1 to 2: 5 captions cut to 16 tokens"]
+    assert caplog.messages == [f"{message} to 16 tokens"]
 
 
 def test_loading_does_not_change_the_global_random_state(stream):
