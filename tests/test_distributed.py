@@ -36,7 +36,7 @@ EVALUATIONS = {
     "batches of one": "--eval_batch_size 1 --eval_split val",
     "one batch for all": "--eval_batch_size 256",
     "bf16": "--eval_batch_size 4 --eval_precision bf16",
-    "mAP": "--eval_batch_size 4 --map",
+    "mAP": "--eval_batch_size 4 --map --protocols map_at_r --save_rankings 3",
     "re-ranked": "--eval_batch_size 4 --rerank dual_softmax qb_norm csls",
 }
 
@@ -297,10 +297,10 @@ def test_evaluation_equals_that_of_one_process(one, two, folder, name):
     a, b = (read_json(folder / n / name / "results.json") for n in ("two", "one"))
     assert a.keys() == b.keys()
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-    assert two[0]["runs"][name][1].count("R@5") == (3 if name == "re-ranked" else 1) and two[1]["runs"][name][1:] == (
-        "",
-        "",
-    )
+    tables = 3 if name == "re-ranked" else 1
+    assert two[0]["runs"][name][1].count("R@5") == tables and two[1]["runs"][name][1:] == ("", "")
+    for file in ("ranks.npz", *(["test_t2i.run", "test_tr_predictions.jsonl"] if name == "mAP" else [])):
+        assert len({(folder / n / name / file).read_bytes() for n in ("two", "one")}) == 1
 
 
 def test_evaluation_on_two_nodes_equals_that_of_one_process(torchrun, one, folder):
