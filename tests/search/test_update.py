@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -170,24 +170,23 @@ def test_kill_while_the_index_is_replaced_keeps_the_old_one(indexed, index, monk
     assert "7 images in the index (no changes)" in index()[1] and encoded == []
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_the_next_run_continues(photos, model):
-    for number in range(400):
-        paint(photos / "many" / f"{number}.png", number, (300, 300))
-    command = [sys.executable, ROOT / "scripts" / "search.py", "index", photos, *model]
-    command = list(map(str, [*command, "--num_workers", 1, "--eval_batch_size", 1]))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "to encode" in line:
-            break
-    time.sleep(3)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved; repeat the command to continue" in err
-    parts = (photos / INDEX_FOLDER).glob("index-part-*.jsonl")
-    saved = sum(len(path.read_text().splitlines()) - 1 for path in parts)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert f"{406 - saved:,} images to encode" in done.stdout and "406 images in the index" in done.stdout, done.stderr
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_saves_and_the_next_run_continues(photos, index, monkeypatch, encoded, number):
+    from clip_retrieval.search.encoder import Encoder
+
+    normal = Encoder.encode_pixels
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Encoder, "encode_pixels", lambda *inputs: signal.raise_signal(number) or normal(*inputs))
+            code, _, err = index("--eval_batch_size", 2)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert code == 130 and "interrupted after 2 images, saved; repeat the command to continue" in err
+    encoded.clear()
+    code, out, _ = index()
+    assert code == 0 and "4 images to encode" in out and len(encoded) == 4 and len(read_entries(photos)[1]) == 6
 
 
 def test_index_of_another_model_is_refused_or_replaced(indexed, script, models):
