@@ -336,6 +336,17 @@ class TrainOptions:
     )
     accum_freq: int = option(1, "number of chunks, instead of --grad_cache", minimum=1)
     lr: float = option(1e-5, "peak learning rate", "--learning_rate", "-lr", above=0)
+    lr_image: float | None = option(None, "peak learning rate of the image tower (default: --lr)", above=0)
+    lr_text: float | None = option(None, "peak learning rate of the text tower (default: --lr)", above=0)
+    lr_head: float | None = option(
+        None, "peak learning rate of projections, logit scale and bias, and adaptor (default: --lr)", above=0
+    )
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from each block of a tower to the one before it, e.g. 0.65 (default: none)",
+        above=0,
+        below=1,
+    )
     beta1: float = option(0.9, "AdamW's beta1", minimum=0, below=1)
     beta2: float = option(0.98, "AdamW's beta2", minimum=0, below=1)
     eps: float = option(1e-6, "AdamW's epsilon", above=0)
