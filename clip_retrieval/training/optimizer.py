@@ -27,16 +27,21 @@ def parameter_groups(
 
     scales: factors of the learning rate, by parameter name; 1 for other parameters.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
         exempt = parameter.ndim < 2 or parts[-1].endswith("bias") or any(part in NOT_DECAYED for part in parts)
-        groups.setdefault(((scales or {}).get(name, 1.0), exempt), []).append(parameter)
+        groups.setdefault(((scales or {}).get(name, 1.0), exempt), {})[name] = parameter
     return [
-        {"params": parameters, "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
-        for (scale, exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {
+            "params": list(parameters.values()),
+            "names": list(parameters),
+            "weight_decay": 0.0 if exempt else weight_decay,
+            "lr_scale": scale,
+        }
+        for (scale, exempt), parameters in sorted(groups.items(), key=lambda item: item[0][1])
     ]
 
 
