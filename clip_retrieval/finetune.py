@@ -20,6 +20,7 @@ from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import Interrupted, UserError
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
+from clip_retrieval.models.lora import merge_lora
 from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_results
@@ -212,6 +213,7 @@ def finish(run: Run) -> None:
     """Load the best model, score it on the test split, and write results.json, and a report if asked for."""
     # load the best model
     progress, best = run.progress, run.folder / "best.pt"
+    merge_lora(run.model.clip)
     if progress.best is not None:
         if run.processes.is_main:
             run.model.load_weights(Checkpoint.load(best).model)

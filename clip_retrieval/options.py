@@ -336,6 +336,17 @@ class TrainOptions:
     )
     accum_freq: int = option(1, "number of chunks, instead of --grad_cache", minimum=1)
     lr: float = option(1e-5, "peak learning rate", "--learning_rate", "-lr", above=0)
+    lr_image: float | None = option(None, "peak learning rate of the image tower (default: --lr)", above=0)
+    lr_text: float | None = option(None, "peak learning rate of the text tower (default: --lr)", above=0)
+    lr_head: float | None = option(
+        None, "peak learning rate of projections, logit scale and bias, and adaptor (default: --lr)", above=0
+    )
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from each block of a tower to the one before it, e.g. 0.65 (default: none)",
+        above=0,
+        below=1,
+    )
     beta1: float = option(0.9, "AdamW's beta1", minimum=0, below=1)
     beta2: float = option(0.98, "AdamW's beta2", minimum=0, below=1)
     eps: float = option(1e-6, "AdamW's epsilon", above=0)
@@ -358,11 +369,28 @@ class TrainOptions:
     grad_clip: float | None = option(None, "maximum norm of the gradient (default: no clipping)", above=0)
     trainable: str = option(
         "all",
-        "trainable parameters: all, the two projections and the logit scale, or a small adaptor after the image tower",
-        choices=("all", "linear_projection", "adaptor"),
+        "trainable parameters: all, low-rank additions to linear layers (LoRA), biases (BitFit), the two projections, "
+        "or a small adaptor after the image tower; the logit scale with each",
+        choices=("all", "lora", "bitfit", "linear_projection", "adaptor"),
+    )
+    lora_rank: int = option(16, "LoRA: rank of the additions", minimum=1)
+    lora_alpha: float = option(16.0, "LoRA: the additions are multiplied by alpha / rank", above=0)
+    lora_dropout: float = option(
+        0.0, "LoRA: probability to drop an input of the additions, for all tokens of a forward pass", minimum=0, below=1
+    )
+    lora_targets: str = option(
+        "attention",
+        "LoRA: linear layers that are adapted: of attention, all others (mlp), or all; not the projections",
+        choices=("attention", "mlp", "all"),
     )
     freeze_vision: bool = option(False, "freeze the image tower")
     freeze_text: bool = option(False, "freeze the text tower")
+    unlocked_image_blocks: int | None = option(
+        None, "train only the last N blocks of the image tower and the layers behind them (default: all)", minimum=0
+    )
+    unlocked_text_blocks: int | None = option(
+        None, "train only the last N blocks of the text tower and the layers behind them (default: all)", minimum=0
+    )
     precision: str = option(
         "auto",
         "training precision; auto: bf16 AMP if the GPU supports it, else fp16 AMP; fp32 on a CPU",
@@ -544,6 +572,7 @@ PLACES = ("dataset_root", "annotations", "image_dir", *COLUMNS, *PREFIXES, "capt
 BELONGING = {
     "dataset": (*PLACES, "dataset_weights", "val_fraction", "test_fraction"),
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
+    "trainable": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 }
 """Options that belong to the value of another option."""
 

@@ -72,6 +72,17 @@ def cases() -> dict[str, dict[str, Any]]:
     found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
+    found["lora grad_cache"] = {"trainable": "lora", "lora_targets": "all", "grad_cache": CHUNK}
+    found["lora simple-clip"] = {"trainable": "lora", "simple_clip": True, "freeze_vision": True}
+    found["lora bf16 grad_cache"] = {"trainable": "lora", "precision": "bf16", "grad_cache": 2}
+    found["bitfit resnet"] = {"trainable": "bitfit", "resnet": True}
+    found["unlocked blocks, own rates"] = {
+        "resnet": True,
+        "unlocked_image_blocks": 1,
+        "unlocked_text_blocks": 1,
+        "lr_text": 1e-6,
+        "layer_decay": 0.5,
+    }
     found["bf16"] = {"precision": "bf16"}
     found["bf16 grad_cache"] = {"precision": "bf16", "grad_cache": 2}
     return found

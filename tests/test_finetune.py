@@ -140,6 +140,11 @@ def test_log_lines_have_the_metrics_of_a_step(run, arguments, tmp_path):
         ("--loss", "margin", "--trainable", "adaptor"),
         ("--freeze_vision",),
         ("--freeze_text",),
+        ("--trainable", "lora", "--lora_targets", "all", "--lora_dropout", "0.1"),
+        ("--trainable", "lora", "--freeze_text", "--precision", "bf16", "--grad_checkpointing"),
+        ("--trainable", "bitfit"),
+        ("--unlocked_image_blocks", "1", "--unlocked_text_blocks", "0", "--grad_checkpointing"),
+        ("--layer_decay", "0.65", "--lr_head", "1e-2"),
         ("--accum_freq", "2"),
         ("--grad_cache", "3"),
         ("--decoder", "fast"),
@@ -338,3 +343,26 @@ def test_run_with_loader_processes_ends(start, captioned, arguments, tmp_path, i
     _, err = process.communicate(timeout=60)
     assert process.returncode == (2 if is_broken else 0), err
     assert ("13.jpg" in err) == is_broken
+
+
+def test_own_rates_and_layer_decay_leave_the_logged_rate(run, arguments, tmp_path):
+    run(*arguments, "--max_steps", "3", "--no_eval_first", "--lr_text", "5e-3", "--layer_decay", "0.5")
+    last = torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)
+    logged = [line["lr"] for line in read_lines(tmp_path / "logs/ex0/metrics.jsonl") if line["kind"] == "train"]
+    assert logged[:2] == [5e-4, 1e-3]  # a warmup of two steps to --lr
+    groups = last["optimizer"]["param_groups"]
+    factors = [factor * 0.5**depth for factor in (1, 5) for depth in range(4)]
+    assert sorted({group["lr"] / logged[-1] for group in groups}) == pytest.approx(sorted(factors))
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (("--lora_rank", "4"), "--lora_rank needs --trainable lora"),
+        (("--freeze_vision", "--unlocked_image_blocks", "1"), "--unlocked_image_blocks and --freeze_vision"),
+        (("--trainable", "adaptor", "--unlocked_text_blocks", "1"), "--unlocked_text_blocks has no effect"),
+    ],
+)
+def test_contradicting_choices_of_weights_are_refused(run, arguments, extra, words):
+    code, _, err = run(*arguments, *extra)
+    assert code == 2 and words in err

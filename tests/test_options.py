@@ -58,6 +58,12 @@ SPELLINGS = {
     "caption_prefix": ["--caption_prefix"],
     "rerank_bank": ["--rerank_bank"],
     "ensemble_mode": ["--ensemble_mode"],
+    "lr_image": ["--lr_image"],
+    "lr_text": ["--lr_text"],
+    "lr_head": ["--lr_head"],
+    "layer_decay": ["--layer_decay"],
+    "unlocked_image_blocks": ["--unlocked_image_blocks"],
+    "unlocked_text_blocks": ["--unlocked_text_blocks"],
 }
 VALUES = {
     "beta1": "0.5",
@@ -70,6 +76,7 @@ VALUES = {
     "schedule": "constant",
     "preset": "clip_itm",
     "ensemble_mode": "features",
+    "layer_decay": "0.5",
 }
 
 

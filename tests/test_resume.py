@@ -52,7 +52,16 @@ def test_resume_after_kill_in_any_step_is_bit_identical(run, run_killed, argumen
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("--loss", "siglip", "--grad_cache", "4"), ("--vision_model", "simple.json")], ids=str
+    "extra",
+    [
+        (),
+        ("--loss", "siglip", "--grad_cache", "4"),
+        ("--vision_model", "simple.json"),
+        ("--trainable", "lora", "--lora_targets", "all", "--lora_dropout", "0.2", "--grad_cache", "4"),
+        ("--trainable", "lora", "--precision", "bf16"),
+        ("--trainable", "bitfit", "--layer_decay", "0.5", "--lr_image", "1e-2", "--unlocked_text_blocks", "1"),
+    ],
+    ids=str,
 )
 def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, captioned, tmp_path, extra):
     extra = [captioned / word if word.endswith(".json") else word for word in extra]
@@ -353,3 +362,55 @@ def test_best_checkpoint_starts_a_new_run(run, arguments, tmp_path):
     assert "without its optimizer" in out
     first, second = (read_json(tmp_path / f"logs/{name}/results.json") for name in ("ex0", "next"))
     assert second["before"]["rsum"] == first["rsum"]
+
+
+def test_lora_resumes_only_with_its_alpha_and_rank(run, arguments, tmp_path):
+    command = [*arguments, "--trainable", "lora", "--lora_rank", "2", "--lora_alpha", "4"]
+    run(*command, "--epochs", "1")
+    for option, words in (("--lora_alpha", "trained with alpha / rank 2, not 4"), ("--lora_rank", "shapes differ")):
+        code, _, err = run(*command, "--resume", "auto", option, "8")
+        assert code == 2 and words in err
+    code, _, err = run(*command, "--resume", "auto", "--lora_alpha", "8", "--reset_optimizer")
+    assert code == 0, err
+
+
+def test_lora_checkpoints_hold_merged_weights_of_the_base_names(run, arguments, tmp_path):
+    run(*arguments, "--trainable", "lora", "--lora_rank", "2", "--max_steps", "3")
+    run(*arguments, "--experiments", "plain", "--max_steps", "1")
+    last, best = (torch.load(tmp_path / f"logs/ex0/{name}.pt", weights_only=True) for name in ("last", "best"))
+    plain = torch.load(tmp_path / "logs/plain/last.pt", weights_only=True)
+    assert last["model"].keys() == best["model"].keys() == plain["model"].keys()
+    assert "lora" in last and "lora" not in best and "lora" not in plain
+    name, lora = "visual.transformer.resblocks.0.attn.in_proj_weight", last["lora"]
+    base, a, b = (lora[f"{name}.{key}"] for key in ("weight", "A", "B"))
+    torch.testing.assert_close(last["model"][name], base + 8 * (b @ a).flatten(0, 1))
+    code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/last.pt", "--device", "cpu")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("change", ["missing", "another shape", "not finite"])
+def test_damaged_lora_weights_are_refused_in_one_line(run, arguments, tmp_path, change):
+    run(*arguments, "--trainable", "lora", "--max_steps", "1")
+    path = tmp_path / "logs/ex0/last.pt"
+    content = torch.load(path, weights_only=True)
+    name = "visual.transformer.resblocks.0.attn.in_proj_weight.A"
+    if change == "missing":
+        del content["lora"]
+    elif change == "another shape":
+        content["lora"][name] = content["lora"][name][:, :1]
+    else:
+        content["lora"][name][0, 0, 0] = float("nan")
+    torch.save(content, path)
+    code, _, err = run(*arguments, "--trainable", "lora", "--resume", "auto")
+    assert code == 2 and "LoRA weights do not fit" in err
+
+
+def test_resume_with_rates_of_other_groups_is_refused(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1", "--lr_image", "1e-2")
+    command = [*arguments, "--resume", tmp_path / "logs/ex0/last.pt"]
+    code, _, err = run(*command, "--lr_image", "1e-3", "--lr_text", "1e-2")
+    assert code == 2 and "its parameter groups differ" in err and "--reset_optimizer" in err
+    code, _, err = run(*command, "--lr_image", "2e-2")
+    assert code == 0, err
+    groups = torch.load(tmp_path / "logs/ex0/last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1.0, 20.0}

@@ -142,6 +142,7 @@ class TrainingCheckpoint(Checkpoint):
         random: seed and step, from which all random numbers of a step follow.
         sampler: epoch, batch, the options that decide the order, and a checksum of the data.
         progress: fields of `training.state.Progress`.
+        lora: frozen weights, A and B, with --trainable lora; in `model` they are merged.
     """
 
     optimizer: dict[str, Any]
@@ -150,6 +151,7 @@ class TrainingCheckpoint(Checkpoint):
     random: dict[str, int]
     sampler: dict[str, Any]
     progress: dict[str, Any]
+    lora: dict[str, Tensor] | None = None
 
 
 def without_adaptor(model: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -242,4 +244,4 @@ _TRAINING = {
 
 _OPTIONAL = {"state_dict": entries(tensor), "format": whole(1, FORMAT), "version": text}
 _MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_OPTIONAL})
-_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_OPTIONAL)
+_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_OPTIONAL | {"lora": entries(tensor)})

@@ -15,6 +15,7 @@ from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import ADAPTOR, without_adaptor
 from clip_retrieval.models.fast_layers import speed_up
 from clip_retrieval.models.libraries import translate_errors
+from clip_retrieval.models.lora import find_lora, merge_state
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import (
     BLOCK_FUNCTIONS,
@@ -174,22 +175,27 @@ class RetrievalModel(nn.Module):
     def copy_in(self, dtype: torch.dtype) -> RetrievalModel:
         """Return a copy that computes in `dtype`.
 
-        Batch normalisation, logit scale and bias stay float32: both models share them.
+        Batch normalisation, logit scale and bias stay float32: both models share them. So do the weights of LoRA, whose
+        sum is rounded.
         """
         shared = [self.mean, self.std, self.clip.logit_scale, self.clip.logit_bias]
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 shared += [module, *module.parameters(), *module.buffers()]
+        for each in find_lora(self):
+            shared += [each.weight, *each.low_rank.parameters()]
         known = {id(each): each for each in shared}
         model = copy.deepcopy(self, dict(known))
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and id(tensor) not in known:
                 tensor.data = tensor.data.to(dtype)
+        for each in find_lora(model):
+            each.low_rank.dtype = dtype
         return model
 
     def weights(self) -> State:
-        """Return the state dict of a checkpoint: open_clip's names, and `adaptor.*`."""
-        state = self.clip.state_dict()
+        """Return the state dict of a checkpoint: open_clip's names, with LoRA merged, and `adaptor.*`."""
+        state = merge_state(self.clip)
         if self.adaptor is not None:
             state.update({f"{ADAPTOR}{name}": value for name, value in self.adaptor.state_dict().items()})
         return state

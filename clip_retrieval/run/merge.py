@@ -12,7 +12,16 @@ from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
-from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, DatasetOptions, Options, as_tuple
+from clip_retrieval.options import (
+    AUTO,
+    BELONGING,
+    PREFIXES,
+    REPEATABLE,
+    DatasetOptions,
+    Options,
+    TrainOptions,
+    as_tuple,
+)
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import refuse_another_run, run_folder
 
@@ -119,6 +128,15 @@ def check_combinations(options: Options) -> None:
         raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
     if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
         raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
+    for name in BELONGING["trainable"]:
+        if train.trainable != "lora" and getattr(train, name) != getattr(TrainOptions, name):
+            raise UserError(f"--{name} needs --trainable lora, not {train.trainable}; give both, or drop it")
+    for name, frozen in (("unlocked_image_blocks", "freeze_vision"), ("unlocked_text_blocks", "freeze_text")):
+        if getattr(train, name) is not None:
+            if getattr(train, frozen):
+                raise UserError(f"--{name} and --{frozen} contradict each other; drop one of them")
+            if train.trainable in ("linear_projection", "adaptor"):
+                raise UserError(f"--{name} has no effect with --trainable {train.trainable}; drop one of them")
     # evaluation and the run's folder
     for name in ("rerank", "ensemble"):
         if getattr(options.evaluation, name) and not options.run.eval:

@@ -31,9 +31,10 @@ from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
+from clip_retrieval.models.lora import LoraSettings
 from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
-from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
+from clip_retrieval.models.trainable import FROZEN_TOWERS, set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, LossOptions, Options, TrainOptions
 from clip_retrieval.reporting.metrics_log import MetricsLog
 from clip_retrieval.reporting.results import write_options
@@ -225,7 +226,7 @@ def prepare(
 
 def encodes_images_once(data: DataOptions, train: TrainOptions) -> bool:
     """Whether every training image is decoded once, before the first step: for its cache, or by a frozen tower."""
-    is_frozen = train.freeze_vision or train.trainable != "all"
+    is_frozen = train.freeze_vision or train.trainable in FROZEN_TOWERS
     return bool(data.image_cache) or (is_frozen and not train.no_feature_cache)
 
 
@@ -385,18 +386,23 @@ def make_trainer(
 ) -> Trainer:
     """Set the trainable parameters and make the loss and the optimizer."""
     loss = LOSSES[loss_options.loss]
+    if processes.world_size > 1 and not (options.freeze_vision or options.trainable in FROZEN_TOWERS):
+        model.clip.visual = share_statistics(model.clip.visual, device)  # may replace modules, so it comes first
     set_trainable(
         model,
         options.trainable,
         freeze_vision=options.freeze_vision,
         freeze_text=options.freeze_text,
+        unlocked_image_blocks=options.unlocked_image_blocks,
+        unlocked_text_blocks=options.unlocked_text_blocks,
+        lora=LoraSettings(
+            options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed
+        ),
         learn_scale=loss.learns_scale,
         learn_bias=loss.learns_bias,
     )
     if options.grad_checkpointing:
         enable_grad_checkpointing(model.clip)
-    if processes.world_size > 1 and not vision_is_frozen(model):
-        model.clip.visual = share_statistics(model.clip.visual, device)
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     return Trainer(

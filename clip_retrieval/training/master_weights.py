@@ -33,12 +33,15 @@ class MasterWeights:
     @torch.no_grad()
     def cast(self) -> None:
         """Round the master weights to the precision of the copy."""
-        torch._foreach_copy_(self._copies, self._masters)
+        if self._copies:  # with LoRA, all trainable parameters are shared
+            torch._foreach_copy_(self._copies, self._masters)
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Move the gradients of the copy to the master weights, added to those that are there."""
         used = [(master, own.grad) for master, own in zip(self._masters, self._copies) if own.grad is not None]
+        if not used:
+            return
         gradients = [torch.empty_like(master) for master, _ in used]
         torch._foreach_copy_(gradients, [gradient for _, gradient in used])
         for (master, _), gradient in zip(used, gradients):

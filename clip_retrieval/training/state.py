@@ -13,6 +13,7 @@ from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
+from clip_retrieval.models.lora import load_lora, lora_state
 from clip_retrieval.training.trainer import Trainer
 
 
@@ -57,6 +58,7 @@ def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> di
         "random": {"seed": trainer.seed, "step": progress.step},  # all random numbers of a step follow from these
         "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
         "progress": asdict(progress),
+        "lora": lora_state(trainer.model.clip),
     }
 
 
@@ -95,10 +97,12 @@ def restore_training(
     if not reset_optimizer:
         if checkpoint.learning != trainer.trainable_shapes:
             raise UserError(
-                f"{source}: its trainable parameters or their shapes differ; use the --trainable, --freeze_*, --loss, "
-                "--image_size and --context_length of that run, or add --reset_optimizer"
+                f"{source}: its trainable parameters or their shapes differ; use the --trainable, --lora_*, "
+                "--freeze_*, --unlocked_*, --loss, --image_size and --context_length of that run, or add "
+                "--reset_optimizer"
             )
         _check_moments(checkpoint.optimizer, trainer.optimizer, source)
+        load_lora(trainer.model.clip, checkpoint.lora, source)
         trainer.load_optimizer(checkpoint.optimizer, checkpoint.scaler)
     if reset_data_offset:
         return Progress()
@@ -109,10 +113,12 @@ def restore_training(
 
 def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: Path) -> None:
     """Raise UserError, naming `source`, if the state does not fit these parameters. AdamW does not check shapes."""
-    groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    groups, stored_groups = optimizer.state_dict()["param_groups"], stored["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     problem = None
-    if [list(group["params"]) for group in stored["param_groups"]] != groups:
+    is_same = [list(group["params"]) for group in stored_groups] == [group["params"] for group in groups]
+    # groups without names are those of an older version, which had no other rates
+    if not is_same or any(old.get("names", own["names"]) != own["names"] for old, own in zip(stored_groups, groups)):
         problem = "its parameter groups differ"
     for number, state in stored["state"].items():
         if not 0 <= number < len(parameters):

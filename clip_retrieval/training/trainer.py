@@ -153,7 +153,7 @@ class Trainer:
     def step(self, batch: TrainBatch, step: int, learning_rate: float) -> StepResult:
         """Compute the loss of `batch` and update the weights. `step` counts from 1."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         result = self._compute_gradients(batch, step)
         self._update()
         self._record_bad_step(result.loss, step)

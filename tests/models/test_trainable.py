@@ -99,3 +99,60 @@ def test_loss_without_temperature_does_not_change_the_scale():
     set_trainable(model, learn_scale=False)
     changed = changed_by_steps(model, size, loss="margin")
     assert "clip.logit_scale" not in changed and "clip.visual.proj" in changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitfit_changes_only_biases_and_the_scale(kind):
+    model, size = model_of(kind)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):  # zero in a new ResNet, so its blocks would have no gradient
+            torch.nn.init.ones_(parameter)
+    set_trainable(model, "bitfit")
+    changed = changed_by_steps(model, size)
+    biases = {name for name, p in model.named_parameters() if name.endswith("bias")}
+    # adding the same to all keys of a query changes nothing
+    keys = {name for name in biases if "k_lin" in name or "attnpool.k_proj" in name}
+    assert biases - keys <= changed - {"clip.logit_scale"} <= biases
+    if kind == "vit":
+        assert {"clip.visual.ln_pre.bias", "clip.transformer.resblocks.0.attn.in_proj_bias"} <= changed
+
+
+def unlocked(blocks):
+    return {"unlocked_image_blocks": blocks, "unlocked_text_blocks": blocks}
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 9])
+def test_only_the_last_blocks_of_both_towers_change(blocks):
+    model, size = model_of("vit")
+    set_trainable(model, **unlocked(blocks))
+    changed = changed_by_steps(model, size)
+    groups = ("ln_post", "clip.visual.proj", "ln_final", "text_projection", "logit_scale")
+    groups += tuple(f"resblocks.{2 - number}." for number in range(1, min(blocks, 2) + 1))
+    parameters = {name for name, _ in model.named_parameters()}
+    expected = parameters if blocks > 2 else {name for name in parameters if any(group in name for group in groups)}
+    assert changed == expected
+
+
+def test_locked_blocks_build_no_graph_and_run_in_evaluation_mode():
+    model, _ = model_of("simple-clip")
+    set_trainable(model, **unlocked(1))
+    model.train()
+    trunk, text = model.clip.visual.trunk, model.clip.text.transformer
+    seen = {}
+    for layer in ("layer3", "layer4"):
+        getattr(trunk, layer).register_forward_hook(lambda _, __, out, layer=layer: seen.update({layer: out}))
+    model.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert not seen["layer3"].requires_grad and seen["layer4"].requires_grad
+    assert not trunk.layer3[0].bn1.training and trunk.layer4[0].bn1.training
+    first, last = text.transformer.layer
+    assert not any(module.training for module in (*first.modules(), *text.embeddings.modules()))
+    assert last.attention.training
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    for options in ({"trainable": "lora"}, {"trainable": "bitfit"}, unlocked(1)):
+        model, size = model_of("resnet")
+        set_trainable(model, **options)
+        changed = changed_by_steps(model, size)
+        statistics = {name for name in changed if "running" in name or "num_batches" in name}
+        assert all("layer4" in name for name in statistics) and bool(statistics) == ("trainable" not in options)
