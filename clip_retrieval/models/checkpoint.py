@@ -142,6 +142,7 @@ class TrainingCheckpoint(Checkpoint):
         random: seed and step, from which all random numbers of a step follow.
         sampler: epoch, batch, the options that decide the order, and a checksum of the data.
         progress: fields of `training.state.Progress`.
+        averages: of the trainable weights (--ema, --swa_start), by name: their updates and weights; None without any.
     """
 
     optimizer: dict[str, Any]
@@ -150,6 +151,7 @@ class TrainingCheckpoint(Checkpoint):
     random: dict[str, int]
     sampler: dict[str, Any]
     progress: dict[str, Any]
+    averages: dict[str, Any] | None = None
 
 
 def without_adaptor(model: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -232,8 +234,16 @@ _TRAINING = {
         optional={
             "step": whole(),
             "evaluated_step": whole(),
-            "best": either(nothing, record(required={"step": whole(), "epoch": whole(), "block": check_results})),
+            "best": either(
+                nothing,
+                record(
+                    required={"step": whole(), "epoch": whole(), "block": check_results},
+                    optional={"average": text, "retention": number()},
+                ),
+            ),
+            "stale": whole(),
             "before": either(nothing, check_results),
+            "retention_before": either(nothing, check_results),
             "zero_shot_before": either(nothing, record()),
             "seconds": number(),
         }
@@ -242,4 +252,5 @@ _TRAINING = {
 
 _OPTIONAL = {"state_dict": entries(tensor), "format": whole(1, FORMAT), "version": text}
 _MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_OPTIONAL})
-_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_OPTIONAL)
+_AVERAGES = entries(record(required={"updates": whole(), "weights": entries(tensor)}))
+_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional={"averages": _AVERAGES, **_OPTIONAL})
