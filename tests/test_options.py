@@ -43,13 +43,10 @@ SPELLINGS = {
     "weight_decay": ["--weight_decay", "--wd", "-wd"],
     "warmup": ["--warmup"],
     "schedule": ["--schedule"],
-    "decay_fraction": ["--decay_fraction"],
     "patience": ["--patience"],
     "ema": ["--ema"],
     "swa_start": ["--swa_start"],
     "retention_dataset": ["--retention_dataset"],
-    "retention_root": ["--retention_root"],
-    "retention_weight": ["--retention_weight"],
     "preset": ["--preset"],
     "loss": ["--loss"],
     "margin": ["--margin"],
@@ -68,7 +65,6 @@ SPELLINGS = {
 }
 VALUES = {
     "beta1": "0.5",
-    "decay_fraction": "0.5",
     "ema": "0.5",
     "beta2": "0.5",
     "loss": "siglip",
