@@ -10,14 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from typing import Any
 
 from clip_retrieval.data.batches.loader import TrainBatch
-from clip_retrieval.data.batches.split import Split
 from clip_retrieval.device import choose_device, deterministic_algorithms
 from clip_retrieval.distributed import process_group
-from clip_retrieval.errors import Interrupted, UserError
+from clip_retrieval.errors import Interrupted, UserError, format_count
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.lora import merge_lora
@@ -32,8 +30,10 @@ from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_i
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
 from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
+from clip_retrieval.run.selection import RAW, ends, evaluate_val, save_averages, selects_by_zero_shot
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.signals import StopSignal
+from clip_retrieval.training.average import SWA
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
 from clip_retrieval.training.trainer import StepResult
 
@@ -109,6 +109,10 @@ def evaluate_first(run: Run) -> None:
         log.info("before training:\n" + results_table({split.dataset.split: progress.before}))
     if run.zero_shot is not None and not progress.zero_shot_before:
         progress.zero_shot_before = score_zero_shot(run, run.zero_shot)
+    if run.retention is not None and not progress.retention_before:
+        _, block, _ = score_split(run, run.retention, full=True)
+        progress.retention_before = block
+        write_scores(run, "retention", block)
 
 
 def train(run: Run) -> None:
@@ -126,7 +130,7 @@ def train(run: Run) -> None:
     watch = Stopwatch(progress.seconds)
     bar = progress_bar(total=schedule.total_steps, initial=progress.step, desc="steps", lines=False)
     with bar, closing(load_batches(run)) as batches:
-        while progress.step < schedule.total_steps:
+        while not ends(run, progress.stale):
             # load
             run.stop.check()
             with run.stop.interruptible(), watch.wait():
@@ -142,9 +146,12 @@ def train(run: Run) -> None:
                 warmup_steps=warmup,
                 total_steps=schedule.total_steps,
                 schedule=options.schedule,
+                decay_fraction=options.decay_fraction,
             )
             result = run.trainer.step(batch, progress.step + 1, rate)
             progress.step += 1
+            if schedule.averages(progress.step):
+                run.trainer.averages[SWA].update()
             progress.seconds = watch.seconds
             watch.count(run.sampler.batch_size)
             bar.update()
@@ -161,6 +168,8 @@ def train(run: Run) -> None:
             if schedule.is_milestone(progress.step):
                 with watch.pause():
                     complete_milestone(run)
+    if progress.step < schedule.total_steps:
+        log.info(f"stopped at step {progress.step}: no new best on val in {format_count(progress.stale, 'evaluation')}")
 
 
 def load_batches(run: Run) -> Generator[TrainBatch]:
@@ -173,15 +182,18 @@ def load_batches(run: Run) -> Generator[TrainBatch]:
 def complete_milestone(run: Run) -> None:
     """Save, evaluate, keep the best checkpoint and numbered ones, and save again."""
     progress, schedule, step = run.progress, run.schedule, run.progress.step
+    stale = progress.stale
     save_last(run)  # an interrupted evaluation costs no step
 
     # evaluate
     if run.val is not None and schedule.evaluates(step):
-        evaluate_val(run, run.val)
-    if run.zero_shot is not None and schedule.evaluates_zero_shot(step):
+        stale = evaluate_val(run, run.val)
+    if run.zero_shot is not None and schedule.evaluates_zero_shot(step) and not selects_by_zero_shot(run):
         score_zero_shot(run, run.zero_shot)
     run.model.train()
-    progress.evaluated_step = step
+    progress.evaluated_step, progress.stale = step, stale
+    if ends(run, stale):
+        save_averages(run)
 
     # keep numbered checkpoints, before last.pt records the milestone as complete: a resumed run does not repeat it
     make = make_model_checkpoint if run.options.run.keep_weights_only else make_checkpoint
@@ -190,23 +202,6 @@ def complete_milestone(run: Run) -> None:
     if schedule.keeps_step(step):
         save(run, f"step_{step}.pt", make)
     save_last(run)
-
-
-def evaluate_val(run: Run, val: Split) -> None:
-    """Score the model on the val split, and save it as best.pt if its rsum is the highest so far."""
-    progress, epoch = run.progress, -(-run.progress.step // run.schedule.steps_per_epoch)
-    encoded, block, _ = score_split(run, val)
-    batches = run.trainer.validate(encoded.images, encoded.captions, val.dataset, run.sampler.batch_size)
-    write_scores(run, "val", block | batches)
-    better = progress.best is None or block["rsum"] > progress.best["block"]["rsum"]
-    log.info(
-        f"epoch {epoch}  step {progress.step}  val rsum {block['rsum']:.2f}  i2t R@1 {block['i2t']['R@1']:.2f}  "
-        f"t2i R@1 {block['t2i']['R@1']:.2f}  loss {batches['loss']:.4f}  accuracy i2t {batches['i2t_accuracy']:.1f} "
-        f"t2i {batches['t2i_accuracy']:.1f}, in batches of {batches['batch_size']}" + ("  best so far" * better)
-    )
-    if better:
-        progress.best = {"step": progress.step, "epoch": epoch, "block": block}
-        save(run, "best.pt", lambda run: replace(make_model_checkpoint(run), val=block))
 
 
 def finish(run: Run) -> None:
@@ -218,7 +213,8 @@ def finish(run: Run) -> None:
         if run.processes.is_main:
             run.model.load_weights(Checkpoint.load(best).model)
         run.processes.broadcast(run.model.weights())
-        log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}")
+        average = f", {progress.best['average']} weights" if progress.best.get("average", RAW) != RAW else ""
+        log.info(f"the best on val is epoch {progress.best['epoch']}, step {progress.best['step']}{average}")
 
     # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
     val, final = progress.best["block"] if progress.best else None, run.test or run.val
@@ -232,10 +228,14 @@ def finish(run: Run) -> None:
             val = block
         if k := run.options.evaluation.save_rankings:
             save_rankings(run.folder, encoded.images, encoded.captions, final.dataset, k, run.processes)
-    blocks = {"before": progress.before, "val": val}
+    blocks: dict[str, Any] = {"before": progress.before, "val": val}
     if run.zero_shot is not None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
         blocks["zero_shot_before"] = progress.zero_shot_before
+    if run.retention is not None:
+        _, blocks["retention"], _ = score_split(run, run.retention, full=True)
+        write_scores(run, "retention_end", blocks["retention"])
+        blocks["retention_before"] = progress.retention_before
 
     # write results.json: the scores on the test split are its top-level keys
     results = dict(test or val or {"model": run.built.name, "dataset": run.options.data.name})
@@ -246,6 +246,8 @@ def finish(run: Run) -> None:
         "steps": progress.step,
         "seconds": results.get("seconds", {}) | {"training": progress.seconds},
     }
+    if progress.best and "average" in progress.best:
+        results["average"] = progress.best["average"]
     results |= {name: block for name, block in blocks.items() if block}
     if run.lock is not None:
         run.lock.check()
@@ -256,6 +258,13 @@ def finish(run: Run) -> None:
     # print the table
     lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}
     lines |= {name: block for name, block in (("val", val), ("test", test)) if block}
+    for name, stage in (("retention_before", "before, "), ("retention", "")):
+        if found := blocks.get(name):
+            lines[f"{stage}{found['dataset']} {found['split']}"] = found
+    if run.zero_shot is not None:
+        stages = {"before": progress.zero_shot_before, "after": blocks["zero_shot"]}
+        tops = ", ".join(f"{stage} {block['top1']:.2f}" for stage, block in stages.items() if block)
+        log.info(f"zero-shot {blocks['zero_shot']['dataset']}, top-1: {tops}")
     if lines:
         log.info(results_table(lines))
     if "protocols" in results:

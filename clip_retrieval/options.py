@@ -364,7 +364,27 @@ class TrainOptions:
         auto=True,
     )
     schedule: str = option(
-        "cosine", "learning rate after the warmup: cosine to 0, or constant", choices=("cosine", "constant")
+        "cosine",
+        "learning rate after the warmup: cosine or linear to 0, constant, or wsd: constant, then linear to 0",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_fraction: float | None = option(
+        None, "with --schedule wsd: share of the run in which the rate falls (default: 0.2)", above=0, below=1
+    )
+    patience: int | None = option(
+        None, "stop after this number of evaluations in a row without a new best on val (default: never)", minimum=1
+    )
+    ema: float | None = option(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.999, scored beside them on val; best.pt is "
+        "the better one (default: no average)",
+        above=0,
+        below=1,
+    )
+    swa_start: int | None = option(
+        None,
+        "epoch from whose end on the weights at the end of each epoch are averaged, into swa.pt (default: no average)",
+        minimum=1,
     )
     grad_clip: float | None = option(None, "maximum norm of the gradient (default: no clipping)", above=0)
     trainable: str = option(
@@ -457,6 +477,18 @@ class EvalOptions:
         "--imagenet_eval_steps",
         minimum=0,
         also={"-1": "0"},
+    )
+    retention_dataset: str | None = option(
+        None,
+        "data set of --dataset's names whose test split (else val) is scored before and after training and with each "
+        "evaluation: what the finetune forgets",
+    )
+    retention_root: str | None = option(None, "folder of --retention_dataset (default: --dataset_root)")
+    retention_weight: float = option(
+        0.0,
+        "choose best.pt by val rsum + this weight x the retention score: rsum of --retention_dataset, else top-1 of "
+        "--zero_shot_eval",
+        minimum=0,
     )
     recall_k: tuple[int, ...] = option((1, 5, 10), "the K of recall@K; 1, 5 and 10 are always included", minimum=1)
     protocols: tuple[str, ...] = option(
@@ -571,6 +603,7 @@ PLACES = ("dataset_root", "annotations", "image_dir", *COLUMNS, *PREFIXES, "capt
 
 BELONGING = {
     "dataset": (*PLACES, "dataset_weights", "val_fraction", "test_fraction"),
+    "retention_dataset": ("retention_root",),
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
     "trainable": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 }

@@ -26,6 +26,7 @@ pytestmark = [
 
 RESUMED_AT = 4  # step of the last save before the kill
 VARIANTS = {
+    "averages": "--ema 0.5 --swa_start 1",
     "resnet": "--vision_model resnet.json --lr 0.01",
     "siglip grad_cache": "--loss siglip --grad_cache 5",
     "margin linear_projection": "--loss margin --trainable linear_projection",
@@ -284,6 +285,10 @@ def test_each_variant_ends_with_the_weights_of_one_process(one, two, folder, nam
     # Batch normalisation over ten values amplifies rounding.
     tolerance = 1e-4 if name == "resnet" else 1e-5
     assert_close(last(folder / "two" / name)["model"], last(folder / "one" / name)["model"], tolerance)
+    for average, state in (last(folder / "two" / name).get("averages") or {}).items():
+        expected = last(folder / "one" / name)["averages"][average]
+        assert state["updates"] == expected["updates"] > 0
+        assert_close(state["weights"], expected["weights"], tolerance)
     losses = [
         [line["loss"] for line in read_lines(folder / n / name / "metrics.jsonl") if line["kind"] == "train"]
         for n in ("two", "one")

@@ -43,6 +43,10 @@ SPELLINGS = {
     "weight_decay": ["--weight_decay", "--wd", "-wd"],
     "warmup": ["--warmup"],
     "schedule": ["--schedule"],
+    "patience": ["--patience"],
+    "ema": ["--ema"],
+    "swa_start": ["--swa_start"],
+    "retention_dataset": ["--retention_dataset"],
     "preset": ["--preset"],
     "loss": ["--loss"],
     "margin": ["--margin"],
@@ -67,6 +71,7 @@ SPELLINGS = {
 }
 VALUES = {
     "beta1": "0.5",
+    "ema": "0.5",
     "beta2": "0.5",
     "loss": "siglip",
     "trainable": "adaptor",

@@ -60,6 +60,7 @@ def test_every_option_exists():
         "docs/python.md",
         "docs/systems.md",
         "docs/results.md",
+        "docs/recipes.md",
         "docs/search.md",
     ):
         named = set(re.findall(r"--[a-z][a-z_0-9]+", PAGES[page]))

@@ -143,6 +143,7 @@ class TrainingCheckpoint(Checkpoint):
         sampler: epoch, batch, the options that decide the order, and a checksum of the data.
         progress: fields of `training.state.Progress`.
         lora: frozen weights, A and B, with --trainable lora; in `model` they are merged.
+        averages: of the trainable weights (--ema, --swa_start), by name: their updates and weights; None without any.
     """
 
     optimizer: dict[str, Any]
@@ -152,6 +153,7 @@ class TrainingCheckpoint(Checkpoint):
     sampler: dict[str, Any]
     progress: dict[str, Any]
     lora: dict[str, Tensor] | None = None
+    averages: dict[str, Any] | None = None
 
 
 def without_adaptor(model: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,8 +236,16 @@ _TRAINING = {
         optional={
             "step": whole(),
             "evaluated_step": whole(),
-            "best": either(nothing, record(required={"step": whole(), "epoch": whole(), "block": check_results})),
+            "best": either(
+                nothing,
+                record(
+                    required={"step": whole(), "epoch": whole(), "block": check_results},
+                    optional={"average": text, "retention": number()},
+                ),
+            ),
+            "stale": whole(),
             "before": either(nothing, check_results),
+            "retention_before": either(nothing, check_results),
             "zero_shot_before": either(nothing, record()),
             "seconds": number(),
         }
@@ -244,4 +254,7 @@ _TRAINING = {
 
 _OPTIONAL = {"state_dict": entries(tensor), "format": whole(1, FORMAT), "version": text}
 _MODEL_ONLY = record(required=_MODEL, optional={"val": check_results, **_OPTIONAL})
-_WITH_TRAINING = record(required={**_MODEL, **_TRAINING}, optional=_OPTIONAL | {"lora": entries(tensor)})
+_AVERAGES = entries(record(required={"updates": whole(), "weights": entries(tensor)}))
+_WITH_TRAINING = record(
+    required={**_MODEL, **_TRAINING}, optional={"lora": entries(tensor), "averages": _AVERAGES, **_OPTIONAL}
+)

@@ -1,4 +1,4 @@
-"""Figures of predictions: each image beside a bar chart of its top classes, drawn with Agg into PNG files."""
+"""Figures, drawn with Agg into PNG files: images beside their top classes, and the curve of an interpolation."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ DPI = 150
 FONT = "DejaVu Sans"  # comes with matplotlib
 PLACEHOLDERS = "Last Resort High-Efficiency"  # comes with matplotlib: a box for any character
 DARK, GREY, PALE, FIRST, OTHER = "#222222", "#777777", "#ececec", "#2f6db5", "#9dbde0"
+SECOND = "#c2571a"  # of a second axis
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,49 @@ def draw_predictions(panels: Sequence[Panel], path: Path, heading: str) -> list[
     paths = []
     for number, page in enumerate(pages, 1):
         name = path if len(pages) == 1 else path.with_name(f"{path.stem}_{number}_of_{len(pages)}{path.suffix}")
-        figure = _draw_page(page, heading, fonts)
-        try:
-            with _ignore_missing_glyphs(), write_atomic(name) as file:
-                figure.savefig(file, format="png")
-        except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise UserError(f"{name}: cannot be written ({error.strerror}); choose another --output") from None
+        _save(_draw_page(page, heading, fonts), name)
         paths.append(name)
     # delete the pages of an earlier call
     for earlier in find_drawn_pages(path):
         if earlier not in paths:
             earlier.unlink(missing_ok=True)
     return paths
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        with _ignore_missing_glyphs(), write_atomic(path) as file:
+            figure.savefig(file, format="png")
+    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+
+
+def draw_interpolation(
+    path: Path, alphas: Sequence[float], rsums: dict[str, list[float]], accuracy: list[float] | None, best: float
+) -> None:
+    """Draw rsum by split, and zero-shot accuracy on a second axis, over alpha; a line marks the best alpha.
+
+    Raises UserError if `path`, a .png, cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel("alpha (0: start, 1: finetuned)", family=FONT)
+    axes.set_ylabel("rsum", family=FONT)
+    axes.axvline(best, color=PALE, linewidth=4, zorder=0)
+    lines = []
+    for name, rsum in rsums.items():
+        style: dict[str, Any] = {"color": FIRST, "linestyle": "-" if name == "test" else "--", "marker": "."}
+        lines += axes.plot(alphas, rsum, label=name, **style)
+    if accuracy is not None:
+        right = axes.twinx()
+        right.set_ylabel("zero-shot top-1, %", family=FONT)
+        lines += right.plot(alphas, accuracy, color=SECOND, marker=".", label="zero-shot")
+    axes.legend(handles=lines, frameon=False)
+    _save(figure, path)
 
 
 @contextmanager

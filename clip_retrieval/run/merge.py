@@ -137,6 +137,12 @@ def check_combinations(options: Options) -> None:
                 raise UserError(f"--{name} and --{frozen} contradict each other; drop one of them")
             if train.trainable in ("linear_projection", "adaptor"):
                 raise UserError(f"--{name} has no effect with --trainable {train.trainable}; drop one of them")
+    if train.decay_fraction and train.schedule != "wsd":
+        raise UserError(f"--decay_fraction {train.decay_fraction:g} needs --schedule wsd; give both or drop it")
+    if train.patience and not (options.evaluation.eval_every or options.evaluation.eval_steps):
+        raise UserError(f"--patience {train.patience} counts evaluations, and --eval_every 0 drops them; drop one")
+    if train.swa_start and not train.max_steps and train.swa_start > train.epochs:
+        raise UserError(f"--swa_start {train.swa_start} is after the last epoch ({train.epochs}); lower it")
     # evaluation and the run's folder
     for name in ("rerank", "ensemble"):
         if getattr(options.evaluation, name) and not options.run.eval:
@@ -146,5 +152,12 @@ def check_combinations(options: Options) -> None:
             if getattr(options.evaluation, name):
                 alias = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
                 raise UserError(f"--{name}{alias} needs --zero_shot_eval DATA or --imagenet_eval")
+    if options.evaluation.retention_root and not options.evaluation.retention_dataset:
+        raise UserError("--retention_root needs --retention_dataset; give both")
+    if options.evaluation.retention_weight and not options.evaluation.retention_dataset:
+        if not options.evaluation.zero_shot_eval:
+            raise UserError("--retention_weight needs --retention_dataset or --zero_shot_eval; give one")
+        if options.evaluation.zero_shot_steps:
+            raise UserError("--retention_weight scores with each val evaluation; drop --zero_shot_steps")
     if options.run.overwrite and options.run.resume == AUTO:
         raise UserError("--overwrite and --resume auto contradict each other; drop one of them")

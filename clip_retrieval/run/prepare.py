@@ -69,6 +69,7 @@ class Run:
         loader: the batches of this process.
         val, test: the splits to score, if any.
         zero_shot: the zero-shot classification, if any.
+        retention: the split of --retention_dataset, if any.
         schedule: at which steps to log, save and evaluate.
         progress: steps and results so far.
         metrics: metrics.jsonl and TensorBoard; None except in the main process.
@@ -88,6 +89,7 @@ class Run:
     val: Split | None
     test: Split | None
     zero_shot: ZeroShotTask | None
+    retention: Split | None
     schedule: Schedule
     progress: Progress
     metrics: MetricsLog | None
@@ -141,6 +143,10 @@ def prepare(
         zero_shot = load_zero_shot(
             options.evaluation, options.data.parts()[0].dataset_root, tokenizer, built.preprocess
         )
+    retention = load_retention(options, tokenizer, built.preprocess, device, processes)
+    if val is None and (options.train.patience or options.evaluation.retention_weight):
+        name = "patience" if options.train.patience else "retention_weight"
+        raise UserError(f"--{name} needs a val split; --val_fraction 0.1 holds out a tenth of the images")
 
     # trainer, new or restored
     sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
@@ -205,6 +211,7 @@ def prepare(
         val=val,
         test=test,
         zero_shot=zero_shot,
+        retention=retention,
         schedule=schedule,
         progress=progress,
         metrics=metrics,
@@ -326,6 +333,28 @@ def load_zero_shot(
         options=OptionNames("--zero_shot_root", "--zero_shot_class_names", "--zero_shot_templates", download=None),
     )
     return prepare_task(data, tokenizer, preprocess)
+
+
+def load_retention(
+    options: Options, tokenizer: Any, preprocess: dict[str, Any], device: torch.device, processes: Processes
+) -> Split | None:
+    """Prepare the test split of --retention_dataset, or else its val split; None without the option.
+
+    Raises UserError if it has neither.
+    """
+    name, root = options.evaluation.retention_dataset, options.evaluation.retention_root
+    if name is None:
+        return None
+    shared = ("caption_prefix", "decoder", "skip_broken", "max_image_pixels", "num_workers")
+    data = DataOptions(
+        dataset=(name,),
+        dataset_root=root or options.data.parts()[0].dataset_root,
+        **{each: getattr(options.data, each) for each in shared},
+    )
+    for split in ("test", "val"):
+        if (dataset := read_split(data, split, device, processes, require_pairs=False)) is not None:
+            return make_split(data, dataset, tokenizer, preprocess, device)
+    raise UserError(f"--retention_dataset {name} in {data.place} has no test and no val split; give another one")
 
 
 def choose_batch_size(batch_size: int, train: TrainSplit, processes: Processes) -> int:

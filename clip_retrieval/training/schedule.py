@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from clip_retrieval.options import Options
 
 DEFAULT_WARMUP = 500  # steps
+DECAY_FRACTION = 0.2  # of the run; Hägele et al. 2024, arXiv:2405.18392
 
 
 def warmup_steps(warmup: float | None, total_steps: int) -> int:
@@ -21,18 +22,30 @@ def warmup_steps(warmup: float | None, total_steps: int) -> int:
     return min(steps, total_steps)
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str = "cosine") -> float:
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: str = "cosine",
+    decay_fraction: float | None = None,
+) -> float:
     """Return the rate after `step` complete steps.
 
-    A linear warmup leads to `peak`; then the rate falls as a cosine to 0 at `total_steps`, or with schedule "constant"
-    stays at `peak`.
+    A linear warmup leads to `peak`. Then the rate falls to 0 at `total_steps`, as a "cosine" or "linear"; or is
+    "constant"; or with "wsd" (warmup, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays at `peak` and falls
+    linearly in the last `decay_fraction` of the run (default: DECAY_FRACTION).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    start = warmup_steps
+    if schedule == "wsd":
+        start = max(start, total_steps - round((decay_fraction or DECAY_FRACTION) * total_steps))
+    progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
+    return peak * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress)
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Schedule:
         zero_shot_steps: steps between zero-shot evaluations; 0: at those on the val split.
         keep_every: epochs between numbered checkpoints; 0: none.
         keep_steps: steps between numbered checkpoints; 0: none.
+        swa_start: epoch from whose end on weights are averaged; None: never.
     """
 
     total_steps: int
@@ -60,6 +74,7 @@ class Schedule:
     zero_shot_steps: int = 0
     keep_every: int = 0
     keep_steps: int = 0
+    swa_start: int | None = None
 
     @classmethod
     def from_options(cls, options: Options, steps_per_epoch: int) -> Schedule:
@@ -74,6 +89,7 @@ class Schedule:
             zero_shot_steps=options.evaluation.zero_shot_steps,
             keep_every=options.run.keep_every,
             keep_steps=options.run.keep_steps,
+            swa_start=options.train.swa_start,
         )
 
     def is_last(self, step: int) -> bool:
@@ -100,6 +116,12 @@ class Schedule:
     def evaluates_zero_shot(self, step: int) -> bool:
         """Whether a zero-shot evaluation is due."""
         return _is_multiple(step, self.zero_shot_steps) if self.zero_shot_steps else self.evaluates(step)
+
+    def averages(self, step: int) -> bool:
+        """Whether the weights enter the average of --swa_start."""
+        return (
+            self.swa_start is not None and step >= self.swa_start * self.steps_per_epoch and self._ends_epochs(step, 1)
+        )
 
     def keeps_epoch(self, step: int) -> bool:
         """Whether a checkpoint numbered by its epoch is due."""

@@ -14,6 +14,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.lora import load_lora, lora_state
+from clip_retrieval.training.average import EMA, SWA
 from clip_retrieval.training.trainer import Trainer
 
 
@@ -24,10 +25,12 @@ class Progress:
     Attributes:
         step: steps done.
         evaluated_step: the last step whose milestone is complete.
-        best: step, epoch and results block of the best model on the val split.
+        best: step, epoch and results block of the best model on val, and its `average` of the weights if there are any.
         before: results block of the initial model.
         zero_shot_before: results block of its zero-shot classification.
+        retention_before: results block of the initial model on --retention_dataset.
         seconds: time spent on training.
+        stale: evaluations on val since the best one.
         weights: source of the initial weights, as in results.json; None if the checkpoint does not record it.
     """
 
@@ -36,16 +39,22 @@ class Progress:
     best: dict[str, Any] | None = None
     before: dict[str, Any] | None = None
     zero_shot_before: dict[str, Any] | None = None
+    retention_before: dict[str, Any] | None = None
     seconds: float = 0.0
+    stale: int = 0
     weights: str | None = None
 
     def kept_lines(self) -> dict[str, int]:
         """Return the last step of each kind in metrics.jsonl that a resumed run keeps."""
-        if self.step == 0 and self.before is None and self.zero_shot_before is None:
+        if self.step == 0 and not (self.before or self.zero_shot_before or self.retention_before):
             return {}
         before = 0 if self.before else -1
         zero_shot = self.evaluated_step or (0 if self.zero_shot_before else -1)
-        return {"before": before, "train": self.step, "val": self.evaluated_step, "zero_shot": zero_shot}
+        retention = self.evaluated_step or (0 if self.retention_before else -1)
+        kept = {"before": before, "train": self.step, "val": self.evaluated_step}
+        kept |= {"zero_shot": zero_shot, "retention": retention}
+        averages = {f"{kind}_{name}": kept[kind] for kind in ("val", "zero_shot", "retention") for name in (EMA, SWA)}
+        return kept | averages
 
 
 def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
@@ -59,6 +68,7 @@ def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> di
         "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
         "progress": asdict(progress),
         "lora": lora_state(trainer.model.clip),
+        "averages": {name: average.state_dict() for name, average in trainer.averages.items()} or None,
     }
 
 
@@ -104,6 +114,9 @@ def restore_training(
         _check_moments(checkpoint.optimizer, trainer.optimizer, source)
         load_lora(trainer.model.clip, checkpoint.lora, source)
         trainer.load_optimizer(checkpoint.optimizer, checkpoint.scaler)
+        for name, state in (checkpoint.averages or {}).items():
+            if name in trainer.averages:
+                trainer.averages[name].load_state_dict(state, str(source))
     if reset_data_offset:
         return Progress()
     log.info(f"resuming from {source}, step {checkpoint.step}")

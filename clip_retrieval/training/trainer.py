@@ -23,6 +23,7 @@ from clip_retrieval.losses import LOSSES, make_loss
 from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.training.average import EMA, make_averages
 from clip_retrieval.training.master_weights import MasterWeights
 from clip_retrieval.training.optimizer import make_optimizer
 
@@ -108,6 +109,7 @@ class Trainer:
         self._recomputes = options.grad_checkpointing
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
+        self.averages = make_averages(model, options)
         # the model that computes: a copy in lower precision, or the model itself
         self.towers = model if precision == "fp32" else model.copy_in(DTYPES[precision])
         self._masters = None if precision == "fp32" else MasterWeights(model, self.towers)
@@ -156,6 +158,8 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_scale"]
         result = self._compute_gradients(batch, step)
         self._update()
+        if EMA in self.averages:
+            self.averages[EMA].update()
         self._record_bad_step(result.loss, step)
         return result
 
