@@ -36,6 +36,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    maximum: float | None = None,
     auto: bool | str = False,
     repeatable: bool = False,
     from_checkpoint: bool = True,
@@ -49,7 +50,8 @@ def option(
         choices: the valid values.
         also: from another spelling of a value to the canonical one.
         flags: from a flag to the value that it sets.
-        minimum, above, below: a number must be at least `minimum`, greater than `above` and less than `below`.
+        minimum, above, below, maximum: a number must be at least `minimum`, greater than `above`, less than `below`
+            and at most `maximum`.
         auto: accept the word "auto", or this word, and store None.
         repeatable: store a tuple if the option is given several times.
         from_checkpoint: take the value from a checkpoint when a run is resumed or evaluated.
@@ -65,6 +67,7 @@ def option(
             "minimum": minimum,
             "above": above,
             "below": below,
+            "maximum": maximum,
             "auto": AUTO if auto is True else auto,
             "repeatable": repeatable,
             "from_checkpoint": from_checkpoint,
@@ -318,7 +321,23 @@ class LossOptions:
         also={"cross_entropy": "infonce", "cos_embedd": "margin"},
         flags={"--use_siglip": "siglip"},
     )
-    margin: float = option(0.1, "margin loss: cosine above which a negative pair has a loss")
+    margin: float | None = option(
+        None,
+        "margin loss: cosine above which a negative pair has a loss (default: 0.1); triplet loss: by how much a "
+        "positive must exceed the hardest negative (default: 0.2)",
+    )
+    label_smoothing: float = option(
+        0.0, "infonce: share of the target that is spread over all pairs of the batch", minimum=0, below=1
+    )
+    i2t_weight: float = option(
+        0.5,
+        "infonce and triplet: weight of image-to-text; text-to-image has the rest",
+        minimum=0,
+        maximum=1,
+    )
+    temperature: float | None = option(
+        None, "infonce and siglip: fixed temperature, 1 / logit scale (default: learned)", above=0
+    )
 
 
 @dataclass
@@ -610,6 +629,8 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} {text}: must be a number of less than 64 bits")
             if meta["below"] is not None and v >= meta["below"]:
                 raise UserError(f"--{f.name} {v:g}: must be less than {meta['below']:g}")
+            if meta["maximum"] is not None and v > meta["maximum"]:
+                raise UserError(f"--{f.name} {v:g}: must be at most {meta['maximum']:g}")
             if meta["minimum"] is not None and v < meta["minimum"]:
                 raise UserError(f"--{f.name} {v:g}: must be at least {meta['minimum'] or 0:g}")
             if meta["above"] is not None and v <= meta["above"]:

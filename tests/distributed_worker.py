@@ -39,7 +39,7 @@ from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import retrieval_ranks
-from clip_retrieval.losses import make_loss, pairs
+from clip_retrieval.losses import LOSSES, make_loss, pairs
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions
@@ -62,7 +62,9 @@ CHUNK = 4  # each of two processes has 6 pairs, so its last chunk is smaller
 def cases() -> dict[str, dict[str, Any]]:
     """Options of small trainers."""
     found = {}
-    for loss, model, grad_cache in itertools.product(("infonce", "siglip", "margin"), ("vit", "resnet"), (None, CHUNK)):
+    for loss, model, grad_cache in itertools.product(
+        ("infonce", "siglip", "margin", "triplet"), ("vit", "resnet"), (None, CHUNK)
+    ):
         name = f"{loss} {model}" + (" grad_cache" if grad_cache else "")
         found[name] = {"loss": loss, "resnet": model == "resnet", "grad_cache": grad_cache}
     found["infonce simple-clip"] = {"simple_clip": True}
@@ -71,6 +73,7 @@ def cases() -> dict[str, dict[str, Any]]:
     found["margin linear_projection"] = {"loss": "margin", "trainable": "linear_projection"}
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
+    found["label_smoothing"] = {"label_smoothing": 0.1, "i2t_weight": 0.3, "temperature": 0.05}
     found["bf16"] = {"precision": "bf16"}
     found["bf16 grad_cache"] = {"precision": "bf16", "grad_cache": 2}
     return found
@@ -211,7 +214,7 @@ class Largest(TorchDispatchMode):
 def largest_tensor(processes: Processes, share: int = 1000, tile: int = 300) -> dict[str, int]:
     """The number of elements of the largest tensor of each loss, for `share` pairs in each process."""
     found = {}
-    for name in ("infonce", "siglip", "margin"):
+    for name in LOSSES:
         image, text = (F.normalize(torch.randn(share, 8), dim=-1).requires_grad_() for _ in range(2))
         positives = torch.arange(share)[:, None] + torch.tensor([0, share * processes.rank])
         loss = make_loss(LossOptions(loss=name), processes)

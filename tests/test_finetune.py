@@ -135,6 +135,8 @@ def test_log_lines_have_the_metrics_of_a_step(run, arguments, tmp_path):
     [
         ("--loss", "siglip"),
         ("--loss", "margin"),
+        ("--loss", "triplet"),
+        ("--label_smoothing", "0.1", "--i2t_weight", "0.3", "--temperature", "0.05"),
         ("--trainable", "linear_projection"),
         ("--trainable", "adaptor"),
         ("--loss", "margin", "--trainable", "adaptor"),

@@ -46,6 +46,9 @@ SPELLINGS = {
     "preset": ["--preset"],
     "loss": ["--loss"],
     "margin": ["--margin"],
+    "label_smoothing": ["--label_smoothing"],
+    "i2t_weight": ["--i2t_weight"],
+    "temperature": ["--temperature"],
     "trainable": ["--trainable"],
     "precision": ["--precision"],
     "eval_precision": ["--eval_precision"],
@@ -61,6 +64,8 @@ SPELLINGS = {
 }
 VALUES = {
     "beta1": "0.5",
+    "label_smoothing": "0.5",
+    "i2t_weight": "1",
     "beta2": "0.5",
     "loss": "siglip",
     "trainable": "adaptor",
@@ -127,7 +132,10 @@ def test_documented_defaults():
         "weight_decay": 0.2,
         "warmup": None,  # 500, but at most a tenth of the run
         "loss": "infonce",
-        "margin": 0.1,
+        "margin": None,  # 0.1, or 0.2 for the triplet loss
+        "label_smoothing": 0.0,
+        "i2t_weight": 0.5,
+        "temperature": None,
         "trainable": "all",
         "precision": "auto",
         "eval_precision": "fp32",
@@ -204,6 +212,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--recall_k 0", ["--recall_k"]),
         ("--rerank csls", ["--rerank", "--eval"]),
         ("--ensemble other.pt", ["--ensemble", "--eval"]),
+        ("--i2t_weight 1.5", ["--i2t_weight 1.5", "at most 1"]),
+        ("--loss siglip --label_smoothing 0.1", ["--label_smoothing", "--loss siglip"]),
+        ("--loss margin --i2t_weight 0.6", ["--i2t_weight", "--loss margin"]),
+        ("--loss triplet --temperature 0.05", ["--temperature", "--loss triplet"]),
         ("--grad_cache 8 --accum_freq 4", ["--accum_freq", "--grad_cache"]),
         ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
         ("--imagenet_eval_steps 5", ["--zero_shot_steps", "--zero_shot_eval"]),

@@ -11,8 +11,18 @@ from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
+from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
-from clip_retrieval.options import AUTO, BELONGING, PREFIXES, REPEATABLE, DatasetOptions, Options, as_tuple
+from clip_retrieval.options import (
+    AUTO,
+    BELONGING,
+    PREFIXES,
+    REPEATABLE,
+    DatasetOptions,
+    LossOptions,
+    Options,
+    as_tuple,
+)
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import refuse_another_run, run_folder
 
@@ -119,6 +129,13 @@ def check_combinations(options: Options) -> None:
         raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
     if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
         raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
+    # loss
+    loss = LOSSES[options.loss.loss]
+    for name in ("label_smoothing", "i2t_weight"):
+        if getattr(options.loss, name) != getattr(LossOptions, name) and name not in loss.arguments:
+            raise UserError(f"--{name} is not for --loss {options.loss.loss}; drop one of them")
+    if options.loss.temperature and not loss.learns_scale:
+        raise UserError(f"--temperature: --loss {options.loss.loss} has none; drop one of them")
     # evaluation and the run's folder
     for name in ("rerank", "ensemble"):
         if getattr(options.evaluation, name) and not options.run.eval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -390,9 +391,11 @@ def make_trainer(
         options.trainable,
         freeze_vision=options.freeze_vision,
         freeze_text=options.freeze_text,
-        learn_scale=loss.learns_scale,
+        learn_scale=loss.learns_scale and loss_options.temperature is None,
         learn_bias=loss.learns_bias,
     )
+    if loss_options.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(loss_options.temperature))
     if options.grad_checkpointing:
         enable_grad_checkpointing(model.clip)
     if processes.world_size > 1 and not vision_is_frozen(model):

@@ -280,8 +280,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if (highest := LOSSES[self.loss_options.loss].highest_scale) is not None:
-            self.model.clip.logit_scale.data.clamp_(0, math.log(highest))
+        highest, logit_scale = LOSSES[self.loss_options.loss].highest_scale, self.model.clip.logit_scale
+        if highest is not None and logit_scale.requires_grad:
+            logit_scale.data.clamp_(0, math.log(highest))
 
     def _record_bad_step(self, loss: Tensor, step: int) -> None:
         """Record, on the device, the first step whose loss is not finite; reading it at each step would stall."""
