@@ -380,6 +380,16 @@ class TrainOptions:
         "trainable parameters: all, the two projections and the logit scale, or a small adaptor after the image tower",
         choices=("all", "linear_projection", "adaptor"),
     )
+    drop_path: float = option(
+        0.0,
+        "stochastic depth: share of the items of a batch for which the last block of a tower is skipped in training; "
+        "the rate rises linearly with depth",
+        minimum=0,
+        below=1,
+    )
+    patch_dropout: float = option(
+        0.0, "share of an image's patches that a ViT does not see in training, as in FLIP", minimum=0, below=1
+    )
     freeze_vision: bool = option(False, "freeze the image tower")
     freeze_text: bool = option(False, "freeze the text tower")
     precision: str = option(

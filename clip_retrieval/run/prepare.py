@@ -31,8 +31,10 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.drop_path import set_drop_path
 from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
 from clip_retrieval.models.names import NO_WEIGHTS
+from clip_retrieval.models.patch_dropout import set_patch_dropout
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, LossOptions, Options, TrainOptions
@@ -394,6 +396,12 @@ def make_trainer(
         learn_scale=loss.learns_scale and loss_options.temperature is None,
         learn_bias=loss.learns_bias,
     )
+    if options.drop_path:
+        set_drop_path(model.clip, options.drop_path)
+    if options.patch_dropout:
+        if vision_is_frozen(model):
+            raise UserError("--patch_dropout: the image tower is frozen; drop it, or train the tower")
+        set_patch_dropout(model.clip.visual, options.patch_dropout)
     if loss_options.temperature is not None:
         model.clip.logit_scale.data.fill_(-math.log(loss_options.temperature))
     if options.grad_checkpointing:
