@@ -219,11 +219,15 @@ class DataOptions:
     )
     augment: str = option(
         "none",
-        "augmentation of training images: none, random crop, random crop with AutoAugment, or the same with half of "
-        "the images mirrored, as in Chinese-CLIP (captions may name left and right)",
-        choices=("none", "crop", "auto", "auto_flip"),
+        "augmentation of training images: none, random crop, random crop with AutoAugment, the same with half of the "
+        "images mirrored, as in Chinese-CLIP (captions may name left and right), or random crop with RandAugment",
+        choices=("none", "crop", "auto", "auto_flip", "rand"),
         flags={"--use_augment": "auto"},
     )
+    crop_scale: float = option(
+        0.9, "with --augment: smallest share of the image's area in a random crop", above=0, below=1
+    )
+    word_dropout: float = option(0.0, "share of the words of training captions to drop at random", minimum=0, below=1)
     decoder: str = option(
         "pillow",
         "image decoder: pillow as in the reference, or fast, 2.5 times faster, with pixels that differ by one or two "

@@ -52,11 +52,18 @@ def test_resume_after_kill_in_any_step_is_bit_identical(run, run_killed, argumen
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("--loss", "siglip", "--grad_cache", "4"), ("--vision_model", "simple.json")], ids=str
+    "extra",
+    [
+        (),
+        ("--loss", "siglip", "--grad_cache", "4"),
+        ("--vision_model", "simple.json"),
+        (*"--drop_path 0.5 --patch_dropout 0.5 --word_dropout 0.5 --grad_cache 4 --precision bf16".split(),),
+    ],
+    ids=str,
 )
 def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, captioned, tmp_path, extra):
     extra = [captioned / word if word.endswith(".json") else word for word in extra]
-    command = [*arguments, "--augment", "crop", "--save_every", "2", *extra]
+    command = [*arguments, "--augment", "rand", "--save_every", "2", *extra]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

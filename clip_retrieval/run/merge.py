@@ -18,6 +18,7 @@ from clip_retrieval.options import (
     BELONGING,
     PREFIXES,
     REPEATABLE,
+    DataOptions,
     DatasetOptions,
     LossOptions,
     Options,
@@ -121,6 +122,8 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
+        raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
     # model
     if options.model.keep_positions and not options.model.context_length:
         raise UserError(f"--keep_positions {options.model.keep_positions} needs --context_length; give both")

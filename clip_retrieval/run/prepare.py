@@ -17,7 +17,8 @@ from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
-from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.batches.word_dropout import WordDropout
+from clip_retrieval.data.captions import Tokens, padding_id
 from clip_retrieval.data.catalog import is_streamed, skips_unreadable
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
@@ -166,8 +167,9 @@ def prepare(
             device,
             processes,
             images_vary=options.data.augment != "none",
+            texts_vary=options.data.word_dropout > 0,
         )
-    loader = train.make_loader(
+    loader: Loader = train.make_loader(
         sampler,
         trim=model.trims_text,
         bucket=COMPILED_LENGTHS if options.train.compile else 1,
@@ -175,6 +177,14 @@ def prepare(
         processes=processes,
         encode_frozen=encode_frozen,
     )
+    if options.data.word_dropout:
+        loader = WordDropout(
+            loader,
+            options.data.word_dropout,
+            pad=padding_id(tokenizer),
+            seed=options.train.seed,
+            processes=processes,
+        )
 
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
     if options.run.overwrite and processes.is_main:
@@ -355,8 +365,9 @@ def make_frozen_encoder(
     processes: Processes,
     *,
     images_vary: bool,
+    texts_vary: bool,
 ) -> EncodeFrozen:
-    """Return a function that encodes a split with the frozen towers; the images only if they do not vary."""
+    """Return a function that encodes a split with the frozen towers, unless its images or texts vary."""
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
         images: Pixels | Tensor = split.pixels
@@ -370,7 +381,7 @@ def make_frozen_encoder(
         if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
             images = encode_frozen_images(model, split.pixels, num_workers=num_workers, **encoding)
-        if text_is_frozen(model):
+        if text_is_frozen(model) and not texts_vary:
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
             texts = encode_frozen_texts(model, split.dataset, split.tokens, **encoding)
         return images, texts
