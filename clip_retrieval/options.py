@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.losses import LOSSES
+from clip_retrieval.losses import DISTILLATIONS, LOSSES
 
 AUTO = "auto"
 NO_PRESET = "none"
@@ -342,6 +342,17 @@ class LossOptions:
     temperature: float | None = option(
         None, "infonce and siglip: fixed temperature, 1 / logit scale (default: learned)", above=0
     )
+    distill_from: str | None = option(
+        None,
+        "teacher whose features are imitated in training: a checkpoint or weight file, a model name, or start (the "
+        "model as the run starts, to forget less)",
+    )
+    distill_kind: str = option(
+        "relational",
+        "relational: the similarities in the batch (KL divergence); feature: the features themselves (1 - cosine)",
+        choices=DISTILLATIONS,
+    )
+    distill_weight: float = option(1.0, "factor on the distillation loss", minimum=0)
 
 
 @dataclass

@@ -45,6 +45,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions
 from clip_retrieval.run.merge import settle
 from clip_retrieval.run.prepare import make_trainer
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.trainer import Trainer
 from tests.conftest import Killed
 from tests.data.make_shards import jpeg, write_shard
@@ -74,6 +75,8 @@ def cases() -> dict[str, dict[str, Any]]:
     found["margin adaptor grad_cache"] = {"loss": "margin", "trainable": "adaptor", "grad_cache": CHUNK}
     found["infonce freeze_vision"] = {"freeze_vision": True, "resnet": True}
     found["label_smoothing"] = {"label_smoothing": 0.1, "i2t_weight": 0.3, "temperature": 0.05}
+    found["distill feature"] = {"distill_from": "start", "distill_kind": "feature"}
+    found["distill relational grad_cache"] = {"distill_from": "start", "grad_cache": CHUNK}
     found["bf16"] = {"precision": "bf16"}
     found["bf16 grad_cache"] = {"precision": "bf16", "grad_cache": 2}
     return found
@@ -151,6 +154,10 @@ def train_small(
     with patched if precision == "fp32" else contextlib.nullcontext():
         model = model.double() if precision == "fp32" else model
         trainer = make_trainer(all_options.train, all_options.loss, model, precision, CPU, processes)
+        if all_options.loss.distill_from:  # from another model: the first step has a loss too
+            clip = small_clip(text_cfg=TEXT | {"vocab_size": VOCABULARY}, seed=1)
+            teacher = RetrievalModel(clip, small_preprocess()).double()
+            trainer.distillation = Distillation(teacher, all_options.loss.distill_kind, 2.0, processes)
         model.train()
         steps, update = [], trainer._update
 

@@ -28,6 +28,7 @@ pytestmark = [
 RESUMED_AT = 4  # step of the last save before the kill
 VARIANTS = {
     "resnet": "--vision_model resnet.json --lr 0.01",
+    "distilled": "--distill_from start --word_dropout 0.3 --augment rand --label_smoothing 0.1",
     "siglip grad_cache": "--loss siglip --grad_cache 5",
     "margin linear_projection": "--loss margin --trainable linear_projection",
     "freeze_text one caption": "--freeze_text --caption_sampling one --accum_freq 2 --grad_clip 0.1",

@@ -57,7 +57,8 @@ def test_resume_after_kill_in_any_step_is_bit_identical(run, run_killed, argumen
         (),
         ("--loss", "siglip", "--grad_cache", "4"),
         ("--vision_model", "simple.json"),
-        (*"--drop_path 0.5 --patch_dropout 0.5 --word_dropout 0.5 --grad_cache 4 --precision bf16".split(),),
+        ("--drop_path", "0.5", "--patch_dropout", "0.5", "--word_dropout", "0.5", "--precision", "bf16"),
+        ("--distill_from", "start", "--grad_cache", "4"),
     ],
     ids=str,
 )

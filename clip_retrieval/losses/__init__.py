@@ -55,6 +55,9 @@ LOSSES = {
     "triplet": Loss("triplet.triplet", ("margin", "i2t_weight"), margin=0.2, learns_scale=False),
 }
 
+DISTILLATIONS = ("relational", "feature")
+"""The kinds of distillation, see `losses.distillation`."""
+
 
 def make_loss(options: LossOptions, processes: Processes) -> Callable[..., Tensor]:
     """Return the chosen loss as a function of (image_features, text_features, positives, logit_scale, logit_bias=None).

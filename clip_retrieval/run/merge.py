@@ -139,6 +139,10 @@ def check_combinations(options: Options) -> None:
             raise UserError(f"--{name} is not for --loss {options.loss.loss}; drop one of them")
     if options.loss.temperature and not loss.learns_scale:
         raise UserError(f"--temperature: --loss {options.loss.loss} has none; drop one of them")
+    if not options.loss.distill_from:
+        for name in ("distill_kind", "distill_weight"):
+            if getattr(options.loss, name) != getattr(LossOptions, name):
+                raise UserError(f"--{name} needs --distill_from CKPT or start; give both")
     # evaluation and the run's folder
     for name in ("rerank", "ensemble"):
         if getattr(options.evaluation, name) and not options.run.eval:

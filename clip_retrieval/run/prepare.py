@@ -45,8 +45,10 @@ from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.splits import log_samples, make_split, read_split
+from clip_retrieval.run.teacher import START, copy_start, load_teacher
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
@@ -158,8 +160,20 @@ def prepare(
             reset_data_offset=options.run.reset_data_offset,
         )
         progress.weights = progress.weights or built.weights
+    source = checkpoint.path.parent if checkpoint is not None else folder
+    if options.loss.distill_from:
+        teacher = load_teacher(
+            options,
+            model,
+            tokenizer,
+            resumed=source if progress.step else None,
+            precision=precision,
+            device=device,
+        )
+        loss = options.loss
+        trainer.distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
     encode_frozen = None
-    if not options.train.no_feature_cache:
+    if not options.train.no_feature_cache and not options.loss.distill_from:  # the teacher sees pixels and tokens
         encode_frozen = make_frozen_encoder(
             model,
             options.evaluation.eval_batch_size,
@@ -189,7 +203,6 @@ def prepare(
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
-    source = checkpoint.path.parent if checkpoint is not None else folder
     if progress.best is not None and not has_best(source, (progress.best["step"], progress.step)):
         log.warning("best.pt is missing beside the resumed checkpoint: the best is chosen again")
         progress.best = None
@@ -198,6 +211,8 @@ def prepare(
         log_to_file(folder)
         if progress.best is not None:
             copy_best(source, folder)
+        if options.loss.distill_from == START and progress.step:
+            copy_start(source, folder)
         recorded = without_resume(options, folder)
         write_options(folder, recorded, f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines(), parse_trackers(options.run.report_to), recorded.flat())
