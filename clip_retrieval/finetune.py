@@ -32,6 +32,7 @@ from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, sa
 from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
 from clip_retrieval.run.selection import RAW, ends, evaluate_val, save_averages, selects_by_zero_shot
 from clip_retrieval.run.settings import settle_options
+from clip_retrieval.run.teacher import START, START_FILE
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.average import SWA
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
@@ -72,6 +73,8 @@ def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> Non
         # train, and save if the run is stopped
         with closing(run.metrics) if run.metrics else nullcontext():
             try:
+                if options.loss.distill_from == START and not run.progress.step:
+                    save(run, START_FILE, make_model_checkpoint)
                 evaluate_first(run)
                 train(run)
             except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.losses import LOSSES
+from clip_retrieval.losses import DISTILLATIONS, LOSSES
 
 AUTO = "auto"
 NO_PRESET = "none"
@@ -36,6 +36,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    maximum: float | None = None,
     auto: bool | str = False,
     repeatable: bool = False,
     from_checkpoint: bool = True,
@@ -49,7 +50,8 @@ def option(
         choices: the valid values.
         also: from another spelling of a value to the canonical one.
         flags: from a flag to the value that it sets.
-        minimum, above, below: a number must be at least `minimum`, greater than `above` and less than `below`.
+        minimum, above, below, maximum: a number must be at least `minimum`, greater than `above`, less than `below`
+            and at most `maximum`.
         auto: accept the word "auto", or this word, and store None.
         repeatable: store a tuple if the option is given several times.
         from_checkpoint: take the value from a checkpoint when a run is resumed or evaluated.
@@ -65,6 +67,7 @@ def option(
             "minimum": minimum,
             "above": above,
             "below": below,
+            "maximum": maximum,
             "auto": AUTO if auto is True else auto,
             "repeatable": repeatable,
             "from_checkpoint": from_checkpoint,
@@ -216,11 +219,15 @@ class DataOptions:
     )
     augment: str = option(
         "none",
-        "augmentation of training images: none, random crop, random crop with AutoAugment, or the same with half of "
-        "the images mirrored, as in Chinese-CLIP (captions may name left and right)",
-        choices=("none", "crop", "auto", "auto_flip"),
+        "augmentation of training images: none, random crop, random crop with AutoAugment, the same with half of the "
+        "images mirrored, as in Chinese-CLIP (captions may name left and right), or random crop with RandAugment",
+        choices=("none", "crop", "auto", "auto_flip", "rand"),
         flags={"--use_augment": "auto"},
     )
+    crop_scale: float = option(
+        0.9, "with --augment: smallest share of the image's area in a random crop", above=0, below=1
+    )
+    word_dropout: float = option(0.0, "share of the words of training captions to drop at random", minimum=0, below=1)
     decoder: str = option(
         "pillow",
         "image decoder: pillow as in the reference, or fast, 2.5 times faster, with pixels that differ by one or two "
@@ -318,7 +325,34 @@ class LossOptions:
         also={"cross_entropy": "infonce", "cos_embedd": "margin"},
         flags={"--use_siglip": "siglip"},
     )
-    margin: float = option(0.1, "margin loss: cosine above which a negative pair has a loss")
+    margin: float | None = option(
+        None,
+        "margin loss: cosine above which a negative pair has a loss (default: 0.1); triplet loss: by how much a "
+        "positive must exceed the hardest negative (default: 0.2)",
+    )
+    label_smoothing: float = option(
+        0.0, "infonce: share of the target that is spread over all pairs of the batch", minimum=0, below=1
+    )
+    i2t_weight: float = option(
+        0.5,
+        "infonce and triplet: weight of image-to-text; text-to-image has the rest",
+        minimum=0,
+        maximum=1,
+    )
+    temperature: float | None = option(
+        None, "infonce and siglip: fixed temperature, 1 / logit scale (default: learned)", above=0
+    )
+    distill_from: str | None = option(
+        None,
+        "teacher whose features are imitated in training: a checkpoint or weight file, a model name, or start (the "
+        "model as the run starts, to forget less)",
+    )
+    distill_kind: str = option(
+        "relational",
+        "relational: the similarities in the batch (KL divergence); feature: the features themselves (1 - cosine)",
+        choices=DISTILLATIONS,
+    )
+    distill_weight: float = option(1.0, "factor on the distillation loss", minimum=0)
 
 
 @dataclass
@@ -402,6 +436,16 @@ class TrainOptions:
         "attention",
         "LoRA: linear layers that are adapted: of attention, all others (mlp), or all; not the projections",
         choices=("attention", "mlp", "all"),
+    )
+    drop_path: float = option(
+        0.0,
+        "stochastic depth: share of the items of a batch for which the last block of a tower is skipped in training; "
+        "the rate rises linearly with depth",
+        minimum=0,
+        below=1,
+    )
+    patch_dropout: float = option(
+        0.0, "share of an image's patches that a ViT does not see in training, as in FLIP", minimum=0, below=1
     )
     freeze_vision: bool = option(False, "freeze the image tower")
     freeze_text: bool = option(False, "freeze the text tower")
@@ -672,6 +716,8 @@ def check_values(group: Any) -> None:
                 raise UserError(f"--{f.name} {text}: must be a number of less than 64 bits")
             if meta["below"] is not None and v >= meta["below"]:
                 raise UserError(f"--{f.name} {v:g}: must be less than {meta['below']:g}")
+            if meta["maximum"] is not None and v > meta["maximum"]:
+                raise UserError(f"--{f.name} {v:g}: must be at most {meta['maximum']:g}")
             if meta["minimum"] is not None and v < meta["minimum"]:
                 raise UserError(f"--{f.name} {v:g}: must be at least {meta['minimum'] or 0:g}")
             if meta["above"] is not None and v <= meta["above"]:

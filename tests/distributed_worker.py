@@ -39,12 +39,13 @@ from clip_retrieval.data.shards.stream import StreamLoader
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
 from clip_retrieval.evaluation.ranks import retrieval_ranks
-from clip_retrieval.losses import make_loss, pairs
+from clip_retrieval.losses import LOSSES, make_loss, pairs
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions
 from clip_retrieval.run.merge import settle
 from clip_retrieval.run.prepare import make_trainer
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.trainer import Trainer
 from tests.conftest import Killed
 from tests.data.make_shards import jpeg, write_shard
@@ -62,7 +63,9 @@ CHUNK = 4  # each of two processes has 6 pairs, so its last chunk is smaller
 def cases() -> dict[str, dict[str, Any]]:
     """Options of small trainers."""
     found = {}
-    for loss, model, grad_cache in itertools.product(("infonce", "siglip", "margin"), ("vit", "resnet"), (None, CHUNK)):
+    for loss, model, grad_cache in itertools.product(
+        ("infonce", "siglip", "margin", "triplet"), ("vit", "resnet"), (None, CHUNK)
+    ):
         name = f"{loss} {model}" + (" grad_cache" if grad_cache else "")
         found[name] = {"loss": loss, "resnet": model == "resnet", "grad_cache": grad_cache}
     found["infonce simple-clip"] = {"simple_clip": True}
@@ -83,6 +86,9 @@ def cases() -> dict[str, dict[str, Any]]:
         "lr_text": 1e-6,
         "layer_decay": 0.5,
     }
+    found["label_smoothing"] = {"label_smoothing": 0.1, "i2t_weight": 0.3, "temperature": 0.05}
+    found["distill feature"] = {"distill_from": "start", "distill_kind": "feature"}
+    found["distill relational grad_cache"] = {"distill_from": "start", "grad_cache": CHUNK}
     found["bf16"] = {"precision": "bf16"}
     found["bf16 grad_cache"] = {"precision": "bf16", "grad_cache": 2}
     return found
@@ -160,6 +166,10 @@ def train_small(
     with patched if precision == "fp32" else contextlib.nullcontext():
         model = model.double() if precision == "fp32" else model
         trainer = make_trainer(all_options.train, all_options.loss, model, precision, CPU, processes)
+        if all_options.loss.distill_from:  # from another model: the first step has a loss too
+            clip = small_clip(text_cfg=TEXT | {"vocab_size": VOCABULARY}, seed=1)
+            teacher = RetrievalModel(clip, small_preprocess()).double()
+            trainer.distillation = Distillation(teacher, all_options.loss.distill_kind, 2.0, processes)
         model.train()
         steps, update = [], trainer._update
 
@@ -223,7 +233,7 @@ class Largest(TorchDispatchMode):
 def largest_tensor(processes: Processes, share: int = 1000, tile: int = 300) -> dict[str, int]:
     """The number of elements of the largest tensor of each loss, for `share` pairs in each process."""
     found = {}
-    for name in ("infonce", "siglip", "margin"):
+    for name in LOSSES:
         image, text = (F.normalize(torch.randn(share, 8), dim=-1).requires_grad_() for _ in range(2))
         positives = torch.arange(share)[:, None] + torch.tensor([0, share * processes.rank])
         loss = make_loss(LossOptions(loss=name), processes)

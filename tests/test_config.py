@@ -114,7 +114,7 @@ def test_checkpoint_overrides_config(arguments, config, run, tmp_path):
     code, _, error = run("--eval", "--resume", last, "--config", path, "--device", "cpu")
     assert code == 0, error
     settled = read_json(tmp_path / "logs/ex0/eval_csv_test/options.json")
-    assert settled["seed"] == 4 and settled["margin"] == 0.1
+    assert settled["seed"] == 4 and settled["margin"] is None
 
 
 def test_options_json_is_a_config_that_repeats_the_run(arguments, run, tmp_path):

@@ -135,6 +135,11 @@ def test_log_lines_have_the_metrics_of_a_step(run, arguments, tmp_path):
     [
         ("--loss", "siglip"),
         ("--loss", "margin"),
+        ("--loss", "triplet"),
+        ("--distill_from", "start", "--distill_kind", "feature", "--grad_cache", "3", "--freeze_vision"),
+        ("--drop_path", "0.2", "--patch_dropout", "0.5", "--grad_cache", "3"),
+        ("--augment", "rand", "--crop_scale", "0.5", "--word_dropout", "0.3", "--freeze_text"),
+        ("--label_smoothing", "0.1", "--i2t_weight", "0.3", "--temperature", "0.05"),
         ("--trainable", "linear_projection"),
         ("--trainable", "adaptor"),
         ("--loss", "margin", "--trainable", "adaptor"),

@@ -151,6 +151,17 @@ def _tokenize_hugging_face(
     return ids, np.full(len(ids), ids.shape[1]), np.zeros(len(ids), bool)
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """Return the id behind the captions of a tokenizer. Raises UserError if it pads at the left."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    if isinstance(tokenizer, SimpleTokenizer):
+        return 0
+    if tokenizer.tokenizer.padding_side != "right":
+        raise UserError("--word_dropout: not for this model's tokenizer, which pads at the left; drop it")
+    return int(tokenizer.tokenizer.pad_token_id)
+
+
 def _pads_right(tokenizer: HuggingFaceTokenizer) -> bool:
     """Whether a Hugging Face tokenizer returns the ids, then the end token, then only padding."""
     return (

@@ -25,7 +25,8 @@ class Loss:
     Attributes:
         function: `file.function`, in this folder.
         arguments: the arguments besides features, positives and processes: logit_scale (the factor, not its
-            logarithm), logit_bias or margin.
+            logarithm), logit_bias, or options of the loss.
+        margin: the default of --margin.
         learns_scale: the logit scale is trainable.
         learns_bias: the logit bias is trainable; it is added to a model without one.
         highest_scale: the logit scale is clamped to [1, highest_scale] after each step, so the parameter, its
@@ -35,6 +36,7 @@ class Loss:
 
     function: str
     arguments: tuple[str, ...]
+    margin: float | None = None
     learns_scale: bool = True
     learns_bias: bool = False
     highest_scale: float | None = None
@@ -42,10 +44,19 @@ class Loss:
 
 
 LOSSES = {
-    "infonce": Loss("infonce.infonce", ("logit_scale",), highest_scale=100.0, detects_collapse=True),
+    "infonce": Loss(
+        "infonce.infonce",
+        ("logit_scale", "label_smoothing", "i2t_weight"),
+        highest_scale=100.0,
+        detects_collapse=True,
+    ),
     "siglip": Loss("siglip.siglip", ("logit_scale", "logit_bias"), learns_bias=True),
-    "margin": Loss("margin.margin_pairwise", ("margin",), learns_scale=False),
+    "margin": Loss("margin.margin_pairwise", ("margin",), margin=0.1, learns_scale=False),
+    "triplet": Loss("triplet.triplet", ("margin", "i2t_weight"), margin=0.2, learns_scale=False),
 }
+
+DISTILLATIONS = ("relational", "feature")
+"""The kinds of distillation, see `losses.distillation`."""
 
 
 def make_loss(options: LossOptions, processes: Processes) -> Callable[..., Tensor]:
@@ -58,7 +69,8 @@ def make_loss(options: LossOptions, processes: Processes) -> Callable[..., Tenso
     function = getattr(importlib.import_module(f"clip_retrieval.losses.{file}"), function_name)
 
     def loss(images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-        values = {"logit_scale": scale, "logit_bias": bias, "margin": options.margin}
+        margin = row.margin if options.margin is None else options.margin
+        values = vars(options) | {"logit_scale": scale, "logit_bias": bias, "margin": margin}
         arguments = {argument: values[argument] for argument in row.arguments}
         return function(images, texts, positives, **arguments, processes=processes)
 

@@ -4,7 +4,10 @@ With logits s_ij = logit_scale * cosine(image i, caption j), and P(i) the positi
 
     image to text:  mean over i of  log sum_j exp(s_ij) - mean over j in P(i) of s_ij
     text to image:  the same over the columns
-    loss:           the mean of the two directions
+    loss:           the mean of the two directions, or weighted
+
+With label smoothing E (Szegedy et al. 2016, arXiv:1512.00567), the target of a row is 1 - E on its positives and E
+spread over all captions: the mean over P(i) becomes (1 - E) mean over P(i) + E mean over all j.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ def infonce(
     text_features: Tensor,
     positives: Tensor,
     logit_scale: Tensor,
+    label_smoothing: float = 0.0,
+    i2t_weight: float = 0.5,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """Compute the mean of the image-to-text and the text-to-image cross-entropy.
@@ -33,30 +38,41 @@ def infonce(
         text_features: (captions, dim), L2-normalised; of all processes.
         positives: int64 (P, 2), matching rows of image_features and text_features.
         logit_scale: the factor on the cosines (not its logarithm), a scalar.
+        label_smoothing: share of the target that is spread over all rows, positives included.
+        i2t_weight: weight of the image-to-text direction; the other one has the rest.
         processes: the process group that shares the batch.
 
     Returns:
         The loss, a scalar; with several processes, the part of this process: the parts sum to the loss.
     """
-    # Weights of rows and columns: each direction is a mean over those with a positive, and counts for one half.
+    # Weights of rows and columns: each direction is a mean over those with a positive.
     row, column = positives.T
     positives_of_row = count_positives(row, len(image_features))
     positives_of_column = processes.sum(count_positives(column, len(text_features)))
     rows = processes.sum((positives_of_row > 0).sum()).clamp(min=1)
     columns = (positives_of_column > 0).sum().clamp(min=1)
-    row_weight = (positives_of_row > 0).to(image_features.dtype) / (2 * rows)
-    column_weight = (positives_of_column > 0).to(image_features.dtype) / (2 * columns)
+    row_weight = i2t_weight * (positives_of_row > 0).to(image_features.dtype) / rows
+    column_weight = (1 - i2t_weight) * (positives_of_column > 0).to(image_features.dtype) / columns
 
     # log sum exp of the logits over all pairs. Every process has all columns and counts 1 / world_size of them.
-    row_sums, column_sums = _log_sums(image_features, text_features, logit_scale, processes)
-    log_sums = row_weight @ row_sums + column_weight @ column_sums / processes.world_size
+    row_sums, column_sums = log_sums(image_features, text_features, logit_scale, processes)
+    total = row_weight @ row_sums + column_weight @ column_sums / processes.world_size
 
     # Mean logit of the positives of each row and column.
     weight = row_weight[row] / positives_of_row[row] + column_weight[column] / positives_of_column[column]
-    return log_sums - weight @ (logit_scale * positive_cosines(image_features, text_features, positives))
+    target_logits = weight @ (logit_scale * positive_cosines(image_features, text_features, positives))
+    if not label_smoothing:
+        return total - target_logits
+
+    # The mean logit of a row is the product of its features with the mean features of the columns.
+    row_means = (row_weight @ image_features) @ text_features.mean(0)
+    images = len(image_features) * processes.world_size
+    column_means = (column_weight @ text_features) @ (image_features.sum(0) / images)
+    spread = logit_scale * (row_means + column_means)
+    return total - (1 - label_smoothing) * target_logits - label_smoothing * spread
 
 
-def _log_sums(image: Tensor, text: Tensor, scale: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
+def log_sums(image: Tensor, text: Tensor, scale: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
     """Compute log sum exp of the logits of each row (images,), and of each column over all processes (captions,)."""
 
     def compute_tile(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

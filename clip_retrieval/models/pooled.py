@@ -17,8 +17,11 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clip_retrieval.models.drop_path import DropPathBlock
 from clip_retrieval.models.fast_layers import join_heads, split_heads
 from clip_retrieval.models.model_config import ClipModule
+
+PLAIN = (ResidualAttentionBlock, DropPathBlock)
 
 
 def pools_one_image_token(visual: ClipModule) -> bool:
@@ -44,7 +47,7 @@ def pools_the_end_token(text: ClipModule) -> bool:
 
 def _has_plain_blocks(transformer: ClipModule) -> bool:
     blocks = getattr(transformer, "resblocks", ())
-    return getattr(transformer, "batch_first", True) and all(type(block) is ResidualAttentionBlock for block in blocks)
+    return getattr(transformer, "batch_first", True) and all(type(block) in PLAIN for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _packed_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Te
     q, k, v = split_heads(pack.pad(qkv), 3, attention.num_heads)
     attended = join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
     attended = attended.flatten(0, 1).index_select(0, pack.index)
-    return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
+    return _feed_forward(block, _add(block, x, block.ls_1(attention.out_proj(attended)), pack), pack)
 
 
 def _end_token(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
@@ -202,11 +205,21 @@ def _attend_from(
     k, v = split_heads(kv, 2, attention.num_heads)
     q = q.unflatten(1, (attention.num_heads, 1, -1))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
-    return _feed_forward(block, x + block.ls_1(attention.out_proj(attended)))
+    return _feed_forward(block, _add(block, x, block.ls_1(attention.out_proj(attended))))
 
 
-def _feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+def _feed_forward(block: ResidualAttentionBlock, x: Tensor, pack: Packing | None = None) -> Tensor:
+    return _add(block, x, block.ls_2(block.mlp(block.ln_2(x))), pack)
+
+
+def _add(block: ResidualAttentionBlock, x: Tensor, branch: Tensor, pack: Packing | None = None) -> Tensor:
+    """Add a branch to x: (n, width), or (T, width) for packed captions; --drop_path skips it for some of the items."""
+    if not isinstance(block, DropPathBlock):
+        return x + branch
+    if pack is None:
+        return x + block.drop(branch)
+    items, longest = pack.mask.shape[0], pack.mask.shape[-1]
+    return x + block.drop(branch, pack.index // longest, items)
 
 
 def _runner(transformer: ClipModule) -> Callable[..., Tensor]:

@@ -11,13 +11,16 @@ from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
+from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import (
     AUTO,
     BELONGING,
     PREFIXES,
     REPEATABLE,
+    DataOptions,
     DatasetOptions,
+    LossOptions,
     Options,
     TrainOptions,
     as_tuple,
@@ -120,6 +123,8 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
+        raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
     # model
     if options.model.keep_positions and not options.model.context_length:
         raise UserError(f"--keep_positions {options.model.keep_positions} needs --context_length; give both")
@@ -143,6 +148,17 @@ def check_combinations(options: Options) -> None:
         raise UserError(f"--patience {train.patience} counts evaluations, and --eval_every 0 drops them; drop one")
     if train.swa_start and not train.max_steps and train.swa_start > train.epochs:
         raise UserError(f"--swa_start {train.swa_start} is after the last epoch ({train.epochs}); lower it")
+    # loss
+    loss = LOSSES[options.loss.loss]
+    for name in ("label_smoothing", "i2t_weight"):
+        if getattr(options.loss, name) != getattr(LossOptions, name) and name not in loss.arguments:
+            raise UserError(f"--{name} is not for --loss {options.loss.loss}; drop one of them")
+    if options.loss.temperature and not loss.learns_scale:
+        raise UserError(f"--temperature: --loss {options.loss.loss} has none; drop one of them")
+    if not options.loss.distill_from:
+        for name in ("distill_kind", "distill_weight"):
+            if getattr(options.loss, name) != getattr(LossOptions, name):
+                raise UserError(f"--{name} needs --distill_from CKPT or start; give both")
     # evaluation and the run's folder
     for name in ("rerank", "ensemble"):
         if getattr(options.evaluation, name) and not options.run.eval:

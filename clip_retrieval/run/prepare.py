@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
-from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.batches.word_dropout import WordDropout
+from clip_retrieval.data.captions import Tokens, padding_id
 from clip_retrieval.data.catalog import is_streamed, skips_unreadable
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
@@ -30,9 +32,11 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.drop_path import set_drop_path
 from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
 from clip_retrieval.models.lora import LoraSettings
 from clip_retrieval.models.names import NO_WEIGHTS
+from clip_retrieval.models.patch_dropout import set_patch_dropout
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.models.trainable import FROZEN_TOWERS, set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import DataOptions, EvalOptions, LossOptions, Options, TrainOptions
@@ -42,8 +46,10 @@ from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.splits import log_samples, make_split, read_split
+from clip_retrieval.run.teacher import START, copy_start, load_teacher
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
@@ -161,8 +167,20 @@ def prepare(
             reset_data_offset=options.run.reset_data_offset,
         )
         progress.weights = progress.weights or built.weights
+    source = checkpoint.path.parent if checkpoint is not None else folder
+    if options.loss.distill_from:
+        teacher = load_teacher(
+            options,
+            model,
+            tokenizer,
+            resumed=source if progress.step else None,
+            precision=precision,
+            device=device,
+        )
+        loss = options.loss
+        trainer.distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
     encode_frozen = None
-    if not options.train.no_feature_cache:
+    if not options.train.no_feature_cache and not options.loss.distill_from:  # the teacher sees pixels and tokens
         encode_frozen = make_frozen_encoder(
             model,
             options.evaluation.eval_batch_size,
@@ -170,8 +188,9 @@ def prepare(
             device,
             processes,
             images_vary=options.data.augment != "none",
+            texts_vary=options.data.word_dropout > 0,
         )
-    loader = train.make_loader(
+    loader: Loader = train.make_loader(
         sampler,
         trim=model.trims_text,
         bucket=COMPILED_LENGTHS if options.train.compile else 1,
@@ -179,11 +198,18 @@ def prepare(
         processes=processes,
         encode_frozen=encode_frozen,
     )
+    if options.data.word_dropout:
+        loader = WordDropout(
+            loader,
+            options.data.word_dropout,
+            pad=padding_id(tokenizer),
+            seed=options.train.seed,
+            processes=processes,
+        )
 
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
     if options.run.overwrite and processes.is_main:
         clear_run(folder)
-    source = checkpoint.path.parent if checkpoint is not None else folder
     if progress.best is not None and not has_best(source, (progress.best["step"], progress.step)):
         log.warning("best.pt is missing beside the resumed checkpoint: the best is chosen again")
         progress.best = None
@@ -192,6 +218,8 @@ def prepare(
         log_to_file(folder)
         if progress.best is not None:
             copy_best(source, folder)
+        if options.loss.distill_from == START and progress.step:
+            copy_start(source, folder)
         recorded = without_resume(options, folder)
         write_options(folder, recorded, f"{device} ({device_name(device)})")
         metrics = MetricsLog(folder, progress.kept_lines(), parse_trackers(options.run.report_to), recorded.flat())
@@ -382,8 +410,9 @@ def make_frozen_encoder(
     processes: Processes,
     *,
     images_vary: bool,
+    texts_vary: bool,
 ) -> EncodeFrozen:
-    """Return a function that encodes a split with the frozen towers; the images only if they do not vary."""
+    """Return a function that encodes a split with the frozen towers, unless its images or texts vary."""
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
         images: Pixels | Tensor = split.pixels
@@ -397,7 +426,7 @@ def make_frozen_encoder(
         if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
             images = encode_frozen_images(model, split.pixels, num_workers=num_workers, **encoding)
-        if text_is_frozen(model):
+        if text_is_frozen(model) and not texts_vary:
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
             texts = encode_frozen_texts(model, split.dataset, split.tokens, **encoding)
         return images, texts
@@ -414,6 +443,7 @@ def make_trainer(
     processes: Processes,
 ) -> Trainer:
     """Set the trainable parameters and make the loss and the optimizer."""
+    # trainable parameters
     loss = LOSSES[loss_options.loss]
     if processes.world_size > 1 and not (options.freeze_vision or options.trainable in FROZEN_TOWERS):
         model.clip.visual = share_statistics(model.clip.visual, device)  # may replace modules, so it comes first
@@ -427,9 +457,18 @@ def make_trainer(
         lora=LoraSettings(
             options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed
         ),
-        learn_scale=loss.learns_scale,
+        learn_scale=loss.learns_scale and loss_options.temperature is None,
         learn_bias=loss.learns_bias,
     )
+    # how the towers are computed
+    if options.drop_path:
+        set_drop_path(model.clip, options.drop_path)
+    if options.patch_dropout:
+        if vision_is_frozen(model):
+            raise UserError("--patch_dropout: the image tower is frozen; drop it, or train the tower")
+        set_patch_dropout(model.clip.visual, options.patch_dropout)
+    if loss_options.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(loss_options.temperature))
     if options.grad_checkpointing:
         enable_grad_checkpointing(model.clip)
     if device.type == "cuda":

@@ -32,11 +32,12 @@ from clip_retrieval.options import (
 from clip_retrieval.run.folder import run_folder
 from clip_retrieval.run.merge import COMMAND_LINE_ONLY, settle
 
-PATHS: tuple[str, ...] = ("dataset_root", "annotations", "image_dir", "tokenizer")
+PATHS: tuple[str, ...] = ("dataset_root", "annotations", "image_dir", "tokenizer", "distill_from")
 PATHS += ("zero_shot_eval", "zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "retention_root")
 KNOWN_NAMES = {
     "zero_shot_eval": ZERO_SHOT_NAMES,
     "zero_shot_templates": tuple(TEMPLATE_SETS),
+    "distill_from": ("start",),
 }  # names take precedence over folders
 
 

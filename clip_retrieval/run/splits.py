@@ -120,7 +120,7 @@ def make_split(
         dataset: the split.
         tokenizer, preprocess: those of the model.
         device: the device of the model, which determines the number of loader workers.
-        augment: "none", "crop", "auto" or "auto_flip".
+        augment: as in `ImageTransform`.
     """
     tokens = tokenize(dataset.captions, tokenizer, options.caption_prefix)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
@@ -142,7 +142,7 @@ def load_pixels(
     """Return the images as model input, from --image_cache if it is given."""
     if isinstance(dataset, Mixture):
         return MixedPixels([load_pixels(options, part, preprocess, device, augment) for part in dataset.parts])
-    settings: dict[str, Any] = {"augment": augment, "decoder": options.decoder}
+    settings: dict[str, Any] = {"augment": augment, "crop_scale": options.crop_scale, "decoder": options.decoder}
     pixels = make_pixels(dataset.images, preprocess, **settings)
     if not options.image_cache or not isinstance(dataset.images, StoredImages):
         return pixels

@@ -24,6 +24,7 @@ from clip_retrieval.models.batch_norm import freeze_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.average import EMA, make_averages
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.master_weights import MasterWeights
 from clip_retrieval.training.optimizer import make_optimizer
 
@@ -121,6 +122,7 @@ class Trainer:
             self._parallel = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
             if self._masters is not None:
                 self._masters.average_over_processes(self._parallel)
+        self.distillation: Distillation | None = None
         self._first_bad_step = torch.tensor(-1, device=device)
 
     @property
@@ -191,6 +193,8 @@ class Trainer:
         leaves = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
         text_features = self.processes.all_gather(leaves[1])
         loss = self.loss(leaves[0], text_features, batch.positives, *leaves[2:])
+        if self.distillation is not None:
+            loss = loss + self.distillation(batch, chunks, leaves[:3], text_features)
         # times world_size: gradients are averaged over the processes, but the loss is the sum of their parts
         self.scaler.scale(loss * self.processes.world_size).backward()
 
@@ -284,8 +288,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if (highest := LOSSES[self.loss_options.loss].highest_scale) is not None:
-            self.model.clip.logit_scale.data.clamp_(0, math.log(highest))
+        highest, logit_scale = LOSSES[self.loss_options.loss].highest_scale, self.model.clip.logit_scale
+        if highest is not None and logit_scale.requires_grad:
+            logit_scale.data.clamp_(0, math.log(highest))
 
     def _record_bad_step(self, loss: Tensor, step: int) -> None:
         """Record, on the device, the first step whose loss is not finite; reading it at each step would stall."""

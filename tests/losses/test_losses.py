@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from clip_retrieval.distributed import SINGLE_PROCESS
-from clip_retrieval.losses import make_loss, pairs
+from clip_retrieval.losses import LOSSES, make_loss, pairs
 from clip_retrieval.losses.infonce import infonce
 from clip_retrieval.losses.margin import margin_pairwise
 from clip_retrieval.losses.siglip import siglip
+from clip_retrieval.losses.triplet import triplet
 from clip_retrieval.options import LossOptions
 
+OPTIONS = {name: LossOptions(loss=name) for name in LOSSES}
+OPTIONS["label smoothing"] = LossOptions(label_smoothing=0.1, i2t_weight=0.3)
+NAMES = tuple(OPTIONS)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -28,17 +32,34 @@ def batch(seed=0, pairs=7, dim=5, dtype=torch.float64):
     return image.to(dtype), text.to(dtype), positives
 
 
-def infonce_loop(image, text, positives, scale):
+def infonce_loop(image, text, positives, scale, smoothing=0.0, i2t_weight=0.5):
     def direction(queries, items, relevant):
         total = 0.0
         for q in range(len(queries)):
             scores = [scale * float(queries[q] @ items[k]) for k in range(len(items))]
             log_sum = math.log(sum(math.exp(s) for s in scores))
             targets = [k for k in range(len(items)) if relevant[q, k]]
-            total += -sum(scores[k] - log_sum for k in targets) / len(targets)
+            for k in range(len(items)):
+                target = (1 - smoothing) * (k in targets) / len(targets) + smoothing / len(items)
+                total -= target * (scores[k] - log_sum)
         return total / len(queries)
 
-    return (direction(image, text, positives) + direction(text, image, positives.T)) / 2
+    i2t, t2i = direction(image, text, positives), direction(text, image, positives.T)
+    return i2t_weight * i2t + (1 - i2t_weight) * t2i
+
+
+def triplet_loop(image, text, positives, margin, i2t_weight=0.5):
+    def direction(queries, items, relevant):
+        total = 0.0
+        for q in range(len(queries)):
+            scores = [float(queries[q] @ item) for item in items]
+            hardest = max((s for k, s in enumerate(scores) if not relevant[q, k]), default=-math.inf)
+            targets = [k for k in range(len(items)) if relevant[q, k]]
+            total += sum(max(0.0, margin + hardest - scores[k]) for k in targets) / max(1, len(targets))
+        return total / int(relevant.any(1).sum())
+
+    i2t, t2i = direction(image, text, positives), direction(text, image, positives.T)
+    return i2t_weight * i2t + (1 - i2t_weight) * t2i
 
 
 def siglip_loop(image, text, positives, scale, bias):
@@ -70,6 +91,43 @@ def test_losses_equal_their_formulas_with_duplicates(dtype, seed):
     assert infonce(image, text, rows, scale).item() == pytest.approx(infonce_loop(*plain, 14.3), **tolerance)
     assert siglip(image, text, rows, scale, bias).item() == pytest.approx(siglip_loop(*plain, 14.3, -3.0), **tolerance)
     assert margin_pairwise(image, text, rows, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
+    assert triplet(image, text, rows, 0.2).item() == pytest.approx(triplet_loop(*plain, 0.2), **tolerance)
+
+
+@pytest.mark.parametrize("i2t_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_and_weights_of_directions_equal_their_formula(smoothing, i2t_weight):
+    image, text, positives = batch()
+    scale = torch.tensor(14.3, dtype=torch.float64)
+    loss = infonce(image, text, positives.nonzero(), scale, smoothing, i2t_weight)
+    assert loss.item() == pytest.approx(infonce_loop(image, text, positives, 14.3, smoothing, i2t_weight), rel=1e-12)
+    loss = triplet(image, text, positives.nonzero(), 0.4, i2t_weight)
+    assert loss.item() == pytest.approx(triplet_loop(image, text, positives, 0.4, i2t_weight), rel=1e-12)
+
+
+def test_label_smoothing_keeps_a_finite_optimum():
+    """With orthogonal pairs, the gradient of the scale is 0 if the positive has the probability 1 - E + E / n."""
+    image, smoothing = torch.eye(4, dtype=torch.float64), 0.2
+    target = 1 - smoothing + smoothing / 4
+    best = math.log(target / ((1 - target) / 3))
+    scale = torch.tensor(best, dtype=torch.float64, requires_grad=True)
+    infonce(image, image, torch.eye(4).nonzero(), scale, smoothing).backward()
+    assert scale.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_triplet_without_negatives_has_no_loss_and_no_gradient():
+    image, text, _ = batch(pairs=4)
+    features = [side.clone().requires_grad_() for side in (image, text)]
+    loss = triplet(*features, torch.ones(4, 4).nonzero())
+    loss.backward()
+    assert loss == 0 and not any(side.grad.any() for side in features)
+
+
+def test_triplet_of_a_bad_pair_counts_rows_with_positives_only():
+    image, text, positives = batch()
+    positives[4] = False
+    expected = triplet_loop(image, text, positives, 0.3)
+    assert triplet(image, text, positives.nonzero(), 0.3).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_infonce_without_duplicates_is_the_loss_of_clip():
@@ -92,11 +150,13 @@ def test_rows_without_positives_are_skipped():
     assert infonce(image, text, positives.nonzero(), torch.tensor(20.0)) == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients(name):
     image, text, positives = batch(pairs=4, dim=3) if name != "margin" else batch(seed=4, pairs=4, dim=3)
     positives = positives[:4, :4].nonzero()
-    loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)
+    if name == "triplet":  # duplicates are equally hard negatives: no gradient there
+        image, text = (batch(seed=1)[side][[0, 1, 4, 5]][:, :3] for side in range(2))
+    loss = make_loss(OPTIONS[name], SINGLE_PROCESS)
     scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, -1.0))
     inputs = [image.clone().requires_grad_(), text.clone().requires_grad_()]
     assert torch.autograd.gradcheck(
@@ -110,13 +170,18 @@ def test_options_choose_the_loss_and_its_margin():
     arguments = (image, text, positives, torch.tensor(10.0), torch.tensor(-5.0))
     assert make_loss(LossOptions(), SINGLE_PROCESS)(*arguments) == infonce(*arguments[:4])
     assert make_loss(LossOptions(loss="siglip"), SINGLE_PROCESS)(*arguments) == siglip(*arguments)
+    smoothed = make_loss(LossOptions(label_smoothing=0.1, i2t_weight=0.7), SINGLE_PROCESS)
+    assert smoothed(*arguments) == infonce(*arguments[:4], 0.1, 0.7)
+    hinge = make_loss(LossOptions(loss="triplet", i2t_weight=0.7), SINGLE_PROCESS)
+    assert hinge(*arguments) == triplet(image, text, positives, 0.2, 0.7)
+    assert make_loss(LossOptions(loss="margin"), SINGLE_PROCESS)(*arguments) == margin_pairwise(image, text, positives)
     for margin in (0.1, 0.5):
         chosen = make_loss(LossOptions(loss="margin", margin=margin), SINGLE_PROCESS)
         assert chosen(*arguments) == margin_pairwise(image, text, positives, margin)
     assert margin_pairwise(image, text, positives, 0.1) != margin_pairwise(image, text, positives, 0.5)
 
 
-@pytest.mark.parametrize("name", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("name", NAMES)
 def test_tiles_keep_loss_and_gradients(name, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = [F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=-1) for n in (11, 17)]
@@ -126,7 +191,7 @@ def test_tiles_keep_loss_and_gradients(name, monkeypatch):
         monkeypatch.setattr(pairs, "TILE", tile)
         inputs = [f.clone().requires_grad_() for f in features]
         inputs += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, -2.0)]
-        loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)(*inputs[:2], positives, *inputs[2:])
+        loss = make_loss(OPTIONS[name], SINGLE_PROCESS)(*inputs[:2], positives, *inputs[2:])
         results.append([loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)])
     for result in results[1:]:
         for tiled, whole in zip(result, results[0], strict=True):
@@ -145,8 +210,8 @@ def test_no_tensor_is_larger_than_a_tile():
 
     image, text = (F.normalize(torch.randn(size, 8), dim=-1).requires_grad_() for _ in range(2))
     rows = torch.arange(size)[:, None].repeat(1, 2)
-    for name in ("infonce", "siglip", "margin"):
-        loss = make_loss(LossOptions(loss=name), SINGLE_PROCESS)
+    for name in NAMES:
+        loss = make_loss(OPTIONS[name], SINGLE_PROCESS)
         with pytest.MonkeyPatch.context() as patch, RecordSizes():
             patch.setattr(pairs, "TILE", 500)
             loss(image, text, rows, torch.tensor(10.0), torch.tensor(-10.0)).backward()

@@ -9,10 +9,14 @@ from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.device import disable_tf32
+from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.errors import RunError
+from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
+from clip_retrieval.run.merge import settle
+from clip_retrieval.run.prepare import make_trainer as make_run_trainer
 from clip_retrieval.training.trainer import Trainer
 from tests.models.small import small_clip, small_preprocess
 
@@ -22,7 +26,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 def make_trainer(loss="infonce", device="cpu", precision="fp32", resnet=False, **options):
     clip = small_clip(resnet=resnet, init_logit_bias=-10.0 if loss == "siglip" else None)
     model = RetrievalModel(clip, small_preprocess()).to(device)
-    set_trainable(model, learn_scale=loss != "margin", learn_bias=loss == "siglip")
+    set_trainable(model, learn_scale=LOSSES[loss].learns_scale, learn_bias=loss == "siglip")
     return Trainer(
         model.train(),
         LossOptions(loss=loss),
@@ -39,7 +43,7 @@ def batch(pairs=8, seed=0, size=16):
     return TrainBatch(images, tokens, torch.eye(pairs).nonzero())
 
 
-@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin", "triplet"])
 @pytest.mark.parametrize("split", [{"grad_cache": 3}, {"grad_cache": 1}, {"accum_freq": 2}])
 def test_chunks_have_the_gradients_of_the_whole_batch(loss, split):
     gradients = []
@@ -89,7 +93,7 @@ def on_gpu(b):
 
 
 @gpu
-@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin"])
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "margin", "triplet"])
 @pytest.mark.parametrize("resnet", [False, True])
 def test_gpu_gradients_equal_cpu_gradients(loss, resnet):
     results = []
@@ -126,6 +130,17 @@ def test_only_infonce_clamps_the_scale_to_1_and_100():
         trainer.model.clip.logit_scale.data.fill_(start)
         trainer.step(batch(), 1, 1e-9)
         assert trainer.model.clip.logit_scale.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_fixed_temperature_is_neither_trained_nor_clamped():
+    model = RetrievalModel(small_clip(), small_preprocess())
+    options = settle({"temperature": 0.005, "lr": 1.0})
+    trainer = make_run_trainer(options.train, options.loss, model, "fp32", torch.device("cpu"), SINGLE_PROCESS)
+    trainer.step(batch(), 1, 1e-3)
+    assert model.clip.logit_scale.exp().item() == pytest.approx(200)
+    assert not any(
+        parameter is model.clip.logit_scale for g in trainer.optimizer.param_groups for parameter in g["params"]
+    )
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from clip_retrieval.data.dataset import StoredImages
-from clip_retrieval.data.pixels.augment import Augmentation, crop_region, make_augmentation
+from clip_retrieval.data.pixels.augment import CROP_SCALE, Augmentation, crop_region, make_augmentation
 from clip_retrieval.data.pixels.cache_file import RECORD, PartialFile, PixelFile, open_partial, read_records
 from clip_retrieval.data.pixels.pixels import Indices, Pixels
 from clip_retrieval.data.pixels.transforms import (
@@ -48,6 +48,7 @@ def open_cached_pixels(
     name: str,
     *,
     augment: str = "none",
+    crop_scale: float = CROP_SCALE,
     decoder: str = "pillow",
     num_workers: int,
 ) -> Pixels:
@@ -61,7 +62,7 @@ def open_cached_pixels(
         preprocess: open_clip's preprocessing, as a dict.
         folder: folder of the caches; created if it is missing.
         name: prefix of the file's name.
-        augment: "none", "crop", "auto" or "auto_flip", as in `ImageTransform`.
+        augment, crop_scale: as in `ImageTransform`.
         decoder: "pillow" or "fast", as in `make_pixels`.
         num_workers: worker processes that decode during a build.
 
@@ -73,7 +74,7 @@ def open_cached_pixels(
     if augment == "none":
         storage = _ResizedStorage(preprocess, decoder)
     else:
-        storage = _CropStorage(preprocess, decoder, make_augmentation(augment))
+        storage = _CropStorage(preprocess, decoder, crop_scale, make_augmentation(augment))
     path = folder / f"{name}_{_hash_content(images, storage.settings)}.pixels"
     stamps = np.array([images.stamp(i) for i in range(len(images))], dtype=np.int64)
     try:
@@ -227,9 +228,10 @@ class _ResizedStorage:
 class _CropStorage:
     """Stores whole images, slightly larger than the model's inputs, channels last as `resize` takes them."""
 
-    def __init__(self, preprocess: dict, decoder: str, augmentation: Augmentation | None):
+    def __init__(self, preprocess: dict, decoder: str, crop_scale: float, augmentation: Augmentation | None):
         self.preprocess = preprocess
         self.decoder = decoder
+        self.crop_scale = crop_scale
         self.augmentation = augmentation
         self.settings = {"decoder": decoder, "crop": True, "size": preprocess["size"]}
 
@@ -252,7 +254,7 @@ class _CropStorage:
         return (np.array(expected).reshape(-1, 2) == np.stack([records["height"], records["width"]], 1)).all(1)
 
     def open(self, path: Path, images: int) -> Pixels:
-        return _CroppedPixels(PixelFile(path, images), self.preprocess, self.decoder, self.augmentation)
+        return _CroppedPixels(PixelFile(path, images), self)
 
 
 class _ResizedPixels:
@@ -279,19 +281,20 @@ class _ResizedPixels:
 class _CroppedPixels:
     in_memory = False  # worker processes resize the crops
 
-    def __init__(self, file: PixelFile, preprocess: dict, decoder: str, augmentation: Augmentation | None):
+    def __init__(self, file: PixelFile, storage: _CropStorage):
         self._file = file
-        self._size = model_size(preprocess)
-        self._decoder = decoder
-        self._augment = augmentation
-        self._interpolation = interpolation_mode(preprocess)
+        self._size = model_size(storage.preprocess)
+        self._decoder = storage.decoder
+        self._crop_scale = storage.crop_scale
+        self._augment = storage.augmentation
+        self._interpolation = interpolation_mode(storage.preprocess)
 
     def __len__(self) -> int:
         return len(self._file)
 
     def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
         height, width, source_height, source_width, *_ = self._file.records[index].item()
-        left, top, right, bottom = crop_region(source_width, source_height, int(seed))
+        left, top, right, bottom = crop_region(source_width, source_height, int(seed), self._crop_scale)
         down, across = height / source_height, width / source_width
         rows = slice(round(top * down), round(bottom * down))
         columns = slice(round(left * across), round(right * across))

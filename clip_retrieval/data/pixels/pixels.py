@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_retrieval.data.dataset import Images
 from clip_retrieval.data.images.image_files import ImageArray
-from clip_retrieval.data.pixels.augment import CropTransform, make_augmentation
+from clip_retrieval.data.pixels.augment import CROP_SCALE, CropTransform, make_augmentation
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.data.workers import default_num_workers
 
@@ -38,16 +38,24 @@ class Pixels(Protocol):
         ...
 
 
-def make_pixels(images: Images, preprocess: dict, *, augment: str = "none", decoder: str = "pillow") -> Pixels:
+def make_pixels(
+    images: Images,
+    preprocess: dict,
+    *,
+    augment: str = "none",
+    crop_scale: float = CROP_SCALE,
+    decoder: str = "pillow",
+) -> Pixels:
     """Make pixels that are decoded and resized at each access.
 
     Args:
         images: the images.
         preprocess: open_clip's preprocessing, as a dict.
-        augment: as in `ImageTransform`.
+        augment, crop_scale: as in `ImageTransform`.
         decoder: "pillow", open_clip's pixels, or "fast", within two grey levels of them (see `transforms`).
     """
-    return _DecodedPixels(images, preprocess, augment, decoder)
+    transform = ImageTransform(preprocess, augment=augment, crop_scale=crop_scale, decoder=decoder)
+    return _DecodedPixels(images, transform, in_memory=isinstance(images, ImageArray) and augment in ("none", "crop"))
 
 
 class MixedPixels:
@@ -82,13 +90,17 @@ class ImageTransform:
 
     Args:
         preprocess: open_clip's preprocessing, as a dict.
-        augment: "none", "crop", "auto" (a random crop, then AutoAugment), or "auto_flip" (half of them mirrored).
+        augment: "none", "crop", "auto" (a random crop, then AutoAugment), "auto_flip" (half of them mirrored), or
+            "rand" (a random crop, then RandAugment).
+        crop_scale: the smallest share of the image's area in a crop.
         decoder: "pillow" or "fast", as in `make_pixels`.
     """
 
-    def __init__(self, preprocess: dict, *, augment: str = "none", decoder: str = "pillow"):
+    def __init__(
+        self, preprocess: dict, *, augment: str = "none", crop_scale: float = CROP_SCALE, decoder: str = "pillow"
+    ):
         self._resize = evaluation_transform(preprocess, decoder)
-        self._crop = None if augment == "none" else CropTransform(preprocess, decoder)
+        self._crop = None if augment == "none" else CropTransform(preprocess, decoder, crop_scale)
         self._augment = make_augmentation(augment)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
@@ -100,10 +112,10 @@ class ImageTransform:
 
 
 class _DecodedPixels:
-    def __init__(self, images: Images, preprocess: dict, augment: str, decoder: str):
+    def __init__(self, images: Images, transform: ImageTransform, *, in_memory: bool):
         self.images = images
-        self.in_memory = isinstance(images, ImageArray) and not augment.startswith("auto")
-        self._transform = ImageTransform(preprocess, augment=augment, decoder=decoder)
+        self.in_memory = in_memory
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self.images)

@@ -114,7 +114,7 @@ def open_stream(
         sizes = counted = _count_unknown(found.paths, sizes, workers, processes)
         samples = sum(counted)
     log.info(f"{data.name} train: {format_counts(shard=len(sizes), pair=samples)} an epoch")
-    transform = ImageTransform(preprocess, augment=data.augment, decoder=data.decoder)
+    transform = ImageTransform(preprocess, augment=data.augment, crop_scale=data.crop_scale, decoder=data.decoder)
     shards = Shards(found.paths, sizes)
     stream = StreamedTrainSplit(found.split, shards, samples, transform, tokenizer, workers, data, seed)
     _log_samples(stream, data)

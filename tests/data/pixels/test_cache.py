@@ -77,13 +77,16 @@ class CountingImages(ImageFiles):
         return indices
 
 
-def build(images, folder, name="test_train", augment="none", decoder="pillow", num_workers=0, **settings):
+def build(
+    images, folder, name="test_train", augment="none", crop_scale=0.9, decoder="pillow", num_workers=0, **settings
+):
     return open_cached_pixels(
         images,
         small_preprocess() | settings,
         folder,
         name,
         augment=augment,
+        crop_scale=crop_scale,
         decoder=decoder,
         num_workers=num_workers,
     )
@@ -134,11 +137,11 @@ def test_unpickled_cache_opens_the_file_itself(images, folder, augment):
     assert torch.equal(all_of(pickle.loads(pickled)), all_of(cached))
 
 
-@pytest.mark.parametrize("augment", ["crop", "auto", "auto_flip"])
+@pytest.mark.parametrize("augment", ["crop", "auto", "auto_flip", "rand"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_crops_of_small_images_equal_those_without_a_cache(images, folder, decoder, augment):
-    settings = {"size": 64, "augment": augment, "decoder": decoder}
-    uncached = make_pixels(images, small_preprocess(64), augment=augment, decoder=decoder)
+    settings = {"size": 64, "augment": augment, "crop_scale": 0.5, "decoder": decoder}
+    uncached = make_pixels(images, small_preprocess(64), augment=augment, crop_scale=0.5, decoder=decoder)
     assert torch.equal(all_of(build(images, folder, **settings)), all_of(uncached))
 
 
