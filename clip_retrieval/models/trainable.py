@@ -121,7 +121,7 @@ def vision_is_frozen(model: RetrievalModel) -> bool:
 
 def text_is_frozen(model: RetrievalModel) -> bool:
     """Whether the text tower is frozen, except perhaps for its projection."""
-    return text_modules(model.clip)[0] in model.frozen
+    return all(module in model.frozen for module in text_modules(model.clip))
 
 
 def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from clip_retrieval.data.batches.loader import TrainBatch
 from clip_retrieval.models.towers import RetrievalModel
-from clip_retrieval.models.trainable import set_trainable
+from clip_retrieval.models.trainable import set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.trainer import Trainer
 from tests.models.small import small_clip, small_preprocess, small_simple_clip
@@ -147,6 +147,15 @@ def test_locked_blocks_build_no_graph_and_run_in_evaluation_mode():
     first, last = text.transformer.layer
     assert not any(module.training for module in (*first.modules(), *text.embeddings.modules()))
     assert last.attention.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tower_with_all_blocks_locked_is_not_encoded_once(kind):
+    model, _ = model_of(kind)
+    set_trainable(model, **unlocked(0))
+    assert not vision_is_frozen(model) and not text_is_frozen(model)
+    set_trainable(model, "linear_projection")
+    assert vision_is_frozen(model) and text_is_frozen(model)
 
 
 def test_frozen_batch_norms_keep_their_statistics():

@@ -150,7 +150,7 @@ def test_rate_of_one_part_leaves_the_others():
     assert found["clip.ln_final.weight"] == pytest.approx(1e-4) and found["clip.visual.conv1.weight"] == 1e-3
 
 
-def test_without_these_options_there_are_two_groups_at_the_rate_of_the_run():
+def test_without_own_rates_there_are_two_groups_at_one_rate():
     model = RetrievalModel(small_clip(), small_preprocess())
     groups = make_optimizer(model, TrainOptions(lr=3e-4), torch.device("cpu")).param_groups
     assert [(group["lr"], group["lr_scale"], group["weight_decay"]) for group in groups] == [
