@@ -30,7 +30,14 @@ from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_i
 from clip_retrieval.run.prepare import Run, prepare
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
 from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
-from clip_retrieval.run.selection import RAW, ends, evaluate_val, save_averages, selects_by_zero_shot
+from clip_retrieval.run.selection import (
+    RAW,
+    ends,
+    evaluate_val,
+    save_averages,
+    score_retained_split,
+    selects_by_zero_shot,
+)
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.teacher import START, START_FILE
 from clip_retrieval.signals import StopSignal
@@ -113,9 +120,7 @@ def evaluate_first(run: Run) -> None:
     if run.zero_shot is not None and not progress.zero_shot_before:
         progress.zero_shot_before = score_zero_shot(run, run.zero_shot)
     if run.retention is not None and not progress.retention_before:
-        _, block, _ = score_split(run, run.retention, full=True)
-        progress.retention_before = block
-        write_scores(run, "retention", block)
+        progress.retention_before = score_retained_split(run, run.retention, "retention", full=True)
 
 
 def train(run: Run) -> None:
@@ -236,8 +241,7 @@ def finish(run: Run) -> None:
         blocks["zero_shot"] = score_zero_shot(run, run.zero_shot, "zero_shot_end")
         blocks["zero_shot_before"] = progress.zero_shot_before
     if run.retention is not None:
-        _, blocks["retention"], _ = score_split(run, run.retention, full=True)
-        write_scores(run, "retention_end", blocks["retention"])
+        blocks["retention"] = score_retained_split(run, run.retention, "retention_end", full=True)
         blocks["retention_before"] = progress.retention_before
 
     # write results.json: the scores on the test split are its top-level keys
@@ -272,7 +276,7 @@ def finish(run: Run) -> None:
         log.info(results_table(lines))
     if "protocols" in results:
         log.info(protocols_table(results["protocols"]))
-    files = [run.folder / name for name in ("results.json", "best.pt", "last.pt")]
+    files = [run.folder / name for name in ("results.json", "best.pt", "last.pt", "ema.pt", "swa.pt")]
     log.info(f"wrote {', '.join(str(path) for path in files if path.exists())}")
 
     # write the report

@@ -70,6 +70,12 @@ def test_without_averages_no_file_and_no_key_is_added(run, arguments, tmp_path):
     assert "averages" not in torch.load(folder / "last.pt", weights_only=True)
 
 
+def test_overwrite_deletes_the_averages_of_the_earlier_run(run, arguments, tmp_path):
+    assert run(*arguments, *AVERAGES)[0] == 0
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert not {"ema.pt", "swa.pt"} & {path.name for path in (tmp_path / "logs/ex0").iterdir()}
+
+
 @pytest.mark.parametrize("extra", [(), ("--grad_cache", "4", "--precision", "bf16")], ids=str)
 def test_resume_with_averages_is_bit_identical(run, run_killed, arguments, tmp_path, extra):
     command = [*arguments, *AVERAGES, *RETENTION, "--retention_weight", "0.1", "--save_every", "2", *extra]

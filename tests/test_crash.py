@@ -76,8 +76,8 @@ def test_kill_between_any_two_writes_loses_nothing(run, command, tmp_path, whole
     command = [*command, "--resume", "auto"]
     names, (code, _, err) = replaced_files(run, command, monkeypatch)
     assert code == 0, err
-    json_files = {"results.json", "options.json", "metrics.jsonl"}
-    assert set(names) == {"last.pt", "best.pt", "epoch_1.pt", "step_4.pt", *json_files}
+    other_files = {"results.json", "options.json", "metrics.jsonl", "ranks.npz"}
+    assert set(names) == {"last.pt", "best.pt", "epoch_1.pt", "step_4.pt", *other_files}
     # "After one write" equals "before the next", except for the last.
     for number, before in [*((number, True) for number in range(len(names))), (len(names) - 1, False)]:
         shutil.rmtree(tmp_path / "logs" / "ex0")

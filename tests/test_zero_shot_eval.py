@@ -165,3 +165,24 @@ def test_main_process_reads_the_classes_first(run, arguments, coloured, monkeypa
     monkeypatch.setattr(prepare, "load_zero_shot", load_zero_shot)
     assert run(*arguments, "--max_steps", "1", "--zero_shot_eval", coloured)[0] == 0
     assert seen == [True]
+
+
+def test_retention_weight_chooses_best_by_accuracy_too(run, arguments, coloured, tmp_path, monkeypatch):
+    from clip_retrieval.run import selection
+
+    normal = selection.score_zero_shot
+
+    def falling(run, task, kind="zero_shot"):
+        return normal(run, task, kind) | {"top1": 100.0 - run.progress.step}
+
+    monkeypatch.setattr(selection, "score_zero_shot", falling)
+    weighted = ("--zero_shot_eval", coloured, "--retention_weight", "1000", "--ema", "0.9")
+    code, _, error = run(*arguments, *weighted)
+    assert code == 0, error
+    folder = tmp_path / "logs/ex0"
+    assert read_json(folder / "results.json")["step"] == 3
+    # once for the weights and once for their average
+    assert [line["step"] for line in zero_shot_lines(folder)] == [0, 3, 6]
+    assert [line["step"] for line in zero_shot_lines(folder, "zero_shot_ema")] == [3, 6]
+    code, _, error = run(*arguments, *weighted, "--zero_shot_steps", "2", "--name", "other")
+    assert code == 2 and "drop --zero_shot_steps" in error

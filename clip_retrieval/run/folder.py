@@ -200,7 +200,18 @@ def without_resume(options: Options, folder: Path) -> Options:
 
 def clear_run(folder: Path) -> None:
     """Delete the files of a run, and no others."""
-    files = ["last.pt", "best.pt", "start.pt", "metrics.jsonl", "results.json", RANKS, "report.html", "log.txt", RUN_ID]
+    files = [
+        "last.pt",
+        "best.pt",
+        "start.pt",
+        "ema.pt",
+        "swa.pt",
+        "metrics.jsonl",
+        "results.json",
+        RANKS,
+        "report.html",
+    ]
+    files += ["log.txt", RUN_ID]
     for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
         path.unlink(missing_ok=True)
     remove_special(folder / "tensorboard", keep_folder=True)

@@ -74,13 +74,18 @@ def score_retention(run: Run, suffix: str = "") -> float | None:
     None without --retention_dataset, unless --retention_weight asks for the accuracy.
     """
     if run.retention is not None:
-        _, block, _ = score_split(run, run.retention)
-        write_scores(run, f"retention{suffix}", block)
-        log.info(f"retention: {block['dataset']} {block['split']} rsum {block['rsum']:.2f}")
-        return block["rsum"]
+        return score_retained_split(run, run.retention, f"retention{suffix}")["rsum"]
     if run.zero_shot is not None and selects_by_zero_shot(run):
         return score_zero_shot(run, run.zero_shot, f"zero_shot{suffix}")["top1"]
     return None
+
+
+def score_retained_split(run: Run, split: Split, kind: str, *, full: bool = False) -> dict[str, Any]:
+    """Score the split of --retention_dataset, and log it as `kind`; return its block of results.json."""
+    _, block, _ = score_split(run, split, full=full)
+    write_scores(run, kind, block)
+    log.info(f"retention: {block['dataset']} {block['split']} rsum {block['rsum']:.2f}")
+    return block
 
 
 def selects_by_zero_shot(run: Run) -> bool:

@@ -205,7 +205,7 @@ def test_every_config_takes_other_sizes(monkeypatch):
 
     def check(source):
         with torch.device("meta"):
-            built = _build(source, None, None, False)
+            built = _build(source, None, None, None, logit_bias=False)
             unit = patch_size(built.clip.visual)[0]
             unit *= max(16 // unit, 1)
             size = height_and_width(source.config["vision_cfg"].get("image_size", 224))[0] // unit * unit
