@@ -56,7 +56,11 @@ def load_teacher(
             raise UserError(f"{path}: no such file; give the weights that the run started from as --distill_from")
         source = {"resume": str(path)} if path.is_file() else {"vision_model": place}
         typed = {"eval": True, "max_image_pixels": options.data.max_image_pixels, **source}
-        teacher, built, own_tokenizer = load_model(*settle_options(typed))
+        try:
+            teacher, built, own_tokenizer = load_model(*settle_options(typed))
+        except UserError as error:
+            missing = "" if path.is_file() else " no such file, and as a model:"
+            raise UserError(f"--distill_from {place}:{missing} {error}") from None
         if model_size(built.preprocess) != model_size(student.preprocess):
             raise UserError(f"--distill_from {place}: its images have another size than the model's; give another one")
         ids = [tokenize(PROBE, each).ids for each in (tokenizer, own_tokenizer)]

@@ -75,6 +75,8 @@ def test_start_file_moves_with_a_run_that_resumes_elsewhere(run, run_killed, arg
 
 
 def test_teachers_of_other_inputs_are_refused(run, arguments, tmp_path):
+    code, _, err = run(*arguments, *FEW, "--distill_from", "nothing.pt")
+    assert code == 2 and "--distill_from nothing.pt: no such file" in err
     assert run(*arguments, *FEW, "--image_size", "32", "--experiments", "large")[0] == 0
     code, _, err = run(*arguments, *FEW, "--distill_from", tmp_path / "logs/large/last.pt")
     assert code == 2 and "another size" in err

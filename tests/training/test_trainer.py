@@ -204,7 +204,7 @@ def test_mixed_precision_keeps_float32_weights_and_a_close_loss():
 
 @gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("options", [{}, {"grad_clip": 1.0}, {"grad_cache": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"grad_clip": 1.0}, {"grad_cache": 3}, {"loss": "triplet"}], ids=str)
 def test_step_never_synchronizes_with_the_gpu(precision, options):
     trainer = make_trainer(device="cuda", precision=precision, **options)
     pinned = on_gpu(batch())
