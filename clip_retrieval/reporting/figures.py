@@ -233,3 +233,24 @@ def _shorten(figure: Figure | SubFigure, text: str, inches: float, style: dict[s
             text = cut(bisect_left(range(1, len(text)), True, key=lambda length: is_too_wide(cut(length))))
     probe.remove()
     return text
+
+
+def draw_loss_curve(
+    path: Path, rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: dict[str, float]
+) -> None:
+    """Draw losses over learning rates into `path`, .svg or .png. marks: rates to mark with a line, by label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, color=OTHER, linewidth=1, label="loss")
+    axes.plot(rates, smoothed, color=FIRST, linewidth=2, label="smoothed")
+    for label, rate in marks.items():
+        axes.axvline(rate, color=GREY, linestyle="--", label=label)
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="loss of a batch")
+    axes.legend()
+    with write_atomic(path) as file:
+        figure.savefig(file, format=path.suffix[1:])

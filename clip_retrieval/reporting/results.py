@@ -84,13 +84,14 @@ def _is_results(results: dict[str, Any]) -> bool:
     """Whether the content has the recalls in percent, and the names, that a table needs."""
     if not all(isinstance(results.get(name, ""), str) for name in ("model", "dataset", "split")):
         return False
-    if "before" in results and not _has_recalls(results["before"]):
+    if "before" in results and not has_recalls(results["before"]):
         return False
     is_without_splits = "training_precision" in results and "i2t" not in results
-    return is_without_splits or _has_recalls(results)
+    return is_without_splits or has_recalls(results)
 
 
-def _has_recalls(block: Any) -> bool:
+def has_recalls(block: Any) -> bool:
+    """Whether a block of results.json has the recalls of both directions, in percent."""
     if not isinstance(block, dict):
         return False
     directions: list[Any] = [block.get(direction) for direction in ("i2t", "t2i")]

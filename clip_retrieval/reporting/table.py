@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from clip_retrieval.errors import UserError, one_line
@@ -138,13 +139,13 @@ def recall_sum(block: dict[str, Any]) -> float:
     return sum(block[direction][recall] for direction in ("i2t", "t2i") for recall in RECALLS)
 
 
-def sort_rows(rows: list[Row], column: str) -> list[Row]:
+def sort_rows(rows: list[Row], column: str, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Sort rows by a column: numbers from the highest, texts by alphabet, missing values last.
 
     Raises UserError if the table has no such column.
     """
-    if column not in COLUMNS:
-        raise UserError(f"--sort {column}: no such column; choose from {', '.join(COLUMNS)}")
+    if column not in columns:
+        raise UserError(f"--sort {column}: no such column; choose from {', '.join(columns)}")
     numbers = [row for row in rows if isinstance(row[column], (int, float))]
     texts = [row for row in rows if isinstance(row[column], str) and row[column]]
     missing = [row for row in rows if row[column] in (None, "")]
@@ -155,14 +156,14 @@ def sort_rows(rows: list[Row], column: str) -> list[Row]:
     ]
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """A Markdown table with a line for each of the rows of `results_row`; recalls in percent."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(_cell(name, value) for name, value in row.items())} |" for row in rows]
+def markdown_table(rows: list[Row], columns: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table with a line for each row, such as those of `results_row`; recalls in percent."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(format_cell(name, row[name]) for name in columns)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _cell(column: str, value: Any) -> str:
+def format_cell(column: str, value: Any) -> str:
     if column == "lr" and isinstance(value, (int, float)):
         return f"{value:g}"
     if isinstance(value, (int, float)):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from clip_retrieval.data.dataset import Images
 from clip_retrieval.reporting.html.collect import Facts
 from clip_retrieval.reporting.html.plots import DIRECTIONS, Plot
+from clip_retrieval.reporting.html.template import render_template
 from clip_retrieval.reporting.html.thumbnails import Thumbnails
 
-TEMPLATES = Path(__file__).with_name("templates")
 BOTH = ("mean_recall", "rsum")
 GROUPS = {
     "won": "won",
@@ -63,19 +60,10 @@ class Cell:
 
 def render(page: Page) -> str:
     """Render the page. Every text is escaped, and the page may load and run only what is in it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     columns, rows = tabulate(page.blocks)
-    return environment.get_template("report.html").render(
+    return render_template(
+        "report.html",
+        "report.js",
         page=page,
         facts=page.facts,
         directions=DIRECTIONS,
@@ -85,24 +73,7 @@ def render(page: Page) -> str:
         has_intervals=any(cell.interval for _, _, cells in rows for cell in cells),
         embed=Thumbnails(page.images).embed,
         format_rank=format_rank,
-        style=Markup(style),
-        script=Markup(script),
-        policy="; ".join(
-            (
-                "default-src 'none'",
-                "img-src data:",
-                f"style-src '{_hash(style)}'",
-                f"script-src '{_hash(script)}'",
-                "base-uri 'none'",
-                "form-action 'none'",
-            )
-        ),
     )
-
-
-def _hash(content: str) -> str:
-    """The source expression of an inline style sheet or script in a Content-Security-Policy."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
 def tabulate(blocks: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:

@@ -1,35 +1,27 @@
-"""The figures of a report as SVG that follows the page: text is text, and colours are variables of the style sheet."""
+"""The figures of a report."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from clip_retrieval.evaluation.metrics import recall_at
 from clip_retrieval.reporting.html.measure import Measured
+from clip_retrieval.reporting.html.svg import SERIES, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE = (4.6, 2.9)  # inches of 72 SVG units
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
-# Colours that stand for variables of report.css. plots.mplstyle uses the first two.
-INK, GRID = "#010101", "#020202"
-SERIES = ("#030303", "#040404", "#050505")
-VARIABLES = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}
 RECALL_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 RANK_BINS = (1, 2, 6, 11, 51, 101, 501)  # first rank of each bin
 MOST_POINTS = 1000  # of a line
 LARGEST = 1e30  # value to draw
-STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 
 
 @dataclass(frozen=True)
@@ -160,39 +152,3 @@ def _line_drawer(lines: dict[str, list[tuple[float, float]]]) -> Callable[[Axes]
             axes.legend()
 
     return draw
-
-
-def draw_svg(draw: Callable[[Axes], None], label: str) -> Markup:
-    """Draw into new axes, and return the SVG element with `label` for screen readers.
-
-    Style attributes become presentation attributes, because the page's Content-Security-Policy forbids them.
-    """
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    file = io.StringIO()
-    with matplotlib.style.context([STYLE, {"svg.hashsalt": label}]):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        draw(figure.add_subplot())
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    body = svg[svg.index("</defs>") + len("</defs>") : svg.rindex("</svg>")]  # without metadata and style sheet
-    body = re.sub(r'style="([^"]*)"', lambda match: _to_attributes(match[1]), body)
-    body = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_\d+"', "", body)
-    for color, variable in VARIABLES.items():
-        body = body.replace(color, variable)
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    assert box is not None
-    opening = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>'
-    return Markup(f"{opening}{body}</svg>")
-
-
-def _to_attributes(style: str) -> str:
-    """`fill: none; stroke-width: 2` as attributes. Fonts are left to the style sheet, but for their size."""
-    attributes = []
-    for declaration in filter(None, (part.strip() for part in style.split(";"))):
-        name, value = (part.strip() for part in declaration.split(":", 1))
-        if name == "font":
-            name, value = "font-size", re.search(r"[\d.]+px", value)[0]  # type: ignore[index]
-        attributes.append(f'{name}="{value}"')
-    return " ".join(attributes)

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from clip_retrieval.reporting.html.plots import VARIABLES, draw_plots, draw_training
+from clip_retrieval.reporting.html.plots import draw_plots, draw_training
+from clip_retrieval.reporting.html.svg import VARIABLES
 from clip_retrieval.reporting.html.write import read_metrics
 from tests.reporting.html.conftest import make_run
 

@@ -1,0 +1,1 @@
+"""Runs of main.py with different option values."""
