@@ -76,8 +76,9 @@ def test_qb_norm_without_training_captions_is_refused(run, trained, captioned, t
     lines = (captioned / "captions.csv").read_text().splitlines()
     (tmp_path / "test.csv").write_text("\n".join([lines[0], *(line for line in lines if line.endswith("test"))]))
     data = ("--annotations", tmp_path / "test.csv", "--image_dir", captioned)
-    code, _, err = run("--eval", "--resume", trained, *data, "--rerank", "qb_norm")
+    code, out, err = run("--eval", "--resume", trained, *data, "--rerank", "qb_norm")
     assert code == 2 and "needs training captions" in err
+    assert "weights:" not in out and not (trained.parent / "eval_csv_test").exists()  # nothing was encoded
 
 
 def test_ensemble_of_scores_keeps_each_models_preprocessing(run, trained, other, captioned):
