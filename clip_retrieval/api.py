@@ -32,6 +32,7 @@ class ImageTextModel:
         preprocess: maps an image of Pillow to open_clip's input, float32 (3, height, width), normalised.
         device: the device of the model.
         config: open_clip's model config.
+        caption_prefix: text that `encode_texts` puts before every text; that of the checkpoint, see --caption_prefix.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ImageTextModel:
     preprocess: Callable[[Image.Image], torch.Tensor]
     device: torch.device
     config: dict[str, Any]
+    caption_prefix: str | None = None
 
     def encode_images(
         self,
@@ -68,7 +70,8 @@ class ImageTextModel:
     def encode_texts(self, texts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:
         """Encode texts as float32 (texts, dim) on the model's device, L2-normalised.
 
-        Texts longer than the context are cut, keeping the end token. Equal texts are encoded once.
+        `caption_prefix` is put before each. Texts longer than the context are cut, keeping the end token. Equal texts
+        are encoded once.
         """
         from clip_retrieval.data.captions import clean_caption, tokenize
         from clip_retrieval.device import disable_tf32
@@ -77,7 +80,7 @@ class ImageTextModel:
         if isinstance(texts, str):
             raise TypeError("texts is a str; give a list of texts")
         captions = [clean_caption(text) for text in texts]
-        tokens, trim = tokenize(captions, self.tokenizer), self.model.trims_text
+        tokens, trim = tokenize(captions, self.tokenizer, self.caption_prefix), self.model.trims_text
         with disable_tf32():
             return encode_captions(
                 self.model.encode_text, captions, tokens, trim=trim, batch_size=batch_size, device=self.device
@@ -137,7 +140,8 @@ def load_model(path_or_name: str | Path, device: torch.device | str | None = Non
     run_model.warn_of_random_weights(built)
     normalize = Normalize(built.preprocess["mean"], built.preprocess["std"])
     transform = Compose([as_rgb, evaluation_transform(built.preprocess), ToDtype(torch.float32, scale=True), normalize])
-    return ImageTextModel(built.name, model.to(chosen).eval(), tokenizer, transform, chosen, built.config)
+    prefix = settled.data.caption_prefix
+    return ImageTextModel(built.name, model.to(chosen).eval(), tokenizer, transform, chosen, built.config, prefix)
 
 
 def read_dataset(

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, TextIO
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.memory import memory_limit
 
+DEVICES = Path("/dev")
+
 
 def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading bytes.
@@ -42,14 +44,21 @@ def open_regular(path: str | Path) -> io.BufferedReader:
         raise
 
 
+def _is_device(path: Path) -> bool:
+    mode = path.lstat().st_mode
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
 @contextlib.contextmanager
 def write_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing; it appears at `path` when it is complete and on the disk.
 
     The content is written to a temporary file in the same folder, synced, and renamed. If anything fails, the old file
     stays and the temporary file is deleted. A symbolic link at `path` is replaced, not followed. Raises OSError, with
-    `filename` set to `path`.
+    `filename` set to `path`; also for a device, which root would replace for all programs (/dev/null, /dev/stdout).
     """
+    if path.absolute().parent == DEVICES or (os.path.lexists(path) and _is_device(path)):
+        raise OSError(errno.EINVAL, "a device, not a file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)

@@ -40,17 +40,19 @@ def report(run: Path, other: Path | None, output: Path | None, typed: dict[str, 
 
 def evaluate_run(folder: Path, typed: dict[str, Any]) -> Evaluated:
     """Encode and score the split of a run with its model."""
-    # encode and score
+    # the results, if the run is complete
     log.info(f"{folder}:")
-    options, checkpoint = settle_options({"eval": True, **find_options(folder, typed), **typed})
+    stored = read_results(folder / "results.json") if (folder / "results.json").is_file() else {}
+    split = {"eval_split": "val"} if stored.get("split") == "val" else {}  # of a finetune without a test split
+
+    # encode and score
+    options, checkpoint = settle_options({"eval": True, **find_options(folder, typed), **split, **typed})
     evaluation = Evaluation.prepare(options, checkpoint, SINGLE_PROCESS)
     scores = evaluation.score()
     results = scores.results
 
-    # add the results before training and on val, if the run is complete
-    if (folder / "results.json").is_file():
-        stored = read_results(folder / "results.json")
-        results = {name: stored[name] for name in ("before", "val") if name in stored} | results
+    # add the results before training and on val
+    results = {name: stored[name] for name in ("before", "val") if name in stored} | results
     name = name_run(checkpoint.path if checkpoint else None, results["model"])
     return Evaluated(name, evaluation.dataset, scores.encoded, scores.ranks, results, folder / "metrics.jsonl")
 
@@ -76,4 +78,5 @@ def find_options(folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
     else:
         groups.append(ModelOptions)
     names = {"resume", "device", *(field.name for group in groups for field in dataclasses.fields(group))}
+    names -= {"rerank"}  # which a report does not show
     return {name: value for name, value in stored.items() if name in names}

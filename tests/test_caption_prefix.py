@@ -1,10 +1,13 @@
 """--caption_prefix is the same as captions with the prefix in the data."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from clip_retrieval import evaluate_features, load_model, read_dataset
+from clip_retrieval.search.encoder import Encoder
 from tests.conftest import read_json
 
 PREFIX = "a photo of "
@@ -46,3 +49,15 @@ def test_evaluation_takes_the_prefix_of_the_checkpoint(run, arguments, tmp_path)
         found.append(read_json(tmp_path / "logs/ex0/eval_csv_test/results.json"))
     assert found[0]["caption_prefix"] == PREFIX and "caption_prefix" not in found[1]
     assert found[0]["t2i"] == read_json(tmp_path / "logs/ex0/results.json")["t2i"]
+
+
+def test_python_interface_and_search_use_the_prefix_of_the_checkpoint(run, arguments, captioned, tmp_path):
+    assert run(*arguments, "--max_steps", "2", "--caption_prefix", PREFIX)[0] == 0
+    best = tmp_path / "logs/ex0/best.pt"
+    model, data = load_model(best, "cpu"), read_dataset("csv", captioned)
+    found = evaluate_features(model.encode_images(data.images), model.encode_texts(data.captions), data.pairs)
+    assert found["t2i"] == read_json(tmp_path / "logs/ex0/results.json")["t2i"]
+    expected = replace(model, caption_prefix=None).encode_texts([f"{PREFIX}a red thing"])
+    assert torch.equal(model.encode_texts(["a red thing"]), expected)
+    encoder = Encoder({"options": {"resume": str(best)}, "stamp": []}, {"device": "cpu"})
+    torch.testing.assert_close(encoder.encode_texts(["a red thing"]), expected)

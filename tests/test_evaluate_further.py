@@ -1,9 +1,13 @@
 """--rerank and --ensemble from end to end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_retrieval.api import load_model, read_dataset
+from clip_retrieval.data.images.decode import image_pixels_limit
 from clip_retrieval.evaluation.metrics import report, retrieval_metrics
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.rerank import METHODS
@@ -72,8 +76,9 @@ def test_qb_norm_without_training_captions_is_refused(run, trained, captioned, t
     lines = (captioned / "captions.csv").read_text().splitlines()
     (tmp_path / "test.csv").write_text("\n".join([lines[0], *(line for line in lines if line.endswith("test"))]))
     data = ("--annotations", tmp_path / "test.csv", "--image_dir", captioned)
-    code, _, err = run("--eval", "--resume", trained, *data, "--rerank", "qb_norm")
+    code, out, err = run("--eval", "--resume", trained, *data, "--rerank", "qb_norm")
     assert code == 2 and "needs training captions" in err
+    assert "weights:" not in out and not (trained.parent / "eval_csv_test").exists()  # nothing was encoded
 
 
 def test_ensemble_of_scores_keeps_each_models_preprocessing(run, trained, other, captioned):
@@ -88,6 +93,25 @@ def test_ensemble_of_scores_keeps_each_models_preprocessing(run, trained, other,
     assert results["model"] == " + ".join(member["model"] for member in results["ensemble"]["members"])
     assert [member["weights"] for member in results["ensemble"]["members"]] == [str(trained), str(other)]
     assert not (trained.parent / "eval_csv_test").exists()
+
+
+def test_ensemble_keeps_each_models_caption_prefix(run, arguments, trained, captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # to restore it
+    prefix = ("--caption_prefix", "a photo of ", "--experiments", "prefixed")
+    assert run(*arguments, *prefix, "--max_steps", "2")[0] == 0
+    prefixed, test = tmp_path / "logs" / "prefixed" / "best.pt", read_dataset("csv", captioned)
+    models = [load_model(path, "cpu") for path in (trained, prefixed)]
+    images = np.concatenate([model.encode_images(test.images) for model in models], axis=1)
+    for extra, prefixes in (((), [None, "a photo of "]), (("--caption_prefix", "the "), ["the ", "the "])):
+        pixels = ("--max_image_pixels", 1000)
+        code, _, err = run("--eval", "--resume", trained, "--ensemble", prefixed, *extra, *pixels)
+        assert code == 0, err
+        results = read_json(trained.parent / "eval_csv_test_ensemble/results.json")
+        assert [member.get("caption_prefix") for member in results["ensemble"]["members"]] == prefixes
+        own = [replace(model, caption_prefix=text) for model, text in zip(models, prefixes)]
+        texts = np.concatenate([model.encode_texts(test.captions) for model in own], axis=1)
+        assert results["t2i"] == retrieval_metrics(retrieval_ranks(images, texts, test.pairs)[1])
+        assert image_pixels_limit() == 1000  # not that of the other checkpoint
 
 
 def test_ensemble_of_a_model_with_itself_changes_nothing(run, trained):

@@ -39,12 +39,17 @@ def test_overwrite_deletes_the_report_of_the_earlier_run(run, arguments, trained
     assert not (trained / "report.html").exists()
 
 
-def test_without_a_test_split_val_is_reported(run, arguments, captioned, tmp_path):
+def test_without_a_test_split_val_is_reported(run, script, arguments, captioned, tmp_path):
     rows = [row for row in (captioned / "captions.csv").read_text().splitlines() if not row.endswith(",test")]
     (tmp_path / "no_test.csv").write_text("\n".join(rows) + "\n")
     data = ("--annotations", tmp_path / "no_test.csv", "--image_dir", captioned)
     code, _, err = run(*arguments, *data, "--max_steps", "1", "--report")
     assert code == 0, err
+    content = read(tmp_path / "logs" / "ex0")
+    assert "ex0 on csv val" in content and "val, before training" in content
+    (tmp_path / "logs" / "ex0" / "report.html").unlink()
+    code, _, err = script("report", tmp_path / "logs" / "ex0", "--device", "cpu")
+    assert code == 0 and not err.startswith("error"), err
     content = read(tmp_path / "logs" / "ex0")
     assert "ex0 on csv val" in content and "val, before training" in content
 

@@ -26,11 +26,12 @@ from clip_retrieval.run.splits import make_split
 
 @dataclass
 class Member:
-    """A model on its device, with its config and tokenizer."""
+    """A model on its device, with its config and tokenizer, and the text before every caption (--caption_prefix)."""
 
     model: RetrievalModel
     built: BuiltModel
     tokenizer: Any
+    caption_prefix: str | None
 
 
 @dataclass
@@ -58,9 +59,10 @@ class Ensemble:
         """Encode a split with all members. Each tokenizes the captions and preprocesses the images in its own way."""
         options, parts = self.options, []
         for member in self.members:
+            data = replace(options.data, caption_prefix=member.caption_prefix)
             # the image cache may have to be built
             with self.processes.main_first() if options.data.image_cache else nullcontext():
-                split = make_split(options.data, dataset, member.tokenizer, member.built.preprocess, self.device)
+                split = make_split(data, dataset, member.tokenizer, member.built.preprocess, self.device)
             encoded = encode_split(
                 member.model,
                 dataset,
@@ -81,7 +83,11 @@ class Ensemble:
         """The entry of an ensemble in results.json; empty for a single model."""
         if len(self.members) == 1:
             return {}
-        members = [{"model": member.built.name, "weights": member.built.weights} for member in self.members]
+        members = [
+            {"model": member.built.name, "weights": member.built.weights}
+            | ({"caption_prefix": member.caption_prefix} if member.caption_prefix else {})
+            for member in self.members
+        ]
         return {"ensemble": {"mode": self.options.evaluation.ensemble_mode, "members": members}}
 
 
@@ -93,7 +99,9 @@ def load_ensemble(
     for path in options.evaluation.ensemble or ():
         other = Checkpoint.load_if_ours(Path(path))
         if other is not None:
-            settled, other = settle_options({"resume": path, "eval": True})
+            names = ["max_image_pixels", *({"caption_prefix"} & options.given)]  # the first is global
+            typed = {name: getattr(options.data, name) for name in names}
+            settled, other = settle_options({"resume": path, "eval": True, **typed})
         else:  # the weights of another tool, for the model that the options name
             model = replace(options.model, pretrained=path, pretrained_key=None)
             settled = replace(options, model=model, run=replace(options.run, resume=None))
@@ -105,7 +113,7 @@ def _load_member(options: Options, checkpoint: Checkpoint | None, device: torch.
     with processes.main_first():  # it may download
         model, built, tokenizer = load_model(options, checkpoint)
     warn_of_random_weights(built)
-    return Member(model.to(device), built, tokenizer)
+    return Member(model.to(device), built, tokenizer, options.data.caption_prefix)
 
 
 def combine(features: list[Tensor], mode: str) -> Tensor:

@@ -16,7 +16,7 @@ from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import Options
 from clip_retrieval.run.ensemble import Ensemble, load_ensemble
-from clip_retrieval.run.reranking import rerank
+from clip_retrieval.run.reranking import read_bank, rerank
 from clip_retrieval.run.splits import count_trained, describe_prefix, read_split
 
 
@@ -37,6 +37,7 @@ class Evaluation:
         dataset: the split.
         trained_on: number of its images that the models were trained on.
         ensemble: the model, and those of --ensemble.
+        bank: the training captions that a method of --rerank needs, or None.
         options: the options.
         processes: they share the work.
     """
@@ -44,6 +45,7 @@ class Evaluation:
     dataset: RetrievalDataset
     trained_on: int
     ensemble: Ensemble
+    bank: list[str] | None
     options: Options
     processes: Processes
 
@@ -51,7 +53,7 @@ class Evaluation:
     def prepare(cls, options: Options, checkpoint: Checkpoint | None, processes: Processes) -> Evaluation:
         """Read the split, then load the models, which may be downloads.
 
-        Raises UserError if there is no such split, or a model cannot be loaded.
+        Raises UserError if there is no such split, --rerank lacks training captions, or a model cannot be loaded.
         """
         # the split
         device = choose_device(options.run.device)
@@ -61,17 +63,20 @@ class Evaluation:
                 f"{options.data.name} in {options.data.place} has no {options.evaluation.eval_split} split; choose "
                 "another --eval_split, or other data"
             )
-        check_protocols(options.evaluation.protocols, dataset)
+        evaluation = options.evaluation
+        check_protocols(evaluation.protocols, dataset)
+        bank = read_bank(options.data, evaluation.rerank or (), evaluation.rerank_bank, options.train.seed)
 
         # its images that were trained on
-        others = [Checkpoint.load_if_ours(Path(path)) for path in options.evaluation.ensemble or ()]
+        others = [Checkpoint.load_if_ours(Path(path)) for path in evaluation.ensemble or ()]
         sources = [(checkpoint, options.model.pretrained), *((other, None) for other in others)]
         trained_on = max(count_trained(dataset, options.data.fractions, *source) for source in sources)
         if trained_on and dataset.split != UNSPLIT:
             dataset = replace(dataset, split="train")  # held out here, but not in training
 
         # the models
-        return cls(dataset, trained_on, load_ensemble(options, checkpoint, device, processes), options, processes)
+        ensemble = load_ensemble(options, checkpoint, device, processes)
+        return cls(dataset, trained_on, ensemble, bank, options, processes)
 
     def score(self) -> Scores:
         """Encode the split, score it, and re-rank it with the methods of --rerank."""
@@ -79,7 +84,7 @@ class Evaluation:
         encoded = ensemble.encode(self.dataset)
         block, ranks = score(encoded, self.dataset, evaluation, self.processes, full=True)
         if evaluation.rerank:
-            block["rerank"] = rerank(ensemble, encoded, self.dataset)
+            block["rerank"] = rerank(ensemble, encoded, self.dataset, self.bank)
         built = ensemble.members[0].built
         settings = {"decoder": self.options.data.decoder} | describe_prefix(self.options.data)
         results = {"model": ensemble.name, **settings, **block, "weights": built.weights, **ensemble.describe()}

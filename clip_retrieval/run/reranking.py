@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,24 +23,24 @@ from clip_retrieval.run.ensemble import Ensemble
 from clip_retrieval.run.splits import read_split
 
 
-def rerank(ensemble: Ensemble, encoded: SplitFeatures, dataset: RetrievalDataset) -> dict[str, dict[str, Any]]:
+def rerank(
+    ensemble: Ensemble, encoded: SplitFeatures, dataset: RetrievalDataset, bank_captions: list[str] | None
+) -> dict[str, dict[str, Any]]:
     """Compute the block of results.json of each method of --rerank, by name.
 
     Args:
-        ensemble: the model or models, to encode the val split and the training captions.
+        ensemble: the model or models, to encode the val split and the bank.
         encoded: the features of the split.
         dataset: the split that is scored.
-
-    Raises UserError if a method needs training captions and there are none.
+        bank_captions: see `read_bank`.
     """
     options = ensemble.options
     names = options.evaluation.rerank or ()
     # features: training captions, and the val split to choose parameters on
     bank = None
-    if any(METHODS[name].needs_bank for name in names):
-        captions = read_bank(options.data, options.evaluation.rerank_bank, options.train.seed)
+    if bank_captions is not None:
         no_images, no_pairs = ImageArray(np.empty((0, 1, 1, 3), np.uint8), "bank"), np.empty((0, 2), np.int64)
-        bank = ensemble.encode(RetrievalDataset("qb_norm's bank", "train", no_images, captions, no_pairs)).captions
+        bank = ensemble.encode(RetrievalDataset("qb_norm's bank", "train", no_images, bank_captions, no_pairs)).captions
     val = None
     if dataset.split == "test":
         val = read_split(options.data, "val", ensemble.device, ensemble.processes, require_pairs=False)
@@ -83,11 +83,13 @@ def _recall_sum(metrics: dict[str, Any]) -> float:
     return sum(metrics[direction][f"R@{k}"] for direction in ("i2t", "t2i") if direction in metrics for k in STANDARD_K)
 
 
-def read_bank(options: DataOptions, number: int, seed: int) -> list[str]:
-    """Read a random choice of at most `number` distinct training captions.
+def read_bank(options: DataOptions, methods: Iterable[str], number: int, seed: int) -> list[str] | None:
+    """Read a random choice of at most `number` distinct training captions, or None if no method needs them.
 
     Raises UserError if there are none.
     """
+    if not any(METHODS[name].needs_bank for name in methods):
+        return None
     train = None if is_streamed(options) else read_dataset(options, "train")
     if train is None or train.split == UNSPLIT:
         raise UserError(

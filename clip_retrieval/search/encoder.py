@@ -36,7 +36,7 @@ class Encoder:
     def __init__(self, source: dict[str, Any], typed: dict[str, Any]):
         """Load the model of a source. typed: options of this machine (device, eval_batch_size, ...)."""
         options, checkpoint = settle_options({**typed, **source["options"], "eval": True})
-        self.num_workers = options.data.num_workers
+        self.num_workers, self._prefix = options.data.num_workers, options.data.caption_prefix
         self.device = choose_device(options.run.device)
         model, built, self._tokenizer = load_model(options, checkpoint)
         warn_of_random_weights(built)
@@ -55,8 +55,8 @@ class Encoder:
         }
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts; longer ones are cut to the context length."""
-        tokens = tokenize([clean_caption(text) for text in texts], self._tokenizer)
+        """Encode texts, after the --caption_prefix of the checkpoint; longer ones are cut to the context length."""
+        tokens = tokenize([clean_caption(text) for text in texts], self._tokenizer, self._prefix)
         longest = int(tokens.lengths.max()) if self._model.trims_text else None
         return self._encode(self._model.encode_text, tokens.ids[:, :longest].long(), tokens.lengths)
 

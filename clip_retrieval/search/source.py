@@ -17,6 +17,7 @@ INDEX_FOLDER = ".clip_search"
 """Name of an index's folder in the folder of the photographs."""
 NAMES = ("resume", "eval_precision", *(field.name for field in dataclasses.fields(ModelOptions)))
 """The options that decide the features."""
+NUMBERS = ("context_length", "image_size", "keep_positions")
 
 
 def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[
     options: Any
     if given:
         options = {name: str(Path(value).absolute()) if _is_path(value) else value for name, value in given.items()}
+        if isinstance(size := options.get("image_size"), tuple):
+            options["image_size"] = list(size)  # as JSON has it
     elif record is None:
         raise UserError("no model: give a checkpoint, --resume CKPT, or a pretrained one, --vision_model ViT-B/32")
     else:
@@ -46,7 +49,9 @@ def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    return name in NAMES and isinstance(value, int if name in ("context_length", "image_size") else str)
+    if name == "image_size" and isinstance(value, list):  # height and width
+        return len(value) in (1, 2) and all(type(side) is int for side in value)
+    return name in NAMES and isinstance(value, int if name in NUMBERS else str)
 
 
 def _is_path(value: Any) -> bool:

@@ -310,3 +310,17 @@ def test_missing_model_and_checkpoint_are_named(photos, script, models, tmp_path
     assert code == 2 and "--resume CKPT" in err
     code, _, err = script("search", "index", photos, "--resume", tmp_path / "none.pt")
     assert code == 2 and "none.pt: no such checkpoint" in err
+
+
+def test_index_keeps_the_sizes_of_its_model(photos, script, model):
+    """Height and width, and the number of kept positions, are read again from the index."""
+    sizes = ("--image_size", 48, 32, "--context_length", 24, "--keep_positions", 4)
+    code, _, err = script("search", "index", photos, *model, *sizes, "--num_workers", 0)
+    assert code == 0, err
+    paint(photos / "new.jpg", 9)
+    code, out, err = script("search", "index", photos, "--device", "cpu", "--num_workers", 0)
+    assert code == 0 and "1 new" in out, err
+    code, out, err = script("search", "index", photos, *model, *sizes)
+    assert code == 0 and "no changes" in out and "loading torch" not in out, err
+    code, out, err = script("search", "a house", photos, "--device", "cpu", "--top_k", 1)
+    assert code == 0 and len(out.splitlines()) == 1, err
