@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.options import TrainOptions
 
 EMA, SWA = "ema", "swa"
@@ -96,17 +97,17 @@ def swa_share(updates: int) -> float:
 def make_averages(model: nn.Module, options: TrainOptions) -> dict[str, WeightAverage]:
     """Make the averages of --ema and --swa_start; empty without them.
 
-    Raises UserError for --swa_start with trainable batch normalisation, whose statistics would have to be computed
-    again for the averaged weights.
+    Logs a warning for --swa_start with trainable batch normalisation, whose statistics would have to be computed again
+    for the averaged weights.
     """
     averages = {}
     if options.ema is not None:
         averages[EMA] = WeightAverage(model, ema_share(options.ema))
     if options.swa_start is not None:
         if any(isinstance(m, _BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in model.modules()):
-            raise UserError(
-                f"--swa_start {options.swa_start}: the batch statistics of this model do not fit averaged weights; use "
-                "--ema, or add --freeze_vision"
+            log.warning(
+                "--swa_start averages weights, but not the statistics of batch normalisation: the average has those of "
+                "the last step, which may cost recall"
             )
         averages[SWA] = WeightAverage(model, swa_share)
     return averages

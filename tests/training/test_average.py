@@ -6,6 +6,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
+from clip_retrieval.options import TrainOptions
 from clip_retrieval.training.average import WeightAverage, ema_share, make_averages, swa_share
 from tests.training.test_trainer import batch, make_trainer
 
@@ -115,14 +117,14 @@ def test_averages_of_another_model_are_refused(change):
         WeightAverage(model, swa_share).load_state_dict(state | {"weights": weights}, "last.pt")
 
 
-def test_swa_refuses_trainable_batch_normalisation():
-    with pytest.raises(UserError, match="use --ema, or add --freeze_vision"):
-        make_trainer(resnet=True, swa_start=1)
-    trainer = make_trainer(resnet=True)
+def test_swa_warns_of_trainable_batch_normalisation(caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    trainer = make_trainer(resnet=True, swa_start=1)
+    assert "statistics of batch normalisation" in caplog.text
+    caplog.clear()
     trainer.model.clip.visual.requires_grad_(False)
-    from clip_retrieval.options import TrainOptions
-
     assert list(make_averages(trainer.model, TrainOptions(swa_start=1))) == ["swa"]
+    assert not caplog.text
 
 
 def test_without_options_there_is_no_average():
