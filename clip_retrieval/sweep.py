@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,9 @@ def sweep(
         try:
             run_all(commands, outputs, gpus or (None,), stop, report_start, report_end)
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; the runs in {output} were saved, repeat the command to resume") from None
+            raise Interrupted(
+                f"interrupted; the run in progress was saved: repeat the command to resume {output}"
+            ) from None
         if not left:
             log.info(write_summary(output, named, states, sort))
         log.info(f"wrote {output / 'table.md'} and {output / 'sweep.html'}")
@@ -98,11 +101,12 @@ def check_run(parser: OptionParser, arguments: Sequence[str], folder: Path) -> N
     for name in SET_BY_SWEEP:
         if name in typed:
             raise UserError(f"--{name}: a sweep sets it for each run; drop it")
-    check_early(
-        {**typed, "overwrite": True}, read_config(typed.get("config"))
-    )  # overwrite: the folder may hold the run
+    # overwrite: the folder may hold the run already
+    place = {"checkpoint_path": str(folder.parent), "experiments": folder.name, "overwrite": True}
+    check_early({**typed, **place}, read_config(typed.get("config")))
     if (folder / "options.json").exists():
-        command = read_json(folder / "options.json").get("command_line")
+        recorded = read_json(folder / "options.json")
+        command = recorded.get("command_line") if isinstance(recorded, dict) else None
         if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
             raise UserError(f"{folder / 'options.json'}: without its command line; choose another --output")
         if _fixed(vars(parser.parse_args(command[1:]))) != _fixed(typed):
@@ -116,8 +120,8 @@ def _fixed(typed: dict[str, Any]) -> dict[str, Any]:
 
 def describe_failure(code: int, output: Path) -> str:
     """Return the state of a run that is not complete."""
-    if code == Interrupted.exit_code:
-        return "interrupted, saved"
+    if code in (Interrupted.exit_code, -signal.SIGTERM):  # the second one before there was anything to save
+        return "interrupted"
     return f"failed (exit code {code}): {one_line(last_line(output), 120)}"
 
 
@@ -133,15 +137,10 @@ def write_summary(output: Path, named: dict[str, Values], states: dict[str, str]
     columns = [*next(iter(named.values())), *METRICS, "state"]
     rows = [{**values, **read_metrics(output / name), "state": states[name]} for name, values in named.items()]
     rows = sort_rows(rows, sort, columns)
-    table = markdown_table([_as_text(row) for row in rows], columns)
+    table = markdown_table(rows, columns)
     write_text(output / "table.md", f"Sorted by {describe_sort(sort)}.\n\n{table}")
     write_text(output / "sweep.html", render_sweep(output.name, rows, columns, sort, describe_sort(sort)))
     return table
-
-
-def _as_text(row: Row) -> Row:
-    """The row without the marks that an option's value could have in Markdown."""
-    return {name: value if isinstance(value, float) else one_line(str(value or "")) for name, value in row.items()}
 
 
 def read_metrics(folder: Path) -> Row:

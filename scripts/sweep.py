@@ -44,7 +44,7 @@ def main() -> None:
 
     listed = read_values(args.values)
     runs = combine(listed) if args.random is None else draw(listed, args.random, args.seed)
-    gpus = args.gpus.split(",") if args.gpus else ()
+    gpus = [gpu for gpu in (args.gpus or "").split(",") if gpu]
     sweep(runs, words[end + 1 :], args.output, gpus=gpus, sort=args.sort.replace("_", " "))
 
 

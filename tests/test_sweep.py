@@ -97,6 +97,24 @@ def test_runs_with_other_options_are_refused_before_the_first_run(tmp_path, stub
     assert len(calls(output)) == 1
 
 
+def test_sweep_may_start_from_the_best_checkpoint_of_ex0(tmp_path, stub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs" / "ex0").mkdir(parents=True)
+    for name in ("best.pt", "last.pt"):
+        (tmp_path / "logs" / "ex0" / name).touch()
+    sweep(runs(4), [*SHARED, "--pretrained", "logs/ex0/best.pt"], tmp_path / "logs" / "sweep", program=stub)
+    assert read_table(tmp_path / "logs" / "sweep")[0]["state"] == "complete"
+
+
+def test_damaged_options_of_a_run_are_refused(tmp_path, stub):
+    output = tmp_path / "sweep"
+    sweep(runs(4), SHARED, output, program=stub)
+    for content in ("[]", '{"command_line": [1]}', "{"):
+        (output / "lr=4_loss=infonce" / "options.json").write_text(content)
+        with pytest.raises(UserError, match=r"options\.json"):
+            sweep(runs(4), SHARED, output, program=stub)
+
+
 @pytest.mark.parametrize(
     ("arguments", "values", "message"),
     [
@@ -137,7 +155,7 @@ sys.exit(run_with_exit_code(lambda: sweep(runs, {SHARED!r}, Path({str(output)!r}
     message = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "repeat the command" in message
     assert (output / "lr=3_loss=infonce" / "saved").exists() and len(calls(output)) == 1
-    assert read_table(output)[0]["state"] == "interrupted, saved"
+    assert read_table(output)[0]["state"] == "interrupted"
     sweep(runs(3, 4), SHARED, output, program=stub)
     assert {row["state"] for row in read_table(output)} == {"complete"}
 

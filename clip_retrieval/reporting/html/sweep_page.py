@@ -44,13 +44,15 @@ def draw_parallel(rows: Sequence[Row], axes_names: Sequence[str], sort: str) -> 
         for x, name in enumerate(axes_names):
             axes.axvline(x, color=GRID, linewidth=1.2, zorder=1)
             for text, y in scales[name][1]:
-                axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+                above = 9 if y >= 0.5 else -9  # where the fewest lines are
+                axes.annotate(text, (x, y), (3, above), textcoords="offset points", va="center", fontsize=9)
         for row in [*(row for row in rows if row is not best), best]:
             heights = [scales[name][0][row[name]] for name in axes_names]
             color, width, alpha = (SERIES[1], 3, 1) if row is best else (SERIES[0], 1.4, 0.55)
             axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=alpha, zorder=2)
         axes.set_xticks(range(len(axes_names)), [_label(name) for name in axes_names])
         axes.set_yticks([])
+        axes.set_ylim(-0.08, 1.08)
         axes.set_xlim(-0.1, len(axes_names) - 0.5)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(False)
