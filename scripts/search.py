@@ -42,7 +42,8 @@ def make_parser(command: str) -> OptionParser:
         "words", nargs="+", metavar="PHOTOS", help="the folder of the photographs, after the text if any"
     )
     add_arguments(parser, RunOptions, only=("resume", "device"))
-    add_arguments(parser, DataOptions, only=("max_image_pixels",))
+    texts = () if command == "index" else ("caption_prefix",)
+    add_arguments(parser, DataOptions, only=("max_image_pixels", *texts))
     parser.add_argument(
         "--index", type=Path, metavar="DIR", help=f"folder of the index (default: PHOTOS/{INDEX_FOLDER})"
     )

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from clip_retrieval import evaluate_features, load_model, read_dataset
-from clip_retrieval.search.encoder import Encoder
 from tests.conftest import read_json
 
 PREFIX = "a photo of "
@@ -51,7 +50,7 @@ def test_evaluation_takes_the_prefix_of_the_checkpoint(run, arguments, tmp_path)
     assert found[0]["t2i"] == read_json(tmp_path / "logs/ex0/results.json")["t2i"]
 
 
-def test_python_interface_and_search_use_the_prefix_of_the_checkpoint(run, arguments, captioned, tmp_path):
+def test_python_interface_and_search_use_the_prefix_of_the_checkpoint(run, script, arguments, captioned, tmp_path):
     assert run(*arguments, "--max_steps", "2", "--caption_prefix", PREFIX)[0] == 0
     best = tmp_path / "logs/ex0/best.pt"
     model, data = load_model(best, "cpu"), read_dataset("csv", captioned)
@@ -59,5 +58,14 @@ def test_python_interface_and_search_use_the_prefix_of_the_checkpoint(run, argum
     assert found["t2i"] == read_json(tmp_path / "logs/ex0/results.json")["t2i"]
     expected = replace(model, caption_prefix=None).encode_texts([f"{PREFIX}a red thing"])
     assert torch.equal(model.encode_texts(["a red thing"]), expected)
-    encoder = Encoder({"options": {"resume": str(best)}, "stamp": []}, {"device": "cpu"})
-    torch.testing.assert_close(encoder.encode_texts(["a red thing"]), expected)
+    place = (captioned, "--index", tmp_path / "index", "--device", "cpu")
+    assert script("search", "index", *place, "--resume", best, "--num_workers", 0)[0] == 0
+    found = [
+        script("search", text, *place, "--json", *extra)[1]
+        for text, extra in (
+            ("a red thing", ()),
+            (f"{PREFIX}a red thing", ("--caption_prefix", "none")),
+            ("a red thing", ("--caption_prefix", "none")),
+        )
+    ]
+    assert found[0] == found[1] != found[2]

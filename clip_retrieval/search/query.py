@@ -168,7 +168,8 @@ def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Reques
     images = [decode_rgb(str(path), str(path), prepare_photo) for path in request.images]
     gallery = Gallery(photos, folder, typed)
     texts = [request.text] if request.text.strip() else []
-    query = gallery.encode_query(texts, images, negatives=request.negative)
+    negatives = [text for text in request.negative if text.strip()]  # as the page does
+    query = gallery.encode_query(texts, images, negatives=negatives)
     rows, scores = gallery.search(query, request.top_k)
     found = [(score, gallery.entries[row]) for row, score in zip(rows.tolist(), scores.tolist())]
     if not request.json:

@@ -74,6 +74,11 @@ def test_json_of_text_image_and_negatives_equals_the_definition(indexed, script,
         assert abs(each["score"] - scores[each["name"]]) < 1e-5 and each["path"] == str(indexed / each["name"])
 
 
+def test_empty_negative_text_changes_nothing(indexed, script):
+    found = [script("search", "a red house", indexed, "--json", *extra) for extra in ((), ("--not", " "))]
+    assert found[0] == found[1] and found[0][0] == 0
+
+
 def test_image_alone_finds_itself_first(indexed, script):
     code, out, err = script("search", "--image", indexed / "3.jpg", indexed, "--top_k", 1)
     assert code == 0 and out.split() == ["1.0000", str(indexed / "3.jpg")], err
