@@ -58,7 +58,7 @@ from clip_retrieval.models.pooled import BLOCK_FUNCTIONS
 from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import ModelOptions, Options
-from clip_retrieval.run.prepare import COMPILED_LENGTHS, make_trainer
+from clip_retrieval.run.train_parts import COMPILED_LENGTHS, make_trainer
 from clip_retrieval.training.optimizer import parameter_groups
 
 CAPTIONS = ("coco_text/dataset_coco_karpathy_test.json.gz", "flickr8k/dataset_flickr8k.json")

@@ -44,7 +44,7 @@ from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions
 from clip_retrieval.run.merge import settle
-from clip_retrieval.run.prepare import make_trainer
+from clip_retrieval.run.train_parts import make_trainer
 from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.trainer import Trainer
 from tests.conftest import Killed

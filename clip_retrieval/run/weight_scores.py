@@ -22,9 +22,9 @@ from clip_retrieval.models.model_config import State
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model
-from clip_retrieval.run.prepare import load_zero_shot
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import describe_prefix, make_split, read_split
+from clip_retrieval.run.train_data import load_zero_shot
 
 
 @dataclass

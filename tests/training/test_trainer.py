@@ -16,7 +16,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import set_trainable
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.run.merge import settle
-from clip_retrieval.run.prepare import make_trainer as make_run_trainer
+from clip_retrieval.run.train_parts import make_trainer as make_run_trainer
 from clip_retrieval.training.trainer import Trainer
 from tests.models.small import small_clip, small_preprocess
 
