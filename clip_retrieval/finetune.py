@@ -7,7 +7,6 @@ torchrun --nproc_per_node 8 main.py --vision_model ViT-B/32 --dataset_root DATA
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from typing import Any
@@ -22,12 +21,13 @@ from clip_retrieval.models.lora import merge_lora
 from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
 from clip_retrieval.reporting.results import write_results
-from clip_retrieval.reporting.stopwatch import Stopwatch, clock
+from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import protocols_table, results_table
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.folder import lock_folder, refuse_another_run, resumes_in, run_folder
 from clip_retrieval.run.prepare import Run, prepare
+from clip_retrieval.run.progress_log import log_results, log_step
 from clip_retrieval.run.saving import make_checkpoint, make_model_checkpoint, save, save_last
 from clip_retrieval.run.scoring import score_split, score_zero_shot, write_scores
 from clip_retrieval.run.selection import (
@@ -43,7 +43,6 @@ from clip_retrieval.run.teacher import START, START_FILE
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.average import SWA
 from clip_retrieval.training.schedule import learning_rate, warmup_steps
-from clip_retrieval.training.trainer import StepResult
 
 
 def finetune(typed: dict[str, Any], config: dict[str, Any] | None = None) -> None:
@@ -263,17 +262,7 @@ def finish(run: Run) -> None:
             write_ranks(run.folder / RANKS, final.dataset, *ranks)
 
     # print the table
-    lines = {f"before, {progress.before['split']}": progress.before} if progress.before else {}
-    lines |= {name: block for name, block in (("val", val), ("test", test)) if block}
-    for name, stage in (("retention_before", "before, "), ("retention", "")):
-        if found := blocks.get(name):
-            lines[f"{stage}{found['dataset']} {found['split']}"] = found
-    if run.zero_shot is not None:
-        stages = {"before": progress.zero_shot_before, "after": blocks["zero_shot"]}
-        tops = ", ".join(f"{stage} {block['top1']:.2f}" for stage, block in stages.items() if block)
-        log.info(f"zero-shot {blocks['zero_shot']['dataset']}, top-1: {tops}")
-    if lines:
-        log.info(results_table(lines))
+    log_results(run, {"val": val, "test": test}, blocks)
     if "protocols" in results:
         log.info(protocols_table(results["protocols"]))
     files = [run.folder / name for name in ("results.json", "best.pt", "last.pt", "ema.pt", "swa.pt")]
@@ -283,44 +272,3 @@ def finish(run: Run) -> None:
     if run.options.run.report and run.processes.is_main and final and encoded and ranks:
         name, metrics = run.folder.resolve().name, run.folder / "metrics.jsonl"
         write_report(run.folder / REPORT, Evaluated(name, final.dataset, encoded, ranks, results, metrics))
-
-
-def log_step(run: Run, result: StepResult, rate: float, watch: Stopwatch) -> None:
-    """Log the most recent step, and warn of a collapse. Waits for the device.
-
-    Raises RunError if a loss was not finite.
-    """
-    # collect the values
-    run.trainer.check_finite()
-    step, epoch = run.progress.step, -(-run.progress.step // run.schedule.steps_per_epoch)
-    loss, scale = result.loss.item(), run.model.clip.logit_scale.exp().item()
-    speed, waited = watch.lap()
-    values = {
-        "epoch": epoch,
-        "loss": loss,
-        "lr": rate,
-        "logit_scale": scale,
-        "pairs_per_second": speed,
-        "data_percent": waited,
-    }
-    if run.model.clip.logit_bias is not None:
-        values["logit_bias"] = run.model.clip.logit_bias.item()
-    accuracy = ""
-    if run.options.run.report_training_batch_acc:
-        values["i2t_accuracy"], values["t2i_accuracy"] = i2t, t2i = result.accuracy(run.processes)
-        accuracy = f"accuracy i2t {i2t:.1f} t2i {t2i:.1f}  "
-    # warn of a collapse
-    if run.collapse is not None and run.collapse.has_collapsed(loss):
-        log.warning(
-            f"the loss has stayed at {loss:.4f}, chance for a batch of {run.sampler.batch_size}: the features may have "
-            "collapsed to one point; start again with a lower --lr or a longer --warmup"
-        )
-    # write them
-    if run.metrics:
-        run.metrics.write("train", step, values)
-    left = (run.schedule.total_steps - step) * run.sampler.batch_size / speed
-    log.info(
-        f"{time.strftime('%H:%M:%S')}  epoch {epoch}  step {step}/{run.schedule.total_steps}  loss {loss:.4f}  "
-        f"lr {rate:.2e}  scale {scale:.2f}  {accuracy}{speed:.1f} pairs/s  data {waited:.0f}%  "
-        f"{clock(watch.seconds)} trained, {clock(left)} left"
-    )

@@ -6,26 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from clip_retrieval.config import read_preset
-from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset, is_streamed
+from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset
 from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
-from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import (
-    AUTO,
     BELONGING,
     PREFIXES,
     REPEATABLE,
-    DataOptions,
     DatasetOptions,
-    LossOptions,
     Options,
-    TrainOptions,
     as_tuple,
 )
 from clip_retrieval.reporting.trackers import parse_trackers
+from clip_retrieval.run.combinations import check_combinations
 from clip_retrieval.run.folder import refuse_another_run, run_folder
 
 COMMAND_LINE_ONLY = ("overwrite", "reset_optimizer", "reset_data_offset")  # a repeated command must not repeat these
@@ -102,78 +98,3 @@ def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
     if complete:
         check_combinations(options)
     return options
-
-
-def check_combinations(options: Options) -> None:
-    """Raise UserError if options exclude each other."""
-    # data
-    data, train = options.data, options.train
-    for part in data.parts():
-        for name in PREFIXES:
-            if getattr(part, name) and part.name not in ("chinese", *SHARDED):
-                raise UserError(f"--{name} is for --dataset chinese and webdataset; drop it, or --dataset {part.name}")
-    if data.train_num_samples and not is_streamed(data):
-        raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
-    if data.image_cache and is_streamed(data) and not options.run.eval:
-        raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
-    held_out = " and ".join(f"--{split}_fraction" for split, fraction in data.fractions.items() if fraction)
-    if held_out and is_streamed(data):
-        raise UserError(f"{held_out}: not for --dataset {data.name}, whose images are streamed; give --val_data")
-    if held_out and len(data.dataset) > 1:
-        raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
-    if sum(data.fractions.values()) >= 1:
-        raise UserError(f"{held_out} leave no images to train on; lower them")
-    if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
-        raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
-    # model
-    if options.model.keep_positions and not options.model.context_length:
-        raise UserError(f"--keep_positions {options.model.keep_positions} needs --context_length; give both")
-    # training
-    if train.grad_cache and train.accum_freq > 1:
-        raise UserError("--grad_cache and --accum_freq set the same thing; give one of them")
-    if train.freeze_vision and train.freeze_text and train.trainable != "adaptor":
-        raise UserError("--freeze_vision and --freeze_text together leave nothing to train; drop one of them")
-    for name in BELONGING["trainable"]:
-        if train.trainable != "lora" and getattr(train, name) != getattr(TrainOptions, name):
-            raise UserError(f"--{name} needs --trainable lora, not {train.trainable}; give both, or drop it")
-    for name, frozen in (("unlocked_image_blocks", "freeze_vision"), ("unlocked_text_blocks", "freeze_text")):
-        if getattr(train, name) is not None:
-            if getattr(train, frozen):
-                raise UserError(f"--{name} and --{frozen} contradict each other; drop one of them")
-            if train.trainable in ("linear_projection", "adaptor"):
-                raise UserError(f"--{name} has no effect with --trainable {train.trainable}; drop one of them")
-    if train.decay_fraction and train.schedule != "wsd":
-        raise UserError(f"--decay_fraction {train.decay_fraction:g} needs --schedule wsd; give both or drop it")
-    if train.patience and not (options.evaluation.eval_every or options.evaluation.eval_steps):
-        raise UserError(f"--patience {train.patience} counts evaluations, and --eval_every 0 drops them; drop one")
-    if train.swa_start and not train.max_steps and train.swa_start > train.epochs:
-        raise UserError(f"--swa_start {train.swa_start} is after the last epoch ({train.epochs}); lower it")
-    # loss
-    loss = LOSSES[options.loss.loss]
-    for name in ("label_smoothing", "i2t_weight"):
-        if getattr(options.loss, name) != getattr(LossOptions, name) and name not in loss.arguments:
-            raise UserError(f"--{name} is not for --loss {options.loss.loss}; drop one of them")
-    if options.loss.temperature and not loss.learns_scale:
-        raise UserError(f"--temperature: --loss {options.loss.loss} has none; drop one of them")
-    if not options.loss.distill_from:
-        for name in ("distill_kind", "distill_weight"):
-            if getattr(options.loss, name) != getattr(LossOptions, name):
-                raise UserError(f"--{name} needs --distill_from CKPT or start; give both")
-    # evaluation and the run's folder
-    for name in ("rerank", "ensemble"):
-        if getattr(options.evaluation, name) and not options.run.eval:
-            raise UserError(f"--{name} is for --eval, after training; drop it")
-    if not options.evaluation.zero_shot_eval:
-        for name in BELONGING["zero_shot_eval"]:
-            if getattr(options.evaluation, name):
-                alias = " (--imagenet_eval_steps)" if name == "zero_shot_steps" else ""
-                raise UserError(f"--{name}{alias} needs --zero_shot_eval DATA or --imagenet_eval")
-    if options.evaluation.retention_root and not options.evaluation.retention_dataset:
-        raise UserError("--retention_root needs --retention_dataset; give both")
-    if options.evaluation.retention_weight and not options.evaluation.retention_dataset:
-        if not options.evaluation.zero_shot_eval:
-            raise UserError("--retention_weight needs --retention_dataset or --zero_shot_eval; give one")
-        if options.evaluation.zero_shot_steps:
-            raise UserError("--retention_weight scores with each val evaluation; drop --zero_shot_steps")
-    if options.run.overwrite and options.run.resume == AUTO:
-        raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
