@@ -14,9 +14,9 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
-from clip_retrieval.reporting.html.write import REPORT, Evaluated, name_run, write_report
+from clip_retrieval.reporting.html.write import Evaluated, name_run, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
-from clip_retrieval.reporting.results import write_options, write_results
+from clip_retrieval.reporting.results import REPORT, write_options, write_results
 from clip_retrieval.reporting.table import protocols_table, rerank_table, results_table
 from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.evaluation import Evaluation

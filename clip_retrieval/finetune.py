@@ -18,9 +18,9 @@ from clip_retrieval.errors import Interrupted, UserError, format_count
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.lora import merge_lora
-from clip_retrieval.reporting.html.write import REPORT, Evaluated, write_report
+from clip_retrieval.reporting.html.write import Evaluated, write_report
 from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
-from clip_retrieval.reporting.results import write_results
+from clip_retrieval.reporting.results import REPORT, write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import protocols_table, results_table
 from clip_retrieval.reporting.trackers import parse_trackers

@@ -16,8 +16,8 @@ from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log, start_log
 from clip_retrieval.options import DataOptions, EvalOptions, ModelOptions
-from clip_retrieval.reporting.html.write import REPORT, Evaluated, name_run, write_report
-from clip_retrieval.reporting.results import read_results
+from clip_retrieval.reporting.html.write import Evaluated, name_run, write_report
+from clip_retrieval.reporting.results import REPORT, read_results
 from clip_retrieval.run.evaluation import Evaluation
 from clip_retrieval.run.settings import settle_options
 

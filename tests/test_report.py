@@ -34,6 +34,12 @@ def test_without_the_option_there_is_no_report(run, arguments, tmp_path):
     assert not (tmp_path / "logs" / "ex0" / "report.html").exists()
 
 
+def test_new_results_delete_the_report_of_earlier_ones(run, trained):
+    for options, exists in ((("--report",), True), ((), False)):
+        assert run("--eval", "--resume", trained / "best.pt", *options)[0] == 0
+        assert (trained / "eval_csv_test" / "report.html").exists() == exists
+
+
 def test_overwrite_deletes_the_report_of_the_earlier_run(run, arguments, trained):
     assert run(*arguments, "--max_steps", "1", "--overwrite")[0] == 0
     assert not (trained / "report.html").exists()

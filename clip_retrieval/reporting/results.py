@@ -16,11 +16,13 @@ from clip_retrieval.log import log
 from clip_retrieval.options import Options
 from clip_retrieval.reporting.table import RECALLS, Row, results_row
 
+REPORT = "report.html"
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write results.json, with the version of the package. Raises OSError."""
+    """Write results.json, with the version of the package, and delete a report of earlier results. Raises OSError."""
+    (folder / REPORT).unlink(missing_ok=True)
     write_json(folder / "results.json", results | {"version": __version__})
 
 

@@ -22,7 +22,6 @@ from clip_retrieval.reporting.html.measure import Measured, measure
 from clip_retrieval.reporting.html.page import Page, render
 from clip_retrieval.reporting.html.plots import draw_plots, draw_training
 
-REPORT = "report.html"
 MOST_METRICS = 2**26  # bytes of metrics.jsonl, half a million lines
 
 
