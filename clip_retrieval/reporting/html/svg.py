@@ -36,14 +36,19 @@ def draw_svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float]
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     body = svg[svg.index("</defs>") + len("</defs>") : svg.rindex("</svg>")]  # without metadata and style sheet
-    body = re.sub(r'style="([^"]*)"', lambda match: _to_attributes(match[1]), body)
-    body = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_\d+"', "", body)
+    body = re.sub(r"<[a-z][^<>]*>", lambda match: _clean_tag(match[0]), body)  # not in texts, such as names of runs
     for color, variable in VARIABLES.items():
         body = body.replace(color, variable)
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None
     opening = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>'
     return Markup(f"{opening}{body}</svg>")
+
+
+def _clean_tag(tag: str) -> str:
+    """Write a tag without style attribute, and without an id that several figures would share."""
+    tag = re.sub(r' style="([^"]*)"', lambda match: " " + _to_attributes(match[1]), tag)
+    return re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_\d+"', "", tag)
 
 
 def _to_attributes(style: str) -> str:

@@ -29,8 +29,8 @@ def test_ids_of_two_figures_differ(photos):
 
 def test_both_runs_are_drawn_with_escaped_names(photos):
     measured = make_run(photos, 0.8).measure()
-    recall = draw_plots(measured, measured, ("<a> $x$", "b"))[0].svg
-    assert "image to text, &lt;a&gt; $x$" in recall and "text to image, b" in recall
+    recall = draw_plots(measured, measured, ("<a> $x$", 'style="b" id="text_1"'))[0].svg
+    assert "image to text, &lt;a&gt; $x$" in recall and 'text to image, style="b" id="text_1"' in recall
 
 
 def test_training_curves_skip_damaged_values(tmp_path):
