@@ -169,8 +169,15 @@ def _check_state_dict(content: dict[str, Any]) -> None:
         raise SchemaError("state_dict and model have different names")
     for name, value in state.items():
         own = model[name]
-        if value is not own and not (value.dtype == own.dtype and torch.equal(value, own)):
+        if value is not own and not (value.dtype == own.dtype and _is_equal(value, own)):
             raise SchemaError(f"state_dict.{name} differs from model.{name} (drop state_dict if model is right)")
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal. NaN equals NaN: weights that are not finite have an own error."""
+    if torch.equal(a, b) or a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class _Recorder:

@@ -185,6 +185,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path, layout, value):
         load_into(small_clip(), read_weights(path).state, str(path), "small")
 
 
+def test_nan_under_both_names_of_the_weights_is_named(last):
+    content, resume = last
+    state = not_finite(content["model"])
+    code, err = resume(content | {"model": state, "state_dict": dict(state)})[:2]
+    assert code == 2 and "not finite" in str(err) and "differs" not in str(err)
+
+
 def test_number_beyond_float32_is_not_finite(tmp_path):
     state = small_clip().state_dict()
     torch.save(state | {"visual.proj": state["visual.proj"].double() + 1e300}, tmp_path / "weights.pt")
