@@ -169,7 +169,7 @@ def test_paths_are_checked_before_the_model_is_built(tmp_path, monkeypatch, caps
         raise AssertionError("the model is built")
 
     monkeypatch.setattr("clip_retrieval.run.prepare.load_model", fail)
-    monkeypatch.setattr("clip_retrieval.evaluate.load_model", fail)
+    monkeypatch.setattr("clip_retrieval.run.ensemble.load_model", fail)
 
     def main():
         typed = parse(arguments.split())
