@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, lint, check the types and test. --full also runs the fault campaigns (one or two hours) and prints their tables.
+# Set up, lint, check the types and test. --full also runs the longest tests and the fault campaigns (one or two hours).
 #
 #     bash scripts/test.sh [--full] [arguments of pytest]
 source "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt
@@ -13,5 +13,6 @@ fi
 .venv/bin/mypy
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 if $full; then
+    .venv/bin/python -m pytest -n 2 -m full
     .venv/bin/python -m tests.faults.full
 fi

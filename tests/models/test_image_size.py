@@ -195,6 +195,7 @@ def test_size_that_a_tower_cannot_have_is_refused_in_one_line(kind, size, words,
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_every_config_takes_other_sizes(monkeypatch):
     create = timm.create_model
 

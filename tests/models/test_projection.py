@@ -80,6 +80,7 @@ NO_TEXT_PROJECTION = ("ViT-SO400M-16-SigLIP-i18n-256",)
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_projections_of_all_configs_of_open_clip_are_found():
     found = 0
