@@ -68,7 +68,6 @@ SPELLINGS = {
     "patch_dropout": ["--patch_dropout"],
     "caption_prefix": ["--caption_prefix"],
     "rerank_bank": ["--rerank_bank"],
-    "ensemble_mode": ["--ensemble_mode"],
     "lr_image": ["--lr_image"],
     "lr_text": ["--lr_text"],
     "lr_head": ["--lr_head"],
@@ -92,7 +91,6 @@ VALUES = {
     "eval_split": "val",
     "schedule": "constant",
     "preset": "clip_itm",
-    "ensemble_mode": "features",
     "layer_decay": "0.5",
 }
 
@@ -238,6 +236,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--recall_k 0", ["--recall_k"]),
         ("--rerank csls", ["--rerank", "--eval"]),
         ("--ensemble other.pt", ["--ensemble", "--eval"]),
+        ("--eval --ensemble_mode features", ["--ensemble_mode features", "--ensemble CKPT"]),
         ("--distill_weight 2", ["--distill_weight", "--distill_from"]),
         ("--crop_scale 0.5", ["--crop_scale", "--augment"]),
         ("--drop_path 1", ["--drop_path 1", "less than 1"]),
