@@ -62,6 +62,25 @@ def test_swa_is_the_mean_of_the_epochs_from_its_start(run, arguments, tmp_path):
         torch.testing.assert_close(value.double(), mean, atol=1e-6, rtol=1e-5)
 
 
+def test_average_of_lora_is_merged_in_its_files(run, arguments, tmp_path):
+    lora = ("--trainable", "lora", "--lora_targets", "all")
+    code, _, err = run(*arguments, *AVERAGES, *lora, "--drop_path", "0.2", "--distill_from", "start")
+    assert code == 0, err
+    folder = tmp_path / "logs/ex0"
+    files = {name: weights(folder / name) for name in ("best.pt", "last.pt", "ema.pt", "start.pt")}
+    assert len({tuple(state) for state in files.values()}) == 1 and not any("lora" in name for name in files["ema.pt"])
+    assert not same(files["ema.pt"], files["last.pt"]) and not same(files["ema.pt"], files["start.pt"])
+    best = read_json(folder / "results.json")
+    assert run("--eval", "--resume", folder / "best.pt")[0] == 0
+    assert read_json(folder / "eval_csv_test/results.json")["rsum"] == best["rsum"]
+
+
+def test_run_that_ends_before_the_first_average_says_so(run, arguments, tmp_path):
+    code, _, err = run(*arguments, "--swa_start", "2", "--max_steps", "4")
+    assert code == 0 and "before epoch 2 did: there is no swa.pt" in err
+    assert not (tmp_path / "logs/ex0/swa.pt").exists()
+
+
 def test_without_averages_no_file_and_no_key_is_added(run, arguments, tmp_path):
     assert run(*arguments)[0] == 0
     folder = tmp_path / "logs/ex0"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.losses.pairs import count_positives, map_tiles, positive_cosines
+from clip_retrieval.losses.pairs import count_directions, map_tiles, positive_cosines
 
 
 def infonce(
@@ -47,10 +47,8 @@ def infonce(
     """
     # Weights of rows and columns: each direction is a mean over those with a positive.
     row, column = positives.T
-    positives_of_row = count_positives(row, len(image_features))
-    positives_of_column = processes.sum(count_positives(column, len(text_features)))
-    rows = processes.sum((positives_of_row > 0).sum()).clamp(min=1)
-    columns = (positives_of_column > 0).sum().clamp(min=1)
+    counts = count_directions(positives, len(image_features), len(text_features), processes)
+    positives_of_row, positives_of_column, rows, columns = counts
     row_weight = i2t_weight * (positives_of_row > 0).to(image_features.dtype) / rows
     column_weight = (1 - i2t_weight) * (positives_of_column > 0).to(image_features.dtype) / columns
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clip_retrieval.distributed import Processes
+
 TILE = 4096
 
 
@@ -48,3 +50,16 @@ def positive_cosines(image: Tensor, text: Tensor, positives: Tensor) -> Tensor:
 def count_positives(index: Tensor, size: int) -> Tensor:
     """Count each of 0 to size - 1 in `index`, int64 (size,). torch.bincount would synchronize with the GPU."""
     return torch.zeros(size, dtype=torch.int64, device=index.device).index_add_(0, index, torch.ones_like(index))
+
+
+def count_directions(
+    positives: Tensor, images: int, captions: int, processes: Processes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count the positives of each image (images,) and of each caption (captions,), and the rows of each direction.
+
+    The last two are scalars, at least 1: the images and the captions of all processes that have a positive.
+    """
+    of_image = count_positives(positives[:, 0], images)
+    of_caption = processes.sum(count_positives(positives[:, 1], captions))
+    rows = processes.sum((of_image > 0).sum()).clamp(min=1)
+    return of_image, of_caption, rows, (of_caption > 0).sum().clamp(min=1)

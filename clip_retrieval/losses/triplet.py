@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.losses import pairs
-from clip_retrieval.losses.pairs import count_positives, positive_cosines
+from clip_retrieval.losses.pairs import count_directions, positive_cosines
 
 
 def triplet(
@@ -42,10 +42,8 @@ def triplet(
     """
     # weights of the positives: each direction is a mean over the rows with a positive
     row, column = positives.T
-    positives_of_row = count_positives(row, len(image_features))
-    positives_of_column = processes.sum(count_positives(column, len(text_features)))
-    rows = processes.sum((positives_of_row > 0).sum()).clamp(min=1)
-    columns = (positives_of_column > 0).sum().clamp(min=1)
+    counts = count_directions(positives, len(image_features), len(text_features), processes)
+    positives_of_row, positives_of_column, rows, columns = counts
 
     # the hardest negatives; those of a column may be another process's images
     caption, image = find_hardest_negatives(image_features, text_features, positives)

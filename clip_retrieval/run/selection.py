@@ -100,8 +100,10 @@ def ends(run: Run, stale: int) -> bool:
 
 
 def save_averages(run: Run) -> None:
-    """Save ema.pt and swa.pt at the end of a run."""
+    """Save ema.pt and swa.pt at the end of a run; warn of a run that ends before the epoch of --swa_start does."""
     for name, average in run.trainer.averages.items():
         if average.updates:
             with average.applied():
                 save(run, f"{name}.pt", make_model_checkpoint)
+        else:
+            log.warning(f"the run ended before epoch {run.options.train.swa_start} did: there is no {name}.pt")
