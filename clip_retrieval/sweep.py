@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import signal
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,12 @@ from clip_retrieval.signals import StopSignal
 from clip_retrieval.sweeping.processes import last_line, run_all
 from clip_retrieval.sweeping.values import SET_BY_SWEEP, Values, name_run, to_arguments
 
-METRICS = ("val rsum", "val mean recall", "val i2t R@1", "val t2i R@1", "rsum", "rsum before")
-"""Columns of the results; `rsum` is of the test split."""
+METRICS = (
+    *("val rsum", "val mean recall", "val i2t R@1", "val t2i R@1", "rsum", "rsum before"),
+    *("retention", "retention before", "zero-shot", "zero-shot before"),
+)
+"""Columns of the results: `rsum` is of the test split, `retention` an rsum, `zero-shot` a top-1 accuracy."""
+SEED = "seed"
 MAIN = Path(__file__).parents[1] / "main.py"
 COMPLETE, NOT_RUN, RUNNING = "complete", "not run", "running"
 
@@ -133,14 +138,49 @@ def describe_sort(sort: str) -> str:
 
 
 def write_summary(output: Path, named: dict[str, Values], states: dict[str, str], sort: str) -> str:
-    """Write table.md and sweep.html, and return the table."""
-    columns = [*next(iter(named.values())), *METRICS, "state"]
-    rows = [{**values, **read_metrics(output / name), "state": states[name]} for name, values in named.items()]
+    """Write table.md and sweep.html, and return the table for the log: of the means if runs differ by their seed."""
+    # a row for each run; metrics that no run has are left out
+    changed = list(dict.fromkeys(name for values in named.values() for name in values))
+    found = {name: read_metrics(output / name) for name in named}
+    metrics = [
+        name for name in METRICS if name in (sort, "val rsum", "rsum") or any(row[name] for row in found.values())
+    ]
+    columns = [*changed, *metrics, "state"]
+    blank: Row = dict.fromkeys(changed)
+    rows = [{**blank, **values, **found[name], "state": states[name]} for name, values in named.items()]
     rows = sort_rows(rows, sort, columns)
-    table = markdown_table(rows, columns)
-    write_text(output / "table.md", f"Sorted by {describe_sort(sort)}.\n\n{table}")
-    write_text(output / "sweep.html", render_sweep(output.name, rows, columns, sort, describe_sort(sort)))
-    return table
+    tables = [markdown_table(rows, columns)]
+
+    # a row for each combination of the other options, with the means over its seeds
+    means = average_seeds(rows, changed, metrics)
+    if means:
+        tables.insert(0, markdown_table(means, list(means[0])))
+    write_text(output / "table.md", "\n".join([f"Sorted by {describe_sort(sort)}.\n", *tables]))
+    write_text(output / "sweep.html", render_sweep(output.name, rows, columns, sort, describe_sort(sort), means))
+    return tables[0]
+
+
+def average_seeds(rows: Sequence[Row], changed: Sequence[str], metrics: Sequence[str]) -> list[Row]:
+    """Average the runs that differ by --seed alone: `mean ± standard deviation` of each metric, and the number of runs.
+
+    Empty if no two complete runs differ by it. The rows keep their order, by the first of each group.
+    """
+    others = [name for name in changed if name != SEED]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["state"] == COMPLETE:
+            groups.setdefault(tuple(row[name] for name in others), []).append(row)
+    if SEED not in changed or all(len(group) < 2 for group in groups.values()):
+        return []
+    averaged = []
+    for key, group in groups.items():
+        cells: Row = dict(zip(others, key)) | {"runs": str(len(group))}
+        for name in metrics:
+            values = [float(row[name]) for row in group if row[name] is not None]  # type: ignore[arg-type]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells[name] = f"{statistics.mean(values):.2f}{spread}" if values else None
+        averaged.append(cells)
+    return averaged
 
 
 def read_metrics(folder: Path) -> Row:
@@ -156,6 +196,15 @@ def read_metrics(folder: Path) -> Row:
         row |= {f"val {direction} R@1": float(val[direction]["R@1"]) for direction in ("i2t", "t2i")}
     if "i2t" in results and results.get("split") == "test":
         row["rsum"] = float(recall_sum(results))
-    if "before" in results:
-        row["rsum before"] = float(recall_sum(results["before"]))
+    for column, name in (
+        ("rsum before", "before"),
+        ("retention", "retention"),
+        ("retention before", "retention_before"),
+    ):
+        if has_recalls(results.get(name)):
+            row[column] = float(recall_sum(results[name]))
+    for column, name in (("zero-shot", "zero_shot"), ("zero-shot before", "zero_shot_before")):
+        block: Any = results.get(name)
+        if isinstance(block, dict) and isinstance(block.get("top1"), (int, float)):
+            row[column] = float(block["top1"])
     return row

@@ -1,6 +1,7 @@
 """Finetune with different option values, one run after another, and compare the runs in a table and a page.
 
 python scripts/sweep.py --grid lr=1e-5,3e-5 batch_size=128,256 -- --vision_model ViT-B/32 --dataset_root DATA
+python scripts/sweep.py --values seed=1,2,3 --ablate ema=0.999 "trainable=lora lr=2e-4" -- --dataset_root DATA
 python scripts/sweep.py --random 20 --values lr=log:1e-6:1e-4 weight_decay=0.1,0.2 -- --dataset_root DATA
 
 The options after `--` are main.py's, for all runs. The same command again resumes the sweep.
@@ -23,10 +24,19 @@ def main() -> None:
         "--grid",
         nargs="+",
         action="extend",
-        required=True,
+        default=[],
         metavar="OPTION=VALUES",
         help="values of an option of main.py, separated by commas; all combinations are run. With --random also the "
         "ranges log:LOW:HIGH, uniform:LOW:HIGH and int:LOW:HIGH",
+    )
+    parser.add_argument(
+        "--ablate",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CHANGE",
+        help="run each combination as it is, and with each of these changes alone: ema=0.999, or several options in "
+        'quotes, "trainable=lora lr=1e-4". With seed=1,2,3 among --values the table has means and deviations',
     )
     parser.add_argument("--random", type=int, metavar="N", help="run N random combinations instead of all")
     parser.add_argument("--seed", type=int, default=0, help="seed of --random (default: 0)")
@@ -40,10 +50,13 @@ def main() -> None:
         raise UserError(f"--random {args.random}: must be from 1 to 10,000")
 
     from clip_retrieval.sweep import sweep
-    from clip_retrieval.sweeping.values import combine, draw, read_values
+    from clip_retrieval.sweeping.values import ablate, combine, draw, read_changes, read_values
 
+    if not args.values and not args.ablate:
+        raise UserError("no --values and no --ablate: give the option values to compare")
     listed = read_values(args.values)
     runs = combine(listed) if args.random is None else draw(listed, args.random, args.seed)
+    runs = ablate(runs, read_changes(args.ablate))
     gpus = [gpu for gpu in (args.gpus or "").split(",") if gpu]
     sweep(runs, words[end + 1 :], args.output, gpus=gpus, sort=args.sort.replace("_", " "))
 

@@ -58,6 +58,25 @@ def combine(listed: dict[str, list[str]]) -> list[Values]:
     return [dict(zip(listed, values)) for values in itertools.product(*listed.values())]
 
 
+def read_changes(words: Sequence[str], parser: OptionParser | None = None) -> list[Values]:
+    """Read the words of --ablate, such as `ema=0.99` or `trainable=lora lr=1e-3`, each into the options it changes.
+
+    Raises UserError as `read_values` does, and for more than one value of an option.
+    """
+    parser, changes = parser or build_parser("", prog="main.py"), []
+    for word in words:
+        listed = read_values(re.split(r"\s+(?=[\w-]+=)", word.strip()), parser)
+        if several := [name for name, values in listed.items() if len(values) > 1 or _is_range(values[0])]:
+            raise UserError(f"--ablate {word}: {several[0]} needs one value; give each change in quotes of its own")
+        changes.append({name: values[0] for name, values in listed.items()})
+    return changes
+
+
+def ablate(runs: Sequence[Values], changes: Sequence[Values]) -> list[Values]:
+    """Return each run as it is, and with each of the changes alone; a change takes precedence over the run's values."""
+    return [values | change for values in runs for change in ({}, *changes)]
+
+
 def draw(listed: dict[str, list[str]], number: int, seed: int) -> list[Values]:
     """Draw `number` different combinations, or fewer if there are no more.
 
@@ -116,6 +135,6 @@ def to_arguments(values: Values, parser: OptionParser | None = None) -> list[str
 
 def name_run(values: Values) -> str:
     """Return `lr=1e-5_batch_size=128`; a hash of the values distinguishes names that were changed or cut."""
-    exact = "_".join(f"{name}={value}" for name, value in values.items())
+    exact = "_".join(f"{name}={value}" for name, value in values.items()) or "plain"
     name = re.sub(r"[^A-Za-z0-9.=@_+-]+", "-", exact)[:LONGEST_NAME]
     return name if name == exact else f"{name}_{hashlib.sha256(exact.encode(errors='replace')).hexdigest()[:8]}"

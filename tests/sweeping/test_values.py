@@ -6,7 +6,7 @@ import pytest
 
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
-from clip_retrieval.sweeping.values import combine, draw, name_run, read_values, to_arguments
+from clip_retrieval.sweeping.values import ablate, combine, draw, name_run, read_changes, read_values, to_arguments
 
 
 def test_grid_has_all_combinations_and_the_last_option_varies_fastest():
@@ -59,6 +59,29 @@ def test_another_spelling_of_an_option_is_the_same_option():
 def test_bad_values_name_the_word(words, message):
     with pytest.raises(UserError, match=message):
         read_values(words)
+
+
+def test_ablation_has_each_run_plain_and_with_each_change_alone():
+    changes = read_changes(["ema=0.99", "trainable=lora lr=1e-3"])
+    assert ablate(combine(read_values(["seed=1,2"])), changes) == [
+        {"seed": "1"},
+        {"seed": "1", "ema": "0.99"},
+        {"seed": "1", "trainable": "lora", "lr": "1e-3"},
+        {"seed": "2"},
+        {"seed": "2", "ema": "0.99"},
+        {"seed": "2", "trainable": "lora", "lr": "1e-3"},
+    ]
+    assert ablate([{"lr": "1"}], [{"lr": "2"}]) == [{"lr": "1"}, {"lr": "2"}]
+    assert read_changes(["loss=siglip recall_k=1 20"]) == [{"loss": "siglip", "recall_k": "1 20"}]
+    assert name_run({}) == "plain"
+
+
+def test_a_change_has_one_value_of_each_option():
+    for word in ("ema=0.9,0.99", "lr=log:1e-6:1e-4"):
+        with pytest.raises(UserError, match="needs one value"):
+            read_changes([word])
+    with pytest.raises(UserError, match="no option --emma"):
+        read_changes(["emma=0.9"])
 
 
 def test_ranges_need_random_and_two_ends():

@@ -21,18 +21,23 @@ LONGEST_LABEL = 18  # characters
 MOST_TICKS = 12  # values of a text option
 
 
-def render_sweep(title: str, rows: Sequence[Row], columns: Sequence[str], sort: str, note: str) -> str:
+def render_sweep(
+    title: str, rows: Sequence[Row], columns: Sequence[str], sort: str, note: str, means: Sequence[Row] = ()
+) -> str:
     """Render the page of the rows, which are sorted; `sort` is the column of the last axis of the figure.
 
-    Options come first in `columns`, up to the first metric. Runs without a result are only in the table.
+    Options come first in `columns`, up to the first metric. Runs without a result are only in the table. `means` are
+    the rows of a table above it, all with the same columns.
     """
     complete = [row for row in rows if row[sort] is not None]
     options = list(columns[: columns.index("val rsum")])
     figure = draw_parallel(complete, [*options, sort], sort) if complete else None
-    cells = [[printable(format_cell(name, row[name])) for name in columns] for row in rows]
-    return render_template(
-        "sweep.html", None, title=printable(title), columns=columns, cells=cells, figure=figure, note=note
-    )
+    tables = [
+        (names, [[printable(format_cell(name, row[name])) for name in names] for row in group])
+        for names, group in ((list(means[0]) if means else [], means), (columns, rows))
+        if group
+    ]
+    return render_template("sweep.html", None, title=printable(title), tables=tables, figure=figure, note=note)
 
 
 def draw_parallel(rows: Sequence[Row], axes_names: Sequence[str], sort: str) -> Markup:
