@@ -589,8 +589,8 @@ class RunOptions:
     reset_data_offset: bool = option(False, "with --resume: restart at the first epoch and step", from_checkpoint=False)
     preset: str = option(
         NO_PRESET,
-        "default options of one of the five systems that this tool unites; --config, a checkpoint and the command line "
-        "take precedence",
+        "default options of a recipe (strong, low_memory, last_layer, keep_zero_shot, siglip2) or of one of the five "
+        "systems that this tool unites; --config, a checkpoint and the command line take precedence",
         choices=(NO_PRESET, *PRESETS),
         from_checkpoint=False,
     )

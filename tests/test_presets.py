@@ -1,4 +1,4 @@
-"""--preset: the defaults of the five systems, and what takes precedence over them."""
+"""--preset: recipes, the defaults of the five systems, and what takes precedence over them."""
 
 import json
 import shutil
@@ -16,14 +16,41 @@ EXPECTED = {
     "simple_clip": {"vision_model": "resnet50", "image_size": 224, "lr": 1e-4, "epochs": 2, "precision": "fp16"},
     "chinese_clip": {"dataset": "chinese", "batch_size": 1024, "lr": 5e-5, "epochs": 3, "augment": "auto_flip"},
     "clip_training": {"vision_model": "RN50-text6", "batch_size": 256, "warmup": 0.2, "caption_sampling": "one"},
+    "strong": {"vision_model": "ViT-B/32", "layer_decay": 0.75, "ema": 0.999, "drop_path": 0.1, "grad_clip": 1.0},
+    "low_memory": {"vision_model": "ViT-L/14", "trainable": "lora", "lora_targets": "all", "grad_cache": 16},
+    "last_layer": {"trainable": "linear_projection", "augment": "none", "batch_size": 1024},
+    "keep_zero_shot": {"distill_from": "start", "distill_kind": "relational", "lr": 1e-5, "ema": 0.999},
+    "siglip2": {"vision_model": "ViT-B-32-SigLIP2-256", "pretrained": "webli", "loss": "siglip", "beta2": 0.95},
 }
+RECIPES = ("strong", "low_memory", "last_layer", "keep_zero_shot", "siglip2")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_sets_the_defaults_of_its_system(name):
+def test_preset_sets_its_defaults(name):
     options, checkpoint = settle_options({"preset": name})
     assert EXPECTED[name].items() <= options.flat().items() and checkpoint is None
     assert options.flat()["preset"] == name and options.given == {"preset"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_gives_a_reason_for_its_values(name):
+    text = PRESETS[name].read_text()
+    assert text.startswith("# ") and text.count("  # ") >= 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_and_its_best_checkpoint_is_evaluated(name, arguments, run, tmp_path):
+    """All values of the preset together, on a small model; sizes are for large data."""
+    data, place = arguments[: arguments.index("--epochs")], arguments[arguments.index("--num_workers") :]
+    small = ("--pretrained", "none", "--max_steps", "2", "--batch_size", "10", "--grad_cache", "5")
+    code, _, error = run(*data, *place, "--preset", name, *small)
+    assert code == 0, error
+    recorded = read_json(tmp_path / "logs/ex0/options.json")
+    typed = {"vision_model", "pretrained", "batch_size", "grad_cache"}
+    kept = {key: value for key, value in read_preset({}, {"preset": name}).items() if key not in typed}
+    assert kept.items() <= recorded.items() and recorded["preset"] == name
+    code, _, error = run("--eval", "--resume", tmp_path / "logs/ex0/best.pt")
+    assert code == 0, error
 
 
 def test_presets_leave_the_run_and_its_paths_to_the_user():
