@@ -295,7 +295,7 @@ class DataOptions:
             if len(given) != len(names):
                 raise UserError(
                     f"--{name} was given {len(given)} time{'s' * (len(given) > 1)}, --dataset {len(names)}: give it "
-                    "once for each data set, in their order"
+                    "once for each data set, in their order; auto is the default"
                 )
             values[name] = given
         shared = vars(self) | {"dataset_weights": None}
