@@ -19,6 +19,7 @@ from clip_retrieval.files import open_regular
 from clip_retrieval.memory import memory_limit
 
 KINDS = "biuf"  # dtype kinds: bool, integers, floats
+NAMES = {"U": "texts", "i": "signed integers"}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -94,7 +95,7 @@ def _read_header(file: IO[bytes], kinds: str = KINDS) -> tuple[tuple[int, ...], 
     except Exception:
         raise ValueError("its header is damaged") from None
     if dtype.kind not in kinds or (dtype.kind in KINDS and dtype.itemsize > 8):
-        raise ValueError(f"it holds {dtype.name}, not {'texts' if kinds == 'U' else 'numbers'}")
+        raise ValueError(f"it holds {dtype.name}, not {NAMES.get(kinds, 'numbers')}")
     if any(length < 0 for length in shape):
         raise ValueError(f"its header has the shape {shape}")
     return shape, fortran, dtype

@@ -14,7 +14,8 @@ from clip_retrieval.evaluation.bootstrap import bootstrap_report, interval
 from clip_retrieval.evaluation.metrics import STANDARD_K, expected_ranks, hit_chances, report
 from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.log import log
-from clip_retrieval.reporting.ranks_file import RANKS, RankedQueries, read_ranks
+from clip_retrieval.reporting.ranks_file import RankedQueries, read_ranks
+from clip_retrieval.reporting.results import RANKS
 
 
 def compare(a: Path, b: Path, queries: int = 0) -> dict[str, Any]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # it loads torch
     from clip_retrieval.data.dataset import RetrievalDataset
     from clip_retrieval.evaluation.ranks import Ranks
 
-RANKS = "ranks.npz"
 LARGEST = 2**53  # float64 has every whole number up to here
 COUNTS = ("above", "tied", "positives", "queries")
 KINDS = {f"{direction}_{name}": "i" for direction in ("i2t", "t2i") for name in COUNTS}
@@ -67,6 +66,8 @@ def read_ranks(path: Path) -> RankedQueries:
         least = {name: int(name == f"{direction}_positives") for name in own}
         if sizes_differ or any(array.min() < least[name] or array.max() > LARGEST for name, array in own.items()):
             raise UserError(f"{path}: its {direction} arrays do not belong together; write it again with --eval")
+        if (np.diff(own[f"{direction}_queries"]) <= 0).any():
+            raise UserError(f"{path}: {direction}_queries must be ascending; write it again with --eval")
     return RankedQueries(
         {direction: arrays[f"{direction}_ids"] for direction in ("i2t", "t2i")},
         {
