@@ -59,6 +59,7 @@ def without(arrays, name):
             "t2i_queries must be ascending",
         ),
         "a query twice": (lambda a: a | {"i2t_queries": 0 * a["i2t_queries"]}, "i2t_queries must be ascending"),
+        "fewer texts": (lambda a: a | {"t2i_texts": a["t2i_texts"][1:]}, "t2i arrays"),
         "unsigned": (lambda a: a | {"i2t_tied": a["i2t_tied"].astype(np.uint64)}, "holds uint64, not signed integers"),
         "no queries": (lambda a: {key: value[:0] for key, value in a.items()}, "i2t arrays"),
         "floats": (lambda a: a | {"i2t_above": a["i2t_above"] + 0.5}, "i2t_above"),
