@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Literal
 
@@ -19,6 +20,7 @@ from clip_retrieval.files import open_regular
 from clip_retrieval.memory import memory_limit
 
 KINDS = "biuf"  # dtype kinds: bool, integers, floats
+NAMES = {"U": "texts", "i": "signed integers"}
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -49,10 +51,11 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
         raise UserError(f"{path}: not a readable .npy array ({describe(error)}); write it with numpy.save") from None
 
 
-def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, kinds: dict[str, str], optional: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Read arrays (n,) from a .npz file written by numpy.savez.
 
     kinds: the dtype kinds that each array may have, such as {"ids": "U", "ranks": "i"}; other arrays are not read.
+    optional: the arrays that may be missing.
 
     Raises UserError, naming the file, if it cannot be read, lacks an array, is damaged or is something else.
     """
@@ -60,7 +63,10 @@ def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
     name = ""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as members:
+            present = set(members.namelist())
             for name, kind in kinds.items():
+                if name in optional and f"{name}.npy" not in present:
+                    continue
                 info = members.getinfo(f"{name}.npy")
                 size = os.fstat(file.fileno()).st_size
                 if info.compress_type != zipfile.ZIP_STORED or not 0 <= info.file_size <= size:
@@ -94,7 +100,7 @@ def _read_header(file: IO[bytes], kinds: str = KINDS) -> tuple[tuple[int, ...], 
     except Exception:
         raise ValueError("its header is damaged") from None
     if dtype.kind not in kinds or (dtype.kind in KINDS and dtype.itemsize > 8):
-        raise ValueError(f"it holds {dtype.name}, not {'texts' if kinds == 'U' else 'numbers'}")
+        raise ValueError(f"it holds {dtype.name}, not {NAMES.get(kinds, 'numbers')}")
     if any(length < 0 for length in shape):
         raise ValueError(f"its header has the shape {shape}")
     return shape, fortran, dtype

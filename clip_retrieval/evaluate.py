@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clip_retrieval.data.dataset import UNSPLIT
 from clip_retrieval.device import device_name
 from clip_retrieval.distributed import Processes, process_group
 from clip_retrieval.errors import UserError
@@ -15,8 +16,8 @@ from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import AUTO, Options
 from clip_retrieval.reporting.html.write import Evaluated, name_run, write_report
-from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
-from clip_retrieval.reporting.results import REPORT, write_options, write_results
+from clip_retrieval.reporting.ranks_file import write_ranks
+from clip_retrieval.reporting.results import RANKS, REPORT, delete_derived, write_options, write_results
 from clip_retrieval.reporting.table import protocols_table, rerank_table, results_table
 from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.evaluation import Evaluation
@@ -54,15 +55,14 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
         options.run,
         built.name,
         options.data.name,
-        options.evaluation.eval_split + "_ensemble" * bool(options.evaluation.ensemble),
+        (UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split)
+        + "_ensemble" * bool(options.evaluation.ensemble),
         beside=checkpoint.path if checkpoint else None,
         named="experiments" in typed and typed.get("resume") != AUTO,
     )
     if processes.is_main:
         make_folder(folder)
         log_to_file(folder)
-        device = evaluation.ensemble.device
-        write_options(folder, options, f"{device} ({device_name(device)})")
 
     # encode and score
     scores = evaluation.score()
@@ -70,6 +70,9 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     # write the results
     results = scores.results
     if processes.is_main:
+        device = evaluation.ensemble.device
+        write_options(folder, options, f"{device} ({device_name(device)})")
+        delete_derived(folder)
         write_results(folder, results)
         write_ranks(folder / RANKS, dataset, *scores.ranks)
     if k := options.evaluation.save_rankings:

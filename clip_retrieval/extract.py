@@ -114,7 +114,7 @@ def extract_with(
             options.run,
             built.name,
             options.data.name,
-            options.evaluation.eval_split,
+            UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split,
             beside=checkpoint.path if checkpoint else None,
             named=False,
         )

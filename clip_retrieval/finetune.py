@@ -19,8 +19,8 @@ from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.lora import merge_lora
 from clip_retrieval.reporting.html.write import Evaluated, write_report
-from clip_retrieval.reporting.ranks_file import RANKS, write_ranks
-from clip_retrieval.reporting.results import REPORT, write_results
+from clip_retrieval.reporting.ranks_file import write_ranks
+from clip_retrieval.reporting.results import RANKS, REPORT, delete_derived, write_results
 from clip_retrieval.reporting.stopwatch import Stopwatch
 from clip_retrieval.reporting.table import protocols_table, results_table
 from clip_retrieval.reporting.trackers import parse_trackers
@@ -226,6 +226,8 @@ def finish(run: Run) -> None:
     # score it, and without a test split again on val: evaluations during training have neither intervals nor ranks
     val, final = progress.best["block"] if progress.best else None, run.test or run.val
     encoded = test = ranks = None
+    if run.lock is not None:
+        delete_derived(run.folder)
     if final is not None:
         encoded, block, ranks = score_split(run, final, full=True)
         if final is run.test:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from clip_retrieval.api import load_model, read_dataset
 from clip_retrieval.data.images.decode import image_pixels_limit
+from clip_retrieval.evaluation.bootstrap import bootstrap_intervals
 from clip_retrieval.evaluation.metrics import report, retrieval_metrics
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.rerank import METHODS
@@ -55,7 +56,9 @@ def test_rerank_chooses_parameters_on_val_and_leaves_recall_alone(run, trained, 
         value = method.grid[int(np.argmax(sums))]
         assert block[method.parameter] == value
         ((a, b),) = method.transform(*encode(trained, test), [value])
-        assert block["t2i"] == retrieval_metrics(retrieval_ranks(a, b, test.pairs)[1])
+        ranks = retrieval_ranks(a, b, test.pairs)
+        assert block["t2i"] == retrieval_metrics(ranks[1])
+        assert block["intervals"] == bootstrap_intervals(*ranks, test.pairs)
 
 
 def test_qb_norm_reports_text_to_image_with_its_bank(run, trained):
@@ -63,6 +66,7 @@ def test_qb_norm_reports_text_to_image_with_its_bank(run, trained):
     assert code == 0, err
     block = read_json(trained.parent / "eval_csv_test/results.json")["rerank"]["qb_norm"]
     assert block["bank"] == 5 and "t2i" in block and "i2t" not in block and "rsum" not in block
+    assert block["intervals"].keys() == {"t2i"} and block["intervals"]["t2i"].keys() == block["t2i"].keys()
 
 
 def test_val_split_is_scored_with_default_parameters(run, trained):

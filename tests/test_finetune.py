@@ -248,7 +248,7 @@ def test_data_without_splits_are_trained_on_and_not_scored(run, arguments, tmp_p
     assert "i2t" not in results and "val" not in results and results["steps"] == 2
     code, _, err = run("--eval", "--resume", folder / "last.pt", "--device", "cpu")
     assert code == 0, err
-    assert read_json(folder / "eval_csv_test" / "results.json")["split"] == "all"
+    assert read_json(folder / "eval_csv_all" / "results.json")["split"] == "all"
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(run, arguments, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_rows_that_were_trained_on_are_never_called_test(run, own, photographs, 
     last = tmp_path / "logs/ex0/last.pt"
     code, out, err = run("--eval", "--resume", last)
     assert code == 0 and "WAS TRAINED ON 26 OF THESE 26 IMAGES" in err
-    results = read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")
+    results = read_json(tmp_path / "logs/ex0/eval_csv_all/results.json")
     assert results["split"] == "all" and results["images_trained_on"] == 26
     assert "\nall " in out and "\ntest " not in out
 
@@ -80,7 +80,7 @@ def test_other_images_are_not_called_trained(run, own, photographs, tmp_path):
     shutil.copytree(photographs, other)
     code, _, err = run("--eval", "--resume", tmp_path / "logs/ex0/last.pt", "--annotations", other / "photos.csv")
     assert code == 0 and "WAS TRAINED ON" not in err
-    assert read_json(tmp_path / "logs/ex0/eval_csv_test/results.json")["split"] == "all"
+    assert read_json(tmp_path / "logs/ex0/eval_csv_all/results.json")["split"] == "all"
 
 
 def test_unknown_training_data_are_mentioned(run, own, photographs, tmp_path):

@@ -28,7 +28,7 @@ from clip_retrieval.evaluation.neighbours import Neighbours, nearest
 from clip_retrieval.evaluation.scores import TIE, Features, exact_scores, scoring_device
 
 
-def retrieval_map(
+def average_precisions(
     image_features: Tensor | np.ndarray,
     text_features: Tensor | np.ndarray,
     pairs: Tensor | np.ndarray,
@@ -36,11 +36,11 @@ def retrieval_map(
     *,
     device: torch.device | str | None = None,
     processes: Processes = SINGLE_PROCESS,
-) -> dict[str, dict[str, float]]:
-    """Compute {"i2t": {"mAP@1": percent, ...}, "t2i": {...}} over all queries with a relevant item.
+) -> dict[str, dict[str, np.ndarray]]:
+    """Compute {"i2t": {"mAP@1": percent (queries,), ...}, "t2i": {...}} of the queries with a relevant item, in order.
 
-    The arguments are those of `ranks.retrieval_ranks`, which validates them: features (images, dim) and
-    (captions, dim), and the relevant pairs (P, 2) of (image index, caption index).
+    Their means are the mAP. The arguments are those of `ranks.retrieval_ranks`, which validates them: features
+    (images, dim) and (captions, dim), and the relevant pairs (P, 2) of (image index, caption index).
     """
     ks = sorted(set(ks))
     device = scoring_device(image_features, device)
@@ -48,42 +48,39 @@ def retrieval_map(
     neighbours = nearest(images, texts, ks[-1], processes=processes)
     image, text = np.unique(torch.as_tensor(pairs).cpu().numpy(), axis=0).T
     return {
-        "i2t": _map_percent(neighbours["i2t"], images, texts, image, text, ks),
-        "t2i": _map_percent(neighbours["t2i"], texts, images, text, image, ks),
+        "i2t": _average_precisions(neighbours["i2t"], images, texts, image, text, ks),
+        "t2i": _average_precisions(neighbours["t2i"], texts, images, text, image, ks),
     }
 
 
-def _map_percent(
+def _average_precisions(
     neighbours: Neighbours, queries: Features, items: Features, query: np.ndarray, item: np.ndarray, ks: list[int]
-) -> dict[str, float]:
-    """{"mAP@K": percent}; query, item (P,) are the distinct relevant pairs."""
+) -> dict[str, np.ndarray]:
+    """{"mAP@K": percent (queries,)}; query, item (P,) are the distinct relevant pairs."""
     relevant = np.bincount(query, minlength=len(queries))
     _, precisions = _expected_hits(neighbours, queries, items, query, item)
-    # average over the queries with a relevant item
+    # the queries with a relevant item
     precisions = precisions[relevant > 0].cumsum(axis=1)
     relevant = relevant[relevant > 0]
-    values = {}
-    for k in ks:
-        last = min(k, precisions.shape[1]) - 1  # the gallery may be smaller than K
-        values[f"mAP@{k}"] = 100 * float((precisions[:, last] / np.minimum(k, relevant)).mean())
-    return values
+    last = precisions.shape[1] - 1  # the gallery may be smaller than K
+    return {f"mAP@{k}": 100 * precisions[:, min(k - 1, last)] / np.minimum(k, relevant) for k in ks}
 
 
-def retrieval_map_at_r(
+def precisions_at_r(
     queries: Features,
     items: Features,
     query: np.ndarray,
     item: np.ndarray,
     relevant: np.ndarray,
     processes: Processes = SINGLE_PROCESS,
-) -> dict[str, float]:
-    """Compute {"R-P", "mAP@R"} of one direction in percent, over all queries with a relevant item.
+) -> dict[str, np.ndarray]:
+    """Compute {"R-P", "mAP@R"} of each query of one direction, percent (queries,); NaN without a relevant item.
 
     query, item (P,) are the distinct relevant pairs; relevant (queries,) is R of each query, with relevant items that
     are not in the gallery. Memory grows with the pairs: queries with about as many are ranked at a time.
     """
     size = np.ceil(np.log2(np.maximum(relevant, 1))).astype(int)
-    sums = np.zeros(2)
+    values = np.full((2, len(queries)), np.nan)
     for exponent in np.unique(size[relevant > 0]):
         # the exact top items of these queries, as many as the largest R
         rows = np.flatnonzero((size == exponent) & (relevant > 0))
@@ -95,8 +92,8 @@ def retrieval_map_at_r(
         own = np.isin(query, rows)
         found = _expected_hits(neighbours, some, items, np.searchsorted(rows, query[own]), item[own])
         within = np.arange(k) < relevant[rows, None]
-        sums += [float(((values * within).sum(axis=1) / relevant[rows]).sum()) for values in found]
-    return dict(zip(("R-P", "mAP@R"), (100 * sums / np.count_nonzero(relevant)).tolist()))
+        values[:, rows] = [100 * (part * within).sum(axis=1) / relevant[rows] for part in found]
+    return dict(zip(("R-P", "mAP@R"), values))
 
 
 def _expected_hits(

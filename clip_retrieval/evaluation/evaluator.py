@@ -15,8 +15,8 @@ from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.device import disable_tf32
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
-from clip_retrieval.evaluation.average_precision import retrieval_map
-from clip_retrieval.evaluation.bootstrap import bootstrap_intervals
+from clip_retrieval.evaluation.average_precision import average_precisions
+from clip_retrieval.evaluation.bootstrap import Values, bootstrap_intervals
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.protocols import choose_protocols, score_protocols
 from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
@@ -89,14 +89,15 @@ def score(
         processes=processes,
     )
     metrics = report(i2t, t2i, options.recall_k)
+    precisions: dict[str, Values] = {}
     if options.map:  # from the exact top items, which ranks do not list
-        precisions = retrieval_map(encoded.images, encoded.captions, dataset.pairs, processes=processes)
+        precisions = average_precisions(encoded.images, encoded.captions, dataset.pairs, processes=processes)
         for direction, values in precisions.items():
-            metrics[direction] |= values
+            metrics[direction] |= {name: float(value.mean()) for name, value in values.items()}
     seconds = encoded.seconds | {"ranks": time.perf_counter() - started}
     if full:
         started = time.perf_counter()
-        metrics["intervals"] = bootstrap_intervals(i2t, t2i, dataset.pairs, options.recall_k)
+        metrics["intervals"] = bootstrap_intervals(i2t, t2i, dataset.pairs, options.recall_k, further=precisions)
         seconds["intervals"] = time.perf_counter() - started
         if protocols := choose_protocols(options.protocols, dataset):
             metrics["protocols"] = score_protocols(protocols, encoded.images, encoded.captions, dataset, processes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ from torch import Tensor
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
-from clip_retrieval.evaluation.average_precision import retrieval_map_at_r
+from clip_retrieval.evaluation.average_precision import precisions_at_r
+from clip_retrieval.evaluation.bootstrap import (
+    Values,
+    bootstrap_report,
+    bootstrap_values,
+    first_images,
+    rank_values,
+    to_intervals,
+)
 from clip_retrieval.evaluation.metrics import report, retrieval_metrics
-from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
 from clip_retrieval.evaluation.scores import Features, scoring_device
 from clip_retrieval.files import read_json
 from clip_retrieval.log import log
@@ -68,9 +77,10 @@ def score_protocols(
     dataset: RetrievalDataset,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, dict[str, Any]]:
-    """Compute {protocol: {"i2t": {metric: percent}, "t2i": ...}} from features (images, dim) and (captions, dim).
+    """Compute {protocol: {"i2t": {metric: percent}, "t2i": ..., "intervals": ...}}.
 
-    See `choose_protocols` for the errors.
+    images and captions are features (images, dim) and (captions, dim). "intervals" has the bootstrap interval of each
+    figure, in the structure of the protocol. See `choose_protocols` for the errors.
     """
     blocks: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -78,11 +88,20 @@ def score_protocols(
             blocks[name] = _score_folds(images, captions, dataset.pairs, processes)
             continue
         pairs = read_positives(name, dataset) if name in EXTENDED else dict.fromkeys(("i2t", "t2i"), dataset.pairs)
-        block = _score_recall(images, captions, pairs, processes) if name in EXTENDED else {"i2t": {}, "t2i": {}}
+        ranks = _rank(images, captions, pairs, processes) if name in EXTENDED else {}
+        block: dict[str, Any] = {direction: retrieval_metrics(own) for direction, own in ranks.items()}
+        if name == "cxc":
+            block = report(ranks["i2t"], ranks["t2i"])  # with the sum of the recalls
+        values: dict[str, Values] = {direction: rank_values(own) for direction, own in ranks.items()}
+        queries = {direction: own.queries for direction, own in ranks.items()}
         if name != "cxc":  # whose figures are recalls
-            for direction, values in _score_r_precision(images, captions, pairs, processes).items():
-                block[direction] |= values
-        blocks[name] = block
+            for direction, own in _compute_r_precision(images, captions, pairs, processes).items():
+                block.setdefault(direction, {}).update({key: float(np.nanmean(value)) for key, value in own.items()})
+                rows = queries.setdefault(direction, np.flatnonzero(np.isfinite(own["R-P"])))
+                values.setdefault(direction, {}).update({key: value[rows] for key, value in own.items()})
+        queries["t2i"] = first_images(dataset.pairs, queries["t2i"])
+        intervals = to_intervals(bootstrap_values(values, queries))
+        blocks[name] = block | {"intervals": {key: intervals[key] for key in block}}
     return blocks
 
 
@@ -124,46 +143,51 @@ def read_known_positives(name: str, dataset: RetrievalDataset) -> dict[str, np.n
 
 
 def _score_folds(images: Tensor, captions: Tensor, pairs: np.ndarray, processes: Processes) -> dict[str, Any]:
-    blocks = []
+    blocks, drawn = [], []
     for start in range(0, len(images) - FOLD + 1, FOLD):
         own = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + FOLD)]
         texts, numbers = np.unique(own[:, 1], return_inverse=True)
         fold = np.stack([own[:, 0] - start, numbers], axis=1)
-        blocks.append(
-            report(*retrieval_ranks(images[start : start + FOLD], captions[texts], fold, processes=processes))
-        )
-    means: dict[str, Any] = {
-        name: float(np.mean([block[name] for block in blocks])) for name in ("mean_recall", "rsum")
+        i2t, t2i = retrieval_ranks(images[start : start + FOLD], captions[texts], fold, processes=processes)
+        blocks.append(report(i2t, t2i))
+        drawn.append(
+            bootstrap_report(i2t, t2i, first_images(fold, t2i.queries), seed=start)
+        )  # each fold its own images
+    return _average(blocks) | {"intervals": to_intervals(_average(drawn)), "folds": len(blocks)}
+
+
+def _average(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of reports that have numbers or arrays."""
+    return {
+        name: _average([block[name] for block in blocks])
+        if isinstance(value, dict)
+        else sum(block[name] for block in blocks) / len(blocks)
+        for name, value in blocks[0].items()
     }
-    for direction in ("i2t", "t2i"):
-        metrics = blocks[0][direction]
-        means[direction] = {name: float(np.mean([block[direction][name] for block in blocks])) for name in metrics}
-    return means | {"folds": len(blocks)}
 
 
-def _score_recall(
-    images: Tensor, captions: Tensor, pairs: dict[str, np.ndarray], processes: Processes
-) -> dict[str, Any]:
-    if np.array_equal(pairs["i2t"], pairs["t2i"]):
-        return report(*retrieval_ranks(images, captions, pairs["i2t"], processes=processes))
-    block = {}
+def _rank(images: Tensor, captions: Tensor, pairs: dict[str, np.ndarray], processes: Processes) -> dict[str, Ranks]:
+    """Rank the queries of each direction with its own positives."""
+    ranks = {}
     for direction, column in (("i2t", 0), ("t2i", 1)):
         # only the queries of the protocol are ranked
         known = pairs[direction][pairs[direction].min(axis=1) >= 0]
         rows, known[:, column] = np.unique(known[:, column], return_inverse=True)
         left, right = (images[rows], captions) if direction == "i2t" else (images, captions[rows])
-        block[direction] = retrieval_metrics(retrieval_ranks(left, right, known, processes=processes)[column])
-    return block
+        own = retrieval_ranks(left, right, known, processes=processes)[column]
+        ranks[direction] = replace(own, queries=rows[own.queries])
+    return ranks
 
 
-def _score_r_precision(
+def _compute_r_precision(
     images: Tensor, captions: Tensor, pairs: dict[str, np.ndarray], processes: Processes
-) -> dict[str, Any]:
+) -> dict[str, Values]:
+    """The R-Precision and mAP@R of all images and captions; NaN for those without positives."""
     device = scoring_device(images, None)
     sides = [Features(images, device, "image", str), Features(captions, device, "caption", str)]
-    block = {}
+    values = {}
     for direction, column in (("i2t", 0), ("t2i", 1)):
         relevant = np.bincount(pairs[direction][:, column], minlength=len(sides[column]))
         query, item = pairs[direction][pairs[direction].min(axis=1) >= 0][:, [column, 1 - column]].T
-        block[direction] = retrieval_map_at_r(sides[column], sides[1 - column], query, item, relevant, processes)
-    return block
+        values[direction] = precisions_at_r(sides[column], sides[1 - column], query, item, relevant, processes)
+    return values

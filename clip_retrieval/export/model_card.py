@@ -62,6 +62,8 @@ def model_card(checkpoint: Checkpoint, model: ImageTextModel, format: str, diffe
         "## Use",
         f"```python\n{USAGE[format]}\n```",
     ]
+    if prefix := checkpoint.options.get("caption_prefix"):
+        parts.append(f"Every caption began with “{_escape(prefix)}”: put it before each text.")
     return "\n\n".join(parts) + "\n"
 
 

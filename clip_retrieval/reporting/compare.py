@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from clip_retrieval.evaluation.bootstrap import bootstrap_report, interval
 from clip_retrieval.evaluation.metrics import STANDARD_K, expected_ranks, hit_chances, report
 from clip_retrieval.evaluation.ranks import Ranks
 from clip_retrieval.log import log
-from clip_retrieval.reporting.ranks_file import RANKS, RankedQueries, read_ranks
+from clip_retrieval.reporting.ranks_file import RankedQueries, read_ranks
+from clip_retrieval.reporting.results import RANKS
 
 
 def compare(a: Path, b: Path, queries: int = 0) -> dict[str, Any]:
@@ -106,12 +108,10 @@ def _match(a: RankedQueries, b: RankedQueries, files: list[Path]) -> tuple[Ranke
     # match images by their names below the folder of all, captions by their ids and images
     names = [_shorten(each.ids["i2t"]) for each in (a, b)]
     captions = [_caption_keys(each, own) for each, own in zip((a, b), names)]
+    is_row = any(map(_has_row_numbers, (a, b)))
+    if not set(names[0]) & set(names[1]) or (is_row and names[0] != names[1]):
+        names, captions = _match_texts(a, b, names, files)
     rows = {"i2t": _find_common(names, "image", files)}
-    if names[0] != names[1] and any(map(_has_row_numbers, (a, b))):
-        raise UserError(
-            f"{files[0]} and {files[1]} have different images, and captions without ids, which cannot be matched; give "
-            "two evaluations of one split"
-        )
     rows["t2i"] = _find_common(captions, "caption", files)
     # number the queries as a does
     common = RankedQueries(
@@ -121,6 +121,52 @@ def _match(a: RankedQueries, b: RankedQueries, files: list[Path]) -> tuple[Ranke
     )
     others = {name: replace(b.ranks[name][row[1]], queries=common.ranks[name].queries) for name, row in rows.items()}
     return common, others
+
+
+def _match_texts(
+    a: RankedQueries, b: RankedQueries, names: list[list[str]], files: list[Path]
+) -> tuple[list[list[str]], list[list[Any]]]:
+    """Keys of the images and captions by the texts of the captions, for data that two readers name differently.
+
+    A caption that only one image has in both evaluations matches its image. Raises UserError if there is none, or an
+    image matches two.
+    """
+    sides = [(each, each.texts) for each in (a, b) if each.texts is not None]
+    if len(sides) < 2:
+        raise UserError(
+            f"{files[0]} and {files[1]} have different images, or captions without ids, and one lacks the texts to "
+            "match them by; evaluate both again with this version"
+        )
+    # the images of the texts that occur once in each
+    places = []
+    for each, hashes in sides:
+        texts, first, count = np.unique(hashes, return_index=True, return_counts=True)
+        places.append(dict(zip(texts[count == 1].tolist(), each.first_image[first[count == 1]].tolist())))
+    matched = {(places[0][text], places[1][text]) for text in places[0].keys() & places[1].keys()}
+    if not matched:
+        raise UserError(
+            f"{files[0]} and {files[1]} have no image or caption in common; give two evaluations of one split"
+        )
+    if any(len(set(side)) < len(matched) for side in zip(*matched)):
+        raise UserError(
+            f"{files[0]} and {files[1]} have different image names, and their captions match several images; give two "
+            "evaluations that name the images alike"
+        )
+    log.info("the image names or caption ids differ: matched by the texts of the captions")
+    # name the images of b as a does; captions by image, text and repetition
+    own = dict(zip(a.ranks["i2t"].queries.tolist(), names[0]))
+    other = {image_b: own.get(image_a, "") for image_a, image_b in matched}
+    keys: list[list[str]] = []
+    captions: list[list[Any]] = []
+    for (each, hashes), name_of in zip(sides, (own, other)):
+        keys.append([name_of.get(image) or f"{image} only" for image in each.ranks["i2t"].queries.tolist()])
+        seen: Counter[tuple[str, int]] = Counter()
+        captions.append([])
+        for image, text in zip(each.first_image.tolist(), hashes.tolist()):
+            key = (name_of.get(image) or f"{image} only", text)
+            captions[-1].append((*key, seen[key]))
+            seen[key] += 1
+    return keys, captions
 
 
 def _find_common(keys: list[list[Any]], kind: str, files: list[Path]) -> np.ndarray:

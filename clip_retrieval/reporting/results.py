@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_retrieval import __version__
+from clip_retrieval.data.dataset import SPLITS, UNSPLIT
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import read_json, write_json
 from clip_retrieval.log import log
@@ -17,12 +18,21 @@ from clip_retrieval.options import Options
 from clip_retrieval.reporting.table import RECALLS, Row, results_row
 
 REPORT = "report.html"
+RANKS = "ranks.npz"
+RANKINGS = ("predictions.jsonl", "tr_predictions.jsonl", "t2i.run", "t2i.qrels", "i2t.run", "i2t.qrels")
+"""The files of --save_rankings, after the name of the split."""
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 
 
+def delete_derived(folder: Path) -> None:
+    """Delete the report, the ranks and the rankings of earlier results, which new ones replace. Raises OSError."""
+    rankings = [f"{split}_{name}" for split in {*SPLITS.values(), UNSPLIT} for name in RANKINGS]
+    for name in (REPORT, RANKS, *rankings):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write results.json, with the version of the package, and delete a report of earlier results. Raises OSError."""
-    (folder / REPORT).unlink(missing_ok=True)
+    """Write results.json, with the version of the package. Raises OSError."""
     write_json(folder / "results.json", results | {"version": __version__})
 
 

@@ -30,7 +30,7 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
             if intervals := block.get("intervals"):
                 spans = [intervals[direction].get(metric) for metric in metrics]
                 spans += [intervals[key] if direction == "i2t" else None for key in ("mean_recall", "rsum")]
-                rows.append(["", "±", *(f"{(span[1] - span[0]) / 2:.2f}" if span else "" for span in spans)])
+                rows.append(["", "±", *map(_half, spans)])
 
     # columns of each table
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -50,8 +50,13 @@ def results_table(blocks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _half(span: list[float] | None) -> str:
+    """Half of the width of an interval; empty without one."""
+    return f"{(span[1] - span[0]) / 2:.2f}" if span else ""
+
+
 def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
-    """A table of the protocols of a split, in percent, for the log: a line for each direction."""
+    """A table of the protocols of a split, in percent, for the log: each direction, and below it half its intervals."""
     found = {name for block in protocols.values() for name in block["i2t"]}
     columns = [name for name in ("R@1", "R@5", "R@10", "R-P", "mAP@R") if name in found]
     lines = ["  ".join(("protocol".ljust(10), "   ", *(name.rjust(6) for name in columns)))]
@@ -60,6 +65,9 @@ def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
         for direction in ("i2t", "t2i"):
             cells = [f"{block[direction][name]:6.2f}" if name in block[direction] else " " * 6 for name in columns]
             lines.append("  ".join(((name if direction == "i2t" else "").ljust(10), direction, *cells)).rstrip())
+            if spans := block.get("intervals", {}).get(direction):
+                halves = [_half(spans.get(name)).rjust(6) for name in columns]
+                lines.append("  ".join((" " * 10, "  ±", *halves)).rstrip())
     return "\n".join(lines)
 
 
@@ -88,6 +96,9 @@ def rerank_table(blocks: dict[str, dict[str, Any]]) -> str:
     rows, notes = [["re-ranked", *RECALL_HEADS, "rsum"]], []
     for name, block in blocks.items():
         rows.append([name, *recall_cells(block), f"{block['rsum']:.2f}" if "rsum" in block else ""])
+        if spans := block.get("intervals"):
+            halves = [_half(spans[d][r]) if d in spans else "" for d in ("i2t", "t2i") for r in RECALLS]
+            rows.append(["±", *halves, _half(spans.get("rsum"))])
         parameter = next(key for key in ("temperature", "k", "share") if key in block)
         notes.append(f"{name} uses {block['uses']}; {parameter} {block[parameter]:.3g} ({block['chosen_on']})")
     return "\n".join([align(rows), *notes])

@@ -17,7 +17,7 @@ from clip_retrieval.errors import RunError, UserError
 from clip_retrieval.files import remove_special
 from clip_retrieval.log import log
 from clip_retrieval.options import AUTO, Options, RunOptions
-from clip_retrieval.reporting.ranks_file import RANKS
+from clip_retrieval.reporting.results import delete_derived
 from clip_retrieval.reporting.trackers import RUN_ID
 
 try:
@@ -208,11 +208,10 @@ def clear_run(folder: Path) -> None:
         "swa.pt",
         "metrics.jsonl",
         "results.json",
-        RANKS,
-        "report.html",
     ]
     files += ["log.txt", RUN_ID]
     for path in [*(folder / name for name in files), *folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")]:
         path.unlink(missing_ok=True)
+    delete_derived(folder)
     remove_special(folder / "tensorboard", keep_folder=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

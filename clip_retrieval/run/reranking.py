@@ -13,6 +13,7 @@ from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
+from clip_retrieval.evaluation.bootstrap import bootstrap_values, first_images, rank_values, to_intervals
 from clip_retrieval.evaluation.evaluator import SplitFeatures
 from clip_retrieval.evaluation.metrics import STANDARD_K, report, retrieval_metrics
 from clip_retrieval.evaluation.ranks import retrieval_ranks
@@ -56,7 +57,7 @@ def rerank(
         if val is not None and encoded_val is not None:
             sums = [_recall_sum(metrics) for metrics in _score(method, encoded_val, val, method.grid, bank, **shared)]
             value, chosen_on = method.grid[int(np.argmax(sums))], "val"
-        (metrics,) = _score(method, encoded, dataset, (value,), bank, **shared)
+        (metrics,) = _score(method, encoded, dataset, (value,), bank, **shared, intervals=True)
         number = {"bank": len(bank)} if method.needs_bank and bank is not None else {}
         blocks[name] = {"uses": method.uses, **number, method.parameter: value, "chosen_on": chosen_on, **metrics}
     return blocks
@@ -70,12 +71,19 @@ def _score(
     bank: Tensor | None,
     recall_k: tuple[int, ...],
     processes: Processes,
+    intervals: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the metrics of the directions that a method changes, for each value of its parameter."""
     extra = (bank,) if method.needs_bank else ()
     for images, texts in method.transform(encoded.images, encoded.captions, values, *extra):
         i2t, t2i = retrieval_ranks(images, texts, dataset.pairs, processes=processes)
-        yield report(i2t, t2i, recall_k) if "i2t" in method.directions else {"t2i": retrieval_metrics(t2i, recall_k)}
+        both = "i2t" in method.directions
+        block = report(i2t, t2i, recall_k) if both else {"t2i": retrieval_metrics(t2i, recall_k)}
+        if intervals:
+            own = ({"i2t": rank_values(i2t, recall_k)} if both else {}) | {"t2i": rank_values(t2i, recall_k)}
+            queries = {"i2t": i2t.queries, "t2i": first_images(dataset.pairs, t2i.queries)}
+            block["intervals"] = to_intervals(bootstrap_values(own, queries))
+        yield block
 
 
 def _recall_sum(metrics: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_retrieval.evaluation.average_precision import retrieval_map, retrieval_map_at_r
+from clip_retrieval.evaluation.average_precision import average_precisions, precisions_at_r
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Features
@@ -37,6 +37,11 @@ def plain_map(scores, relevant, k):
     return 100 * np.mean(values)
 
 
+def mean_map(*args):
+    found = average_precisions(*args)
+    return {direction: {name: values.mean() for name, values in block.items()} for direction, block in found.items()}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -52,7 +57,7 @@ def test_ties_give_the_mean_over_all_orders(seed, images, captions, levels, ks):
     relevant[rng.integers(images), rng.integers(captions)] = True
     # with np.eye as text features, the inner products are the scores
     pairs = np.argwhere(relevant)
-    found = retrieval_map(scores, np.eye(captions), np.concatenate([pairs, pairs[:1]]), ks)
+    found = mean_map(scores, np.eye(captions), np.concatenate([pairs, pairs[:1]]), ks)
     for k in ks:
         assert found["i2t"][f"mAP@{k}"] == pytest.approx(plain_map(scores, relevant, k))
         assert found["t2i"][f"mAP@{k}"] == pytest.approx(plain_map(scores.T, relevant.T, k))
@@ -80,13 +85,16 @@ def test_r_precision_and_map_at_r_equal_a_loop_over_orders(seed, queries, count,
     relevant = rng.random((queries, count)) < 0.4
     relevant[rng.integers(queries), rng.integers(count)] = True
     sides = [Features(part, torch.device("cpu"), "item", str) for part in (scores, np.eye(count))]
-    found = retrieval_map_at_r(*sides, *np.argwhere(relevant).T, relevant.sum(axis=1))
-    np.testing.assert_allclose([found["R-P"], found["mAP@R"]], plain_at_r(scores, relevant), atol=1e-9)
+    found = precisions_at_r(*sides, *np.argwhere(relevant).T, relevant.sum(axis=1))
+    assert (np.isnan(found["R-P"]) == ~relevant.any(axis=1)).all()
+    np.testing.assert_allclose(
+        np.nanmean([found["R-P"], found["mAP@R"]], axis=1), plain_at_r(scores, relevant), atol=1e-9
+    )
 
 
 def test_hand_computed():
     scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]])
-    found = retrieval_map(scores, np.eye(5), np.array([[0, 0], [0, 2], [0, 4]]), [1, 3, 10])
+    found = mean_map(scores, np.eye(5), np.array([[0, 0], [0, 2], [0, 4]]), [1, 3, 10])
     expected = {1: 1, 3: (1 + 2 / 3) / 3, 10: (1 + 2 / 3 + 3 / 5) / 3}
     assert found["i2t"] == pytest.approx({f"mAP@{k}": 100 * value for k, value in expected.items()})
 
@@ -97,14 +105,14 @@ def test_map_at_one_equals_recall_at_one():
     texts = rng.integers(-1, 2, size=(70, 4)).astype(np.float32)
     pairs = np.stack([rng.integers(30, size=90), rng.integers(70, size=90)], axis=1)
     recall = report(*retrieval_ranks(images, texts, pairs))
-    found = retrieval_map(images, texts, pairs)
+    found = mean_map(images, texts, pairs)
     for direction in ("i2t", "t2i"):
         assert found[direction]["mAP@1"] == pytest.approx(recall[direction]["R@1"])
 
 
 def test_collapsed_model_scores_chance():
     pairs = np.stack([np.arange(200) // 4, np.arange(200)], axis=1)
-    found = retrieval_map(np.ones((50, 3)), np.ones((200, 3)), pairs)
+    found = mean_map(np.ones((50, 3)), np.ones((200, 3)), pairs)
     assert found["i2t"]["mAP@1"] == pytest.approx(2) and found["t2i"]["mAP@1"] == pytest.approx(2)
 
 

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from clip_retrieval.evaluation import bootstrap
-from clip_retrieval.evaluation.bootstrap import bootstrap_intervals, bootstrap_report, first_images
-from clip_retrieval.evaluation.metrics import report
+from clip_retrieval.evaluation.bootstrap import (
+    bootstrap_intervals,
+    bootstrap_report,
+    bootstrap_values,
+    first_images,
+    rank_values,
+)
+from clip_retrieval.evaluation.metrics import hit_chances, report
 from clip_retrieval.evaluation.ranks import Ranks, retrieval_ranks
 
 
@@ -37,6 +43,8 @@ def test_samples_equal_a_plain_loop(monkeypatch, cells):
         expected.append(report(repeat(i2t, times[0]), repeat(t2i, times[1]), [3]))
     first = first_images(pairs, t2i.queries)
     found = bootstrap_report(i2t, t2i, first, [3], samples=40, seed=5)
+    alone = bootstrap_values({"t2i": rank_values(t2i)}, {"t2i": first}, samples=3)
+    assert alone.keys() == {"t2i"} and len(alone["t2i"]["MedR"]) == 3  # of a method for one direction: without a sum
     assert found.keys() == expected[0].keys() and found["t2i"].keys() == expected[0]["t2i"].keys()
     for name, values in found.items():
         for metric, samples in values.items() if isinstance(values, dict) else [(None, values)]:
@@ -46,6 +54,14 @@ def test_samples_equal_a_plain_loop(monkeypatch, cells):
     assert intervals["t2i"]["R@3"] == pytest.approx(np.quantile([b["t2i"]["R@3"] for b in expected], [0.1, 0.9]))
     assert intervals["rsum"] == pytest.approx(np.quantile([b["rsum"] for b in expected], [0.1, 0.9]))
     assert json.loads(json.dumps(intervals)) == intervals
+
+
+def test_further_values_are_drawn_with_the_ranks():
+    i2t, t2i, pairs = random_ranks(np.random.default_rng(1))
+    further = {"i2t": {"mAP@10": hit_chances(i2t, 5)}, "t2i": {"mAP@10": 100 * hit_chances(t2i, 5)}}
+    intervals = bootstrap_intervals(i2t, t2i, pairs, further=further, samples=30)
+    assert intervals["t2i"]["mAP@10"] == intervals["t2i"]["R@5"] != intervals["t2i"]["R@1"]
+    assert intervals["i2t"]["mAP@10"] == pytest.approx(np.array(intervals["i2t"]["R@5"]) / 100)
 
 
 def test_sample_without_captions_is_left_out():

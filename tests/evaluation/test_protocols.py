@@ -96,6 +96,45 @@ def test_folds_are_the_mean_of_their_reports(monkeypatch):
             assert value == pytest.approx(np.mean([block[direction][name] for block in blocks]))
 
 
+def test_intervals_of_the_folds_draw_the_images_of_each_fold(monkeypatch):
+    monkeypatch.setattr(module, "FOLD", 4)
+    rng = np.random.default_rng(1)
+    pairs = np.stack([np.arange(16) // 2, np.arange(16)], axis=1)
+    images, captions = torch.from_numpy(rng.normal(size=(8, 3))), torch.from_numpy(rng.normal(size=(16, 3)))
+    found = score_protocols(["coco_1k"], images, captions, make_dataset(pairs))["coco_1k"]
+    hits = []  # R@1 of the captions of each image
+    for start in (0, 4):
+        scores = images[start : start + 4] @ captions[2 * start : 2 * start + 8].T
+        right = (scores.argmax(dim=0) == torch.arange(8) // 2).double()
+        hits.append(100 * right.view(4, 2).mean(dim=1).numpy())
+    samples = np.zeros(1000)
+    for start, own in zip((0, 4), hits):
+        samples += own[np.random.default_rng(start).integers(4, size=(1000, 4))].mean(axis=1) / 2
+    assert found["intervals"]["t2i"]["R@1"] == pytest.approx(np.quantile(samples, [0.025, 0.975]))
+    assert found["intervals"].keys() == found.keys() - {"folds", "intervals"}
+
+
+def test_intervals_draw_an_image_with_its_own_caption(monkeypatch):
+    """The further positives of a protocol make no further clusters."""
+    rng = np.random.default_rng(2)
+    dataset = make_dataset(np.stack([np.arange(12) // 2, np.arange(12)], axis=1))
+    images, captions = torch.from_numpy(rng.normal(size=(6, 2))), torch.from_numpy(rng.normal(size=(12, 2)))
+    positives = np.array([[0, 1], [3, 1], [2, 4], [5, 7], [0, 7], [4, 11], [1, 3]])  # 1 is a caption of image 0, ...
+    monkeypatch.setattr(module, "read_positives", lambda *args: {"i2t": positives, "t2i": positives})
+    found = score_protocols(["eccv"], images, captions, dataset)["eccv"]
+    best = (images @ captions.T).argmax(dim=0)
+    right = {t: 100.0 * any(best[t] == i for i, other in positives if other == t) for t in positives[:, 1]}
+    clusters = np.unique([*positives[:, 0], *(t // 2 for t in right)])
+    expected = []
+    sampler = np.random.default_rng(0)
+    for _ in range(1000):
+        drawn = clusters[sampler.integers(len(clusters), size=len(clusters))].tolist()
+        values = [right[t] for t in right for _ in range(drawn.count(t // 2))]
+        expected.append(np.mean(values) if values else np.nan)
+    assert found["intervals"]["t2i"]["R@1"] == pytest.approx(np.nanquantile(expected, [0.025, 0.975]))
+    assert found["intervals"]["i2t"].keys() == found["i2t"].keys() >= {"R@10", "MedR", "R-P", "mAP@R"}
+
+
 def test_auto_is_for_the_test_split_of_coco(coco, caplog):
     dataset, _ = coco
     assert choose_protocols(["auto"], dataset) == ["coco_1k", "eccv", "cxc"]
@@ -138,6 +177,8 @@ def test_option_chooses_the_protocols(run, arguments, tmp_path):
     assert code == 0, err
     block = json.loads((tmp_path / "logs/e/results.json").read_text())["protocols"]["map_at_r"]
     assert set(block["t2i"]) == {"R-P", "mAP@R"} and "map_at_r" in out
+    low, high = block["intervals"]["t2i"]["mAP@R"]
+    assert low <= block["t2i"]["mAP@R"] <= high and set(block["intervals"]["i2t"]) == {"R-P", "mAP@R"}
     assert block["t2i"]["R-P"] == block["t2i"]["mAP@R"]  # one image each
     code, _, err = run("--eval", *arguments, "--protocols", "eccv")
     assert code == 2 and "--protocols eccv" in err and err.count("\n") == 1

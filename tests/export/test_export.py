@@ -192,7 +192,13 @@ def test_model_card_has_data_options_and_results(saved, tmp_path):
     card = (tmp_path / "out" / CARD).read_text()
     assert "| val | image to text | 12.35 | 20.00 | 30.00 | 4.00 |" in card
     assert "| lr | 3e-05 |" in card and "| dataset_root | coco |" in card and "/home" not in card
-    assert "| epochs |" not in card  # the default
+    assert "| epochs |" not in card and "put it before" not in card  # the default
+
+
+def test_model_card_names_the_prefix_of_the_captions(saved, tmp_path):
+    path, _ = saved("clip", options={"vision_model": "small", "caption_prefix": "a photo of <b> "})
+    export(path, tmp_path / "out", "open_clip")
+    assert "“a photo of &#60;b&#62; ”: put it before each text" in (tmp_path / "out" / CARD).read_text()
 
 
 @pytest.mark.parametrize("step, split, is_shown", [(3, "test", True), (2, "test", False), (3, "val", False)])

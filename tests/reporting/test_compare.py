@@ -89,14 +89,52 @@ def test_common_queries_are_matched_by_id(tmp_path, caplog):
     assert "of 12 images and 6 images, only the 6" in caplog.text
 
 
+def forget_texts(path):
+    """The file of an older version."""
+    with np.load(path) as arrays:
+        np.savez(path, **{name: array for name, array in arrays.items() if name != "t2i_texts"})
+
+
+def test_data_that_two_readers_name_differently_match_by_their_captions(tmp_path):
+    """Such as files, and shards that hold them in another order under other names."""
+    order = np.random.default_rng(4).permutation(IMAGES)
+    a, _ = evaluate(tmp_path / "a", 1.0), evaluate(tmp_path / "b", 1.0, images=order, ids=False)
+    expected = compare(tmp_path / "a", tmp_path / "b")
+    with np.load(tmp_path / "b/ranks.npz") as arrays:
+        shards = dict(arrays)
+    shards["i2t_ids"] = np.array([f"shard.tar, {row:04}.jpg" for row in range(IMAGES)])
+    np.savez(tmp_path / "b/ranks.npz", **shards)
+    assert compare(tmp_path / "a", tmp_path / "b") == expected and expected["a"] == report(*a)
+    assert expected["queries"] == {"i2t": IMAGES, "t2i": len(PAIRS)}
+
+    # a caption of two images is matched by the other captions of its image
+    with np.load(tmp_path / "a/ranks.npz") as arrays:
+        files = dict(arrays)
+    row = int(np.flatnonzero(shards["t2i_texts"] == files["t2i_texts"][0])[0])
+    other = int(np.flatnonzero(shards["t2i_texts"] == files["t2i_texts"][EACH])[0])
+    files["t2i_texts"][EACH] = files["t2i_texts"][0]
+    shards["t2i_texts"][other] = shards["t2i_texts"][row]
+    np.savez(tmp_path / "a/ranks.npz", **files)
+    np.savez(tmp_path / "b/ranks.npz", **shards)
+    assert compare(tmp_path / "a", tmp_path / "b") == expected
+
+    # captions that belong together in one evaluation only
+    shards["t2i_images"] = np.roll(shards["t2i_images"], 1)
+    np.savez(tmp_path / "b/ranks.npz", **shards)
+    with pytest.raises(UserError, match="captions match several images"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
 def test_evaluations_without_common_queries_are_refused(tmp_path):
     evaluate(tmp_path / "a", 1.0, images=[0, 1, 2])
     evaluate(tmp_path / "b", 1.0, images=[3, 4, 5])
-    with pytest.raises(UserError, match="no image in common"):
+    with pytest.raises(UserError, match="no image or caption in common"):
         compare(tmp_path / "a", tmp_path / "b")
     evaluate(tmp_path / "c", 1.0, images=[0, 1, 2], ids=False)
     evaluate(tmp_path / "d", 1.0, images=[1, 2], ids=False)
-    with pytest.raises(UserError, match="captions without ids"):
+    for name in "cd":
+        forget_texts(tmp_path / name / "ranks.npz")
+    with pytest.raises(UserError, match=r"captions without ids.* evaluate both again"):
         compare(tmp_path / "c", tmp_path / "d")
     write_json(tmp_path / "results.json", {})
     with pytest.raises(UserError, match="no such file; evaluate"):

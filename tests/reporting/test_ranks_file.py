@@ -54,6 +54,13 @@ def without(arrays, name):
         "ranks below 0": (lambda a: a | {"i2t_above": a["i2t_above"] - 9}, "i2t arrays"),
         "ranks beyond float64": (lambda a: a | {"i2t_tied": a["i2t_tied"] + 2**62}, "i2t arrays"),
         "no positives": (lambda a: a | {"t2i_positives": 0 * a["t2i_positives"]}, "t2i arrays"),
+        "queries out of order": (
+            lambda a: a | {"t2i_queries": a["t2i_queries"][::-1]},
+            "t2i_queries must be ascending",
+        ),
+        "a query twice": (lambda a: a | {"i2t_queries": 0 * a["i2t_queries"]}, "i2t_queries must be ascending"),
+        "fewer texts": (lambda a: a | {"t2i_texts": a["t2i_texts"][1:]}, "t2i arrays"),
+        "unsigned": (lambda a: a | {"i2t_tied": a["i2t_tied"].astype(np.uint64)}, "holds uint64, not signed integers"),
         "no queries": (lambda a: {key: value[:0] for key, value in a.items()}, "i2t arrays"),
         "floats": (lambda a: a | {"i2t_above": a["i2t_above"] + 0.5}, "i2t_above"),
         "a pickle": (lambda a: a | {"i2t_ids": a["i2t_ids"].astype(object)}, "i2t_ids"),

@@ -50,6 +50,9 @@ def test_protocols_are_one_table_of_the_metrics_that_exist():
     assert lines[0].split() == ["protocol", "R@1", "R@5", "R@10", "R-P", "mAP@R"] and max(map(len, lines)) <= 80
     assert lines[2].split() == ["coco_1k", "i2t", "60.00", "80.00", "90.00"]
     assert lines[5].split() == ["t2i", "33.33", "100.00"] and len(lines[5]) == len(lines[0])
+    spans = {"intervals": {"t2i": {"R@1": [59.0, 62.0], "R@10": [80.0, 90.0], "MedR": [1.0, 1.0]}}}
+    lines = protocols_table({"coco_1k": blocks | spans}).splitlines()
+    assert lines[4].split() == ["±", "1.50", "5.00"] and lines[4].index("5.00") + 4 == len(lines[3]) and len(lines) == 5
     assert "R@1" not in protocols_table({"map_at_r": protocols["map_at_r"]})
 
 

@@ -10,6 +10,7 @@ from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
+from clip_retrieval.reporting.results import RANKINGS
 from clip_retrieval.retrieval.predictions import score_predictions
 from clip_retrieval.retrieval.rankings import save_rankings
 from tests.conftest import read_json, read_lines
@@ -86,5 +87,15 @@ def test_evaluation_and_finetune_save_rankings(run, arguments, tmp_path):
         assert len(lines) == read_json(place / "results.json")["images"] == 6
         assert {len(line["texts"]) for line in lines} == {k}
     assert "*.qrels" in out
+
+    # an evaluation without the option leaves no rankings of an earlier one, and no file of others goes
+    folder = folder / "eval_csv_test"
+    assert {f"test_{name}" for name in RANKINGS} <= {path.name for path in folder.iterdir()}
+    for name in ("report.html", "test_notes.run", "val_t2i.run"):
+        (folder / name).write_text("an earlier evaluation")
+    assert run("--eval", "--resume", folder.parent / "best.pt")[0] == 0
+    kept = {"log.txt", "options.json", "ranks.npz", "results.json", "test_notes.run"}
+    assert {path.name for path in folder.iterdir()} == kept
+    folder = folder.parent
     code, _, err = run("--eval", "--resume", folder / "best.pt", "--save_rankings", "0")
     assert code == 2 and "--save_rankings 0" in err
