@@ -12,7 +12,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from clip_retrieval.api import ImageTextModel
 from clip_retrieval.data.pixels.transforms import RESIZE_SIZE
@@ -22,12 +22,13 @@ from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.models.chinese_clip import is_chinese_clip
 from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import quiet, translate_errors
-from clip_retrieval.models.model_config import ClipModule, Config, State
+from clip_retrieval.models.model_config import ClipModule, Config
 from clip_retrieval.models.projection import embedding_dim, text_part
+from clip_retrieval.models.transformers_weights import to_transformers
 
 ARCHITECTURES = "it has CLIP's ViT and text transformer, SigLIP and Chinese-CLIP with a ViT"
-Converted = tuple[str, Config, State]
-"""Name of a model class without "Model", its config, and its state dict."""
+Converted = tuple[str, Config]
+"""Name of a model class without "Model", and its config."""
 
 
 def write(model: ImageTextModel, folder: Path) -> None:
@@ -39,9 +40,10 @@ def write(model: ImageTextModel, folder: Path) -> None:
     if convert is None:
         raise UserError(refusal)
     with translate_errors(refusal.partition(";")[0], "use --format open_clip"):
-        kind, config, state = convert(model)
+        kind, config = convert(model)
         built = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
-        built.load_state_dict(state)
+        example = built.state_dict()
+        built.load_state_dict(example | to_transformers(model.model.clip.state_dict(), example))
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**_image_processor(model))
     tokenizer = tokenizer_files.to_transformers(model.tokenizer)
     if kind == "Siglip":
@@ -117,51 +119,27 @@ def _image_processor(model: ImageTextModel) -> Config:
 
 def _clip(model: ImageTextModel) -> Converted:
     clip, tokenizer = model.model.clip, cast(SimpleTokenizer, model.tokenizer)
-    text = text_part(clip)
-    state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
-    text_config = _text_config(text) | {
+    text_config = _text_config(text_part(clip)) | {
         "projection_dim": embedding_dim(clip),
         "bos_token_id": tokenizer.sot_token_id,
         "eos_token_id": tokenizer.eot_token_id,
         "pad_token_id": tokenizer.eot_token_id,
     }
-    config = {"text_config": text_config, "vision_config": _vision_config(clip), "projection_dim": embedding_dim(clip)}
-    return (
-        "CLIP",
-        config,
-        {
-            "logit_scale": state["logit_scale"].reshape(()),
-            "text_projection.weight": _projection(state, "text_projection"),
-            **_clip_text(state),
-            **_clip_vision(state),
-        },
-    )
+    return "CLIP", _pair_config(clip, text_config)
 
 
 def _chinese_clip(model: ImageTextModel) -> Converted:
-    clip = model.model.clip
-    state = clip.state_dict()
     hf_config = {key: value for key, value in model.config["text_cfg"]["hf_config"].items() if key != "model_type"}
-    tower = "text.transformer."
-    config = {"text_config": hf_config, "vision_config": _vision_config(clip), "projection_dim": embedding_dim(clip)}
-    return (
-        "ChineseCLIP",
-        config,
-        {
-            "logit_scale": state["logit_scale"].reshape(()),
-            "text_projection.weight": state["text.proj.weight"],
-            **{f"text_model.{key.removeprefix(tower)}": v for key, v in state.items() if key.startswith(tower)},
-            **_clip_vision(state),
-        },
-    )
+    return "ChineseCLIP", _pair_config(model.model.clip, hf_config)
+
+
+def _pair_config(clip: ClipModule, text_config: Config) -> Config:
+    return {"text_config": text_config, "vision_config": _vision_config(clip), "projection_dim": embedding_dim(clip)}
 
 
 def _siglip(model: ImageTextModel) -> Converted:
     clip = model.model.clip
-    # the configs
-    text, trunk = text_part(clip), clip.visual.trunk
-    state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
-    text_config = _text_config(text) | {"projection_size": embedding_dim(clip)}
+    trunk = clip.visual.trunk
     block = trunk.blocks[0]
     vision_config = {
         "hidden_size": trunk.embed_dim,
@@ -173,19 +151,8 @@ def _siglip(model: ImageTextModel) -> Converted:
         "image_size": _square(model.model.preprocess["size"]),
         "patch_size": _square(trunk.patch_embed.patch_size),
     }
-    # the weights
-    return (
-        "Siglip",
-        {"text_config": text_config, "vision_config": vision_config},
-        {
-            "logit_scale": state["logit_scale"].reshape(1),
-            "logit_bias": state.get("logit_bias", torch.zeros(1)).reshape(1),
-            "text_model.head.weight": _projection(state, "text_projection"),
-            "text_model.head.bias": state["text_projection.bias"],
-            **_clip_text(state),
-            **_siglip_vision(state),
-        },
-    )
+    text_config = _text_config(text_part(clip)) | {"projection_size": embedding_dim(clip)}
+    return "Siglip", {"text_config": text_config, "vision_config": vision_config}
 
 
 def _text_config(text: ClipModule) -> Config:
@@ -227,95 +194,3 @@ def _square(size: int | tuple[int, int]) -> int:
     if height != width:
         raise ValueError(f"{height} x {width} is not square")
     return height
-
-
-def _projection(state: State, name: str) -> Tensor:
-    """Return the weight (dim, width) of a projection: a matrix (width, dim) or a linear layer."""
-    return state[f"{name}.weight"] if f"{name}.weight" in state else state[name].T.contiguous()
-
-
-def _clip_text(state: State) -> State:
-    return {
-        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "text_model.final_layer_norm.weight": state["ln_final.weight"],
-        "text_model.final_layer_norm.bias": state["ln_final.bias"],
-        **_blocks(state, "transformer.resblocks.", "text_model.encoder.layers.", _CLIP_BLOCK),
-    }
-
-
-def _clip_vision(state: State) -> State:
-    names = {
-        "class_embedding": "embeddings.class_embedding",
-        "conv1.weight": "embeddings.patch_embedding.weight",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "ln_pre.weight": "pre_layrnorm.weight",
-        "ln_pre.bias": "pre_layrnorm.bias",
-        "ln_post.weight": "post_layernorm.weight",
-        "ln_post.bias": "post_layernorm.bias",
-    }
-    return {
-        "visual_projection.weight": _projection(state, "visual.proj"),
-        **{f"vision_model.{name}": state[f"visual.{own}"] for own, name in names.items()},
-        **_blocks(state, "visual.transformer.resblocks.", "vision_model.encoder.layers.", _CLIP_BLOCK),
-    }
-
-
-def _siglip_vision(state: State) -> State:
-    trunk, target = "visual.trunk.", "vision_model."
-    names = {
-        "patch_embed.proj": "embeddings.patch_embedding",
-        "norm": "post_layernorm",
-        "attn_pool.proj": "head.attention.out_proj",
-        "attn_pool.norm": "head.layernorm",
-        "attn_pool.mlp.fc1": "head.mlp.fc1",
-        "attn_pool.mlp.fc2": "head.mlp.fc2",
-    }
-    converted = {
-        f"{target}embeddings.position_embedding.weight": state[f"{trunk}pos_embed"][0],
-        f"{target}head.probe": state[f"{trunk}attn_pool.latent"],
-    }
-    for kind in ("weight", "bias"):
-        converted |= {f"{target}{name}.{kind}": state[f"{trunk}{own}.{kind}"] for own, name in names.items()}
-        query, key_value = (state[f"{trunk}attn_pool.{part}.{kind}"] for part in ("q", "kv"))
-        converted[f"{target}head.attention.in_proj_{kind}"] = torch.cat([query, key_value])
-    return converted | _blocks(state, f"{trunk}blocks.", f"{target}encoder.layers.", _TIMM_BLOCK)
-
-
-_CLIP_BLOCK = {
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "attn.out_proj.": "self_attn.out_proj.",
-    "attn.in_proj_": "qkv",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-}
-_TIMM_BLOCK = {
-    "norm1.": "layer_norm1.",
-    "norm2.": "layer_norm2.",
-    "attn.proj.": "self_attn.out_proj.",
-    "attn.qkv.": "qkv",
-    "mlp.fc1.": "mlp.fc1.",
-    "mlp.fc2.": "mlp.fc2.",
-}
-"""Names of the parts of a block, in open_clip or timm and in transformers."""
-
-
-def _blocks(state: State, source: str, target: str, names: dict[str, str]) -> State:
-    """Rename the blocks of a transformer, and split their fused projections of queries, keys and values.
-
-    A part that is not in `names` keeps its name, so that the strict loading refuses it.
-    """
-    converted: State = {}
-    for key, value in state.items():
-        if not key.startswith(source):
-            continue
-        number, _, part = key.removeprefix(source).partition(".")
-        own = next((own for own in names if part.startswith(own)), "")
-        new, kind = names.get(own, ""), part.removeprefix(own)
-        if new == "qkv":
-            for letter, chunk in zip("qkv", value.chunk(3)):
-                converted[f"{target}{number}.self_attn.{letter}_proj.{kind}"] = chunk.contiguous()
-        else:
-            converted[f"{target}{number}.{new}{kind}"] = value
-    return converted

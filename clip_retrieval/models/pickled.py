@@ -9,24 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-_STORAGE_TYPES = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Byte": torch.uint8,
-    "Char": torch.int8,
-    "Short": torch.int16,
-    "Int": torch.int32,
-    "Long": torch.int64,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
+# torch's own table; tensors of its quantised dtypes are Unusable
+STORAGES = {
+    f"torch.{device}{name}": dtype
+    for name, dtype in torch.storage._storage_type_to_dtype_map().items()
+    for device in ("", "cuda.")
 }
-STORAGES = {f"torch.{device}{name}Storage": dtype for device in ("", "cuda.") for name, dtype in _STORAGE_TYPES.items()}
 STORAGES |= {f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped", "Typed")}
-# Tensors of these dtypes are Unusable.
-STORAGES |= {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("QInt8", "QUInt8", "QInt32")}
 
 _DTYPE_NAMES = ["float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool"]
 _DTYPE_NAMES += ["complex64", "complex128", "uint16", "uint32", "uint64"]

@@ -70,6 +70,23 @@ def to_open_clip(state: State) -> State:
     return {_rename(name, parts): value for name, value in state.items()}
 
 
+def to_transformers(state: State, example: State) -> State:
+    """Rename a state dict of open_clip to the names of `example`, one of the same model in transformers.
+
+    The inverse of `to_open_clip`. Raises ValueError if the models have different weights.
+    """
+    example = {name: value for name, value in example.items() if value.is_floating_point()}
+    # `to_open_clip` moves each number to one place, so the transpose of it, which autograd computes, is its inverse
+    converted, invert, *_ = torch.func.vjp(to_open_clip, example)
+    own = {name.removeprefix("text."): value for name, value in state.items() if value.is_floating_point()}
+    own.setdefault("logit_bias", torch.zeros(1))
+    names = {name: name.removeprefix("text.") for name in converted}
+    if differing := (own.keys() ^ set(names.values())) - {"logit_bias"}:
+        raise ValueError(f"other weights: {', '.join(sorted(differing)[:3])}")
+    (found,) = invert({name: own[short].view_as(converted[name]) for name, short in names.items()})
+    return found
+
+
 def _join_attention(state: State) -> State:
     """Join the projections of queries, keys and values, as torch's and timm's attention have them."""
     joined: State = {}
