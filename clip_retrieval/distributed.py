@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
+from clip_retrieval.log import log
 
 # torch renamed these, and new versions warn about the old names. Builds without torch.distributed have neither.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -32,10 +33,13 @@ class Processes:
     Attributes:
         rank: the number of this process, from 0. Rank 0 writes the files and the log.
         world_size: the number of processes.
+        shares_gpus: whether processes share a GPU: gloo, which has no all_gather and reduce_scatter of CUDA tensors,
+            replaces NCCL, which refuses two processes on one GPU.
     """
 
     rank: int = 0
     world_size: int = 1
+    shares_gpus: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -100,15 +104,17 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, processes: Processes) -> Tensor:
         ctx.processes = processes
-        gathered = tensor.new_empty(processes.world_size * len(tensor), *tensor.shape[1:])
-        _all_gather(gathered, tensor.contiguous())
-        return gathered
+        own = tensor.cpu() if processes.shares_gpus else tensor
+        gathered = own.new_empty(processes.world_size * len(own), *own.shape[1:])
+        _all_gather(gathered, own.contiguous())
+        return gathered.to(tensor.device)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        part = gradient.new_empty(len(gradient) // ctx.processes.world_size, *gradient.shape[1:])
-        _reduce_scatter(part, gradient.contiguous())
-        return part, None
+        whole = gradient.cpu() if ctx.processes.shares_gpus else gradient
+        part = whole.new_empty(len(whole) // ctx.processes.world_size, *whole.shape[1:])
+        _reduce_scatter(part, whole.contiguous())
+        return part.to(gradient.device), None
 
 
 SINGLE_PROCESS = Processes()
@@ -118,7 +124,7 @@ SINGLE_PROCESS = Processes()
 def process_group(device: str | None) -> Iterator[Processes]:
     """Join the process group if torchrun started this process. `device` is the value of --device.
 
-    Raises UserError if a machine has more processes than GPUs.
+    On one machine, more processes than GPUs share them. Raises UserError for that on several machines.
     """
     if (world_size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         yield SINGLE_PROCESS
@@ -126,15 +132,27 @@ def process_group(device: str | None) -> Iterator[Processes]:
     on_gpus = torch.cuda.is_available() and device in (None, "cuda")
     if device not in (None, "cuda", "cpu"):
         raise UserError(f"--device {device}: torchrun assigns the GPUs to the processes; use cuda or cpu")
-    if on_gpus:
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(
-                f"torchrun: more processes on this machine than its {gpus} GPUs; use --nproc_per_node {gpus}"
-            )
-        torch.cuda.set_device(local_rank)
+    shares_gpus = on_gpus and _choose_gpu(world_size)
     # A long timeout: rank 0 may download, or build a cache of images. torchrun notices lost processes.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(days=1))
-    yield Processes(int(os.environ["RANK"]), world_size)
+    backend = "cpu:gloo,cuda:nccl" if on_gpus and not shares_gpus else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    yield Processes(int(os.environ["RANK"]), world_size, shares_gpus)
     # Not after an error: the others may be blocked in a collective operation, and torchrun ends them.
     dist.destroy_process_group()
+
+
+def _choose_gpu(world_size: int) -> bool:
+    """Make one of this machine's GPUs the current device; return whether processes share GPUs."""
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    torch.cuda.set_device(local_rank % gpus)
+    if local_processes <= gpus:
+        return False
+    available = format_counts(GPU=gpus)
+    if local_processes < world_size:  # other machines may have enough GPUs, and all need the same backend
+        raise UserError(f"torchrun: {local_processes} processes on a machine with {available}; use as many as GPUs")
+    log.warning(
+        f"{local_processes} processes share {available}: this tests a run of several processes, and is slower than "
+        f"--nproc_per_node {gpus}"
+    )
+    return True

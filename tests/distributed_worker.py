@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -216,6 +217,17 @@ def gather_uneven_rows(processes: Processes) -> dict[str, Tensor]:
     return gathered
 
 
+def gather_as_if_on_one_gpu(processes: Processes) -> list[list[Tensor]]:
+    """The gathered rows and their gradient, directly and through the CPU."""
+    found = []
+    for shares_gpus in (False, True):
+        own = (torch.arange(6.0).view(3, 2) + 10 * processes.rank).requires_grad_()
+        gathered = replace(processes, shares_gpus=shares_gpus).all_gather(own)
+        (gathered * torch.arange(12.0 * (1 + processes.rank))[-12:].view(6, 2)).sum().backward()
+        found.append([gathered.detach(), own.grad])
+    return found
+
+
 class Largest(TorchDispatchMode):
     """Records the size of the largest tensor that is created."""
 
@@ -344,6 +356,7 @@ def main() -> None:
             "steps": {name: train_small(processes, **case) for name, case in cases().items()},
             "normalised": normalise_bfloat16(processes),
             "rows": gather_uneven_rows(processes),
+            "through_cpu": gather_as_if_on_one_gpu(processes),
             "largest": largest_tensor(processes),
             "ranks": ranks_of_many_tiles(processes),
             "warnings": warnings_about_skipped_samples(processes),

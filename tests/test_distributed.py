@@ -194,6 +194,14 @@ def test_all_gather_rows_of_uneven_length(two):
         assert all(rows.shape[1:] == (2,) for rows in found["rows"].values())
 
 
+def test_processes_on_one_gpu_gather_through_the_cpu(two):
+    for rank, found in enumerate(two):
+        direct, through_cpu = found["through_cpu"]
+        assert torch.equal(direct[0], through_cpu[0]) and torch.equal(direct[1], through_cpu[1])
+        assert torch.equal(direct[0][3 * rank :][:3], torch.arange(6.0).view(3, 2) + 10 * rank)
+        assert direct[1].abs().sum() > 0
+
+
 def test_no_process_stores_the_logits_of_the_batch(two):
     for found in two:
         assert found["largest"] == dict.fromkeys(LOSSES, 300 * 300)

@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clip_retrieval.errors import UserError
 
 
-def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+def share_statistics(model: nn.Module, device: torch.device, *, shares_gpus: bool = False) -> nn.Module:
     """Make the batch normalisation layers of `model` share their statistics between processes.
 
-    torch's SyncBatchNorm needs GPUs; this works on CPUs as well. Raises UserError for a layer type that has no CPU
-    version.
+    torch's SyncBatchNorm needs a GPU for each process; this works on CPUs as well. Raises UserError for a layer type
+    that has no CPU version.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not shares_gpus:
         return convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

@@ -45,7 +45,8 @@ def make_trainer(
     # trainable parameters
     loss = LOSSES[loss_options.loss]
     if processes.world_size > 1 and not (options.freeze_vision or options.trainable in FROZEN_TOWERS):
-        model.clip.visual = share_statistics(model.clip.visual, device)  # may replace modules, so it comes first
+        # may replace modules, so it comes first
+        model.clip.visual = share_statistics(model.clip.visual, device, shares_gpus=processes.shares_gpus)
     set_trainable(
         model,
         options.trainable,
