@@ -21,6 +21,7 @@ NO_PRESET = "none"
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 """The files of --preset, by name."""
 MAX_IMAGE_PIXELS = 500_000_000  # enough for scans and maps; takes 2 GB of memory
+OPTIMIZERS = ("adamw", "lion", "muon")
 RERANKINGS = ("dual_softmax", "inverted_softmax", "qb_norm", "csls", "dist_norm")
 """The methods of --rerank, see `evaluation.rerank`."""
 NUMBER_LIMIT = 2**63  # the absolute value of a number must be less
@@ -381,12 +382,18 @@ class TrainOptions:
         above=0,
         below=1,
     )
-    beta1: float = option(0.9, "AdamW's beta1", minimum=0, below=1)
-    beta2: float = option(0.98, "AdamW's beta2", minimum=0, below=1)
+    optimizer: str = option(
+        "adamw",
+        "adamw; lion, for a 3-10 times lower --lr and higher --weight_decay; or muon for the linear layers of the "
+        "towers, with AdamW for all else",
+        choices=OPTIMIZERS,
+    )
+    beta1: float = option(0.9, "beta1 of AdamW and Lion", minimum=0, below=1)
+    beta2: float | None = option(None, "beta2 of AdamW and Lion (default: 0.98; 0.99 for Lion)", minimum=0, below=1)
     eps: float = option(1e-6, "AdamW's epsilon", above=0)
     weight_decay: float = option(
         0.2,
-        "AdamW's weight decay; not applied to biases, norms, logit scale and position embeddings",
+        "weight decay; not applied to biases, norms, logit scale and position embeddings",
         "--wd",
         "-wd",
         minimum=0,
@@ -649,6 +656,7 @@ BELONGING = {
     "dataset": (*PLACES, "dataset_weights", "val_fraction", "test_fraction"),
     "retention_dataset": ("retention_root",),
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
+    "optimizer": ("beta1", "beta2", "eps"),
     "trainable": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 }
 """Options that belong to the value of another option."""

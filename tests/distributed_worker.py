@@ -87,6 +87,9 @@ def cases() -> dict[str, dict[str, Any]]:
         "lr_text": 1e-6,
         "layer_decay": 0.5,
     }
+    found["lion"] = {"optimizer": "lion"}
+    found["muon grad_cache"] = {"optimizer": "muon", "eps": 1.0, "layer_decay": 0.5, "grad_cache": CHUNK}
+    found["muon lora"] = {"optimizer": "muon", "eps": 1.0, "trainable": "lora"}
     found["label_smoothing"] = {"label_smoothing": 0.1, "i2t_weight": 0.3, "temperature": 0.05}
     found["distill feature"] = {"distill_from": "start", "distill_kind": "feature"}
     found["distill relational grad_cache"] = {"distill_from": "start", "grad_cache": CHUNK}
@@ -153,7 +156,8 @@ def train_small(
     batch = part_of(global_batch(32 if resnet or simple_clip else 16), own, rows, own)
 
     # The trainer. A large epsilon keeps AdamW from amplifying rounding errors of small gradients.
-    all_options = settle(options, {"grad_cache": grad_cache, "eps": 1.0, "weight_decay": 0.1})
+    defaults = {"optimizer": "adamw", "eps": 1.0, "weight_decay": 0.1}
+    all_options = settle(defaults, options, {"grad_cache": grad_cache})
     bias = -10.0 if all_options.loss.loss == "siglip" else None
     if simple_clip:
         clip = small_simple_clip(vocabulary=VOCABULARY, bias=bias)

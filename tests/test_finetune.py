@@ -364,6 +364,8 @@ def test_own_rates_and_layer_decay_leave_the_logged_rate(run, arguments, tmp_pat
     "extra, words",
     [
         (("--lora_rank", "4"), "--lora_rank needs --trainable lora"),
+        (("--optimizer", "lion", "--eps", "1e-8"), "--eps 1e-08 has no effect with --optimizer lion"),
+        (("--optimizer", "muon", "--trainable", "bitfit"), "--trainable bitfit trains none; use adamw"),
         (("--freeze_vision", "--unlocked_image_blocks", "1"), "--unlocked_image_blocks and --freeze_vision"),
         (("--trainable", "adaptor", "--unlocked_text_blocks", "1"), "--unlocked_text_blocks has no effect"),
     ],

@@ -37,6 +37,7 @@ SPELLINGS = {
     "num_workers": ["--num_workers"],
     "max_image_pixels": ["--max_image_pixels"],
     "lr": ["--lr", "--learning_rate", "-lr"],
+    "optimizer": ["--optimizer"],
     "beta1": ["--beta1"],
     "beta2": ["--beta2"],
     "eps": ["--eps"],
@@ -84,6 +85,7 @@ VALUES = {
     "patch_dropout": "0.5",
     "i2t_weight": "1",
     "beta2": "0.5",
+    "optimizer": "lion",
     "loss": "siglip",
     "trainable": "adaptor",
     "precision": "bf16",
@@ -144,7 +146,7 @@ def test_documented_defaults():
         "batch_size": 256,
         "lr": 1e-5,
         "beta1": 0.9,
-        "beta2": 0.98,
+        "beta2": None,  # 0.98, or 0.99 for Lion
         "eps": 1e-6,
         "weight_decay": 0.2,
         "warmup": None,  # 500, but at most a tenth of the run

@@ -70,6 +70,11 @@ def test_config_overrides_preset_and_command_line_overrides_both(tmp_path):
     assert (options.weight_decay, options.lr, options.epochs) == (0.2, 3e-4, 4)
 
 
+def test_another_optimizer_drops_the_betas_and_epsilon_of_the_preset():
+    options = settle_options({"preset": "simple_clip", "optimizer": "lion"})[0].train
+    assert (options.optimizer, options.beta2, options.eps) == ("lion", None, 1e-6)
+
+
 def test_unknown_preset_names_the_nearest(run):
     code, _, error = run("--preset", "clip_itn")
     assert code == 2 and "did you mean clip_itm?" in error and error.count("\n") == 1

@@ -62,6 +62,9 @@ def test_resume_after_kill_in_any_step_is_bit_identical(run, run_killed, argumen
         ("--trainable", "bitfit", "--layer_decay", "0.5", "--lr_image", "1e-2", "--unlocked_text_blocks", "1"),
         ("--drop_path", "0.5", "--patch_dropout", "0.5", "--word_dropout", "0.5", "--precision", "bf16"),
         ("--distill_from", "start", "--grad_cache", "4"),
+        ("--optimizer", "lion", "--grad_clip", "0.1", "--ema", "0.5", "--trainable", "bitfit"),
+        ("--optimizer", "muon", "--precision", "bf16", "--layer_decay", "0.5", "--grad_clip", "0.1", "--ema", "0.5"),
+        ("--optimizer", "muon", "--trainable", "lora", "--lora_targets", "all", "--grad_cache", "4"),
     ],
     ids=str,
 )
@@ -288,6 +291,27 @@ def test_other_parameters_of_equal_number_need_reset_optimizer(run, arguments, t
     run(*arguments, "--epochs", "1", "--trainable", "linear_projection")
     code, _, err = run(*arguments, "--resume", "auto", "--trainable", "adaptor")
     assert code == 2 and "--reset_optimizer" in err
+
+
+@pytest.mark.parametrize("first, second", [("adamw", "lion"), ("lion", "adamw"), ("muon", "lion"), ("adamw", "muon")])
+def test_another_optimizer_needs_reset_optimizer(run, arguments, tmp_path, first, second):
+    run(*arguments, "--epochs", "1", "--optimizer", first)
+    code, _, err = run(*arguments, "--resume", "auto", "--optimizer", second)
+    assert code == 2 and f"was trained with --optimizer {first} and resumes only with that" in err
+    assert "--reset_optimizer" in err and err.count("\n") == 1
+    code, _, err = run(*arguments, "--resume", "auto", "--optimizer", second, "--reset_optimizer")
+    assert code == 0, err
+
+
+def test_damaged_momentum_of_muon_is_refused_in_one_line(run, arguments, tmp_path):
+    run(*arguments, "--epochs", "1", "--optimizer", "muon")
+    path = tmp_path / "logs/ex0/last.pt"
+    content = torch.load(path, weights_only=True)
+    state = next(state for state in content["optimizer"]["state"].values() if "momentum_buffer" in state)
+    state["momentum_buffer"] = state["momentum_buffer"][:1]
+    torch.save(content, path)
+    code, _, err = run(*arguments, "--resume", "auto")
+    assert code == 2 and "its optimizer state does not fit" in err and err.count("\n") == 1
 
 
 def test_command_line_sets_optimizer_and_length_on_resume(run, arguments, tmp_path):

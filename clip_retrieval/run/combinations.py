@@ -57,6 +57,8 @@ def _check_training(train: TrainOptions, evaluation: EvalOptions) -> None:
     for name in BELONGING["trainable"]:
         if train.trainable != "lora" and getattr(train, name) != getattr(TrainOptions, name):
             raise UserError(f"--{name} needs --trainable lora, not {train.trainable}; give both, or drop it")
+    if train.optimizer == "lion" and train.eps != TrainOptions.eps:
+        raise UserError(f"--eps {train.eps:g} has no effect with --optimizer lion; drop one of them")
     for name, frozen in (("unlocked_image_blocks", "freeze_vision"), ("unlocked_text_blocks", "freeze_text")):
         if getattr(train, name) is not None:
             if getattr(train, frozen):

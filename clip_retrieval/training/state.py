@@ -15,6 +15,7 @@ from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
 from clip_retrieval.models.lora import load_lora, lora_state
 from clip_retrieval.training.average import EMA, SWA
+from clip_retrieval.training.optimizer import moment_names
 from clip_retrieval.training.trainer import Trainer
 
 
@@ -105,6 +106,12 @@ def restore_training(
         )
     # restore the optimizer; AdamW would read out of bounds with moments of another shape
     if not reset_optimizer:
+        optimizer = checkpoint.options.get("optimizer", "adamw")
+        if optimizer != trainer.optimizer_name:
+            raise UserError(
+                f"{source} was trained with --optimizer {optimizer} and resumes only with that; to change it add "
+                "--reset_optimizer, or start a new run from its weights (--pretrained)"
+            )
         if checkpoint.learning != trainer.trainable_shapes:
             raise UserError(
                 f"{source}: its trainable parameters or their shapes differ; use the --trainable, --lora_*, "
@@ -124,8 +131,9 @@ def restore_training(
     return Progress(**{f.name: checkpoint.progress[f.name] for f in fields(Progress) if f.name in checkpoint.progress})
 
 
-def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source: Path) -> None:
+def _check_moments(stored: dict[str, Any], optimizer: torch.optim.Optimizer, source: Path) -> None:
     """Raise UserError, naming `source`, if the state does not fit these parameters. AdamW does not check shapes."""
+    names = moment_names(optimizer)
     groups, stored_groups = optimizer.state_dict()["param_groups"], stored["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     problem = None
@@ -136,20 +144,21 @@ def _check_moments(stored: dict[str, Any], optimizer: torch.optim.AdamW, source:
     for number, state in stored["state"].items():
         if not 0 <= number < len(parameters):
             problem = f"unexpected parameter {number}"
-        elif problem is None and not _is_valid_state(state, parameters[number]):
+        elif problem is None and not _is_valid_state(state, parameters[number], names[number]):
             problem = f"parameter {number} has invalid keys, shapes, dtypes or values"
     if problem:
         raise UserError(f"{source}: its optimizer state does not fit ({problem}); add --reset_optimizer")
 
 
-def _is_valid_state(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
-    """Whether AdamW can continue with this state of a parameter."""
-    moments = ("exp_avg", "exp_avg_sq")
-    if state.keys() != {*moments, "step"} or state["step"].shape != () or state["step"].dtype != torch.float32:
+def _is_valid_state(state: dict[str, torch.Tensor], parameter: torch.Tensor, names: tuple[str, ...]) -> bool:
+    """Whether the optimizer can continue with this state of a parameter, which must have these names."""
+    if state.keys() != set(names):
         return False
-    if not 0 <= state["step"].item() < math.inf:
-        return False
-    if any(state[name].shape != parameter.shape or state[name].dtype != torch.float32 for name in moments):
+    for name, value in state.items():
+        if value.dtype != torch.float32 or value.shape != (() if name == "step" else parameter.shape):
+            return False
+    if "step" in state and not 0 <= state["step"].item() < math.inf:
         return False
     # NaN or negative mean squares would make the weights NaN.
-    return not parameter.numel() or bool(state["exp_avg_sq"].min() >= 0 and not state["exp_avg"].min().isnan())
+    moments = [(name, value.min()) for name, value in state.items() if value.numel()]
+    return not any(least.isnan() or (name == "exp_avg_sq" and least < 0) for name, least in moments)

@@ -108,6 +108,7 @@ class Trainer:
         self.grad_clip = options.grad_clip
         self.seed = options.seed
         self._recomputes = options.grad_checkpointing
+        self.optimizer_name = options.optimizer
         self.optimizer = make_optimizer(model, options, device)
         self.scaler = make_scaler(precision, device)
         self.averages = make_averages(model, options)
@@ -134,16 +135,13 @@ class Trainer:
         """Load moments, loss scale and last learning rate. The hyperparameters stay those of this run's options.
 
         `training.state` has checked that the moments fit the parameters. They are copied to tensors with the memory
-        format of the parameters, because AdamW's kernels rely on it.
+        format of the parameters, because the kernels rely on it.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state = {
             number: {
-                "step": moments["step"].clone(),
-                **{
-                    name: torch.empty_like(parameters[number]).copy_(moments[name])
-                    for name in ("exp_avg", "exp_avg_sq")
-                },
+                name: moment.clone() if name == "step" else torch.empty_like(parameters[number]).copy_(moment)
+                for name, moment in moments.items()
             }
             for number, moments in optimizer["state"].items()
         }
