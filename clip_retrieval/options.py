@@ -231,9 +231,9 @@ class DataOptions:
     word_dropout: float = option(0.0, "share of the words of training captions to drop at random", minimum=0, below=1)
     decoder: str = option(
         "pillow",
-        "image decoder: pillow as in the reference, or fast, 2.5 times faster, with pixels that differ by one or two "
-        "grey levels",
-        choices=("pillow", "fast"),
+        "image decoder: pillow as in the reference; fast, 2.5 times faster, with pixels that differ by one or two grey "
+        "levels; or gpu: baseline JPEG files are decoded and resized on the GPU, with pixels that differ more",
+        choices=("pillow", "fast", "gpu"),
     )
     skip_broken: bool = option(
         False,

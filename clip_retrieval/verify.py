@@ -162,7 +162,7 @@ def find_causes(row: Published, results: dict[str, Any], gap: float, typed: dict
     if results["precision"] != "fp32":
         causes.append(f"precision: {results['precision']}; the default is fp32")
     if results["decoder"] != "pillow":
-        causes.append(f"decoder: {results['decoder']} differs by one or two grey levels; the default is pillow")
+        causes.append(f"decoder: the pixels of {results['decoder']} differ by grey levels; the default is pillow")
     if results.get("caption_prefix"):
         causes.append(f"prompt: --caption_prefix {results['caption_prefix']!r}; published numbers use plain captions")
     # what is usual

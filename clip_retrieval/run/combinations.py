@@ -38,6 +38,10 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
         raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
     if data.image_cache and is_streamed(data) and not evaluate:
         raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
+    if data.decoder == "gpu" and data.augment not in ("none", "crop"):
+        raise UserError(f"--decoder gpu is not for --augment {data.augment}; use --augment crop or --decoder fast")
+    if data.decoder == "gpu" and data.image_cache:
+        raise UserError("--decoder gpu is not for --image_cache, which stores decoded images; drop one of them")
     held_out = " and ".join(f"--{split}_fraction" for split, fraction in data.fractions.items() if fraction)
     if held_out and is_streamed(data):
         raise UserError(f"{held_out}: not for --dataset {data.name}, whose images are streamed; give --val_data")

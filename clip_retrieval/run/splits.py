@@ -15,6 +15,7 @@ from clip_retrieval.data.catalog import read_dataset, size_warning
 from clip_retrieval.data.check import find_broken_images
 from clip_retrieval.data.dataset import UNSPLIT, RetrievalDataset, StoredImages
 from clip_retrieval.data.mixture import Mixture
+from clip_retrieval.data.pixels.jpeg import check_decoder
 from clip_retrieval.data.pixels.pixels import MixedPixels, Pixels, choose_num_workers, make_pixels
 from clip_retrieval.data.selection import without_images
 from clip_retrieval.data.workers import default_num_workers
@@ -44,6 +45,7 @@ def read_split(
         require_pairs: raise UserError if no image has a caption; if False, return None instead.
         decode_all: with --skip_broken, leave out the images that cannot be decoded; training replaces them instead.
     """
+    check_decoder(options.decoder, device)
     dataset = read_dataset(options, split)
     if dataset is not None and options.skip_broken and decode_all:
         dataset = _without_broken_images(dataset, options.num_workers, device, processes)

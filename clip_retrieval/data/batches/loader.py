@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from clip_retrieval.data.batches.sampler import Batch, BatchSampler
 from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import Tokens
-from clip_retrieval.data.pixels.pixels import Indices, Pixels
+from clip_retrieval.data.pixels.jpeg import JpegBatch, JpegFile, collate, decode_ahead
+from clip_retrieval.data.pixels.pixels import Indices, Pixels, decodes_on_device
 from clip_retrieval.data.workers import Workers, map_in_workers
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import UserError
@@ -39,13 +41,17 @@ class TrainBatch:
     lengths: Tensor | None = None
 
 
+ReadablePixels = tuple[Tensor | JpegBatch, list[int], list[str]]
+"""The images of n rows of a batch, the n rows whose images these are, and the problems of the unreadable ones."""
+
+
 class _FetchPixels:
     """Fetches uint8 (n, 3, height, width) for image indices and the seeds of their crops."""
 
     def __init__(self, pixels: Pixels):
         self.pixels = pixels
 
-    def __call__(self, request: tuple[Indices, Indices]) -> Tensor:
+    def __call__(self, request: tuple[Indices, Indices]) -> Tensor | JpegBatch:
         return self.pixels.batch(*request)
 
 
@@ -58,17 +64,19 @@ class _FetchReadablePixels:
     def __init__(self, pixels: Pixels):
         self.pixels = pixels
 
-    def __call__(self, request: tuple[range, np.ndarray, np.ndarray]) -> tuple[Tensor, list[int], list[str]]:
-        """uint8 (n, 3, height, width), the n rows whose images these are, and the problems of the unreadable ones."""
+    def __call__(self, request: tuple[range, np.ndarray, np.ndarray]) -> ReadablePixels:
+        """The images, the n rows whose images these are, and the problems of the unreadable ones."""
         rows, indices, seeds = request
         try:
             return self.pixels.batch(indices[rows.start : rows.stop], seeds[rows.start : rows.stop]), list(rows), []
         except UserError:
             found = [self._read_next_readable(row, indices, seeds) for row in rows]
         images, used, problems = zip(*found)
-        return torch.stack(images), list(used), [problem for problem in problems if problem]
+        return collate(images), list(used), [problem for problem in problems if problem]
 
-    def _read_next_readable(self, row: int, indices: np.ndarray, seeds: np.ndarray) -> tuple[Tensor, int, str]:
+    def _read_next_readable(
+        self, row: int, indices: np.ndarray, seeds: np.ndarray
+    ) -> tuple[Tensor | JpegFile, int, str]:
         problem = ""
         for place in range(row, row + len(indices)):
             used = place % len(indices)
@@ -79,8 +87,26 @@ class _FetchReadablePixels:
         raise UserError(f"{problem}; no other image of its batch can be read either")
 
 
-def image_batches(pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool) -> Iterator[Tensor]:
-    """Yield uint8 (n, 3, height, width) for each range of image indices. Raises UserError for an unreadable image."""
+def _decode(images: Tensor | JpegBatch, device: torch.device) -> Tensor:
+    return images.to(device) if isinstance(images, JpegBatch) else images
+
+
+def _decode_readable(found: ReadablePixels, device: torch.device) -> ReadablePixels:
+    """Decode on the device; an image that only proves unreadable there is replaced too."""
+    images, rows, problems = found
+    if not isinstance(images, JpegBatch):
+        return found
+    pixels, used, further = images.decode(device)
+    return pixels, [rows[row] for row in used], problems + further
+
+
+def image_batches(
+    pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool
+) -> Iterator[Tensor | JpegBatch]:
+    """Yield the images of each range of indices: uint8 (n, 3, height, width), or files that become that on a device.
+
+    Raises UserError for an unreadable image.
+    """
     requests = ((indices, [0] * len(indices)) for indices in batches)
     return map_in_workers(_FetchPixels(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
 
@@ -97,10 +123,8 @@ class ToDevice:
         """Whether pinned memory speeds up the copies."""
         return self._copies is not None
 
-    def __call__(
-        self, image_parts: list[Tensor], texts: Tensor, positives: Tensor, lengths: Tensor | None
-    ) -> TrainBatch:
-        """Make the batch on the device; its images are the concatenated parts."""
+    def __call__(self, image_parts: list[Any], texts: Tensor, positives: Tensor, lengths: Tensor | None) -> TrainBatch:
+        """Make the batch on the device; its images are the concatenated parts, uint8 (n, 3, height, width) each."""
         if self._copies is None:
             images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
             return TrainBatch(images.to(self.device), texts.to(self.device), positives.to(self.device), lengths)
@@ -114,7 +138,10 @@ class ToDevice:
         return TrainBatch(images, texts, positives, lengths)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the GPU without blocking this process."""
+        """Copy a tensor to the GPU without blocking this process, unless the GPU decoded it."""
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(self.device))  # that of the copies
+            return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
@@ -165,7 +192,10 @@ class TrainLoader:
         self._to_device = ToDevice(device)
         self.processes = processes
         self._skipped = SkipCounter("images", processes) if skip_unreadable else None
+        self._decode: Callable[[Any], Any] | None = None
         if not isinstance(images, Tensor):
+            if decodes_on_device(images):
+                self._decode = partial(_decode_readable if skip_unreadable else _decode, device=device)
             fetch = _FetchReadablePixels(images) if skip_unreadable else _FetchPixels(images)
             self._workers = Workers(fetch, num_workers=num_workers, pin_memory=self._to_device.pin_memory)
 
@@ -181,6 +211,8 @@ class TrainLoader:
         pending: list[tuple[Batch, int]] = []
         requests = _make_requests(self.sampler, self.share, epoch, first_batch, pending, whole=bool(self._skipped))
         parts = self._workers(requests)
+        if self._decode is not None:
+            parts = decode_ahead(parts, self._decode, self._to_device.device)
         if self._skipped:
             self._skipped.begin(epoch, first_batch)
         for batch_number, part in enumerate(parts, first_batch):

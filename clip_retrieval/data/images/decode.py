@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import logging
 import mmap
 import os
@@ -160,6 +161,24 @@ def _check_scans(file: BinaryIO) -> None:
     file.seek(position)
     if scans > MOST_SCANS:
         raise ValueError(f"a JPEG of {scans:,} scans")
+
+
+def baseline_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Return (width, height) of a complete baseline JPEG file in grey or YCbCr; None for any other file.
+
+    Only the header is read. Such files are decoded alike by every decoder; the others need `decode_rgb`.
+    """
+    if not content.startswith(b"\xff\xd8") or not content.rstrip(b"\0\r\n").endswith(b"\xff\xd9"):
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            is_plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform") != 0)
+            is_short = max(image.size) <= min(LONGEST_SIDE, LONGEST * min(image.size))
+            if image.format == "JPEG" and is_plain and is_short and not image.info.get("progressive"):
+                return image.size
+    except Exception:  # as many as in decode_rgb, which says what is wrong
+        return None
+    return None
 
 
 def shorten_middle(image: Image.Image, longest: int) -> Image.Image:

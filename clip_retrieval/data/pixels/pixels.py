@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_retrieval.data.dataset import Images
+from clip_retrieval.data.dataset import EncodedImages, Images
+from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.pixels.augment import CROP_SCALE, CropTransform, make_augmentation
+from clip_retrieval.data.pixels.jpeg import JpegBatch, JpegFile, JpegPixels, JpegTransform, collate
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 from clip_retrieval.data.workers import default_num_workers
 
@@ -26,15 +29,15 @@ class Pixels(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        """Read an image: uint8 (3, height, width). `seed` decides the random crop, if any.
+    def __call__(self, index: int, seed: int = 0) -> torch.Tensor | JpegFile:
+        """Read an image: uint8 (3, height, width), or a file. `seed` decides the random crop, if any.
 
         Raises UserError, naming the image, if it cannot be read.
         """
         ...
 
-    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
-        """Read n images: uint8 (n, 3, height, width)."""
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor | JpegBatch:
+        """Read n images: uint8 (n, 3, height, width), or files that the device decodes to that."""
         ...
 
 
@@ -52,10 +55,19 @@ def make_pixels(
         images: the images.
         preprocess: open_clip's preprocessing, as a dict.
         augment, crop_scale: as in `ImageTransform`.
-        decoder: "pillow", open_clip's pixels, or "fast", within two grey levels of them (see `transforms`).
+        decoder: "pillow", open_clip's pixels; "fast", within two grey levels of them (see `transforms`); or "gpu", the
+            files, which the device decodes (see `jpeg`).
     """
+    if decoder == "gpu" and isinstance(images, EncodedImages):
+        return JpegPixels(images, JpegTransform(preprocess, augment=augment, crop_scale=crop_scale))
+    decoder = "fast" if decoder == "gpu" else decoder
     transform = ImageTransform(preprocess, augment=augment, crop_scale=crop_scale, decoder=decoder)
     return _DecodedPixels(images, transform, in_memory=isinstance(images, ImageArray) and augment in ("none", "crop"))
+
+
+def decodes_on_device(pixels: Pixels) -> bool:
+    """Whether batches may have JPEG files, which the device decodes."""
+    return any(isinstance(part, JpegPixels) for part in getattr(pixels, "parts", (pixels,)))
 
 
 class MixedPixels:
@@ -69,16 +81,20 @@ class MixedPixels:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __call__(self, index: int, seed: int = 0) -> torch.Tensor:
-        return self.batch([index], [seed])[0]
+    def __call__(self, index: int, seed: int = 0) -> torch.Tensor | JpegFile:
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self.parts[number](int(index - self._first[number]), seed)
 
-    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor:
+    def batch(self, indices: Indices, seeds: Indices) -> torch.Tensor | JpegBatch:
+        if decodes_on_device(self):
+            return collate([self(int(index), int(seed)) for index, seed in zip(indices, seeds, strict=True)])
         indices, seeds = np.asarray(indices), np.asarray(seeds)
         part_numbers = np.searchsorted(self._first, indices, side="right") - 1
         batch = torch.empty(0)
         for number in np.unique(part_numbers):
             rows = np.flatnonzero(part_numbers == number)
             own = self.parts[number].batch((indices[rows] - self._first[number]).tolist(), seeds[rows].tolist())
+            assert isinstance(own, torch.Tensor)
             if len(batch) == 0:
                 batch = own.new_empty((len(indices), *own.shape[1:]))
             batch[torch.from_numpy(rows)] = own
@@ -102,6 +118,10 @@ class ImageTransform:
         self._resize = evaluation_transform(preprocess, decoder)
         self._crop = None if augment == "none" else CropTransform(preprocess, decoder, crop_scale)
         self._augment = make_augmentation(augment)
+
+    def read(self, content: bytes, name: str, seed: int = 0) -> torch.Tensor:
+        """Decode the bytes of a file and transform the image. Raises UserError, naming it, if it cannot be read."""
+        return self(decode_rgb(io.BytesIO(content), name), seed)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """uint8 (3, height, width)."""

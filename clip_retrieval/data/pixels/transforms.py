@@ -5,20 +5,24 @@ pixels are transferred as uint8, and scaled and normalised on the device.
 
 Decoder "pillow" is bit-identical to the reference. "fast" resizes the same decoded pixels to the same sizes with
 torch's uint8 kernels, whose fixed-point weights cause differences of one or two grey levels. Both decode with Pillow,
-because decoding is not the bottleneck (benchmarks/input.py).
+because decoding is not the bottleneck (benchmarks/input.py). "gpu" resizes decoded images of any device in float32; see
+`jpeg`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL
 import torch
 from open_clip.transform import MaybeToTensor, PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2 import functional as F
 
@@ -55,10 +59,17 @@ def resize(
     return F.resize(pixels, [height, width], interpolation, antialias=True)
 
 
-def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[[Image.Image], torch.Tensor]:
+def resize_decoded(images: torch.Tensor, size: Sequence[int], interpolation: InterpolationMode) -> torch.Tensor:
+    """Resize uint8 (n, 3, height, width) to `size` (height, width) on its device, with antialiasing in float32."""
+    resized = interpolate(images.float(), list(size), mode=interpolation.value, antialias=True)
+    return resized.round_().clamp_(0, 255).byte()
+
+
+def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[[Any], torch.Tensor]:
     """Make the resizing and cropping of open_clip's evaluation transform: RGB image to uint8 (3, height, width).
 
-    With `resize_size`, images are resized to it and cropped to `size`, as transformers does.
+    With decoder "gpu", uint8 (n, 3, any height, any width) to (n, 3, height, width). With `resize_size`, images are
+    resized to it and cropped to `size`, as transformers does.
     """
     settings = {name: value for name, value in preprocess.items() if name != RESIZE_SIZE}
     resize_size = preprocess.get(RESIZE_SIZE)
@@ -68,25 +79,29 @@ def evaluation_transform(preprocess: dict, decoder: str = "pillow") -> Callable[
     steps = [step for step in reference.transforms if not isinstance(step, (MaybeToTensor, Normalize))]
     if resize_size:
         steps = [*(step for step in steps if not isinstance(step, CenterCrop)), CenterCrop(model_size(preprocess))]
-    if preprocess.get("resize_mode") == "longest":  # otherwise the short side may become less than a pixel
+    if preprocess.get("resize_mode") == "longest" and decoder != "gpu":  # the short side may become less than a pixel
         steps.insert(0, partial(shorten_middle, longest=min(model_size(preprocess))))
     if decoder == "pillow":
         return Compose([*steps, to_tensor])
     # The steps after resizing (cropping, padding) also take tensors.
     resize = next(i for i, step in enumerate(steps) if isinstance(step, (Resize, ResizeKeepRatio)))
-    return Compose([*steps[:resize], partial(_resize_transform, step=steps[resize]), *steps[resize + 1 :]])
+    return Compose(
+        [*steps[:resize], partial(_resize_transform, step=steps[resize], decoder=decoder), *steps[resize + 1 :]]
+    )
 
 
-def _resize_transform(image: Image.Image, step: Resize | ResizeKeepRatio) -> torch.Tensor:
-    """Resize an image to the size that this step of the reference would give: uint8 (3, height, width)."""
+def _resize_transform(image: Image.Image | torch.Tensor, step: Resize | ResizeKeepRatio, decoder: str) -> torch.Tensor:
+    """Resize an image, or a batch of them, to the size that this step of the reference would give."""
+    height, width = F.get_size(image)
     if isinstance(step, ResizeKeepRatio):
-        size = step.get_params(image, step.size, step.longest)
+        size = step.get_params(SimpleNamespace(size=(width, height)), step.size, step.longest)
     elif isinstance(step.size, int):
-        short = min(image.size)
-        size = [int(step.size * side / short) for side in (image.height, image.width)]
+        size = [int(step.size * side / min(height, width)) for side in (height, width)]
     else:
         size = step.size
-    return resize(image, size, "fast", step.interpolation)
+    if isinstance(image, torch.Tensor):
+        return resize_decoded(image, size, step.interpolation)
+    return resize(image, size, decoder, step.interpolation)
 
 
 def size_for_crops(width: int, height: int, preprocess: dict) -> tuple[int, int]:

@@ -8,15 +8,14 @@ samples.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.duplicates import image_key
+from clip_retrieval.data.pixels.jpeg import JpegFile, JpegTransform
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.order import Segment, ShardOrder, Shuffle
 from clip_retrieval.data.shards.samples import Unusable, image_ending, read_sample_captions, read_samples
@@ -25,9 +24,9 @@ from clip_retrieval.errors import UserError
 
 
 class Pair(NamedTuple):
-    """An image as the model's input, uint8 (3, height, width), its caption, and its `image_key`."""
+    """An image as the model's input, uint8 (3, height, width), or its file; its caption, and its `image_key`."""
 
-    pixels: Tensor
+    pixels: Tensor | JpegFile
     caption: str
     key: int
 
@@ -41,7 +40,7 @@ class LaneReader:
         caption_key: the key of the caption in a .json; by default the .txt is read if there is one.
     """
 
-    def __init__(self, order: ShardOrder, transform: ImageTransform, caption_key: str | None = None):
+    def __init__(self, order: ShardOrder, transform: ImageTransform | JpegTransform, caption_key: str | None = None):
         self.order = order
         self.transform = transform
         self.caption_key = caption_key
@@ -99,7 +98,11 @@ class LaneReader:
 
 
 def decode_sample(
-    sample: dict[str, Any], path: Place, transform: ImageTransform, caption_key: str | None, rng: np.random.Generator
+    sample: dict[str, Any],
+    path: Place,
+    transform: ImageTransform | JpegTransform,
+    caption_key: str | None,
+    rng: np.random.Generator,
 ) -> Pair:
     """Decode a sample's image, and draw one of its captions.
 
@@ -109,13 +112,13 @@ def decode_sample(
     try:
         captions = read_sample_captions(sample, caption_key)
         content = sample[image_ending(sample)]
-        image = decode_rgb(io.BytesIO(content), name)
+        caption = captions[rng.integers(len(captions))]
+        pixels = transform.read(content, name, int(rng.integers(2**63)))
     except Unusable as problem:
         raise Unusable(f"{name}: {problem}") from None
     except UserError as error:
         raise Unusable(str(error)) from None
-    caption = captions[rng.integers(len(captions))]
-    return Pair(transform(image, int(rng.integers(2**63))), caption, image_key(content))
+    return Pair(pixels, caption, image_key(content))
 
 
 def read_in_order(

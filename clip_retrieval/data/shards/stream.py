@@ -8,6 +8,7 @@ unusable one. All captions of the image are positives of each appearance, also a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from clip_retrieval.data.batches.loader import ToDevice, TrainBatch, text_length
 from clip_retrieval.data.batches.skipped import SkipCounter
 from clip_retrieval.data.captions import tokenize
+from clip_retrieval.data.pixels.jpeg import JpegBatch, JpegTransform, collate, decode_ahead
 from clip_retrieval.data.shards.lanes import LaneReader, Pair
 from clip_retrieval.data.shards.order import ShardOrder
 from clip_retrieval.data.workers import Workers
@@ -28,7 +30,7 @@ class LaneParts(NamedTuple):
     """The part of a batch that some lanes provide.
 
     Attributes:
-        images: uint8 (n, 3, height, width).
+        images: uint8 (n, 3, height, width), or files that the device decodes to that.
         ids: int32 (n, context_length).
         lengths: int64 (n,), as in `captions.Tokens`.
         keys: int64 (n,), the images' `image_key`.
@@ -36,7 +38,7 @@ class LaneParts(NamedTuple):
         replaced: the unusable samples that others replace, with their problems.
     """
 
-    images: Tensor
+    images: Tensor | JpegBatch
     ids: Tensor
     lengths: Tensor
     keys: Tensor
@@ -58,7 +60,7 @@ class _FetchLanes:
         found = [pair for lane in lanes for pair in self._read_pairs(epoch, batch, lane)]
         pairs = [pair for pair, _ in found]
         tokens = tokenize([pair.caption for pair in pairs], self.tokenizer, self.prefix)
-        images, keys = torch.stack([pair.pixels for pair in pairs]), torch.tensor([pair.key for pair in pairs])
+        images, keys = collate([pair.pixels for pair in pairs]), torch.tensor([pair.key for pair in pairs])
         replaced = [problem for _, problem in found if problem]
         return LaneParts(images, tokens.ids, tokens.lengths, keys, tokens.cut, replaced)
 
@@ -70,6 +72,15 @@ class _FetchLanes:
         found = list(islice(pairs, share))
         self._open[lane] = (epoch, batch + 1), pairs
         return found
+
+
+def _decode_lanes(parts: LaneParts, device: torch.device) -> LaneParts:
+    """Decode on the device; a sample that only proves unusable there is replaced too."""
+    if not isinstance(parts.images, JpegBatch):
+        return parts
+    images, rows, problems = parts.images.decode(device)
+    ids, lengths, keys = (tensor[rows] for tensor in (parts.ids, parts.lengths, parts.keys))
+    return LaneParts(images, ids, lengths, keys, parts.cut, parts.replaced + problems)
 
 
 class StreamLoader:
@@ -110,6 +121,7 @@ class StreamLoader:
         cuts = [own.start + len(own) * i // number for i in range(number + 1)]
         self._groups = [range(*cut) for cut in pairwise(cuts)]
         self._to_device = ToDevice(device)
+        self._decodes_on_device = isinstance(read.transform, JpegTransform)
         fetch = _FetchLanes(read, tokenizer, prefix)
         self._workers = Workers(fetch, num_workers=min(num_workers, number), pin_memory=self._to_device.pin_memory)
         self._next: tuple[int, int] | None = None
@@ -122,6 +134,10 @@ class StreamLoader:
         """
         if self._next != (epoch, first_batch):
             self._parts = self._workers(_make_requests(epoch, range(first_batch, len(self.order)), self._groups))
+            if self._decodes_on_device:
+                self._parts = decode_ahead(
+                    self._parts, partial(_decode_lanes, device=self._to_device.device), self._to_device.device
+                )
             self._skipped.begin(epoch, first_batch)
         for batch in range(first_batch, len(self.order)):
             parts = [next(self._parts) for _ in self._groups]

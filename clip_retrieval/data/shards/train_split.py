@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from clip_retrieval.data.batches.train_split import EncodeFrozen
+from clip_retrieval.data.pixels.jpeg import JpegTransform, check_decoder
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.find import find_shards
 from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
@@ -48,7 +49,7 @@ class StreamedTrainSplit:
     split: str
     shards: Shards
     samples: int
-    transform: ImageTransform
+    transform: ImageTransform | JpegTransform
     tokenizer: Any
     num_workers: int
     options: DataOptions
@@ -114,7 +115,13 @@ def open_stream(
         sizes = counted = _count_unknown(found.paths, sizes, workers, processes)
         samples = sum(counted)
     log.info(f"{data.name} train: {format_counts(shard=len(sizes), pair=samples)} an epoch")
-    transform = ImageTransform(preprocess, augment=data.augment, crop_scale=data.crop_scale, decoder=data.decoder)
+    check_decoder(data.decoder, device)
+    settings: dict[str, Any] = {"augment": data.augment, "crop_scale": data.crop_scale}
+    transform: ImageTransform | JpegTransform
+    if data.decoder == "gpu":
+        transform = JpegTransform(preprocess, **settings)
+    else:
+        transform = ImageTransform(preprocess, decoder=data.decoder, **settings)
     shards = Shards(found.paths, sizes)
     stream = StreamedTrainSplit(found.split, shards, samples, transform, tokenizer, workers, data, seed)
     _log_samples(stream, data)

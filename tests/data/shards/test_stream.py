@@ -10,6 +10,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.images.image_files import decode_rgb
+from clip_retrieval.data.pixels import pixels as pixels_module
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards import lanes
 from clip_retrieval.data.shards.lanes import LaneReader
@@ -158,9 +159,9 @@ def test_resume_reads_no_earlier_shard_and_decodes_nothing_twice(stream, monkeyp
     whole = stream()
     order, last = whole.order, len(whole.order) - 1
     opened, decoded = [], []
-    normal, decode = lanes.read_samples, lanes.decode_rgb
+    normal, decode = lanes.read_samples, decode_rgb
     monkeypatch.setattr(lanes, "read_samples", lambda path, first: opened.append(path) or normal(path, first))
-    monkeypatch.setattr(lanes, "decode_rgb", lambda *args: decoded.append(args) or decode(*args))
+    monkeypatch.setattr(pixels_module, "decode_rgb", lambda *args: decoded.append(args) or decode(*args))
     assert len(list(whole.epoch(0, last))) == 1
     assert len(decoded) == 8
     current = {lane: next(order.lane(0, lane, last * order.lane_share))[0].shard for lane in range(order.lanes)}
