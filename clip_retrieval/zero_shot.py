@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.folder import LabelledImages
 from clip_retrieval.classification.labelled_sets import IMAGENET, ZeroShotData, read_labelled
 from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import make_task, score_task
@@ -71,10 +71,9 @@ def classify_with(
     block = score_task(
         model.to(device),
         make_task(labelled, templates, tokenizer, built.preprocess),
-        device=device,
-        eval_batch_size=options.evaluation.eval_batch_size,
+        options.evaluation,
         num_workers=options.data.num_workers,
-        precision=options.evaluation.eval_precision,
+        device=device,
         processes=processes,
     )
     table = per_class_table(block)

@@ -96,13 +96,8 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
     warn_of_random_weights(built)
     images = Photographs([str(path) for path in paths])
     inputs = prompt_classes("demo", images, names, templates, tokenizer, built.preprocess)
-    features = inputs.encode(
-        model.to(device),
-        device=device,
-        eval_batch_size=options.evaluation.eval_batch_size,
-        num_workers=options.data.num_workers,
-        precision=options.evaluation.eval_precision,
-    )
+    workers = options.data.num_workers
+    features = inputs.encode(model.to(device), options.evaluation, num_workers=workers, device=device)
     check_finite(features.images, "image", [str(path) for path in paths])
     check_finite(features.classes, "label", names)
     # predict, print and draw

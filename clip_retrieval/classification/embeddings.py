@@ -43,24 +43,15 @@ class PromptedImages:
     def encode(
         self,
         model: RetrievalModel,
+        options: EvalOptions,
         *,
+        num_workers: int | None,
         device: torch.device,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        precision: str = "fp32",
         processes: Processes = SINGLE_PROCESS,
     ) -> ClassificationFeatures:
         """Encode images and prompts. The model must be on `device`; its training mode stays."""
-        encoded = encode_split(
-            model,
-            self.dataset,
-            self.tokens,
-            self.pixels,
-            EvalOptions(eval_batch_size=eval_batch_size, eval_precision=precision),
-            num_workers=num_workers,
-            device=device,
-            processes=processes,
-        )
+        shared: dict[str, Any] = {"num_workers": num_workers, "device": device, "processes": processes}
+        encoded = encode_split(model, self.dataset, self.tokens, self.pixels, options, **shared)
         seconds = {"images": encoded.seconds["images"], "classes": encoded.seconds["captions"]}
         return ClassificationFeatures(encoded.images, class_embeddings(encoded.captions, self.classes), seconds)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from clip_retrieval.classification.labelled import LabelledImages
-from clip_retrieval.data.dataset import SPLITS
+from clip_retrieval.data.dataset import SPLITS, Images
 from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import is_clutter
@@ -18,6 +18,27 @@ from clip_retrieval.log import log
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm"}
 MAX_SHOWN = 5  # skipped files named in the log
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images and their classes.
+
+    Attributes:
+        name: name of the data set or of the folder, e.g. "cifar100".
+        images: the images, opened on access.
+        labels: int64 (images,), the class of each image.
+        class_names: (classes,). Classes with the same name stay separate.
+        place: folder of the images, if any.
+        names_file: file of the class names, if any.
+    """
+
+    name: str
+    images: Images
+    labels: np.ndarray
+    class_names: Sequence[str]
+    place: Path | None = None
+    names_file: Path | None = None
 
 
 def read_image_folder(
@@ -59,14 +80,17 @@ def read_image_folder(
 def list_class_folders(folder: Path) -> list[str]:
     """The sorted names of the subfolders. Raises UserError if there are none."""
     try:
-        subfolders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_clutter(entry.name)]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no such folder; give a folder with one folder of images per class") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder}: a file; give a folder with one folder of images per class") from None
+        subfolders = _list_subfolders(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = "no such folder" if isinstance(error, FileNotFoundError) else "a file"
+        raise UserError(f"{folder}: {problem}; give a folder with one folder of images per class") from None
     if not subfolders:
         raise UserError(f"{folder}: holds no folders; give a folder with one folder of images per class")
     return sort_naturally(subfolders)
+
+
+def _list_subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_clutter(entry.name))
 
 
 def choose_split_folder(folder: Path) -> Path:
@@ -74,18 +98,13 @@ def choose_split_folder(folder: Path) -> Path:
 
     A folder with other subfolders, or whose train/ and val/ hold images only, holds the classes itself.
     """
-    if not folder.is_dir():
-        return folder
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_clutter(entry.name)]
-    if not all(name.lower() in SPLITS for name in names):
-        return folder
-    for split in ("test", "val", "train"):
-        for name in sorted(names):
-            found = folder / name
-            holds_classes = any(entry.is_dir() and not is_clutter(entry.name) for entry in os.scandir(found))
-            if SPLITS[name.lower()] == split and holds_classes:
-                log.info(f"{folder}: holds the splits {', '.join(sorted(names))}; {name} is scored")
-                return found
+    names = _list_subfolders(folder) if folder.is_dir() else []
+    if all(name.lower() in SPLITS for name in names):
+        for split in ("test", "val", "train"):
+            for name in names:
+                if SPLITS[name.lower()] == split and _list_subfolders(folder / name):
+                    log.info(f"{folder}: holds the splits {', '.join(names)}; {name} is scored")
+                    return folder / name
     return folder
 
 

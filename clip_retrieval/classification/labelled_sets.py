@@ -14,8 +14,7 @@ from clip_retrieval.classification.class_names import (
     imagenet_names,
     read_class_names,
 )
-from clip_retrieval.classification.folder import choose_split_folder, read_image_folder
-from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.folder import LabelledImages, choose_split_folder, read_image_folder
 from clip_retrieval.classification.templates import DEFAULT_SETS, Templates, choose_templates
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import path_exists

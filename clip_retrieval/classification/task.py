@@ -1,7 +1,7 @@
 """Zero-shot classification of labelled images: prepared once, scored any number of times.
 
 task = prepare_task(ZeroShotData("cifar100", root), tokenizer, preprocess)
-block = score_task(model, task, device=device)
+block = score_task(model, task, EvalOptions(), num_workers=None, device=device)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_retrieval.classification.accuracy import accuracy_report
 from clip_retrieval.classification.embeddings import PromptedImages, prompt_classes
-from clip_retrieval.classification.labelled import LabelledImages
+from clip_retrieval.classification.folder import LabelledImages
 from clip_retrieval.classification.labelled_sets import ZeroShotData, read_labelled
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
@@ -26,6 +26,7 @@ from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import Features, scoring_device
 from clip_retrieval.log import log
 from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.options import EvalOptions
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,10 @@ def make_task(
 def score_task(
     model: RetrievalModel,
     task: ZeroShotTask,
+    options: EvalOptions,
     *,
+    num_workers: int | None,
     device: torch.device,
-    eval_batch_size: int | None = None,
-    num_workers: int | None = None,
-    precision: str = "fp32",
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Compute the block of results.json: sizes, accuracy in percent (see `accuracy_report`), and seconds.
@@ -72,14 +72,7 @@ def score_task(
     The model must be on `device`; its training mode stays. Processes that share the work all get the block.
     """
     # encode images and prompts
-    features = task.inputs.encode(
-        model,
-        device=device,
-        eval_batch_size=eval_batch_size,
-        num_workers=num_workers,
-        precision=precision,
-        processes=processes,
-    )
+    features = task.inputs.encode(model, options, num_workers=num_workers, device=device, processes=processes)
     # rank each image's own class among all classes
     labelled = task.labelled
     started = time.perf_counter()
@@ -99,7 +92,7 @@ def score_task(
         "dataset": labelled.name,
         "data_root": labelled.place and str(labelled.place.absolute()),
         "class_names": labelled.names_file and str(labelled.names_file.absolute()),
-        "precision": precision,
+        "precision": options.eval_precision,
         "template_set": task.templates.name,
         "templates": list(task.templates.texts),
         "images": len(labelled.images),

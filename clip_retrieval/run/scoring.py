@@ -51,10 +51,9 @@ def score_zero_shot(run: Run, task: ZeroShotTask, kind: str = "zero_shot") -> di
         block = score_task(
             run.model,
             task,
-            device=run.trainer.device,
-            eval_batch_size=options.evaluation.eval_batch_size,
+            options.evaluation,
             num_workers=options.data.num_workers,
-            precision=options.evaluation.eval_precision,
+            device=run.trainer.device,
             processes=run.processes,
         )
     write_scores(run, kind, block)

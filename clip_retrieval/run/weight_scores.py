@@ -100,10 +100,9 @@ class WeightScorer:
             block = score_task(
                 self.model,
                 self.zero_shot,
-                device=choose_device(self.options.run.device),
-                eval_batch_size=self.options.evaluation.eval_batch_size,
+                self.options.evaluation,
                 num_workers=self.options.data.num_workers,
-                precision=self.options.evaluation.eval_precision,
+                device=choose_device(self.options.run.device),
                 processes=self.processes,
             )
             blocks["zero_shot"] = {k: v for k, v in block.items() if k not in ("per_class", "templates")}
