@@ -16,7 +16,6 @@ from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.files import write_json
 from clip_retrieval.models.image_size import height_and_width
-from clip_retrieval.models.instantiate import DEFAULT_CONTEXT_LENGTH
 from clip_retrieval.models.libraries import quiet, translate_errors
 from clip_retrieval.models.towers import RetrievalModel
 
@@ -25,22 +24,14 @@ LARGEST = 2**31 - 2**27
 """Bytes of weights in a .onnx file, which is limited to 2 GiB; more are written to a file beside it."""
 
 
-class _Images(nn.Module):
-    def __init__(self, model: RetrievalModel):
+class _Tower(nn.Module):
+    def __init__(self, model: RetrievalModel, encode: str):
         super().__init__()
         self.model: RetrievalModel = model
+        self._encode = encode
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(images)
-
-
-class _Texts(nn.Module):
-    def __init__(self, model: RetrievalModel):
-        super().__init__()
-        self.model: RetrievalModel = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model.encode_text(ids)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return getattr(self.model, self._encode)(inputs)
 
 
 def write(model: ImageTextModel, folder: Path) -> None:
@@ -48,12 +39,10 @@ def write(model: ImageTextModel, folder: Path) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
-    length = model.config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
     images = torch.zeros(2, 3, *height_and_width(model.model.preprocess["size"]), dtype=torch.uint8)
     ids = model.tokenizer(["a", "b"]).long()
-    assert ids.shape == (2, length)
-    _export(_Images(model.model), images, "images", folder / "image.onnx", model.name)
-    _export(_Texts(model.model), ids, "ids", folder / "text.onnx", model.name)
+    _export(_Tower(model.model, "encode_image"), images, "images", folder / "image.onnx", model.name)
+    _export(_Tower(model.model, "encode_text"), ids, "ids", folder / "text.onnx", model.name)
     write_json(folder / "preprocess.json", model.model.preprocess)
     tokenizer_files.save(model.tokenizer, folder)
 
