@@ -20,6 +20,7 @@ from clip_retrieval.log import log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.image_size import format_size, height_and_width
 from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.options import Options
@@ -41,6 +42,7 @@ from clip_retrieval.run.train_parts import make_loader, make_trainer
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.distillation import Distillation
+from clip_retrieval.training.image_warmup import ImageWarmup
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.trainer import Trainer
@@ -145,7 +147,11 @@ def prepare(
 
     # trainer, new or restored
     sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
+    schedule = Schedule.from_options(options, len(sampler))
     trainer = make_trainer(options.train, options.loss, model.to(device), precision, device, processes)
+    if options.train.start_image_size:
+        size = height_and_width(options.train.start_image_size)
+        trainer.image_warmup = ImageWarmup(size, schedule.small_steps)
     progress = Progress(weights=built.weights)
     if checkpoint is not None:
         progress = restore_training(
@@ -181,7 +187,6 @@ def prepare(
     metrics = open_folder(options, folder, source, progress, device) if processes.is_main else None
 
     # run
-    schedule = Schedule.from_options(options, len(sampler))
     run = Run(
         options=options,
         folder=folder,
@@ -230,6 +235,9 @@ def log_setup(run: Run, precision: str) -> None:
         f"{trainable:,.2f} M trainable parameters; {format_counts(step=total_steps)}, {len(run.sampler):,} an "
         f"epoch, of {run.describe_batch()} pairs, {precision} on {run.trainer.device}"
     )
+    if warmup := run.trainer.image_warmup:
+        full = format_size(run.model.preprocess["size"])
+        log.info(f"images of {format_size(warmup.size)} px to step {warmup.steps}, then of {full} px")
 
 
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:

@@ -19,6 +19,7 @@ from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
+from clip_retrieval.models.any_size import accept_smaller_images
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.drop_path import set_drop_path
 from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
@@ -66,6 +67,10 @@ def make_trainer(
         if vision_is_frozen(model):
             raise UserError("--patch_dropout: the image tower is frozen; drop it, or train the tower")
         set_patch_dropout(model.clip.visual, options.patch_dropout)
+    if options.start_image_size:
+        if vision_is_frozen(model):
+            raise UserError("--start_image_size: the image tower is frozen; drop it, or train the tower")
+        accept_smaller_images(model.clip.visual, model.preprocess["size"], options.start_image_size)
     if loss_options.temperature is not None:
         model.clip.logit_scale.data.fill_(-math.log(loss_options.temperature))
     if options.grad_checkpointing:
