@@ -478,7 +478,8 @@ class TrainOptions:
     )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     no_feature_cache: bool = option(
-        False, "run frozen towers in every epoch, instead of caching their features (same final weights)"
+        False,
+        "run frozen towers, and the teacher, in every epoch, instead of caching their features (same final weights)",
     )
     compile: bool = option(
         False, "compile the towers with torch.compile: a slow start, then faster steps", from_checkpoint=False

@@ -12,6 +12,7 @@ from clip_retrieval.classification.task import ZeroShotTask
 from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
+from clip_retrieval.data.batches.train_split import IndexedTrainSplit
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
@@ -29,7 +30,7 @@ from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
-from clip_retrieval.run.teacher import START, copy_start, load_teacher
+from clip_retrieval.run.teacher import START, caches_features, copy_start, encode_split, load_teacher
 from clip_retrieval.run.train_data import (
     choose_batch_size,
     encodes_images_once,
@@ -173,9 +174,20 @@ def prepare(
             device=device,
         )
         loss = options.loss
-        trainer.distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
+        trainer.distillation = distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
+        if caches_features(options) and isinstance(train, IndexedTrainSplit) and schedule.total_steps >= len(sampler):
+            size = options.evaluation.eval_batch_size
+            distillation.features = encode_split(teacher, train, size, device, processes)
     loader = make_loader(
-        options, train, sampler, model, tokenizer, precision=precision, device=device, processes=processes
+        options,
+        train,
+        sampler,
+        model,
+        tokenizer,
+        precision=precision,
+        device=device,
+        processes=processes,
+        teacher_sees_batches=trainer.distillation is not None and trainer.distillation.features is None,
     )
 
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
