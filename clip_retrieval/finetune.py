@@ -142,9 +142,11 @@ def train(run: Run) -> None:
             run.stop.check()
             with run.stop.interruptible(), watch.wait():
                 batch = next(batches)
+            if progress.step == schedule.small_steps:
+                watch.step_seconds = None  # of another image size
             if watch.step_seconds is None and run.trainer.device.type == "cuda":  # on a CPU, steps take too long for it
                 with watch.pause():
-                    watch.step_seconds = run.trainer.time_step(batch)
+                    watch.step_seconds = run.trainer.time_step(batch, progress.step + 1)
 
             # forward, backward, update
             rate = learning_rate(

@@ -23,7 +23,7 @@ from clip_retrieval.reporting.results import write_results
 from clip_retrieval.reporting.table import RECALL_HEADS, align, recall_cells
 from clip_retrieval.run.folder import make_folder
 from clip_retrieval.run.model import warn_of_random_weights
-from clip_retrieval.run.weight_scores import WeightScorer, settle_checkpoint, with_weights
+from clip_retrieval.run.weight_scores import WeightScorer, selection_score, settle_checkpoint, with_weights
 
 CHOSEN, CURVE = "interpolated.pt", "interpolation.png"
 
@@ -46,7 +46,7 @@ def interpolate(
     options, checkpoint = settle_checkpoint(finetuned, typed)
     with process_group(options.run.device) as processes:
         # load both weights, and the data
-        scorer = WeightScorer.prepare(options, checkpoint, processes)
+        scorer = WeightScorer.prepare(options, checkpoint, processes, retention=True)
         with processes.main_first():  # it may download
             first = load_start(start, options, checkpoint)
         check_same_architecture(first, checkpoint.model, (start, str(finetuned)))
@@ -60,20 +60,22 @@ def interpolate(
         for alpha in sorted(set(alphas)):
             rows.append({"alpha": alpha, **scorer.score_all(mix(first, checkpoint.model, alpha))})
             log.info(f"alpha {alpha:g}  val rsum {rows[-1]['val']['rsum']:.2f}")
-        best = max(rows, key=lambda row: row["val"]["rsum"])
+        weight = options.evaluation.retention_weight
+        best = max(rows, key=lambda row: selection_score(row, weight))
 
         # write the chosen checkpoint, results.json and the curve
         if processes.is_main:
             state = mix(first, checkpoint.model, best["alpha"])
             with_weights(checkpoint, state, best["val"]).save(folder / CHOSEN)
             sources = {"alpha": best["alpha"], "start": start, "finetuned": str(finetuned)}
-            blocks = {name: best[name] for name in ("val", "zero_shot") if name in best}
+            blocks = {name: best[name] for name in ("val", "zero_shot", "retention") if name in best}
             write_results(folder, best.get("test", best["val"]) | sources | blocks | {"curve": rows})
             curves = {name: [row[name]["rsum"] for row in rows] for name in scorer.splits}
             accuracy = [row["zero_shot"]["top1"] for row in rows] if scorer.zero_shot else None
             draw_interpolation(folder / CURVE, [row["alpha"] for row in rows], curves, accuracy, best["alpha"])
     log.info(f"recall on {'test' if 'test' in best else 'val'}, in percent:\n{alpha_table(rows, best)}")
-    log.info(f"chosen on val: alpha {best['alpha']:g}; wrote {folder / CHOSEN}, results.json and {CURVE}")
+    retained = f" + {weight:g} x {'retention rsum' if 'retention' in best else 'top-1'}" if weight else ""
+    log.info(f"chosen on val{retained}: alpha {best['alpha']:g}; wrote {folder / CHOSEN}, results.json and {CURVE}")
 
 
 def load_start(start: str, options: Options, checkpoint: Checkpoint) -> State:
@@ -91,11 +93,13 @@ def mix(first: State, last: State, alpha: float) -> State:
 
 
 def alpha_table(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
-    """A line for each alpha: recall on test (else val), rsum on val, zero-shot accuracy; a star marks the best."""
-    shown = [["alpha", *RECALL_HEADS, "rsum", "val rsum", *(["top-1"] if "zero_shot" in best else [])]]
+    """A line for each alpha: recall on test (else val), rsum on val, and what is retained; a star marks the best."""
+    further = {"retention": ("retention rsum", "rsum"), "zero_shot": ("top-1", "top1")}
+    further = {name: head_and_key for name, head_and_key in further.items() if name in best}
+    shown = [["alpha", *RECALL_HEADS, "rsum", "val rsum", *(head for head, _ in further.values())]]
     for row in rows:
         block = row.get("test", row["val"])
         cells = [f"{row['alpha']:g}{' *' if row is best else ''}", *recall_cells(block)]
         cells += [f"{block['rsum']:.2f}", f"{row['val']['rsum']:.2f}"]
-        shown.append(cells + ([f"{row['zero_shot']['top1']:.2f}"] if "zero_shot" in row else []))
+        shown.append(cells + [f"{row[name][key]:.2f}" for name, (_, key) in further.items()])
     return align(shown)

@@ -81,6 +81,14 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def _one_or_two(value: Any, name: str) -> Any:
+    """Return the side of a square, or height and width. Raises UserError for more numbers."""
+    size = as_tuple(value)
+    if len(size) > 2:
+        raise UserError(f"--{name} {' '.join(map(str, size))}: give one side, or height and width")
+    return size[0] if len(set(size)) == 1 else size
+
+
 @dataclass
 class ModelOptions:
     """model"""
@@ -138,10 +146,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        size = as_tuple(self.image_size)
-        if len(size) > 2:
-            raise UserError(f"--image_size {' '.join(map(str, size))}: give one side, or height and width")
-        self.image_size = size[0] if len(set(size)) == 1 else size
+        self.image_size = _one_or_two(self.image_size, "image_size")
 
 
 @dataclass
@@ -454,6 +459,16 @@ class TrainOptions:
     patch_dropout: float = option(
         0.0, "share of an image's patches that a ViT does not see in training, as in FLIP", minimum=0, below=1
     )
+    start_image_size: tuple[int, ...] | int | None = option(
+        None,
+        "side of the images, or their height and width, with which the run starts: training images are reduced to it, "
+        "for faster steps (default: the model's size)",
+        minimum=1,
+        below=2049,
+    )
+    start_image_size_until: float = option(
+        0.7, "with --start_image_size: share of the run's steps that see the reduced images", above=0, below=1
+    )
     freeze_vision: bool = option(False, "freeze the image tower")
     freeze_text: bool = option(False, "freeze the text tower")
     unlocked_image_blocks: int | None = option(
@@ -470,7 +485,8 @@ class TrainOptions:
     )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     no_feature_cache: bool = option(
-        False, "run frozen towers in every epoch, instead of caching their features (same final weights)"
+        False,
+        "run frozen towers, and the teacher, in every epoch, instead of caching their features (same final weights)",
     )
     compile: bool = option(
         False, "compile the towers with torch.compile: a slow start, then faster steps", from_checkpoint=False
@@ -479,6 +495,9 @@ class TrainOptions:
     deterministic: bool = option(
         False, "on a GPU: bit-identical weights from run to run, but slower (a CPU is always deterministic)"
     )
+
+    def __post_init__(self) -> None:
+        self.start_image_size = _one_or_two(self.start_image_size, "start_image_size")
 
 
 @dataclass

@@ -3,6 +3,8 @@
 python scripts/interpolate.py openai logs/ex0/best.pt
 python scripts/interpolate.py openai logs/ex0/best.pt --zero_shot_eval cifar100 --zero_shot_root DIR
     also the zero-shot accuracy for each alpha
+python scripts/interpolate.py openai logs/ex0/best.pt --retention_dataset flickr30k --retention_weight 0.5
+    also the rsum on other data, and alpha is chosen by val rsum + 0.5 x this rsum
 python scripts/interpolate.py start.pt logs/ex0/best.pt --alphas 0 0.25 0.5 0.75 1 --output OUT
 
 START is anything that --pretrained accepts. The data are those of the finetune unless options name others. A table is
@@ -20,6 +22,7 @@ from clip_retrieval.options import BELONGING, DataOptions, EvalOptions, RunOptio
 
 ALPHAS = tuple(step / 10 for step in range(11))
 EVALUATION = ("eval_batch_size", "eval_precision", "recall_k", "zero_shot_eval", *BELONGING["zero_shot_eval"][:3])
+EVALUATION += ("retention_dataset", "retention_root", "retention_weight")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from clip_retrieval.losses import LOSSES
 from clip_retrieval.run.merge import settle
 from tests import distributed_worker as worker
 from tests.conftest import read_json, read_lines
-from tests.test_resume import ending, results, wait_for_step
+from tests.test_resume import MANY, ending, results, wait_for_step
 from tests.torchrun import MINUTE, Torchrun
 
 pytestmark = [
@@ -30,6 +30,8 @@ VARIANTS = {
     "averages": "--ema 0.5 --swa_start 1",
     "resnet": "--vision_model resnet.json --lr 0.01",
     "distilled": "--distill_from start --word_dropout 0.3 --augment rand --label_smoothing 0.1",
+    "cached teacher": "--distill_from start --distill_kind feature",
+    "start_image_size": "--start_image_size 8 --start_image_size_until 0.5 --grad_clip 0.1",
     "siglip grad_cache": "--loss siglip --grad_cache 5",
     "margin linear_projection": "--loss margin --trainable linear_projection",
     "freeze_text one caption": "--freeze_text --caption_sampling one --accum_freq 2 --grad_clip 0.1",
@@ -101,6 +103,15 @@ def commands(captioned, folder):
     return found
 
 
+def many(captioned, folder):
+    """Runs of two processes with many ingredients: undisturbed, killed and resumed."""
+    return {
+        "many whole": finetune(captioned, folder, "many whole", *MANY),
+        "many killed": finetune(captioned, folder, "many killed", *MANY, killed_in_step=5),
+        "many resumed": finetune(captioned, folder, "many resumed", *MANY, "--resume", folder / "many killed/last.pt"),
+    }
+
+
 def crossed(captioned, folder, other):
     """The run that resumes from the checkpoint of other processes."""
     return finetune(captioned, folder, "crossed", *WHOLE, "--resume", other / "killed/last.pt")
@@ -126,7 +137,8 @@ def run_alone(command):
 @pytest.fixture(scope="module")
 def two(captioned, folder, one):
     """The content of {rank}.pt of each of two processes; their files are in folder/two."""
-    todo = commands(captioned, folder / "two") | {"crossed": crossed(captioned, folder / "two", folder / "one")}
+    todo = commands(captioned, folder / "two") | many(captioned, folder / "two")
+    todo["crossed"] = crossed(captioned, folder / "two", folder / "one")
     (folder / "commands.json").write_text(json.dumps(todo))
     run = Torchrun("-m", "tests.distributed_worker", folder, folder / "commands.json", marker=folder)
     try:
@@ -351,11 +363,12 @@ def test_small_split_shrinks_the_batch_to_a_multiple(one, two):
 # Stop and resume.
 
 
-def test_resume_after_kill_is_bit_identical(two, folder):
-    assert [two[0]["runs"][name][0] for name in ("killed", "resumed")] == [None, 0]
-    assert last(folder / "two/killed")["step"] == RESUMED_AT
+@pytest.mark.parametrize("kind", ["", "many "])
+def test_resume_after_kill_is_bit_identical(two, folder, kind):
+    assert [two[0]["runs"][f"{kind}{name}"][0] for name in ("whole", "killed", "resumed")] == [0, None, 0]
+    assert last(folder / f"two/{kind}killed")["step"] == RESUMED_AT
     (weights, moments, lines, result), (weights_b, moments_b, lines_b, result_b) = (
-        ending(folder / "two" / name) for name in ("whole", "resumed")
+        ending(folder / "two" / f"{kind}{name}") for name in ("whole", "resumed")
     )
     assert_equal(weights, weights_b)
     for key, state in moments.items():

@@ -100,6 +100,39 @@ def test_zero_shot_accuracy_of_each_alpha(script, epochs, classes, tmp_path):
     assert results["zero_shot"]["images"] == 9
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1000.0])
+def test_retention_of_each_alpha_and_its_weight_in_the_choice(
+    script, epochs, evaluate, captioned, tmp_path, weight, monkeypatch
+):
+    # other data: the images and captions of the test split are those that are retained
+    rows = (captioned / "captions.csv").read_text().splitlines()
+    (tmp_path / "other").mkdir()
+    kept = [f"{captioned}/{row}" for row in rows if row.endswith(",test")]
+    (tmp_path / "other/captions.csv").write_text("\n".join([rows[0], *kept]) + "\n")
+    retention = ("--retention_dataset", "csv", "--retention_root", tmp_path / "other", "--retention_weight", weight)
+    drawn = []
+    monkeypatch.setattr("clip_retrieval.interpolate.draw_interpolation", lambda *arguments: drawn.append(arguments))
+    code, out, err = script("interpolate", epochs[0], epochs[2], "--alphas", "0", "0.4", "1", *retention)
+    assert code == 0, err
+    results = read_json(epochs[0].parent / "interpolate_csv/results.json")
+    for row, checkpoint in ((results["curve"][0], epochs[0]), (results["curve"][2], epochs[2])):
+        assert row["retention"]["rsum"] == evaluate(checkpoint)["rsum"]
+    best = max(results["curve"], key=lambda row: row["val"]["rsum"] + weight * row["retention"]["rsum"])
+    assert results["alpha"] == best["alpha"] and results["retention"]["rsum"] == best["retention"]["rsum"]
+    assert drawn[0][2]["retention"] == [row["retention"]["rsum"] for row in results["curve"]]
+    assert "retention rsum" in out and f"{best['retention']['rsum']:.2f}" in out
+    assert (f"chosen on val + {weight:g} x retention rsum: alpha" in out) == bool(weight)
+
+
+def test_retention_weight_of_zero_shot_accuracy(script, epochs, classes, tmp_path):
+    zero_shot = ("--zero_shot_eval", classes, "--zero_shot_templates", "simple", "--retention_weight", "100")
+    code, out, err = script("interpolate", epochs[0], epochs[1], "--alphas", "0", "1", *zero_shot, "--output", "o")
+    assert code == 0, err
+    results = read_json(tmp_path / "o/results.json")
+    best = max(results["curve"], key=lambda row: row["val"]["rsum"] + 100 * row["zero_shot"]["top1"])
+    assert results["alpha"] == best["alpha"] and "chosen on val + 100 x top-1: alpha" in out
+
+
 def test_interpolation_refuses_what_it_cannot_use(script, run, arguments, epochs, captioned, tmp_path):
     code, _, err = script("interpolate", epochs[0], epochs[1], "--alphas", "0", "1.5")
     assert code == 2 and "--alphas 1.5: must be from 0" in err

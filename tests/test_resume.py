@@ -83,6 +83,41 @@ def test_resume_with_two_threads_is_bit_identical(run, run_killed, arguments, ca
     assert_same_ending(tmp_path / "logs" / "whole", tmp_path / "logs" / "ex0")
 
 
+MANY = (
+    *("--ema", "0.5", "--distill_from", "start", "--drop_path", "0.3", "--patch_dropout", "0.5"),
+    *("--word_dropout", "0.3", "--augment", "rand", "--layer_decay", "0.7", "--grad_cache", "4", "--grad_clip", "1"),
+    *("--schedule", "wsd", "--decay_fraction", "0.5", "--swa_start", "1", "--label_smoothing", "0.1"),
+    *("--start_image_size", "8", "--start_image_size_until", "0.6", "--save_every", "1"),
+)
+"""Ingredients of a recipe that are used together."""
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--trainable", "lora", "--lora_targets", "all", "--lora_dropout", "0.2", "--precision", "bf16"),
+        ("--augment", "none", "--word_dropout", "0", "--distill_kind", "feature", "--freeze_text"),  # a cached teacher
+    ],
+    ids=["all", "lora", "cached"],
+)
+@pytest.mark.parametrize("killed_in_step", [2, 5])
+def test_resume_of_many_ingredients_together_is_bit_identical(
+    run, run_killed, arguments, tmp_path, extra, killed_in_step
+):
+    command = [*arguments, *MANY, *extra]
+    code, _, err = run(*command, "--experiments", "whole")
+    assert code == 0, err
+    run_killed(killed_in_step, *command, "--resume", "auto")
+    code, _, err = run(*command, "--resume", "auto")
+    assert code == 0, err
+    assert_same_ending(tmp_path / "logs/whole", tmp_path / "logs/ex0")
+    averages = [torch.load(tmp_path / f"logs/{n}/last.pt", weights_only=True)["averages"] for n in ("whole", "ex0")]
+    for name in ("ema", "swa"):
+        expected, found = (state[name]["weights"] for state in averages)
+        assert expected and all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def test_resume_after_kill_in_an_evaluation_loses_no_step(run, arguments, tmp_path, whole, monkeypatch):
     from clip_retrieval.run import scoring as module
 

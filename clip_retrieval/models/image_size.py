@@ -33,8 +33,8 @@ def format_size(size: ImageSize) -> str:
     return str(height) if height == width else f"{height} {width}"
 
 
-def check_image_size(visual: ClipModule, size: ImageSize, name: str) -> None:
-    """Raise UserError, with the nearest sizes, unless both sides are multiples of the tower's patch size.
+def check_image_size(visual: ClipModule, size: ImageSize, name: str, option: str = "--image_size") -> None:
+    """Raise UserError, naming the option and the nearest sizes, unless both sides are multiples of the patch size.
 
     timm's own size passes: SigLIP's 384 is no multiple of 14. A CNN of timm needs a pixel of its last feature map.
     """
@@ -45,16 +45,14 @@ def check_image_size(visual: ClipModule, size: ImageSize, name: str) -> None:
         stages = getattr(visual.trunk, "feature_info", None)
         smallest = stages[-1]["reduction"] if stages and units == (1, 1) else 1
         if min(sides) < smallest:
-            raise UserError(
-                f"--image_size {format_size(size)}: must be at least {smallest} for {name}; give a larger one"
-            )
+            raise UserError(f"{option} {format_size(size)}: must be at least {smallest} for {name}; give a larger one")
     if all(side % unit == 0 for side, unit in zip(sides, units)):
         return
     smaller = [max(side // unit, 1) * unit for side, unit in zip(sides, units)]
     larger = [math.ceil(side / unit) * unit for side, unit in zip(sides, units)]
     nearest = " or ".join(dict.fromkeys((format_size(smaller), format_size(larger))))
     raise UserError(
-        f"--image_size {format_size(size)}: must be a multiple of {format_size(units)} for {name}; give {nearest}"
+        f"{option} {format_size(size)}: must be a multiple of {format_size(units)} for {name}; give {nearest}"
     )
 
 

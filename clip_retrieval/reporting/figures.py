@@ -96,7 +96,8 @@ def draw_interpolation(
     axes.axvline(best, color=PALE, linewidth=4, zorder=0)
     lines = []
     for name, rsum in rsums.items():
-        style: dict[str, Any] = {"color": FIRST, "linestyle": "-" if name == "test" else "--", "marker": "."}
+        line = {"test": "-", "val": "--"}.get(name, ":")
+        style: dict[str, Any] = {"color": FIRST if line != ":" else SECOND, "linestyle": line, "marker": "."}
         lines += axes.plot(alphas, rsum, label=name, **style)
     if accuracy is not None:
         right = axes.twinx()

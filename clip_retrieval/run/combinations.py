@@ -71,6 +71,10 @@ def _check_training(train: TrainOptions, evaluation: EvalOptions) -> None:
                 raise UserError(f"--{name} has no effect with --trainable {train.trainable}; drop one of them")
     if train.decay_fraction and train.schedule != "wsd":
         raise UserError(f"--decay_fraction {train.decay_fraction:g} needs --schedule wsd; give both or drop it")
+    if train.start_image_size_until != TrainOptions.start_image_size_until and not train.start_image_size:
+        raise UserError(
+            f"--start_image_size_until {train.start_image_size_until:g} needs --start_image_size; give both or drop it"
+        )
     if train.patience and not (evaluation.eval_every or evaluation.eval_steps):
         raise UserError(f"--patience {train.patience} counts evaluations, and --eval_every 0 drops them; drop one")
     if train.swa_start and not train.max_steps and train.swa_start > train.epochs:

@@ -12,6 +12,7 @@ from clip_retrieval.classification.task import ZeroShotTask
 from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
+from clip_retrieval.data.batches.train_split import IndexedTrainSplit
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
@@ -20,6 +21,7 @@ from clip_retrieval.log import log, log_to_file
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.models.build import BuiltModel
 from clip_retrieval.models.checkpoint import Checkpoint
+from clip_retrieval.models.image_size import format_size, height_and_width
 from clip_retrieval.models.names import NO_WEIGHTS
 from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.options import Options
@@ -28,7 +30,7 @@ from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
-from clip_retrieval.run.teacher import START, copy_start, load_teacher
+from clip_retrieval.run.teacher import START, caches_features, copy_start, encode_split, load_teacher
 from clip_retrieval.run.train_data import (
     choose_batch_size,
     encodes_images_once,
@@ -41,6 +43,7 @@ from clip_retrieval.run.train_parts import make_loader, make_trainer
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
 from clip_retrieval.training.distillation import Distillation
+from clip_retrieval.training.image_warmup import ImageWarmup
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
 from clip_retrieval.training.trainer import Trainer
@@ -145,7 +148,11 @@ def prepare(
 
     # trainer, new or restored
     sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
+    schedule = Schedule.from_options(options, len(sampler))
     trainer = make_trainer(options.train, options.loss, model.to(device), precision, device, processes)
+    if options.train.start_image_size:
+        size = height_and_width(options.train.start_image_size)
+        trainer.image_warmup = ImageWarmup(size, schedule.small_steps)
     progress = Progress(weights=built.weights)
     if checkpoint is not None:
         progress = restore_training(
@@ -167,9 +174,20 @@ def prepare(
             device=device,
         )
         loss = options.loss
-        trainer.distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
+        trainer.distillation = distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
+        if caches_features(options) and isinstance(train, IndexedTrainSplit) and schedule.total_steps >= len(sampler):
+            size = options.evaluation.eval_batch_size
+            distillation.features = encode_split(teacher, train, size, device, processes)
     loader = make_loader(
-        options, train, sampler, model, tokenizer, precision=precision, device=device, processes=processes
+        options,
+        train,
+        sampler,
+        model,
+        tokenizer,
+        precision=precision,
+        device=device,
+        processes=processes,
+        teacher_sees_batches=trainer.distillation is not None and trainer.distillation.features is None,
     )
 
     # folder: no UserError is raised after this, so it is safe to delete a run that --overwrite replaces
@@ -181,7 +199,6 @@ def prepare(
     metrics = open_folder(options, folder, source, progress, device) if processes.is_main else None
 
     # run
-    schedule = Schedule.from_options(options, len(sampler))
     run = Run(
         options=options,
         folder=folder,
@@ -230,6 +247,9 @@ def log_setup(run: Run, precision: str) -> None:
         f"{trainable:,.2f} M trainable parameters; {format_counts(step=total_steps)}, {len(run.sampler):,} an "
         f"epoch, of {run.describe_batch()} pairs, {precision} on {run.trainer.device}"
     )
+    if warmup := run.trainer.image_warmup:
+        full = format_size(run.model.preprocess["size"])
+        log.info(f"images of {format_size(warmup.size)} px to step {warmup.steps}, then of {full} px")
 
 
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:

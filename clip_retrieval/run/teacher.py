@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from clip_retrieval.data.batches.train_split import IndexedTrainSplit
 from clip_retrieval.data.captions import tokenize
+from clip_retrieval.data.catalog import is_streamed, skips_unreadable
 from clip_retrieval.data.pixels.transforms import model_size
 from clip_retrieval.device import DTYPES
+from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
+from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.projection import embedding_dim
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model
 from clip_retrieval.run.settings import settle_options
+from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 
 START = "start"
 START_FILE = "start.pt"
@@ -70,6 +76,29 @@ def load_teacher(
         raise UserError(f"--distill_from {place}: its features have another width; use --distill_kind relational")
     teacher = teacher.to(device)
     return teacher if precision == "fp32" else teacher.copy_in(DTYPES[precision])
+
+
+def caches_features(options: Options) -> bool:
+    """Whether a teacher can encode the train split once: all its inputs are readable, and the same in every epoch."""
+    data = options.data
+    varies = data.augment != "none" or data.word_dropout or is_streamed(data) or skips_unreadable(data)
+    return bool(options.loss.distill_from) and not varies and not options.train.no_feature_cache
+
+
+def encode_split(
+    teacher: RetrievalModel,
+    train: IndexedTrainSplit,
+    batch_size: int | None,
+    device: torch.device,
+    processes: Processes,
+) -> tuple[Tensor, Tensor]:
+    """Encode the train split with the teacher: features of images and of captions, on the CPU."""
+    log.info("the teacher encodes all images and captions once, before the first step")
+    split = train.data
+    shared: dict[str, Any] = {"batch_size": batch_size, "device": device, "processes": processes}
+    images = encode_frozen_images(teacher.encode_image, split.pixels, num_workers=train.num_workers, **shared)
+    trim = teacher.trims_text
+    return images, encode_frozen_texts(teacher.encode_text, split.dataset, split.tokens, trim=trim, **shared)
 
 
 def copy_start(source: Path, folder: Path) -> None:

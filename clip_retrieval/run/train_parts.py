@@ -16,9 +16,11 @@ from clip_retrieval.data.batches.word_dropout import WordDropout
 from clip_retrieval.data.captions import Tokens, padding_id
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.distributed import Processes
+from clip_retrieval.encode import encoding_model
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
+from clip_retrieval.models.any_size import accept_smaller_images
 from clip_retrieval.models.batch_norm import share_statistics
 from clip_retrieval.models.drop_path import set_drop_path
 from clip_retrieval.models.grad_checkpointing import enable_grad_checkpointing
@@ -67,6 +69,10 @@ def make_trainer(
         if vision_is_frozen(model):
             raise UserError("--patch_dropout: the image tower is frozen; drop it, or train the tower")
         set_patch_dropout(model.clip.visual, options.patch_dropout)
+    if options.start_image_size:
+        if vision_is_frozen(model):
+            raise UserError("--start_image_size: the image tower is frozen; drop it, or train the tower")
+        accept_smaller_images(model.clip.visual, model.preprocess["size"], options.start_image_size)
     if loss_options.temperature is not None:
         model.clip.logit_scale.data.fill_(-math.log(loss_options.temperature))
     if options.grad_checkpointing:
@@ -100,16 +106,17 @@ def make_frozen_encoder(
         texts: Tokens | Tensor = split.tokens
         encoding: dict[str, Any] = {
             "batch_size": batch_size,
-            "precision": precision,
             "device": device,
             "processes": processes,
         }
         if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
-            images = encode_frozen_images(model, split.pixels, num_workers=num_workers, **encoding)
+            encode = encoding_model(model, precision).pooled_image
+            images = encode_frozen_images(encode, split.pixels, num_workers=num_workers, **encoding)
         if text_is_frozen(model) and not texts_vary:
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
-            texts = encode_frozen_texts(model, split.dataset, split.tokens, **encoding)
+            encode = encoding_model(model, precision).pooled_text
+            texts = encode_frozen_texts(encode, split.dataset, split.tokens, trim=model.trims_text, **encoding)
         return images, texts
 
     return encode_frozen
@@ -125,11 +132,12 @@ def make_loader(
     precision: str,
     device: torch.device,
     processes: Processes,
+    teacher_sees_batches: bool = False,
 ) -> Loader:
     """Make the loader of this process's part of the batches; frozen towers encode the split here."""
-    # frozen features; a teacher needs pixels and tokens
+    # frozen features; a teacher that sees the batches needs pixels and tokens
     encode_frozen = None
-    if not options.train.no_feature_cache and not options.loss.distill_from:
+    if not options.train.no_feature_cache and not teacher_sees_batches:
         encode_frozen = make_frozen_encoder(
             model,
             options.evaluation.eval_batch_size,

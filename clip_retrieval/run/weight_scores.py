@@ -24,7 +24,7 @@ from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import describe_prefix, make_split, read_split
-from clip_retrieval.run.train_data import load_zero_shot
+from clip_retrieval.run.train_data import load_retention, load_zero_shot
 
 
 @dataclass
@@ -35,7 +35,7 @@ class WeightScorer:
         options: the options of its checkpoint, and those that were typed.
         checkpoint: the checkpoint.
         model, built: the model, on its device, and its config.
-        splits: "val", and "test" if the data has it.
+        splits: "val", "test" if the data has it, and "retention", the split of --retention_dataset, if asked for.
         zero_shot: the classification of --zero_shot_eval, if any.
         processes: they share the work.
     """
@@ -49,7 +49,9 @@ class WeightScorer:
     processes: Processes
 
     @classmethod
-    def prepare(cls, options: Options, checkpoint: Checkpoint, processes: Processes) -> WeightScorer:
+    def prepare(
+        cls, options: Options, checkpoint: Checkpoint, processes: Processes, *, retention: bool = False
+    ) -> WeightScorer:
         """Read the splits and load the model. Raises UserError if there is no val split."""
         device = choose_device(options.run.device)
         # the data
@@ -69,6 +71,9 @@ class WeightScorer:
             name: make_split(options.data, dataset, tokenizer, built.preprocess, device)
             for name, dataset in datasets.items()
         }
+        retained = load_retention(options, tokenizer, built.preprocess, device, processes) if retention else None
+        if retained is not None:
+            splits["retention"] = retained
         with processes.main_first():
             root = options.data.parts()[0].dataset_root
             zero_shot = load_zero_shot(options.evaluation, root, tokenizer, built.preprocess)
@@ -107,6 +112,14 @@ class WeightScorer:
             )
             blocks["zero_shot"] = {k: v for k, v in block.items() if k not in ("per_class", "templates")}
         return blocks
+
+
+def selection_score(row: dict[str, Any], retention_weight: float) -> float:
+    """Return val rsum + the weight x the retention score, of the blocks of `score_all`, as `run.selection` does."""
+    if not retention_weight:
+        return row["val"]["rsum"]
+    retained = row["retention"]["rsum"] if "retention" in row else row["zero_shot"]["top1"]
+    return row["val"]["rsum"] + retention_weight * retained
 
 
 def settle_checkpoint(path: Path, typed: dict[str, Any]) -> tuple[Options, Checkpoint]:

@@ -21,6 +21,10 @@ class Distillation:
         kind: "feature" or "relational", see `losses.distillation`.
         weight: factor on the loss.
         processes: the process group that shares a batch.
+
+    Attributes:
+        features: of all images and all captions, (images, dim) and (captions, dim) on the CPU; None: the teacher
+            encodes each batch.
     """
 
     def __init__(self, teacher: RetrievalModel, kind: str, weight: float, processes: Processes):
@@ -28,6 +32,7 @@ class Distillation:
         self.kind = kind
         self.weight = weight
         self.processes = processes
+        self.features: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self, batch: TrainBatch, chunks: Sequence[slice], student: Sequence[Tensor], all_texts: Tensor
@@ -50,6 +55,9 @@ class Distillation:
 
     @torch.no_grad()
     def _encode(self, batch: TrainBatch, chunks: Sequence[slice]) -> list[Tensor]:
+        if self.features is not None and batch.rows is not None:
+            found = [features[rows] for features, rows in zip(self.features, batch.rows, strict=True)]
+            return [rows.to(batch.positives.device, non_blocking=True) for rows in found]
         lengths = batch.lengths
         parts = [
             self.teacher(batch.images[rows], batch.texts[rows], None if lengths is None else lengths[rows])

@@ -1,4 +1,4 @@
-"""Features of frozen towers, computed once for all epochs."""
+"""Features of frozen towers, and of a teacher, computed once for all epochs."""
 
 from __future__ import annotations
 
@@ -9,60 +9,56 @@ from clip_retrieval.data.captions import Tokens
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
-from clip_retrieval.encode import encode_captions, encode_images, encoding_model
-from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.encode import Encode, encode_captions, encode_images
 
 
 def encode_frozen_images(
-    model: RetrievalModel,
+    encode: Encode,
     pixels: Pixels,
     *,
     batch_size: int | None,
     num_workers: int | None,
-    precision: str,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Encode the images with the frozen image tower, without its projection.
-
-    The pixels must be the same in every epoch: no random crops.
+    """Encode the images once; `encode` and the pixels must be the same in every epoch: no random crops.
 
     Returns:
         float32 (images, width), on the CPU.
     """
-    pooled = encode_images(
-        encoding_model(model, precision).pooled_image,
+    features = encode_images(
+        encode,
         pixels,
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,
         processes=processes,
     )
-    return pooled.cpu().clone()  # unlike an inference tensor, a clone can be part of a graph
+    return features.cpu().clone()  # unlike an inference tensor, a clone can be part of a graph
 
 
 def encode_frozen_texts(
-    model: RetrievalModel,
+    encode: Encode,
     dataset: RetrievalDataset,
     tokens: Tokens,
     *,
+    trim: bool,
     batch_size: int | None,
-    precision: str,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Encode the captions with the frozen text tower, without its projection.
+    """Encode the captions once; see `encode_captions` for `trim`.
 
     Returns:
         float32 (captions, width), on the CPU.
     """
-    pooled = encode_captions(
-        encoding_model(model, precision).pooled_text,
+    features = encode_captions(
+        encode,
         dataset.captions,
         tokens,
-        trim=model.trims_text,
+        trim=trim,
         batch_size=batch_size,
         device=device,
         processes=processes,
     )
-    return pooled.cpu().clone()
+    return features.cpu().clone()

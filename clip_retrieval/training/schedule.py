@@ -63,6 +63,7 @@ class Schedule:
         keep_every: epochs between numbered checkpoints; 0: none.
         keep_steps: steps between numbered checkpoints; 0: none.
         swa_start: epoch from whose end on weights are averaged; None: never.
+        small_steps: first steps, whose images are reduced.
     """
 
     total_steps: int
@@ -75,12 +76,15 @@ class Schedule:
     keep_every: int = 0
     keep_steps: int = 0
     swa_start: int | None = None
+    small_steps: int = 0
 
     @classmethod
     def from_options(cls, options: Options, steps_per_epoch: int) -> Schedule:
         """Make the schedule from the options of a run."""
+        total_steps = options.train.max_steps or options.train.epochs * steps_per_epoch
+        small = options.train.start_image_size_until if options.train.start_image_size else 0
         return cls(
-            total_steps=options.train.max_steps or options.train.epochs * steps_per_epoch,
+            total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             log_every=options.run.display,
             save_every=options.run.save_every,
@@ -90,6 +94,7 @@ class Schedule:
             keep_every=options.run.keep_every,
             keep_steps=options.run.keep_steps,
             swa_start=options.train.swa_start,
+            small_steps=round(small * total_steps),
         )
 
     def is_last(self, step: int) -> bool:

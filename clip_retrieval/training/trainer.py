@@ -25,6 +25,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.average import EMA, make_averages
 from clip_retrieval.training.distillation import Distillation
+from clip_retrieval.training.image_warmup import ImageWarmup
 from clip_retrieval.training.master_weights import MasterWeights
 from clip_retrieval.training.optimizer import make_optimizer
 
@@ -124,6 +125,7 @@ class Trainer:
             if self._masters is not None:
                 self._masters.average_over_processes(self._parallel)
         self.distillation: Distillation | None = None
+        self.image_warmup: ImageWarmup | None = None
         self._first_bad_step = torch.tensor(-1, device=device)
 
     @property
@@ -163,13 +165,13 @@ class Trainer:
         self._record_bad_step(result.loss, step)
         return result
 
-    def time_step(self, batch: TrainBatch, repeats: int = 5) -> float:
+    def time_step(self, batch: TrainBatch, step: int = 1, repeats: int = 5) -> float:
         """Return the seconds of a step on `batch`, at best, without changing the model."""
         seconds = []
         with freeze_statistics(self.towers):
             for _ in range(repeats):
                 started = time.perf_counter()
-                self._compute_gradients(batch, 0)
+                self._compute_gradients(batch, step)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)
@@ -182,7 +184,10 @@ class Trainer:
         if self._masters is not None:
             self._masters.cast()
 
-        # forward
+        # forward; a teacher sees the images at their full size
+        full = batch
+        if self.image_warmup is not None:
+            batch = self.image_warmup.reduce(batch, step)
         chunks = self._split_rows(len(batch.images))
         whole = len(chunks) == 1
         features = self._encode(batch, step, 0) if whole else self._encode_without_graph(batch, step, chunks)
@@ -192,7 +197,7 @@ class Trainer:
         text_features = self.processes.all_gather(leaves[1])
         loss = self.loss(leaves[0], text_features, batch.positives, *leaves[2:])
         if self.distillation is not None:
-            loss = loss + self.distillation(batch, chunks, leaves[:3], text_features)
+            loss = loss + self.distillation(full, chunks, leaves[:3], text_features)
         # times world_size: gradients are averaged over the processes, but the loss is the sum of their parts
         self.scaler.scale(loss * self.processes.world_size).backward()
 

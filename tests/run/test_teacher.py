@@ -57,6 +57,49 @@ def test_teacher_from_a_checkpoint_is_that_model(run, arguments, losses, tmp_pat
     assert losses[0] > 1e-6 and all(loss > 0 for loss in train)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--distill_kind", "feature", "--grad_cache", "4"),
+        ("--freeze_vision",),
+        ("--caption_sampling", "one", "--start_image_size", "8", "--batch_size", "7"),
+    ],
+    ids=" ".join,
+)
+def test_cached_features_of_the_teacher_give_the_same_weights(run, arguments, tmp_path, extra, monkeypatch):
+    seen, normal = [], Distillation.__init__
+
+    def count(self, teacher, *others):
+        encode = teacher.encode_image
+        monkeypatch.setattr(teacher, "encode_image", lambda images: seen.append(len(images)) or encode(images))
+        normal(self, teacher, *others)
+
+    monkeypatch.setattr(Distillation, "__init__", count)
+    command = [*arguments, "--eps", "1e-3", "--no_eval_first", "--distill_from", "start", *extra]
+    weights, images = [], []
+    for name, plain in (("plain", ["--no_feature_cache"]), ("cached", [])):
+        code, out, err = run(*command, *plain, "--experiments", name)
+        assert code == 0, err
+        assert ("the teacher encodes all images and captions once" in out) == (not plain)
+        weights.append(torch.load(tmp_path / "logs" / name / "last.pt", weights_only=True)["model"])
+        images.append(sum(seen))
+        seen.clear()
+    assert images[1] == 14 < images[0]  # the images of the train split
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [("--augment", "crop"), ("--word_dropout", "0.3"), ("--skip_broken",), ("--max_steps", "2")],
+    ids=" ".join,
+)
+def test_teacher_of_random_inputs_or_few_steps_sees_each_batch(run, arguments, losses, extra):
+    code, out, err = run(*arguments, "--no_eval_first", "--distill_from", "start", *extra)
+    assert code == 0 and "encodes all" not in out, err
+    assert len(losses) >= 2
+
+
 def test_missing_start_file_is_named_on_resume(run, run_killed, arguments, tmp_path):
     command = [*arguments, "--distill_from", "start", "--save_every", "2", "--resume", "auto"]
     run_killed(4, *command)

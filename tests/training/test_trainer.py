@@ -102,7 +102,7 @@ def test_gpu_gradients_equal_cpu_gradients(loss, resnet):
         trainer._update = lambda: None
         moved = on_gpu(batch(size=32 if resnet else 16))
         if device == "cpu":
-            moved = TrainBatch(*(tensor.cpu() for tensor in vars(moved).values()))
+            moved = TrainBatch(moved.images.cpu(), moved.texts.cpu(), moved.positives.cpu(), moved.lengths)
         with disable_tf32():
             result = trainer.step(moved, 1, 1e-3)
         results.append({n: p.grad.cpu() for n, p in trainer.model.named_parameters() if p.grad is not None})

@@ -33,12 +33,14 @@ class TrainBatch:
             features, float32 (n, width).
         positives: int64 (P, 2), matching rows of this process's images and the global batch's captions.
         lengths: int64 (n,), on the CPU: the number of ids of each caption without padding; None if texts are features.
+        rows: the numbers of the images and of the captions in the split, int64 (n,) on the CPU; None if it is streamed.
     """
 
     images: Tensor
     texts: Tensor
     positives: Tensor
     lengths: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
 
 
 ReadablePixels = tuple[Tensor | JpegBatch, list[int], list[str]]
@@ -250,7 +252,8 @@ class TrainLoader:
             texts = self.texts.ids[captions[self.share], :needed].long()
             lengths = self.texts.lengths[captions[self.share]]
         positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
-        return self._to_device(image_parts, texts, positives, lengths)
+        rows = torch.from_numpy(batch.images)[self.share], captions[self.share]
+        return replace(self._to_device(image_parts, texts, positives, lengths), rows=rows)
 
 
 def text_length(lengths: Tensor, context_length: int, *, trim: bool, bucket: int) -> int:
