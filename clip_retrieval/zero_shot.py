@@ -17,12 +17,11 @@ from clip_retrieval.classification.report import per_class_table, summary
 from clip_retrieval.classification.task import make_task, score_task
 from clip_retrieval.classification.templates import Templates
 from clip_retrieval.device import choose_device, device_name
-from clip_retrieval.distributed import Processes, process_group
+from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import printable
 from clip_retrieval.files import write_text
 from clip_retrieval.log import log, log_to_file, start_log
-from clip_retrieval.models.checkpoint import Checkpoint
-from clip_retrieval.options import EvalOptions, Options, RunOptions
+from clip_retrieval.options import EvalOptions, RunOptions
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.run.folder import make_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
@@ -42,51 +41,40 @@ def classify(typed: dict[str, Any], request: ZeroShotData, output: Path | None =
     start_log()
     options, checkpoint = settle_options({**typed, "eval": True})
     with process_group(options.run.device) as processes:
-        classify_with(options, checkpoint, request, output, processes)
-
-
-def classify_with(
-    options: Options,
-    checkpoint: Checkpoint | None,
-    request: ZeroShotData,
-    output: Path | None,
-    processes: Processes,
-) -> None:
-    """Score the model; several processes share the work."""
-    # read the data and load the model
-    device = choose_device(options.run.device)
-    with processes.main_first():  # may download or extract
-        labelled, templates = read_labelled(request)
-    with processes.main_first():
-        model, built, tokenizer = load_model(options, checkpoint)
-    options = record_model_name(options, built)
-    warn_of_random_weights(built)
-    # make the output folder
-    name = data_name(labelled) + settings_suffix(request, templates)
-    folder = output or results_folder(options.run, built.name, name, of_checkpoint=checkpoint is not None)
-    if processes.is_main:
-        make_folder(folder, "--output")
-        log_to_file(folder)
-    # score the model and write the results
-    block = score_task(
-        model.to(device),
-        make_task(labelled, templates, tokenizer, built.preprocess),
-        options.evaluation,
-        num_workers=options.data.num_workers,
-        device=device,
-        processes=processes,
-    )
-    table = per_class_table(block)
-    if processes.is_main:
-        recorded = replace(options, evaluation=record_data(options.evaluation, request))
-        write_options(folder, recorded, f"{device} ({device_name(device)})")
-        write_results(folder, {"model": built.name, "weights": built.weights, **block})
-        sources = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
-        sources.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
-        text = "\n".join([f"{built.name}, weights: {built.weights}", *sources, summary(block), "", table, ""])
-        write_text(folder / "results.txt", printable(text))
-    log.info(f"\n{table}\n\n{summary(block)}")
-    log.info(f"wrote {folder / 'results.json'} and results.txt")
+        # read the data and load the model
+        device = choose_device(options.run.device)
+        with processes.main_first():  # may download or extract
+            labelled, templates = read_labelled(request)
+        with processes.main_first():
+            model, built, tokenizer = load_model(options, checkpoint)
+        options = record_model_name(options, built)
+        warn_of_random_weights(built)
+        # make the output folder
+        name = data_name(labelled) + settings_suffix(request, templates)
+        folder = output or results_folder(options.run, built.name, name, of_checkpoint=checkpoint is not None)
+        if processes.is_main:
+            make_folder(folder, "--output")
+            log_to_file(folder)
+        # score the model and write the results
+        block = score_task(
+            model.to(device),
+            make_task(labelled, templates, tokenizer, built.preprocess),
+            options.evaluation,
+            num_workers=options.data.num_workers,
+            device=device,
+            processes=processes,
+        )
+        table = per_class_table(block)
+        if processes.is_main:
+            recorded = replace(options, evaluation=record_data(options.evaluation, request))
+            write_options(folder, recorded, f"{device} ({device_name(device)})")
+            write_results(folder, {"model": built.name, "weights": built.weights, **block})
+            sources = [f"{name}: {block[name]}" for name in ("data_root", "class_names") if block[name]]
+            sources.append(f"templates: {templates.name} ({len(templates.texts)}), {templates.texts[0]}")
+            text = "\n".join([f"{built.name}, weights: {built.weights}", *sources, summary(block), "", table, ""])
+            write_text(folder / "results.txt", printable(text))
+        log.info(f"\n{table}\n\n{summary(block)}")
+        log.info(f"wrote {folder / 'results.json'} and results.txt")
 
 
 def results_folder(options: RunOptions, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:

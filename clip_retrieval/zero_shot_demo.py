@@ -21,7 +21,6 @@ from clip_retrieval.classification.embeddings import prompt_classes
 from clip_retrieval.classification.folder import list_images, log_skipped
 from clip_retrieval.classification.templates import choose_templates
 from clip_retrieval.data.images.decode import decode_rgb
-from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.data.images.photographs import Photographs
 from clip_retrieval.device import choose_device
 from clip_retrieval.errors import NotFiniteError, UserError, format_counts
@@ -69,10 +68,7 @@ class Demo:
     @property
     def figure(self) -> Path:
         """The file to draw; many images are drawn on several pages with this name."""
-        if self.img_path:
-            name = self.img_path.stem
-        elif self.img_dir:
-            name = self.img_dir.resolve().name
+        name = self.img_path.stem if self.img_path else self.img_dir.resolve().name if self.img_dir else ""
         return self.output / f"zero_shot_{name}.png"
 
 
@@ -114,22 +110,10 @@ def show(typed: dict[str, Any], demo: Demo) -> None:
             f"{built.name}, {weights}, zero-shot, {format_counts(label=len(names))}, prompts: {prompts.rstrip('.')}"
         )
         heading += f", temperature {1 / scale:.3g}" * (demo.temperature is not None)
-        _draw(demo, paths, images, predictions, heading)
-
-
-def _draw(
-    demo: Demo,
-    paths: Sequence[Path],
-    images: ImageFiles,
-    predictions: Sequence[Sequence[tuple[str, float]]],
-    heading: str,
-) -> None:
-    panels = [
-        Panel(path.name, partial(images.__getitem__, row), bars)
-        for row, (path, bars) in enumerate(zip(paths, predictions))
-    ]
-    for path in draw_predictions(panels, demo.figure, heading):
-        log.info(f"wrote {path}")
+        rows = enumerate(zip(paths, predictions))
+        panels = [Panel(path.name, partial(images.__getitem__, row), bars) for row, (path, bars) in rows]
+        for path in draw_predictions(panels, demo.figure, heading):
+            log.info(f"wrote {path}")
 
 
 def read_labels(source: str) -> list[str]:

@@ -49,7 +49,7 @@ def write_flickr(name: str, source: Path, output: Path) -> None:
     """Write image file names, one per line, in the order of Karpathy's file."""
     splits = read_karpathy_json(source)
     for split in ("train", "val", "test"):
-        names = splits[split].names if split in splits else []
+        names = [image.name for image in splits.get(split, ())]
         write_text(output / f"{name}_{split}.txt", "".join(f"{n}\n" for n in names))
         print(f"{name} {split}: {len(names):,} images")
 

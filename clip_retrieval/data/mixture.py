@@ -89,19 +89,16 @@ def read_mixture(name: str, parts: Sequence[DatasetOptions], split: str, read: R
     """
     if split != "train":
         return _read_held_out(parts, split, read)
-    found = [_read_train_split(part, read) for part in parts]
+    found = []
+    for part in parts:
+        if (dataset := read(part, "train")) is None:
+            raise UserError(
+                f"{part.name} in {part.place} has no train split; remove it from the mixture, or give its train data"
+            )
+        found.append(dataset)
     for dataset in found:
         log.info(f"  {dataset.name}: {format_counts(image=len(dataset.images), caption=len(dataset.captions))}")
     return mix(found, name)
-
-
-def _read_train_split(part: DatasetOptions, read: Read) -> RetrievalDataset:
-    dataset = read(part, "train")
-    if dataset is None:
-        raise UserError(
-            f"{part.name} in {part.place} has no train split; remove it from the mixture, or give its train data"
-        )
-    return dataset
 
 
 def _read_held_out(parts: Sequence[DatasetOptions], split: str, read: Read) -> RetrievalDataset | None:

@@ -273,14 +273,15 @@ def _collect_state_dict(root: Any, declarations: dict[str, set[str]]) -> dict[st
 
 def _read_legacy(mapped: mmap.mmap) -> Any:
     """Read a file of `torch.save` before 2020: several pickles, then the storages."""
-    scan = Unpickler(mapped, lambda *_: torch.empty(0))
+    start = mapped[:MOST_TEXT]  # the pickles come first
+    scan = Unpickler(start, lambda *_: torch.empty(0))
     if (scan.load(), scan.load()) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise PythonObjectError("a pickle that torch did not write")
     scan.load()  # system information
-    start = scan.position
+    begin = scan.file.tell()
     # first pass: the storages, which follow the pickle
     scan.load()
-    keys, places, position = scan.load(), {}, scan.position
+    keys, places, position = scan.load(), {}, scan.file.tell()
     for key in map(str, keys):
         (count,) = struct.unpack("<q", mapped[position : position + 8])
         length = count * scan.storages[key].dtype.itemsize
@@ -289,6 +290,4 @@ def _read_legacy(mapped: mmap.mmap) -> Any:
         if count < 0 or position > len(mapped):
             raise DamagedError("truncated")
     # second pass: the tensors
-    unpickler = Unpickler(mapped, _TensorMaker(mapped, places))
-    unpickler.position = start
-    return unpickler.load()
+    return Unpickler(start[begin:], _TensorMaker(mapped, places)).load()

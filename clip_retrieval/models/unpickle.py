@@ -1,16 +1,16 @@
 """Read pickles of plain values and tensors without running anything.
 
 Python's unpickler imports the names in a pickle and calls them. This one knows only the names in weight files: each is
-an entry of a table, here or in `pickled`, and a pickle with any other name is refused. It supports the pickles of
-`torch.save` and `torch.jit.save`: protocol 2, without numbers of more than 255 bytes.
+an entry of a table, here or in `pickled`, and a pickle with any other name is refused. pickletools parses the
+operations; those in the pickles of `torch.save` and `torch.jit.save` (protocol 2) are supported.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import struct
+import pickletools
 from collections.abc import Callable, Sequence
-from mmap import mmap
 from typing import Any, Protocol
 
 import torch
@@ -51,14 +51,13 @@ class Unpickler:
     """Reads one pickle after another from bytes in memory.
 
     Args:
-        content: the bytes; after `load`, `position` is behind the pickle.
+        content: the bytes; after `load`, `file` is at the end of the pickle.
         make_tensor: called for each tensor.
         modules: whether TorchScript's own classes are read, as `Module`.
     """
 
-    def __init__(self, content: bytes | mmap, make_tensor: MakeTensor, *, modules: bool = False):
-        self.content = content
-        self.position = 0
+    def __init__(self, content: bytes, make_tensor: MakeTensor, *, modules: bool = False):
+        self.file = io.BytesIO(content)
         self.storages: dict[str, Storage] = {}
         """Storages found so far, by key."""
         self._make_tensor = make_tensor
@@ -88,33 +87,19 @@ class Unpickler:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
-            while (opcode := self.content[self.position]) != _STOP:
-                self.position += 1
-                handler = _HANDLERS.get(opcode)
-                if handler is None:
-                    raise PythonObjectError(f"opcode {opcode}")
+            for opcode, argument, _ in pickletools.genops(self.file):
                 self._left -= 1
                 if self._left < 0:
                     raise DamagedError(f"a pickle of more than {MOST_OPCODES:,} parts")
-                handler(self)
-            self.position += 1
+                if opcode.name in _VALUES:
+                    self._push(argument)
+                elif opcode.name in _HANDLERS:
+                    _HANDLERS[opcode.name](self, argument)
+                else:
+                    raise PythonObjectError(f"opcode {opcode.name}")
             return self._stack.pop()
-        except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise DamagedError(str(error)) from error
-
-    def _take(self, count: int) -> bytes:
-        taken = self.content[self.position : self.position + count]
-        if len(taken) < count:
-            raise DamagedError("truncated")
-        self.position += count
-        return taken
-
-    def _number(self, code: str) -> Any:
-        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
-
-    def _line(self) -> str:
-        length = self.content[self.position : self.position + 1000].index(b"\n")
-        return self._take(length + 1)[:-1].decode("utf-8")
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -123,7 +108,7 @@ class Unpickler:
         items, self._stack = self._stack, self._marks.pop()
         return items
 
-    def _mark(self) -> None:
+    def _mark(self, _: None) -> None:
         self._marks.append(self._stack)
         self._stack = []
 
@@ -148,8 +133,8 @@ class Unpickler:
             raise DamagedError("entries for something that is not a dict")
         _fill(holder, zip(items[::2], items[1::2], strict=True))
 
-    def _global(self) -> None:
-        name = f"{self._line()}.{self._line()}".replace("__builtin__.", "builtins.", 1)
+    def _global(self, words: str) -> None:
+        name = words.replace(" ", ".").replace("__builtin__.", "builtins.", 1)
         is_known = any(name in table for table in (_MAKERS, UNUSABLE, STORAGES, DTYPES))
         if not is_known and not TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
             self._unknown = self._unknown or name
@@ -157,7 +142,7 @@ class Unpickler:
         else:
             self._push(Global(name))
 
-    def _call(self) -> None:
+    def _call(self, _: None) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is PythonObject:
             self._push(PythonObject())
@@ -175,7 +160,7 @@ class Unpickler:
             return Module(name)
         raise DamagedError(f"a call of {name}")
 
-    def _build(self) -> None:
+    def _build(self, _: None) -> None:
         state, value = self._stack.pop(), self._stack[-1]
         if type(value) is Module:
             value.attributes = state
@@ -186,7 +171,7 @@ class Unpickler:
         elif type(value) not in (dict, torch.Tensor, Unusable):  # attributes of these are skipped
             raise DamagedError("a state for something that has none")
 
-    def _persistent(self) -> None:
+    def _persistent(self, _: None) -> None:
         kind, dtype, *place = self._stack.pop()
         if kind == "module" and type(dtype) is PythonObject:  # the class of a module, with its source code
             self._push(dtype)
@@ -299,43 +284,29 @@ _MAKERS: dict[str, Callable[..., Any]] = _REBUILDERS | {
     **dict.fromkeys(NUMPY_SCALARS, _numpy_scalar),
 }
 
-_STOP = ord(".")
-_HANDLERS: dict[int, Callable[[Unpickler], None]] = {
-    ord(opcode): handler
-    for opcode, handler in {
-        "\x80": lambda u: u._take(1),
-        "N": lambda u: u._push(None),
-        "\x88": lambda u: u._push(True),
-        "\x89": lambda u: u._push(False),
-        "J": lambda u: u._push(u._number("<i")),
-        "K": lambda u: u._push(u._number("<B")),
-        "M": lambda u: u._push(u._number("<H")),
-        "\x8a": lambda u: u._push(int.from_bytes(u._take(u._number("<B")), "little", signed=True)),
-        "G": lambda u: u._push(u._number(">d")),
-        "X": lambda u: u._push(u._take(u._number("<I")).decode("utf-8", "surrogatepass")),
-        # strings of Python 2
-        "U": lambda u: u._push(u._take(u._number("<B")).decode("utf-8")),
-        "T": lambda u: u._push(u._take(u._number("<I")).decode("utf-8")),
-        ")": lambda u: u._push(()),
-        "]": lambda u: u._push([]),
-        "}": lambda u: u._push({}),
-        "(": Unpickler._mark,
-        "t": lambda u: u._push(tuple(u._pop_mark())),
-        "\x85": lambda u: u._tuple(1),
-        "\x86": lambda u: u._tuple(2),
-        "\x87": lambda u: u._tuple(3),
-        "a": lambda u: u._append([u._stack.pop()]),
-        "e": lambda u: u._append(u._pop_mark()),
-        "s": lambda u: u._set_items([u._stack.pop(-2), u._stack.pop()]),
-        "u": lambda u: u._set_items(u._pop_mark()),
-        "c": Unpickler._global,
-        "R": Unpickler._call,
-        "\x81": Unpickler._call,
-        "b": Unpickler._build,
-        "Q": Unpickler._persistent,
-        "h": lambda u: u._push(u._memo[u._number("<B")]),
-        "j": lambda u: u._push(u._memo[u._number("<I")]),
-        "q": lambda u: u._memo.__setitem__(u._number("<B"), u._stack[-1]),
-        "r": lambda u: u._memo.__setitem__(u._number("<I"), u._stack[-1]),
-    }.items()
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"}
+_HANDLERS: dict[str, Callable[[Unpickler, Any], None]] = {
+    **dict.fromkeys(("PROTO", "STOP"), lambda u, _: None),
+    "NONE": lambda u, _: u._push(None),
+    "NEWTRUE": lambda u, _: u._push(True),
+    "NEWFALSE": lambda u, _: u._push(False),
+    "EMPTY_TUPLE": lambda u, _: u._push(()),
+    "EMPTY_LIST": lambda u, _: u._push([]),
+    "EMPTY_DICT": lambda u, _: u._push({}),
+    "MARK": Unpickler._mark,
+    "TUPLE": lambda u, _: u._push(tuple(u._pop_mark())),
+    "TUPLE1": lambda u, _: u._tuple(1),
+    "TUPLE2": lambda u, _: u._tuple(2),
+    "TUPLE3": lambda u, _: u._tuple(3),
+    "APPEND": lambda u, _: u._append([u._stack.pop()]),
+    "APPENDS": lambda u, _: u._append(u._pop_mark()),
+    "SETITEM": lambda u, _: u._set_items([u._stack.pop(-2), u._stack.pop()]),
+    "SETITEMS": lambda u, _: u._set_items(u._pop_mark()),
+    "GLOBAL": Unpickler._global,
+    "REDUCE": Unpickler._call,
+    "NEWOBJ": Unpickler._call,
+    "BUILD": Unpickler._build,
+    "BINPERSID": Unpickler._persistent,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda u, number: u._push(u._memo[number])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda u, number: u._memo.__setitem__(number, u._stack[-1])),
 }

@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, _imaging
 
-from clip_retrieval.errors import RunError, UserError
+from clip_retrieval.errors import RunError, UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.log import log
 from clip_retrieval.options import MAX_IMAGE_PIXELS
@@ -223,9 +223,7 @@ def _describe_pixels(name: str, text: str) -> str:
 def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
         return f"none of the formats {', '.join(FORMATS)}, or damaged"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return describe(error)
 
 
 def _choose_remedy(error: Exception) -> str:

@@ -35,10 +35,10 @@ def read_count(reader: LmdbReader, key: bytes) -> int:
 
 
 class LmdbImages(Base64Images):
-    """The images of an `imgs` folder, in the order of their keys. A spawned process opens the folder again."""
+    """The images of an `imgs` folder, in the order of their keys."""
 
     def __init__(self, folder: Path):
-        self._reader: LmdbReader | None = LmdbReader(folder, LARGEST_FILE)
+        self._reader = LmdbReader(folder, LARGEST_FILE)
         read_count(self._reader, NUM_IMAGES)
         keys = [key for key in self._reader.iter_keys() if key != NUM_IMAGES]
         try:
@@ -48,19 +48,8 @@ class LmdbImages(Base64Images):
         if not keys:
             raise UserError(f"{folder}: holds no images")
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_reader": None}
-
     def base64(self, index: int) -> bytes:
-        return self._require(self._open().get(self._key(index)), index)
-
-    def _key(self, index: int) -> bytes:
-        return self.keys[index].encode()
-
-    def _open(self) -> LmdbReader:
-        if self._reader is None:
-            self._reader = LmdbReader(self.path, LARGEST_FILE)
-        return self._reader
+        return self._require(self._reader.get(self.keys[index].encode()), index)
 
     def _require(self, value: _Value | None, index: int) -> _Value:
         if value is None:
@@ -71,8 +60,8 @@ class LmdbImages(Base64Images):
         return f"{self.path}, key {self.keys[index]}"
 
     def stamp(self, index: int) -> tuple[int, int]:
-        size = self._require(self._open().size(self._key(index)), index)
-        return size, self._open().path.stat().st_mtime_ns
+        size = self._require(self._reader.size(self.keys[index].encode()), index)
+        return size, self._reader.path.stat().st_mtime_ns
 
 
 def read_pairs(folder: Path) -> Iterator[tuple[int, tuple[int | str, int | str, str]]]:

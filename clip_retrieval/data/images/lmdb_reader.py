@@ -47,7 +47,7 @@ class _Meta(NamedTuple):
 class LmdbReader:
     """The keys and values of an LMDB folder, as of its last transaction.
 
-    Forked processes may share it, as it has no file position. A spawned process opens the folder again.
+    Forked processes may share it, as it has no file position. A copy by pickle opens the folder again.
 
     Args:
         folder: folder of data.mdb.
@@ -59,6 +59,7 @@ class LmdbReader:
     """
 
     def __init__(self, folder: Path, largest: int):
+        self._folder = folder
         self.path = folder / "data.mdb"
         self.largest = largest
         self._branches: dict[int, tuple[int, bytes, tuple[int, ...]]] = {}
@@ -68,6 +69,9 @@ class LmdbReader:
             self._read_metas()
         except OSError as error:
             raise UserError(f"{folder}: not an LMDB folder ({self.path.name}: {error.strerror})") from None
+
+    def __reduce__(self) -> tuple[type[LmdbReader], tuple[Path, int]]:
+        return LmdbReader, (self._folder, self.largest)
 
     def _read_metas(self) -> None:
         first = self._read_meta(0)

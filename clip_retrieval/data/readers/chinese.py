@@ -181,9 +181,7 @@ def read_texts(path: Path) -> Texts:
     return Texts(path, "line", texts)
 
 
-def _parse_text(record: Any, number: int, place: str) -> Text:
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: not a JSON object, but a {type(record).__name__}")
+def _parse_text(record: dict[str, Any], number: int, place: str) -> Text:
     text_id, text, image_ids = (record.get(name) for name in ("text_id", "text", "image_ids"))
     if not is_id(text_id):
         raise UserError(f'{place}: no "text_id" that is a whole number or a text')

@@ -15,9 +15,8 @@ import functools
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,33 +43,22 @@ CAPTIONS_FILES = {
 }
 
 
-@dataclass
-class Part:
-    """The images of one split with their captions.
+class ListedImage(NamedTuple):
+    """An image in the file.
 
     Attributes:
-        names: file names.
-        folders: the folder of each image as the file gives it, or "".
-        texts: the captions.
-        owners: image index of each caption.
-        image_ids: COCO's id of each image, or None.
+        name: file name.
+        folder: its folder as the file gives it, or "".
+        texts: its captions.
+        image_id: COCO's id, or None.
         text_ids: id of each caption ("sentid"), or None.
     """
 
-    names: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-    image_ids: list[Any] = field(default_factory=list, compare=False)
-    text_ids: list[Any] = field(default_factory=list, compare=False)
-
-    def add(self, name: str, folder: str, texts: list[str], image_id: Any = None, text_ids: Any = None) -> None:
-        self.image_ids.append(image_id)
-        self.text_ids += text_ids or [None] * len(texts)
-        self.owners += [len(self.names)] * len(texts)
-        self.names.append(name)
-        self.folders.append(folder)
-        self.texts += texts
+    name: str
+    folder: str
+    texts: list[str]
+    image_id: Any
+    text_ids: list[Any]
 
 
 def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
@@ -85,22 +73,18 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         raise UserError(f"{path}: not a .json or .json.gz file, as --dataset {options.name} needs")
     # join the parts of the split
     names = ("train", "restval") if split == "train" and not options.no_restval else (split,)
-    chosen = Part()
-    for part in (parts[name] for name in names if name in parts):
-        chosen.owners += [len(chosen.names) + owner for owner in part.owners]
-        chosen.names += part.names
-        chosen.folders += part.folders
-        chosen.texts += part.texts
-        chosen.image_ids += part.image_ids
-        chosen.text_ids += part.text_ids
-    if not chosen.names:
+    listed = [image for name in names for image in parts.get(name, ())]
+    texts = [text for image in listed for text in image.texts]
+    if not listed:
         return None
-    if not chosen.texts:
-        raise UserError(f"{path}: none of {format_count(len(chosen.names), f'{split} image')} has a caption")
-    images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
-    pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
-    ids = (_unique_ids(found) for found in (chosen.image_ids, chosen.text_ids))
-    return RetrievalDataset(options.name, split, images, chosen.texts, pairs, *ids)
+    if not texts:
+        raise UserError(f"{path}: none of {format_count(len(listed), f'{split} image')} has a caption")
+    images = find_image_files(_iter_places(options, path, listed), path, skip_missing=options.skip_broken)
+    owners = np.repeat(np.arange(len(listed)), [len(image.texts) for image in listed])
+    pairs = np.stack([owners, np.arange(len(texts))], axis=1)
+    image_ids = _unique_ids([image.image_id for image in listed])
+    text_ids = _unique_ids([text_id for image in listed for text_id in image.text_ids])
+    return RetrievalDataset(options.name, split, images, texts, pairs, image_ids, text_ids)
 
 
 def _unique_ids(ids: list[Any]) -> list[Id] | None:
@@ -134,7 +118,7 @@ def find_json(root: Path, name: str) -> Path | None:
     return find_file([root / f"dataset_{name}.json", root / f"dataset_{name}.json.gz"])
 
 
-def _iter_places(options: DatasetOptions, path: Path, part: Part) -> Iterator[tuple[Path, list[str]]]:
+def _iter_places(options: DatasetOptions, path: Path, listed: list[ListedImage]) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folders that may hold the images, with the names there."""
     root = Path(options.dataset_root)
     if options.image_dir:
@@ -142,16 +126,17 @@ def _iter_places(options: DatasetOptions, path: Path, part: Part) -> Iterator[tu
     else:
         usual = (root / folder for folder in IMAGE_FOLDERS.get(options.name, ()))
         folders = [root / "images", *usual, root, path.parent / "images", path.parent]
-    in_folders = [f"{folder}/{name}" if folder else name for folder, name in zip(part.folders, part.names)]
+    names = [image.name for image in listed]
+    in_folders = [f"{image.folder}/{image.name}" if image.folder else image.name for image in listed]
     for folder in dict.fromkeys(folders):
         yield folder, in_folders
-        if any(part.folders):
-            yield folder, part.names
+        if in_folders != names:
+            yield folder, names
 
 
 # Parsed, Karpathy's COCO file takes gigabytes; plain lists of it are cached for the other splits.
 @functools.lru_cache(maxsize=1)
-def read_karpathy_json(path: Path) -> dict[str, Part]:
+def read_karpathy_json(path: Path) -> dict[str, list[ListedImage]]:
     """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid."""
     data = read_json(path)
     images = data.get("images") if isinstance(data, dict) else None
@@ -161,7 +146,7 @@ def read_karpathy_json(path: Path) -> dict[str, Part]:
         raise UserError(f"{path}: lists no images")
 
     # check each image and add it to its split
-    parts: dict[str, Part] = {}
+    parts: dict[str, list[ListedImage]] = {}
     for number, image in enumerate(images):
         prefix = f"{path}: not a Karpathy JSON (images[{number}]"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str) or not image["filename"]:
@@ -178,8 +163,9 @@ def read_karpathy_json(path: Path) -> dict[str, Part]:
             raise UserError(f'{prefix}, {image["filename"]}, has no "sentences", each with a "raw" text)')
         folder = image.get("filepath")
         text_ids = [sentence.get("sentid") for sentence in image["sentences"]]
-        part = parts.setdefault(split, Part())
-        part.add(image["filename"], folder if isinstance(folder, str) else "", texts, image.get("cocoid"), text_ids)
+        folder = folder if isinstance(folder, str) else ""
+        found = ListedImage(image["filename"], folder, texts, image.get("cocoid"), text_ids)
+        parts.setdefault(split, []).append(found)
     return parts
 
 
@@ -193,21 +179,19 @@ def _read_sentences(sentences: Any) -> list[str] | None:
 
 
 @functools.lru_cache(maxsize=1)
-def read_captions(path: Path, name: str) -> dict[str, Part]:
+def read_captions(path: Path, name: str) -> dict[str, list[ListedImage]]:
     """Read a captions file of Flickr8K or Flickr30K; the project's lists give the splits and the order of images."""
     captions: dict[str, list[str]] = {}
     for image, text in _iter_captions(path):
         captions.setdefault(image, []).append(text)
     if not captions:
         raise UserError(f"{path}: holds no captions")
-    parts: dict[str, Part] = {}
+    parts: dict[str, list[ListedImage]] = {}
     for split in ("train", "val", "test"):
-        part = Part()
         for image in read_text(ANNOTATIONS / f"{name}_{split}.txt").split():
-            if image in captions:
-                part.add(image, "", captions[image])
-        if part.names:
-            parts[split] = part
+            if texts := captions.get(image):
+                found = ListedImage(image, "", texts, None, [None] * len(texts))
+                parts.setdefault(split, []).append(found)
     if not parts:
         raise UserError(f"{path}: none of its images is in the split of {name}; read your own file with --dataset csv")
     return parts

@@ -101,7 +101,7 @@ def _copy_samples(path: Place, caption_key: str | None, spool: Spool) -> Iterato
         try:
             ending, captions = image_ending(sample), read_sample_captions(sample, caption_key)
             content = sample[ending]
-            yield _Sample(Member(key, ending, 0, spool.add(content), len(content)), captions)
+            yield _Sample(Member(key, ending, spool.add(content), len(content)), captions)
         except Unusable as problem:
             yield f"{path}, sample {key}: {problem}"
 

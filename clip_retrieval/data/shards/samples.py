@@ -35,11 +35,10 @@ class Unusable(Exception):
 
 
 class Member(NamedTuple):
-    """A file in a shard: its key and ending, the first byte of its header and content, the content's size in bytes."""
+    """A file in a shard: its key and ending, and the first byte and the size in bytes of its content."""
 
     key: str
     ending: str
-    header: int
     begin: int
     size: int
 
@@ -65,7 +64,7 @@ def _iter_members(path: Place, file: Source) -> Iterator[Member]:
         if _is_sample_part(header.name):
             key, ending = key_and_ending(header.name)
             _check_size(header, ending, path, file)
-            yield Member(key, ending, header.header, header.begin, header.size)
+            yield Member(key, ending, header.begin, header.size)
 
 
 def key_and_ending(name: str) -> tuple[str, str]:

@@ -24,13 +24,12 @@ _EXTENDED = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_GLOBAL)
 
 
 class Header(NamedTuple):
-    """A regular file in a tar: its name, the first byte of its header and content, and the content's size in bytes.
+    """A regular file in a tar: its name, and the first byte and the size in bytes of its content.
 
     Bytes of the name that are not UTF-8 are decoded with `surrogateescape`.
     """
 
     name: str
-    header: int
     begin: int
     size: int
 
@@ -62,7 +61,6 @@ def read_headers(path: Place, file: Source) -> Iterator[Header]:
     try:
         while True:
             # extended headers: a long name or a size for the member that follows
-            first = offset
             extended: _Extended = {}
             info = _read_header(file, offset)
             while info is not None and info.type in _EXTENDED:
@@ -85,7 +83,7 @@ def read_headers(path: Place, file: Source) -> Iterator[Header]:
                 raise _DamagedError("unexpected end of data")
             offset = begin + _round_up(size)
             if info.type in _REGULAR:
-                yield Header(_check_name(extended.get("path", info.name)), first, begin, size)
+                yield Header(_check_name(extended.get("path", info.name)), begin, size)
         _check_end(file, path, offset)
     except _DamagedError as problem:
         raise UserError(f"{path}: cannot be read as a tar (at byte {offset:,}: {problem}); fetch it again") from None

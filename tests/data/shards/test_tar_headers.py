@@ -44,7 +44,7 @@ def test_regular_files_equal_those_of_tarfile(tmp_path, form):
         tar.addfile(info("fifo", type=tarfile.FIFOTYPE))
         tar.addfile(info("contiguous", 7, type=tarfile.CONTTYPE), io.BytesIO(b"x" * 7))
     with tarfile.open(path) as tar:
-        expected = [(m.name, m.offset, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
+        expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
     assert headers(path) == expected and len(expected) == 6
 
 
@@ -187,7 +187,7 @@ def test_names_with_invalid_utf8_or_line_breaks_are_read(tmp_path):
 def test_mutated_shards_are_read_or_refused(tmp_path):
     path, draw = write_shard(tmp_path / "x.tar", numbered(0, 4)), random.Random(0)
     whole, refused = path.read_bytes(), 0
-    at = [header.header for header in headers(path)]
+    at = [header.begin - 512 for header in headers(path)]
     for _ in range(1000):
         damaged = bytearray(whole)
         begin = draw.choice(at)
