@@ -223,6 +223,16 @@ class DataOptions:
         "always one)",
         choices=("all", "one"),
     )
+    hard_negatives: float = option(
+        0.0,
+        "share of each training batch that are near neighbours of others in it, by features that the model computes at "
+        "the start of each epoch",
+        minimum=0,
+        maximum=1,
+    )
+    hard_negatives_by: str = option(
+        "image", "with --hard_negatives: whose features decide what is near: image or text", choices=("image", "text")
+    )
     augment: str = option(
         "none",
         "augmentation of training images: none, random crop, random crop with AutoAugment, the same with half of the "

@@ -35,6 +35,7 @@ VARIANTS = {
     "siglip grad_cache": "--loss siglip --grad_cache 5",
     "margin linear_projection": "--loss margin --trainable linear_projection",
     "freeze_text one caption": "--freeze_text --caption_sampling one --accum_freq 2 --grad_clip 0.1",
+    "hard negatives": "--hard_negatives 0.5",
     "lora": "--trainable lora --lora_targets all --lora_rank 2",
 }
 EVALUATIONS = {

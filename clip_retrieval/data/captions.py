@@ -183,12 +183,18 @@ def _encode_hugging_face(captions: list[str], tokenizer: HuggingFaceTokenizer) -
 
 
 SURROGATES = re.compile("[\ud800-\udfff]")
+WORDLESS = re.compile(r"[\W_]+")
 
 
 def clean_caption(text: str) -> str:
     """Strip a caption, join its lines, and replace characters that cannot be written or tokenized."""
     text = mend_characters(text.strip())
     return " ".join(text.splitlines()) if "\n" in text or "\r" in text else text
+
+
+def normalize_caption(text: str) -> str:
+    """Return the letters and digits of a caption, in lower case; a caption without any stays."""
+    return WORDLESS.sub("", text.casefold()) or text
 
 
 def mend_characters(text: str) -> str:

@@ -140,7 +140,8 @@ class TrainingCheckpoint(Checkpoint):
         optimizer, scaler: their state dicts.
         learning: the trainable parameters, in order, with their shapes.
         random: seed and step, from which all random numbers of a step follow.
-        sampler: epoch, batch, the options that decide the order, and a checksum of the data.
+        sampler: epoch, batch, the options that decide the order, and a checksum of the data; the
+            `order` of an epoch that follows from the weights at its start, int32 (batches, batch_size).
         progress: fields of `training.state.Progress`.
         lora: frozen weights, A and B, with --trainable lora; in `model` they are merged.
         averages: of the trainable weights (--ema, --swa_start), by name: their updates and weights; None without any.
@@ -238,7 +239,7 @@ _TRAINING = {
     "learning": entries(sequence(whole())),
     "scaler": either(one_of({}), _SCALER),
     "random": record(required={"seed": whole(), "step": whole()}),
-    "sampler": record(required={"data": either(text, whole())}),
+    "sampler": record(required={"data": either(text, whole())}, optional={"order": tensor}),
     "progress": record(
         optional={
             "step": whole(),

@@ -49,6 +49,10 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    if data.hard_negatives and is_streamed(data) and not evaluate:
+        raise UserError(f"--hard_negatives is not for --dataset {data.name}, whose pairs are streamed; drop it")
+    if data.hard_negatives_by != DataOptions.hard_negatives_by and not data.hard_negatives:
+        raise UserError(f"--hard_negatives_by {data.hard_negatives_by} needs --hard_negatives SHARE; give both")
     if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
         raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
 

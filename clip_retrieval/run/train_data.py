@@ -19,13 +19,14 @@ from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.log import log
 from clip_retrieval.models.trainable import FROZEN_TOWERS
 from clip_retrieval.options import DataOptions, EvalOptions, Options, TrainOptions
-from clip_retrieval.run.splits import log_samples, make_split, read_split
+from clip_retrieval.run.splits import load_pixels, log_samples, make_split, read_split
 
 
 def encodes_images_once(data: DataOptions, train: TrainOptions) -> bool:
-    """Whether every training image is decoded once, before the first step: for its cache, or by a frozen tower."""
+    """Whether every training image is decoded once, before the first step: for its cache, or to encode it."""
     is_frozen = train.freeze_vision or train.trainable in FROZEN_TOWERS
-    return bool(data.image_cache) or (is_frozen and not train.no_feature_cache)
+    encodes = (is_frozen and not train.no_feature_cache) or (data.hard_negatives and data.hard_negatives_by == "image")
+    return bool(data.image_cache or encodes)
 
 
 def read_datasets(
@@ -77,6 +78,9 @@ def load_data(
         datasets = read_held_out(data, device, processes) if train.split != UNSPLIT else {}
     else:
         split = make_split(data, datasets["train"], tokenizer, preprocess, device, data.augment)
+        plain = split.pixels
+        if data.hard_negatives and data.augment != "none":
+            plain = load_pixels(data, split.dataset, preprocess, device, "none")
         log_samples(split.dataset)
         train = IndexedTrainSplit(
             split,
@@ -84,6 +88,8 @@ def load_data(
             seed,
             weights=data.dataset_weights if len(data.parts()) > 1 else None,
             num_workers=data.num_workers,
+            plain_pixels=plain,
+            hard_negatives=(data.hard_negatives, data.hard_negatives_by) if data.hard_negatives else None,
             skip_unreadable=skips_unreadable(data),
         )
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clip_retrieval.data.batches.loader import Loader
+from clip_retrieval.data.batches.loader import Loader, TrainLoader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
-from clip_retrieval.data.batches.train_split import EncodeFrozen, TrainSplit
+from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
 from clip_retrieval.data.batches.word_dropout import WordDropout
 from clip_retrieval.data.captions import Tokens, padding_id
 from clip_retrieval.data.pixels.pixels import Pixels
@@ -30,6 +31,7 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import FROZEN_TOWERS, set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import LossOptions, Options, TrainOptions
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
+from clip_retrieval.training.hard_negatives import HardNegatives
 from clip_retrieval.training.trainer import Trainer
 
 COMPILED_LENGTHS = 16  # caption lengths of a compiled text tower are multiples of this
@@ -156,6 +158,17 @@ def make_loader(
         processes=processes,
         encode_frozen=encode_frozen,
     )
+    if isinstance(train, IndexedTrainSplit) and isinstance(loader, TrainLoader) and train.hard_negatives:
+        loader = HardNegatives(
+            loader,
+            model,
+            replace(train.data, pixels=train.plain_pixels),
+            precision=precision,
+            batch_size=options.evaluation.eval_batch_size,
+            num_workers=options.data.num_workers,
+            device=device,
+            processes=processes,
+        )
     if options.data.word_dropout:
         pad, rate = padding_id(tokenizer), options.data.word_dropout
         loader = WordDropout(loader, rate, pad=pad, seed=options.train.seed, processes=processes)

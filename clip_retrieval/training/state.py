@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from clip_retrieval.data.batches.sampler import Sampler
+from clip_retrieval.data.batches.sampler import BatchSampler, Sampler
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.models.checkpoint import Checkpoint, TrainingCheckpoint
@@ -61,12 +62,15 @@ class Progress:
 def training_state(trainer: Trainer, sampler: Sampler, progress: Progress) -> dict[str, Any]:
     """Return the further fields of a `TrainingCheckpoint`, as plain tensors and primitives."""
     epoch, batch = divmod(progress.step, len(sampler))
+    order = {}
+    if batch and sampler.order is not None:  # within an epoch, it does not follow from these weights
+        order = {"order": torch.from_numpy(sampler.order[1]).int()}
     return {
         "optimizer": trainer.optimizer.state_dict(),
         "learning": trainer.trainable_shapes,
         "scaler": trainer.scaler.state_dict(),
         "random": {"seed": trainer.seed, "step": progress.step},  # all random numbers of a step follow from these
-        "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings},
+        "sampler": {"epoch": epoch, "batch": batch, "data": sampler.fingerprint, **sampler.settings, **order},
         "progress": asdict(progress),
         "lora": lora_state(trainer.model.clip),
         "averages": {name: average.state_dict() for name, average in trainer.averages.items()} or None,
@@ -127,8 +131,23 @@ def restore_training(
     if reset_data_offset:
         return Progress()
     log.info(f"resuming from {source}, step {checkpoint.step}")
+    epoch, batch = divmod(checkpoint.step, len(sampler))
+    if isinstance(sampler, BatchSampler) and sampler.hard_negatives and batch:
+        sampler.order = (epoch, _read_order(checkpoint, sampler))
     # restore the progress, without fields of a newer version
     return Progress(**{f.name: checkpoint.progress[f.name] for f in fields(Progress) if f.name in checkpoint.progress})
+
+
+def _read_order(checkpoint: TrainingCheckpoint, sampler: BatchSampler) -> np.ndarray:
+    """Return the batches of the epoch: int64 (batches, batch_size). Raises UserError if they are missing or invalid."""
+    order = checkpoint.sampler.get("order")
+    shape, pairs = (len(sampler), sampler.batch_size), len(sampler.dataset.pairs)
+    is_order = isinstance(order, torch.Tensor) and order.shape == shape and order.dtype == torch.int32
+    if order is None or not is_order or order.min() < 0 or order.max() >= pairs:
+        raise UserError(
+            f"{checkpoint.path} lacks the order of its epoch, which --hard_negatives needs; add --reset_data_offset"
+        )
+    return order.numpy().astype(np.int64)
 
 
 def _check_moments(stored: dict[str, Any], optimizer: torch.optim.Optimizer, source: Path) -> None:

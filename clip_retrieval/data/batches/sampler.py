@@ -34,9 +34,11 @@ class Sampler(Protocol):
     """The order of the pairs of a run, in global batches."""
 
     batch_size: int
+    order: tuple[int, np.ndarray] | None
+    """The last epoch whose order follows from the weights, and its batches, int64 (batches, batch_size)."""
 
     @property
-    def settings(self) -> Mapping[str, int | str | None]:
+    def settings(self) -> Mapping[str, int | float | str | None]:
         """The options that decide the order, by name: a run resumes only with the same ones."""
         ...
 
@@ -62,9 +64,13 @@ class BatchSampler:
         weights: the weight of each part of a Mixture. An epoch keeps its length, and each part gets a proportional
             share of its pairs (with "one", its images). A share larger than the part repeats the part as often as
             possible and draws the rest at random; a smaller one is drawn at random. Draws differ by epoch.
+        hard_negatives: the share of a batch that are near neighbours of others, and by which side, "image" or "text";
+            `training.hard_negatives` sets the `order` of each epoch.
 
     The remainder of an epoch, fewer than batch_size pairs, is dropped (different pairs each epoch).
     """
+
+    order: tuple[int, np.ndarray] | None = None
 
     def __init__(
         self,
@@ -73,21 +79,25 @@ class BatchSampler:
         sampling: str = "all",
         seed: int = 0,
         weights: Sequence[float] | None = None,
+        hard_negatives: tuple[float, str] | None = None,
     ):
         self.dataset = dataset
         self.batch_size = batch_size
         self.sampling = sampling
         self.seed = seed
         self.weights = None if weights is None else tuple(weights)
+        self.hard_negatives = hard_negatives
 
     @property
-    def settings(self) -> dict[str, int | str | None]:
+    def settings(self) -> dict[str, int | float | str | None]:
         """The options that decide the order, by name: a run resumes only with the same ones."""
         return {
             "batch_size": self.batch_size,
             "caption_sampling": self.sampling,
             "seed": self.seed,
             "dataset_weights": None if self.weights is None else " ".join(map(str, self.weights)),
+            "hard_negatives": self.hard_negatives and self.hard_negatives[0],
+            "hard_negatives_by": self.hard_negatives and self.hard_negatives[1],
         }
 
     @cached_property
@@ -116,15 +126,18 @@ class BatchSampler:
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `first_batch` on."""
-        rng = np.random.default_rng((self.seed, epoch))
-        if self.weights is not None:
-            batches = self._deal(self._draw_weighted(rng), rng)
-        elif self.sampling == "all":
-            batches = self._deal(np.arange(len(self.dataset.pairs)), rng)
-        else:
-            batches = self._draw_pair_per_image(rng)
+        batches = self.order[1] if self.order is not None and self.order[0] == epoch else self.draw(epoch)
         for rows in batches[first_batch:]:
             yield Batch(images=self.dataset.pairs[rows, 0], captions=self.dataset.pairs[rows, 1])
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Draw the batches of an epoch at random: int64 (batches, batch_size), rows of `pairs`."""
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.weights is not None:
+            return self._deal(self._draw_weighted(rng), rng)
+        if self.sampling == "all":
+            return self._deal(np.arange(len(self.dataset.pairs)), rng)
+        return self._draw_pair_per_image(rng)
 
     def _draw_pair_per_image(self, rng: np.random.Generator) -> np.ndarray:
         images = rng.permutation(self._captioned_images)[: len(self) * self.batch_size]

@@ -67,14 +67,18 @@ class IndexedTrainSplit:
         seed: seed of the order.
         weights: of the parts of a mixture; see `BatchSampler`.
         num_workers: worker processes; None: chosen by the device.
+        plain_pixels: the images as an evaluation sees them.
+        hard_negatives: share and side of the near neighbours in a batch; see `BatchSampler`.
         skip_unreadable: replace an unreadable image by another one of the batch instead of stopping.
     """
 
     data: Split
     sampling: str
     seed: int
+    plain_pixels: Pixels
     weights: Sequence[float] | None = None
     num_workers: int | None = None
+    hard_negatives: tuple[float, str] | None = None
     skip_unreadable: bool = False
 
     @property
@@ -86,9 +90,10 @@ class IndexedTrainSplit:
         return number_of_samples(self.data.dataset, self.sampling)
 
     def make_sampler(self, batch_size: int) -> BatchSampler:
-        sampler = BatchSampler(self.data.dataset, batch_size, self.sampling, self.seed, self.weights)
+        dataset = self.data.dataset
+        sampler = BatchSampler(dataset, batch_size, self.sampling, self.seed, self.weights, self.hard_negatives)
         if self.weights:
-            shares = (f"{share:,} of {part.name}" for share, part in zip(sampler.shares, self.data.dataset.parts))
+            shares = (f"{share:,} of {part.name}" for share, part in zip(sampler.shares, dataset.parts))
             log.info(f"an epoch's {format_counts(pair=self.samples)}: {', '.join(shares)}")
         return sampler
 

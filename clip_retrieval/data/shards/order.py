@@ -97,6 +97,8 @@ class ShardOrder:
         seed: seed of every epoch's order.
     """
 
+    order: tuple[int, np.ndarray] | None = None  # it does not follow from the weights
+
     def __init__(
         self,
         shards: Shards,
