@@ -182,6 +182,7 @@ def prepare(
 
     # run
     schedule = Schedule.from_options(options, len(sampler))
+    detects_collapse = LOSSES[options.loss.loss].detects_collapse and not options.data.negative_column
     run = Run(
         options=options,
         folder=folder,
@@ -200,7 +201,7 @@ def prepare(
         progress=progress,
         metrics=metrics,
         processes=processes,
-        collapse=CollapseWatch(sampler.batch_size) if LOSSES[options.loss.loss].detects_collapse else None,
+        collapse=CollapseWatch(sampler.batch_size) if detects_collapse else None,
     )
     log_setup(run, precision)
     return run

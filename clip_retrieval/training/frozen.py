@@ -51,14 +51,14 @@ def encode_frozen_texts(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Encode the captions with the frozen text tower, without its projection.
+    """Encode the captions and negative captions with the frozen text tower, without its projection.
 
     Returns:
-        float32 (captions, width), on the CPU.
+        float32 (texts, width), on the CPU.
     """
     pooled = encode_captions(
         encoding_model(model, precision).pooled_text,
-        dataset.captions,
+        dataset.texts,
         tokens,
         trim=model.trims_text,
         batch_size=batch_size,

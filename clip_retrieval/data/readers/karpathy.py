@@ -24,12 +24,13 @@ import numpy as np
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
+from clip_retrieval.data.negatives import clean_negatives
 from clip_retrieval.data.readers import csv_file
 from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, find_only_file
 from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import check_root, read_json, read_text
 from clip_retrieval.jsonl import Id, is_id
-from clip_retrieval.options import DatasetOptions
+from clip_retrieval.options import DatasetOptions, as_tuple
 
 FLICKR = ("flickr8k", "flickr30k")
 
@@ -55,6 +56,7 @@ class Part:
         owners: image index of each caption.
         image_ids: COCO's id of each image, or None.
         text_ids: id of each caption ("sentid"), or None.
+        negatives: the negative captions of each caption.
     """
 
     names: list[str] = field(default_factory=list)
@@ -63,10 +65,20 @@ class Part:
     owners: list[int] = field(default_factory=list)
     image_ids: list[Any] = field(default_factory=list, compare=False)
     text_ids: list[Any] = field(default_factory=list, compare=False)
+    negatives: list[list[str]] = field(default_factory=list)
 
-    def add(self, name: str, folder: str, texts: list[str], image_id: Any = None, text_ids: Any = None) -> None:
+    def add(
+        self,
+        name: str,
+        folder: str,
+        texts: list[str],
+        image_id: Any = None,
+        text_ids: Any = None,
+        negatives: Any = None,
+    ) -> None:
         self.image_ids.append(image_id)
         self.text_ids += text_ids or [None] * len(texts)
+        self.negatives += negatives or [[]] * len(texts)
         self.owners += [len(self.names)] * len(texts)
         self.names.append(name)
         self.folders.append(folder)
@@ -78,7 +90,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     # read the file
     path = _find_file(options)
     if path.name.endswith((".json", ".json.gz")):
-        parts = read_karpathy_json(path)
+        parts = read_karpathy_json(path, options.negative_column)
     elif options.name in FLICKR:
         parts = read_captions(path, options.name)
     else:
@@ -93,14 +105,18 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         chosen.texts += part.texts
         chosen.image_ids += part.image_ids
         chosen.text_ids += part.text_ids
+        chosen.negatives += part.negatives
     if not chosen.names:
         return None
     if not chosen.texts:
         raise UserError(f"{path}: none of {format_count(len(chosen.names), f'{split} image')} has a caption")
     images = find_image_files(_iter_places(options, path, chosen), path, skip_missing=options.skip_broken)
     pairs = np.stack([chosen.owners, np.arange(len(chosen.texts))], axis=1)
-    ids = (_unique_ids(found) for found in (chosen.image_ids, chosen.text_ids))
-    return RetrievalDataset(options.name, split, images, chosen.texts, pairs, *ids)
+    image_ids, text_ids = (_unique_ids(found) for found in (chosen.image_ids, chosen.text_ids))
+    negatives = None
+    if options.negative_column and split == "train":
+        negatives = clean_negatives(path, options.negative_column, chosen.texts, chosen.owners, chosen.negatives)
+    return RetrievalDataset(options.name, split, images, chosen.texts, pairs, image_ids, text_ids, negatives)
 
 
 def _unique_ids(ids: list[Any]) -> list[Id] | None:
@@ -151,8 +167,11 @@ def _iter_places(options: DatasetOptions, path: Path, part: Part) -> Iterator[tu
 
 # Parsed, Karpathy's COCO file takes gigabytes; plain lists of it are cached for the other splits.
 @functools.lru_cache(maxsize=1)
-def read_karpathy_json(path: Path) -> dict[str, Part]:
-    """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid."""
+def read_karpathy_json(path: Path, negative_key: str | None = None) -> dict[str, Part]:
+    """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid.
+
+    negative_key: the key of a sentence's negative captions, a text or a list of texts.
+    """
     data = read_json(path)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
@@ -178,8 +197,11 @@ def read_karpathy_json(path: Path) -> dict[str, Part]:
             raise UserError(f'{prefix}, {image["filename"]}, has no "sentences", each with a "raw" text)')
         folder = image.get("filepath")
         text_ids = [sentence.get("sentid") for sentence in image["sentences"]]
-        part = parts.setdefault(split, Part())
-        part.add(image["filename"], folder if isinstance(folder, str) else "", texts, image.get("cocoid"), text_ids)
+        negatives = negative_key and [_read_negatives(sentence.get(negative_key)) for sentence in image["sentences"]]
+        if negatives and None in negatives:
+            raise UserError(f"{prefix}, {image['filename']}, has {negative_key!r} that is no text or list of texts)")
+        part, folder = parts.setdefault(split, Part()), folder if isinstance(folder, str) else ""
+        part.add(image["filename"], folder, texts, image.get("cocoid"), text_ids, negatives)
     return parts
 
 
@@ -190,6 +212,12 @@ def _read_sentences(sentences: Any) -> list[str] | None:
     if not all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences):
         return None
     return [clean_caption(sentence["raw"]) for sentence in sentences]
+
+
+def _read_negatives(value: Any) -> list[str] | None:
+    """Return the negative captions of a sentence, or None if they are invalid."""
+    texts = [] if value is None else as_tuple(value)
+    return list(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 @functools.lru_cache(maxsize=1)
