@@ -207,6 +207,11 @@ class DataOptions:
         "csv: column of the split (train, val, test); if it is missing, all rows are used for training, or by --eval, "
         "but for --val_fraction and --test_fraction",
     )
+    negative_column: str | None = option(
+        None,
+        "csv: column of negative captions, a text or a list of texts, of which a random one joins the training batch "
+        "as in NegCLIP; karpathy, flickr8k, flickr30k: their key in a sentence of the JSON (default: none)",
+    )
     caption_key: str | None = option(
         None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
     )
@@ -677,7 +682,7 @@ class RunOptions:
 
 
 PREFIXES = ("train_data", "val_data")  # values may be prefixes of file names
-COLUMNS = ("image_column", "caption_column", "split_column")
+COLUMNS = ("image_column", "caption_column", "split_column", "negative_column")
 PLACES = ("dataset_root", "annotations", "image_dir", *COLUMNS, *PREFIXES, "caption_key", "train_num_samples")
 """Options about the files of one data set, which do not apply to another."""
 

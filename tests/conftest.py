@@ -75,6 +75,21 @@ def captioned(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def negated(captioned):
+    """The captions of `captioned` with a column `wrong`: two negative captions, one, or none."""
+    (captioned / "negated").mkdir()
+    lines = []
+    for number, line in enumerate((captioned / "captions.csv").read_text().splitlines()):
+        image, caption, split = line.split(",")
+        wrong = ["", caption.replace("thing", "ghost"), f"['{caption} not', '{caption} never']"][number % 3]
+        lines.append(f"../{image},{caption},{split}," + (f'"{wrong}"' if number else "wrong"))
+    lines[0] = lines[0].removeprefix("../")
+    path = captioned / "negated" / "captions.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 @pytest.fixture
 def arguments(captioned, tmp_path):
     """Arguments of a small finetune into tmp_path/logs: 35 pairs, 6 steps of 10 pairs in two epochs."""

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 RESUMED_AT = 4  # step of the last save before the kill
+NEGATIVE = "--annotations negated/captions.csv --negative_column wrong"
 VARIANTS = {
     "averages": "--ema 0.5 --swa_start 1",
     "resnet": "--vision_model resnet.json --lr 0.01",
@@ -36,6 +37,8 @@ VARIANTS = {
     "margin linear_projection": "--loss margin --trainable linear_projection",
     "freeze_text one caption": "--freeze_text --caption_sampling one --accum_freq 2 --grad_clip 0.1",
     "hard negatives": "--hard_negatives 0.5",
+    "negatives": f"{NEGATIVE} --grad_cache 3 --word_dropout 0.2",
+    "negatives distilled": f"{NEGATIVE} --distill_from start",
     "lora": "--trainable lora --lora_targets all --lora_rank 2",
 }
 EVALUATIONS = {
@@ -78,7 +81,7 @@ def finetune(captioned, folder, name, *extra, killed_in_step=None):
         # A large epsilon keeps AdamW from amplifying rounding errors of small gradients.
         *("--epochs", 2, "--batch_size", 10, "--lr", 0.1, "--warmup", 2, "--eps", 1, "--display", 1),
         *("--num_workers", 0, "--device", "cpu", "--checkpoint_path", folder, "--experiments", name),
-        *(captioned / value if str(value).endswith(".json") else value for value in extra),
+        *(captioned / value if str(value).endswith((".json", ".csv")) else value for value in extra),
     ]
     return {"arguments": [str(argument) for argument in arguments], "killed_in_step": killed_in_step}
 
@@ -126,7 +129,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(captioned, folder):
+def one(captioned, negated, folder):
     """Exit code and output of each command in one process; its files are in folder/one."""
     return {name: run_alone(c) for name, c in commands(captioned, folder / "one").items()}
 

@@ -76,6 +76,7 @@ SPELLINGS = {
     "layer_decay": ["--layer_decay"],
     "unlocked_image_blocks": ["--unlocked_image_blocks"],
     "unlocked_text_blocks": ["--unlocked_text_blocks"],
+    "hard_negatives": ["--hard_negatives"],
 }
 VALUES = {
     "beta1": "0.5",
@@ -95,6 +96,7 @@ VALUES = {
     "schedule": "constant",
     "preset": "clip_itm",
     "layer_decay": "0.5",
+    "hard_negatives": "0.5",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from clip_retrieval.data.negatives import Negatives
 from clip_retrieval.errors import UserError, format_counts
 
 UNSPLIT = "all"  # split of a data set without splits: all of it is the train split, and the test split for --eval
@@ -70,6 +71,7 @@ class RetrievalDataset:
             used for training or scored.
         image_ids: the data set's ids of the images, for results (COCO's image ids); None if it has none.
         text_ids: the same for the captions (COCO's annotation ids, Karpathy's sentids).
+        negatives: negative captions, for training; None without them.
     """
 
     name: str
@@ -79,6 +81,7 @@ class RetrievalDataset:
     pairs: np.ndarray
     image_ids: Sequence[int | str] | None = None
     text_ids: Sequence[int | str] | None = None
+    negatives: Negatives | None = None
 
     def __post_init__(self) -> None:
         pairs = np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2)
@@ -94,7 +97,14 @@ class RetrievalDataset:
 
     def describe(self) -> str:
         """Describe the split for the log: `coco test: 5,000 images, 25,010 captions`."""
-        return f"{self.name} {self.split}: {format_counts(image=len(self.images), caption=len(self.captions))}"
+        negatives = f", {len(self.negatives.texts):,} negative captions" if self.negatives else ""
+        counts = format_counts(image=len(self.images), caption=len(self.captions))
+        return f"{self.name} {self.split}: {counts}{negatives}"
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The captions, then the negative captions."""
+        return self.captions if self.negatives is None else [*self.captions, *self.negatives.texts]
 
     def caption_name(self, index: int) -> str:
         """The id of a caption, or its index if the data set has no ids."""

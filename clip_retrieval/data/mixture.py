@@ -6,6 +6,7 @@ COCO for any training data. The user names the data set for evaluation first.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.dataset import UNSPLIT, Images, RetrievalDataset
+from clip_retrieval.data.negatives import Negatives
 from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.log import log
 from clip_retrieval.options import DatasetOptions
@@ -68,8 +70,16 @@ def mix(parts: Sequence[RetrievalDataset], name: str) -> Mixture:
         images=MixedImages([part.images for part in parts]),
         captions=[caption for part in parts for caption in part.captions],
         pairs=np.concatenate(pairs),
+        negatives=_mix_negatives(parts),
         parts=tuple(parts),
     )
+
+
+def _mix_negatives(parts: Sequence[RetrievalDataset]) -> Negatives | None:
+    if all(part.negatives is None for part in parts):
+        return None
+    lists = [part.negatives.lists() if part.negatives else [()] * len(part.captions) for part in parts]
+    return Negatives.from_lists(itertools.chain(*lists))
 
 
 def read_mixture(name: str, parts: Sequence[DatasetOptions], split: str, read: Read) -> RetrievalDataset | None:

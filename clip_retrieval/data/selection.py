@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.dataset import KeyedImages, RetrievalDataset
+from clip_retrieval.data.negatives import Negatives
 from clip_retrieval.errors import UserError, format_counts, format_share
 from clip_retrieval.log import log
 
@@ -69,6 +70,7 @@ def select(dataset: RetrievalDataset, images: np.ndarray, captions: np.ndarray, 
         pairs,
         dataset.image_ids and _take(dataset.image_ids, image_rows),
         dataset.text_ids and _take(dataset.text_ids, caption_rows),
+        dataset.negatives and Negatives.from_lists(_take(dataset.negatives.lists(), caption_rows)),
     )
 
 

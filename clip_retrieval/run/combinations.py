@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clip_retrieval.data.catalog import SHARDED, is_streamed
+from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.errors import UserError
 from clip_retrieval.losses import LOSSES
 from clip_retrieval.options import (
@@ -53,6 +54,8 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
         raise UserError(f"--hard_negatives is not for --dataset {data.name}, whose pairs are streamed; drop it")
     if data.hard_negatives_by != DataOptions.hard_negatives_by and not data.hard_negatives:
         raise UserError(f"--hard_negatives_by {data.hard_negatives_by} needs --hard_negatives SHARE; give both")
+    if data.negative_column and not evaluate and not {"csv", "karpathy", *FLICKR} & set(data.dataset):
+        raise UserError(f"--negative_column is for --dataset csv and karpathy; drop it, or --dataset {data.name}")
     if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
         raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
 

@@ -176,8 +176,8 @@ def prepare(
         loss = options.loss
         trainer.distillation = distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
         if caches_features(options) and isinstance(train, IndexedTrainSplit) and schedule.total_steps >= len(sampler):
-            size = options.evaluation.eval_batch_size
-            distillation.features = encode_split(teacher, train, size, device, processes)
+            eval_batch_size = options.evaluation.eval_batch_size
+            distillation.features = encode_split(teacher, train, eval_batch_size, device, processes)
     loader = make_loader(
         options,
         train,
@@ -199,6 +199,7 @@ def prepare(
     metrics = open_folder(options, folder, source, progress, device) if processes.is_main else None
 
     # run
+    detects_collapse = LOSSES[options.loss.loss].detects_collapse and not options.data.negative_column
     run = Run(
         options=options,
         folder=folder,
@@ -217,7 +218,7 @@ def prepare(
         progress=progress,
         metrics=metrics,
         processes=processes,
-        collapse=CollapseWatch(sampler.batch_size) if LOSSES[options.loss.loss].detects_collapse else None,
+        collapse=CollapseWatch(sampler.batch_size) if detects_collapse else None,
     )
     log_setup(run, precision)
     return run

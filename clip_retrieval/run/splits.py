@@ -124,7 +124,7 @@ def make_split(
         device: the device of the model, which determines the number of loader workers.
         augment: as in `ImageTransform`.
     """
-    tokens = tokenize(dataset.captions, tokenizer, options.caption_prefix)
+    tokens = tokenize(dataset.texts, tokenizer, options.caption_prefix)
     cut = f"; {tokens.cut:,} cut to {tokens.ids.shape[1]} tokens" if tokens.cut else ""
     log.info(f"{dataset.describe()}{cut}")
     for part in dataset.parts:

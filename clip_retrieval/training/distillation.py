@@ -43,12 +43,12 @@ class Distillation:
             batch: this process's part of the batch.
             chunks: its rows that the teacher encodes at a time.
             student: image features (n, dim) and caption features (n, dim) of this process, and the logit scale.
-            all_texts: caption features of all processes.
+            all_texts: caption features of all processes, in the order of the loss.
         """
         images, texts = self._encode(batch, chunks)
         if self.kind == "feature":
             return self.weight * feature_distillation([student[0], student[1]], [images, texts], self.processes)
-        teacher = [images, self.processes.all_gather(texts)]
+        teacher = [images, batch.select_texts(self.processes.all_gather(texts))]
         scale = self.teacher.clip.logit_scale.exp()
         loss = relational_distillation([student[0], all_texts], teacher, student[2], scale, self.processes)
         return self.weight * loss
@@ -58,9 +58,5 @@ class Distillation:
         if self.features is not None and batch.rows is not None:
             found = [features[rows] for features, rows in zip(self.features, batch.rows, strict=True)]
             return [rows.to(batch.positives.device, non_blocking=True) for rows in found]
-        lengths = batch.lengths
-        parts = [
-            self.teacher(batch.images[rows], batch.texts[rows], None if lengths is None else lengths[rows])
-            for rows in chunks
-        ]
+        parts = [self.teacher(*batch.part(rows)) for rows in chunks]
         return [torch.cat(features) for features in zip(*parts, strict=True)]

@@ -47,14 +47,14 @@ def encode_frozen_texts(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
-    """Encode the captions once; see `encode_captions` for `trim`.
+    """Encode the captions and negative captions once; see `encode_captions` for `trim`.
 
     Returns:
-        float32 (captions, width), on the CPU.
+        float32 (texts, width), on the CPU.
     """
     features = encode_captions(
         encode,
-        dataset.captions,
+        dataset.texts,
         tokens,
         trim=trim,
         batch_size=batch_size,

@@ -40,7 +40,7 @@ class StepResult:
     Attributes:
         loss: the loss of the global batch, a scalar.
         image_features: (n, dim), of this process.
-        text_features: (m, dim), of the global batch.
+        text_features: (m, dim), of the global batch: captions, then negative captions.
         positives: int64 (P, 2), rows of image_features and text_features that belong together.
     """
 
@@ -51,7 +51,7 @@ class StepResult:
 
     def accuracy(self, processes: Processes = SINGLE_PROCESS) -> tuple[float, float]:
         """Compute the in-batch accuracy of the global batch: image-to-text and text-to-image, in percent."""
-        # count hits, tile by tile
+        # count hits, tile by tile; the captions come first, then negative ones, which are no queries
         captions = torch.arange(len(self.text_features), device=self.text_features.device)
         positives = self.positives[:, 0] * len(captions) + self.positives[:, 1]
         hits_i2t = torch.zeros((), dtype=torch.int64, device=captions.device)
@@ -66,8 +66,9 @@ class StepResult:
             best = torch.maximum(highest, best)
         # reduce over the processes: the nearest image of a caption has the highest cosine of all
         nearest = processes.all_gather(best[None]).argmax(0, keepdim=True)
-        t2i = processes.all_gather(hit_t2i[None]).gather(0, nearest).mean()
-        i2t = processes.sum(hits_i2t) / (len(self.image_features) * processes.world_size)
+        queries = len(self.image_features) * processes.world_size
+        t2i = processes.all_gather(hit_t2i[None]).gather(0, nearest)[:, :queries].mean()
+        i2t = processes.sum(hits_i2t) / queries
         return 100 * i2t.item(), 100 * t2i.item()
 
 
@@ -190,11 +191,11 @@ class Trainer:
             batch = self.image_warmup.reduce(batch, step)
         chunks = self._split_rows(len(batch.images))
         whole = len(chunks) == 1
-        features = self._encode(batch, step, 0) if whole else self._encode_without_graph(batch, step, chunks)
+        features = self._encode(batch, step, 0, chunks[0]) if whole else self._encode_without_graph(batch, step, chunks)
 
         # loss: detach its inputs (features, logit scale and bias), to collect the gradient of each
         leaves = [tensor.detach().requires_grad_() for tensor in (*features, *self._scale_and_bias())]
-        text_features = self.processes.all_gather(leaves[1])
+        text_features = batch.select_texts(self.processes.all_gather(leaves[1]))
         loss = self.loss(leaves[0], text_features, batch.positives, *leaves[2:])
         if self.distillation is not None:
             loss = loss + self.distillation(full, chunks, leaves[:3], text_features)
@@ -240,11 +241,11 @@ class Trainer:
         size = self.grad_cache or -(-pairs // self.accum_freq)
         return [slice(start, min(start + size, pairs)) for start in range(0, pairs, size)]
 
-    def _encode(self, batch: TrainBatch, step: int, chunk: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def _encode(self, batch: TrainBatch, step: int, chunk: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Compute the features of a chunk. A second pass and a resumed run draw the same dropout masks."""
         torch.manual_seed(_mix_seed(self.seed, step, self.processes.rank, chunk))
         towers = self._parallel if self._parallel is not None and torch.is_grad_enabled() else self.towers
-        return towers(batch.images[rows], batch.texts[rows], None if batch.lengths is None else batch.lengths[rows])
+        return towers(*batch.part(rows))
 
     def _encode_without_graph(self, batch: TrainBatch, step: int, chunks: Sequence[slice]) -> list[Tensor]:
         with torch.no_grad(), freeze_statistics(self.towers):
@@ -277,7 +278,8 @@ class Trainer:
             # The processes exchange their gradients once, with the last chunk.
             with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 tensors = list(self._encode(batch, step, number, rows))
-                parts = [None if gradient is None else gradient[rows] for gradient in (images, texts)]
+                parts = [None if images is None else images[rows]]
+                parts += [None if texts is None else texts[batch.of_texts(rows)]]
                 if last:
                     tensors += self._scale_and_bias()
                     parts += scale_and_bias

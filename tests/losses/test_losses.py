@@ -44,7 +44,8 @@ def infonce_loop(image, text, positives, scale, smoothing=0.0, i2t_weight=0.5):
                 total -= target * (scores[k] - log_sum)
         return total / len(queries)
 
-    i2t, t2i = direction(image, text, positives), direction(text, image, positives.T)
+    i2t = direction(image, text, positives)
+    t2i = direction(text, image, positives.T) if i2t_weight < 1 else 0.0
     return i2t_weight * i2t + (1 - i2t_weight) * t2i
 
 
@@ -92,6 +93,25 @@ def test_losses_equal_their_formulas_with_duplicates(dtype, seed):
     assert siglip(image, text, rows, scale, bias).item() == pytest.approx(siglip_loop(*plain, 14.3, -3.0), **tolerance)
     assert margin_pairwise(image, text, rows, 0.2).item() == pytest.approx(margin_loop(*plain, 0.2), **tolerance)
     assert triplet(image, text, rows, 0.2).item() == pytest.approx(triplet_loop(*plain, 0.2), **tolerance)
+
+
+def test_negative_captions_are_columns_but_no_queries():
+    """Captions without a positive, as NegCLIP's, count in image-to-text; they have no row in text-to-image."""
+    image, text, positives = batch()
+    image, positives = image[:5], positives[:5]  # captions 5 and 6 are negative
+    rows = positives.nonzero()
+    scale, bias = (torch.tensor(value, dtype=torch.float64) for value in (14.3, -3.0))
+
+    def directions(loop, *arguments):
+        """Image-to-text over all captions, text-to-image from those with a positive."""
+        i2t = loop(image, text, positives, *arguments, i2t_weight=1.0)
+        return 0.5 * i2t + 0.5 * loop(image, text[:5], positives[:, :5], *arguments, i2t_weight=0.0)
+
+    assert infonce(image, text, rows, scale).item() == pytest.approx(directions(infonce_loop, 14.3), rel=1e-12)
+    assert triplet(image, text, rows, 0.2).item() == pytest.approx(directions(triplet_loop, 0.2), rel=1e-12)
+    expected = siglip_loop(image, text, positives, 14.3, -3.0)
+    assert siglip(image, text, rows, scale, bias).item() == pytest.approx(expected, rel=1e-12)
+    assert margin_pairwise(image, text, rows, 0.2).item() == pytest.approx(margin_loop(image, text, positives, 0.2))
 
 
 @pytest.mark.parametrize("i2t_weight", [0.0, 0.3, 1.0])

@@ -33,14 +33,32 @@ class TrainBatch:
             features, float32 (n, width).
         positives: int64 (P, 2), matching rows of this process's images and the global batch's captions.
         lengths: int64 (n,), on the CPU: the number of ids of each caption without padding; None if texts are features.
-        rows: the numbers of the images and of the captions in the split, int64 (n,) on the CPU; None if it is streamed.
+        text_rows: with negative captions, each caption is followed by its negative one, so texts and lengths have 2 n
+            rows; int64 (m,), rows of the texts of all processes: the captions, then the negative ones. A caption
+            without a negative one is repeated instead, and that row is left out. None without negative captions.
+        rows: the numbers of the images and of the texts in the split, int64 (n,) and (texts,), on the CPU; None if it
+            is streamed.
     """
 
     images: Tensor
     texts: Tensor
     positives: Tensor
     lengths: Tensor | None = None
+    text_rows: Tensor | None = None
     rows: tuple[Tensor, Tensor] | None = None
+
+    def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images, texts and lengths of some pairs."""
+        texts = self.of_texts(rows)
+        return self.images[rows], self.texts[texts], None if self.lengths is None else self.lengths[texts]
+
+    def of_texts(self, rows: slice) -> slice:
+        """The rows of `texts` of some pairs."""
+        return rows if self.text_rows is None else slice(2 * rows.start, 2 * rows.stop)
+
+    def select_texts(self, features: Tensor) -> Tensor:
+        """Put features of the texts of all processes in the order of the loss: captions, then negative ones."""
+        return features if self.text_rows is None else features.index_select(0, self.text_rows)
 
 
 ReadablePixels = tuple[Tensor | JpegBatch, list[int], list[str]]
@@ -125,19 +143,30 @@ class ToDevice:
         """Whether pinned memory speeds up the copies."""
         return self._copies is not None
 
-    def __call__(self, image_parts: list[Any], texts: Tensor, positives: Tensor, lengths: Tensor | None) -> TrainBatch:
+    def __call__(
+        self,
+        image_parts: list[Any],
+        texts: Tensor,
+        positives: Tensor,
+        lengths: Tensor | None,
+        text_rows: Tensor | None = None,
+    ) -> TrainBatch:
         """Make the batch on the device; its images are the concatenated parts, uint8 (n, 3, height, width) each."""
         if self._copies is None:
             images = torch.cat(image_parts) if len(image_parts) > 1 else image_parts[0]
-            return TrainBatch(images.to(self.device), texts.to(self.device), positives.to(self.device), lengths)
+            text_rows = None if text_rows is None else text_rows.to(self.device)
+            texts, positives = texts.to(self.device), positives.to(self.device)
+            return TrainBatch(images.to(self.device), texts, positives, lengths, text_rows)
         with torch.cuda.stream(self._copies):
             images = torch.cat([self._copy(part) for part in image_parts])
             texts, positives = self._copy(texts), self._copy(positives)
+            text_rows = None if text_rows is None else self._copy(text_rows)
         compute = torch.cuda.current_stream(self.device)
         compute.wait_stream(self._copies)
-        for tensor in (images, texts, positives):
-            tensor.record_stream(compute)  # its memory must not be reused before the step is done
-        return TrainBatch(images, texts, positives, lengths)
+        for tensor in (images, texts, positives, text_rows):
+            if tensor is not None:
+                tensor.record_stream(compute)  # its memory must not be reused before the step is done
+        return TrainBatch(images, texts, positives, lengths, text_rows)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the GPU without blocking this process, unless the GPU decoded it."""
@@ -239,21 +268,28 @@ class TrainLoader:
     def _take_rows(self, batch: Batch, own_rows: list[int]) -> Batch:
         """Take the rows that the processes read, `own_rows` in this one: pairs of unreadable images are replaced."""
         rows = self.processes.all_gather(torch.tensor(own_rows)).numpy()
-        return replace(batch, images=batch.images[rows], captions=batch.captions[rows])
+        negatives = None if batch.negatives is None else batch.negatives[rows]
+        return Batch(batch.images[rows], batch.captions[rows], negatives)
 
     def _make_batch(self, batch: Batch, image_parts: list[Tensor]) -> TrainBatch:
-        captions = torch.from_numpy(batch.captions)
+        rows, text_rows = batch.captions[:, None], None
+        if batch.negatives is not None:
+            has_one = batch.negatives >= 0
+            rows = np.stack([batch.captions, np.where(has_one, batch.negatives, batch.captions)], axis=1)
+            text_rows = torch.from_numpy(np.flatnonzero(np.stack([np.ones_like(has_one), has_one])))
+            text_rows = text_rows % len(has_one) * 2 + text_rows // len(has_one)
+        captions, own = torch.from_numpy(rows.ravel()), torch.from_numpy(rows[self.share].ravel())
         lengths = None
         if isinstance(self.texts, Tensor):
-            texts = self.texts[captions[self.share]]
+            texts = self.texts[own]
         else:
             context_length = self.texts.ids.shape[1]
             needed = text_length(self.texts.lengths[captions], context_length, trim=self.trim, bucket=self.bucket)
-            texts = self.texts.ids[captions[self.share], :needed].long()
-            lengths = self.texts.lengths[captions[self.share]]
+            texts = self.texts.ids[own, :needed].long()
+            lengths = self.texts.lengths[own]
         positives = torch.from_numpy(self.sampler.dataset.positives(batch.images[self.share], batch.captions))
-        rows = torch.from_numpy(batch.images)[self.share], captions[self.share]
-        return replace(self._to_device(image_parts, texts, positives, lengths), rows=rows)
+        own_rows = torch.from_numpy(batch.images)[self.share], own
+        return replace(self._to_device(image_parts, texts, positives, lengths, text_rows), rows=own_rows)
 
 
 def text_length(lengths: Tensor, context_length: int, *, trim: bool, bucket: int) -> int:

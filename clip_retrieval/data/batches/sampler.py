@@ -24,10 +24,14 @@ from clip_retrieval.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """One global batch: int64 (batch_size,) image and caption indices of its pairs."""
+    """One global batch: int64 (batch_size,) image and caption indices of its pairs.
+
+    negatives: the negative caption of each caption, as an index in `RetrievalDataset.texts`, or -1; None without them.
+    """
 
     images: np.ndarray
     captions: np.ndarray
+    negatives: np.ndarray | None = None
 
 
 class Sampler(Protocol):
@@ -111,7 +115,9 @@ class BatchSampler:
         if isinstance(dataset, Mixture):
             checksum = zlib.crc32(dataset.first_image.tobytes(), checksum)
         names = (os.path.basename(dataset.images.name(image)) for image in range(len(dataset.images)))  # noqa: PTH119
-        for text in itertools.chain(dataset.captions, names):
+        if dataset.negatives is not None:
+            checksum = zlib.crc32(dataset.negatives.first.tobytes(), checksum)
+        for text in itertools.chain(dataset.texts, names):
             checksum = zlib.crc32(text.encode(errors="surrogatepass") + b"\0", checksum)
         return checksum
 
@@ -127,8 +133,12 @@ class BatchSampler:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `first_batch` on."""
         batches = self.order[1] if self.order is not None and self.order[0] == epoch else self.draw(epoch)
-        for rows in batches[first_batch:]:
-            yield Batch(images=self.dataset.pairs[rows, 0], captions=self.dataset.pairs[rows, 1])
+        for number, rows in enumerate(batches[first_batch:], first_batch):
+            images, captions, negatives = self.dataset.pairs[rows, 0], self.dataset.pairs[rows, 1], None
+            if self.dataset.negatives is not None:
+                drawn = self.dataset.negatives.draw(captions, np.random.default_rng((self.seed, epoch, number, 2)))
+                negatives = np.where(drawn < 0, -1, len(self.dataset.captions) + drawn)
+            yield Batch(images, captions, negatives)
 
     def draw(self, epoch: int) -> np.ndarray:
         """Draw the batches of an epoch at random: int64 (batches, batch_size), rows of `pairs`."""

@@ -11,7 +11,7 @@ from clip_retrieval.data.pixels.pixels import Pixels
 
 @dataclass
 class Split:
-    """A split of a data set, its captions tokenized, its images as the model receives them."""
+    """A split of a data set, its captions and negative captions tokenized, its images as the model receives them."""
 
     dataset: RetrievalDataset
     tokens: Tokens

@@ -25,8 +25,9 @@ import numpy as np
 from clip_retrieval.data.captions import SURROGATES, clean_caption
 from clip_retrieval.data.dataset import SPLITS, UNSPLIT, RetrievalDataset
 from clip_retrieval.data.images.image_files import common_spelling, find_image_files
+from clip_retrieval.data.negatives import clean_negatives
 from clip_retrieval.data.readers.annotations import find_only_file
-from clip_retrieval.errors import UserError
+from clip_retrieval.errors import UserError, format_counts
 from clip_retrieval.files import read_text
 from clip_retrieval.options import DatasetOptions
 
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     caption: str
     split: str | None  # None if there is no split column
     line: int
+    negative: str | None = None  # None if there is no column of negative captions
 
 
 def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
@@ -51,7 +53,8 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
         path = Path(options.annotations)
     else:
         path = find_only_file(Path(options.dataset_root), ["*.csv", "*.tsv"])
-    rows, has_splits = _read_rows(path, options.image_column, options.caption_column, options.split_column)
+    columns = (options.image_column, options.caption_column, options.split_column, options.negative_column)
+    rows, has_splits = _read_rows(path, *columns)
     if has_splits:
         rows = [row for row in rows if row.split == split]
     if not rows or (split == "val" and not has_splits):
@@ -59,19 +62,35 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     folder = Path(options.image_dir) if options.image_dir else path.parent
     images: dict[str, int] = {}
     names: list[str] = []
-    captions: dict[tuple[int, str], int] = {}
+    captions: dict[tuple[int, str], list[str]] = {}  # and the negative captions of each
     for row in rows:
         name = _shorten_name(row.image, folder)
         image = images.setdefault(common_spelling(name), len(images))
         if image == len(names):
             names.append(name)
-        for caption in _read_cell(row.caption):
-            captions.setdefault((image, caption), len(captions))
-    pairs = np.array([(image, caption) for (image, _), caption in captions.items()])
+        for caption, wrong in _read_captions(path, row):
+            captions.setdefault((image, caption), []).extend(wrong)
+    owners, texts = zip(*captions)
+    negatives = None
+    if options.negative_column and split == "train":
+        negatives = clean_negatives(path, options.negative_column, texts, owners, list(captions.values()))
     found = find_image_files([(folder, names)], path, skip_missing=options.skip_broken)
-    return RetrievalDataset(
-        options.name, split if has_splits else UNSPLIT, found, [text for _, text in captions], pairs
-    )
+    pairs = np.stack([owners, np.arange(len(owners))], axis=1)
+    name = split if has_splits else UNSPLIT
+    return RetrievalDataset(options.name, name, found, list(texts), pairs, negatives=negatives)
+
+
+def _read_captions(path: Path, row: Row) -> list[tuple[str, list[str]]]:
+    """Read the captions of a row, with the negative captions of each. Raises UserError if they do not fit."""
+    captions, negatives = _read_cell(row.caption), _read_cell(row.negative) if row.negative else []
+    if len(captions) == 1 or not negatives:
+        return [(caption, negatives) for caption in captions]
+    if len(captions) != len(negatives):
+        raise UserError(
+            f"{path}, line {row.line}: {format_counts(caption=len(captions))} and {len(negatives)} negative ones; give "
+            "one for each caption, or a row for each caption"
+        )
+    return [(caption, [negative]) for caption, negative in zip(captions, negatives)]
 
 
 def _shorten_name(name: str, folder: Path) -> str:
@@ -84,12 +103,14 @@ def _shorten_name(name: str, folder: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_rows(path: Path, image_column: str, caption_column: str, split_column: str) -> tuple[list[Row], bool]:
+def _read_rows(
+    path: Path, image_column: str, caption_column: str, split_column: str, negative_column: str | None
+) -> tuple[list[Row], bool]:
     """Read all rows, with our names of splits, and whether there is a split column."""
     # A split column that the user names must exist.
     required = split_column != DatasetOptions.split_column
     rows = []
-    for row in read_table(path, (image_column,), (caption_column,), split_column, required):
+    for row in read_table(path, (image_column,), (caption_column,), split_column, required, negative_column):
         if not row.image:
             raise UserError(f"{path}, line {row.line}: column {image_column} is empty; fill it in or delete the line")
         split = row.split
@@ -127,6 +148,7 @@ def read_table(
     caption_columns: Sequence[str],
     split_column: str | None = None,
     split_required: bool = False,
+    negative_column: str | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV with a header; cells are stripped, empty lines skipped.
 
@@ -136,6 +158,7 @@ def read_table(
         caption_columns: the same for the caption column.
         split_column: name of the split column.
         split_required: whether the split column must exist.
+        negative_column: name of the column of negative captions, if there is one.
 
     Raises:
         UserError: a column is missing, or, naming the line, a row has another number of columns than the header.
@@ -161,6 +184,8 @@ def read_table(
         if split_column and (split_required or split_column in header):
             split = _find_column(path, header, (split_column,), "split_column")
 
+        negative = header.index(negative_column) if negative_column in header else None
+
         # yield the rows
         for row in rows:
             if not (cells := _fit_cells(row, len(header), caption, delimiter)):
@@ -173,7 +198,8 @@ def read_table(
                     f"{path}, line {reader.line_num}: not UTF-8 text (byte 0x{ord(broken[0]) & 0xFF:02x}); save it as "
                     "UTF-8"
                 )
-            yield Row(cells[image], cells[caption], None if split is None else cells[split], reader.line_num)
+            splits, negatives = (None if column is None else cells[column] for column in (split, negative))
+            yield Row(cells[image], cells[caption], splits, reader.line_num, negatives)
     except csv.Error as error:
         raise UserError(
             f"{path}, line {reader.line_num}: not well-formed ({error}); close every double quote, and write one "

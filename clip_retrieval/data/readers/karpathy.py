@@ -23,12 +23,13 @@ import numpy as np
 from clip_retrieval.data.captions import clean_caption
 from clip_retrieval.data.dataset import SPLITS, RetrievalDataset
 from clip_retrieval.data.images.image_files import find_image_files
+from clip_retrieval.data.negatives import clean_negatives
 from clip_retrieval.data.readers import csv_file
 from clip_retrieval.data.readers.annotations import ANNOTATIONS, find_file, find_only_file
 from clip_retrieval.errors import UserError, format_count
 from clip_retrieval.files import check_root, read_json, read_text
 from clip_retrieval.jsonl import Id, is_id
-from clip_retrieval.options import DatasetOptions
+from clip_retrieval.options import DatasetOptions, as_tuple
 
 FLICKR = ("flickr8k", "flickr30k")
 
@@ -52,6 +53,7 @@ class ListedImage(NamedTuple):
         texts: its captions.
         image_id: COCO's id, or None.
         text_ids: id of each caption ("sentid"), or None.
+        negatives: the negative captions of each caption, if they are read.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ListedImage(NamedTuple):
     texts: list[str]
     image_id: Any
     text_ids: list[Any]
+    negatives: list[list[str]]
 
 
 def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
@@ -66,7 +69,7 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     # read the file
     path = _find_file(options)
     if path.name.endswith((".json", ".json.gz")):
-        parts = read_karpathy_json(path)
+        parts = read_karpathy_json(path, options.negative_column)
     elif options.name in FLICKR:
         parts = read_captions(path, options.name)
     else:
@@ -84,7 +87,11 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     pairs = np.stack([owners, np.arange(len(texts))], axis=1)
     image_ids = _unique_ids([image.image_id for image in listed])
     text_ids = _unique_ids([text_id for image in listed for text_id in image.text_ids])
-    return RetrievalDataset(options.name, split, images, texts, pairs, image_ids, text_ids)
+    negatives = None
+    if options.negative_column and split == "train":
+        given = [negatives for image in listed for negatives in image.negatives]
+        negatives = clean_negatives(path, options.negative_column, texts, owners.tolist(), given)
+    return RetrievalDataset(options.name, split, images, texts, pairs, image_ids, text_ids, negatives)
 
 
 def _unique_ids(ids: list[Any]) -> list[Id] | None:
@@ -136,8 +143,11 @@ def _iter_places(options: DatasetOptions, path: Path, listed: list[ListedImage])
 
 # Parsed, Karpathy's COCO file takes gigabytes; plain lists of it are cached for the other splits.
 @functools.lru_cache(maxsize=1)
-def read_karpathy_json(path: Path) -> dict[str, list[ListedImage]]:
-    """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid."""
+def read_karpathy_json(path: Path, negative_key: str | None = None) -> dict[str, list[ListedImage]]:
+    """Read the images of a Karpathy JSON by split (train, restval, val, test). Raises UserError if it is invalid.
+
+    negative_key: the key of a sentence's negative captions, a text or a list of texts.
+    """
     data = read_json(path)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
@@ -163,8 +173,12 @@ def read_karpathy_json(path: Path) -> dict[str, list[ListedImage]]:
             raise UserError(f'{prefix}, {image["filename"]}, has no "sentences", each with a "raw" text)')
         folder = image.get("filepath")
         text_ids = [sentence.get("sentid") for sentence in image["sentences"]]
+        given = [_read_negatives(sentence.get(negative_key)) for sentence in image["sentences"] if negative_key]
+        negatives = [found for found in given if found is not None]
+        if len(negatives) < len(given):
+            raise UserError(f"{prefix}, {image['filename']}, has {negative_key!r} that is no text or list of texts)")
         folder = folder if isinstance(folder, str) else ""
-        found = ListedImage(image["filename"], folder, texts, image.get("cocoid"), text_ids)
+        found = ListedImage(image["filename"], folder, texts, image.get("cocoid"), text_ids, negatives)
         parts.setdefault(split, []).append(found)
     return parts
 
@@ -176,6 +190,12 @@ def _read_sentences(sentences: Any) -> list[str] | None:
     if not all(isinstance(s, dict) and isinstance(s.get("raw"), str) for s in sentences):
         return None
     return [clean_caption(sentence["raw"]) for sentence in sentences]
+
+
+def _read_negatives(value: Any) -> list[str] | None:
+    """Return the negative captions of a sentence, or None if they are invalid."""
+    texts = [] if value is None else as_tuple(value)
+    return list(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,7 +210,7 @@ def read_captions(path: Path, name: str) -> dict[str, list[ListedImage]]:
     for split in ("train", "val", "test"):
         for image in read_text(ANNOTATIONS / f"{name}_{split}.txt").split():
             if texts := captions.get(image):
-                found = ListedImage(image, "", texts, None, [None] * len(texts))
+                found = ListedImage(image, "", texts, None, [None] * len(texts), [[]] * len(texts))
                 parts.setdefault(split, []).append(found)
     if not parts:
         raise UserError(f"{path}: none of its images is in the split of {name}; read your own file with --dataset csv")
