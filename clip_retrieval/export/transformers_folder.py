@@ -30,16 +30,32 @@ Converted = tuple[str, Config, State]
 """Name of a model class without "Model", its config, and its state dict."""
 
 
-def write(model: ImageTextModel, folder: Path) -> None:
-    """Write config.json, model.safetensors, and the files of the processor."""
+def convert(model: ImageTextModel, state: State) -> Converted:
+    """Convert a state dict of the model, also one with other shapes, and the model's config.
+
+    Raises UserError if transformers has no such architecture.
+    """
+    refusal, remedy = _refuse(model)
+    converter = _find_converter(model)
+    if converter is None:
+        raise UserError(f"{refusal}; {remedy}")
+    with translate_errors(refusal, remedy):
+        return converter(model, state)
+
+
+def _refuse(model: ImageTextModel) -> tuple[str, str]:
+    return f"{model.name}: transformers has no such architecture ({ARCHITECTURES})", "use --format open_clip"
+
+
+def write(model: ImageTextModel, folder: Path, weights: State | None = None) -> None:
+    """Write config.json, model.safetensors, and the files of the processor.
+
+    weights: replace the model's own, by name.
+    """
     import transformers
 
-    refusal = f"{model.name}: transformers has no such architecture ({ARCHITECTURES}); use --format open_clip"
-    convert = _find_converter(model)
-    if convert is None:
-        raise UserError(refusal)
-    with translate_errors(refusal.partition(";")[0], "use --format open_clip"):
-        kind, config, state = convert(model)
+    kind, config, state = convert(model, model.model.clip.state_dict() | (weights or {}))
+    with translate_errors(*_refuse(model)):
         built = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
         built.load_state_dict(state)
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**_image_processor(model))
@@ -67,12 +83,12 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read(folder: Path, sample: Sample) -> Exported:
-    """Compute the features with transformers."""
+def read(folder: Path, sample: Sample, adapt: Callable[[nn.Module], nn.Module] = lambda model: model) -> Exported:
+    """Compute the features with transformers, after `adapt` has changed the model."""
     from transformers import AutoModel, AutoProcessor
 
     with quiet(), _without_progress_bars(), torch.inference_mode():
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+        model: Any = adapt(AutoModel.from_pretrained(folder, trust_remote_code=False)).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         inputs = processor(
             images=sample.images, text=sample.texts, return_tensors="pt", padding="max_length", truncation=True
@@ -83,7 +99,7 @@ def read(folder: Path, sample: Sample) -> Exported:
     return Exported(images, texts, pixels=inputs["pixel_values"], ids=inputs["input_ids"])
 
 
-def _find_converter(model: ImageTextModel) -> Callable[[ImageTextModel], Converted] | None:
+def _find_converter(model: ImageTextModel) -> Callable[[ImageTextModel, State], Converted] | None:
     visual, text = model.model.clip.visual, text_part(model.model.clip)
     if isinstance(visual, TimmModel) and hasattr(visual.trunk, "attn_pool") and not isinstance(text, HFTextEncoder):
         return _siglip
@@ -115,10 +131,10 @@ def _image_processor(model: ImageTextModel) -> Config:
     }
 
 
-def _clip(model: ImageTextModel) -> Converted:
+def _clip(model: ImageTextModel, state: State) -> Converted:
     clip, tokenizer = model.model.clip, cast(SimpleTokenizer, model.tokenizer)
     text = text_part(clip)
-    state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
+    state = {key.removeprefix("text."): value for key, value in state.items()}
     text_config = _text_config(text) | {
         "projection_dim": embedding_dim(clip),
         "bos_token_id": tokenizer.sot_token_id,
@@ -138,9 +154,8 @@ def _clip(model: ImageTextModel) -> Converted:
     )
 
 
-def _chinese_clip(model: ImageTextModel) -> Converted:
+def _chinese_clip(model: ImageTextModel, state: State) -> Converted:
     clip = model.model.clip
-    state = clip.state_dict()
     hf_config = {key: value for key, value in model.config["text_cfg"]["hf_config"].items() if key != "model_type"}
     tower = "text.transformer."
     config = {"text_config": hf_config, "vision_config": _vision_config(clip), "projection_dim": embedding_dim(clip)}
@@ -156,11 +171,11 @@ def _chinese_clip(model: ImageTextModel) -> Converted:
     )
 
 
-def _siglip(model: ImageTextModel) -> Converted:
+def _siglip(model: ImageTextModel, state: State) -> Converted:
     clip = model.model.clip
     # the configs
     text, trunk = text_part(clip), clip.visual.trunk
-    state = {key.removeprefix("text."): value for key, value in clip.state_dict().items()}
+    state = {key.removeprefix("text."): value for key, value in state.items()}
     text_config = _text_config(text) | {"projection_size": embedding_dim(clip)}
     block = trunk.blocks[0]
     vision_config = {
