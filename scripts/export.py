@@ -1,9 +1,10 @@
-"""Export a checkpoint for open_clip, transformers, Chinese-CLIP or ONNX, checked numerically.
+"""Export a checkpoint for open_clip, transformers, Chinese-CLIP, ONNX or peft, checked numerically.
 
 python scripts/export.py logs/ex0/best.pt OUT --format open_clip
 python scripts/export.py logs/ex0/best.pt OUT --format transformers
 python scripts/export.py logs/ex0/best.pt clip_cn.pt --format chinese_clip
 python scripts/export.py logs/ex0/best.pt OUT --format onnx
+python scripts/export.py logs/ex0/last.pt OUT --format peft
 """
 
 import sys
@@ -15,7 +16,7 @@ from clip_retrieval.command_line import OptionParser, add_arguments
 from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.options import ModelOptions
 
-FORMATS = ("open_clip", "transformers", "chinese_clip", "onnx")
+FORMATS = ("open_clip", "transformers", "chinese_clip", "onnx", "peft")
 
 
 def main() -> None:

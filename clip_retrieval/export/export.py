@@ -25,8 +25,10 @@ FORMATS = {
     "transformers": "transformers_folder",
     "chinese_clip": "chinese_clip_file",
     "onnx": "onnx_files",
+    "peft": "peft_folder",
 }
-"""Module of each format: `write(model, folder)`, and `read(folder, sample)`, which returns the exported features."""
+"""Module of each format: `write(model, folder)`, for peft also with the checkpoint, and `read(folder, sample)`, which
+returns the exported features."""
 
 CARD = "README.md"
 
@@ -60,7 +62,7 @@ def export(checkpoint: Path, output: Path, format: str, **options: Any) -> float
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        files.write(model, folder)
+        files.write(model, folder, *([source] if format == "peft" else []))
         sample = make_sample(model)
         with translate_errors(f"{checkpoint}: {format} cannot read the exported files", "choose another --format"):
             exported = files.read(folder, sample)

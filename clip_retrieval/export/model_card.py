@@ -18,7 +18,13 @@ from clip_retrieval.reporting.results import read_results
 COLUMNS = ("R@1", "R@5", "R@10", "MedR")
 _SPECIAL = re.compile(r"[^\w .,:/@+\-=()%']|(?<![^\W_])_|_(?![^\W_])")
 """Characters that Markdown or HTML may give a meaning; an underscore within a word has none."""
-LIBRARIES = {"open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx", "chinese_clip": "pytorch"}
+LIBRARIES = {
+    "open_clip": "open_clip",
+    "transformers": "transformers",
+    "onnx": "onnx",
+    "chinese_clip": "pytorch",
+    "peft": "peft",
+}
 USAGE = {
     "open_clip": """\
 import open_clip
@@ -38,6 +44,11 @@ image = onnxruntime.InferenceSession("FOLDER/image.onnx")
 text = onnxruntime.InferenceSession("FOLDER/text.onnx")
 image_features = image.run(None, {"images": pixels})[0]  # uint8 (n, 3, height, width), resized as in preprocess.json
 text_features = text.run(None, {"ids": ids})[0]  # int64 (n, context_length), padded""",
+    "peft": """\
+from peft import PeftModel
+from transformers import AutoModel
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("BASE"), "FOLDER")  # BASE: see adapter_config.json""",
     "chinese_clip": """\
 import torch
 

@@ -22,7 +22,7 @@ from clip_retrieval.export.sample import Exported, Sample
 from clip_retrieval.models.chinese_clip import is_chinese_clip
 from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import quiet, translate_errors
-from clip_retrieval.models.model_config import ClipModule, Config
+from clip_retrieval.models.model_config import ClipModule, Config, State
 from clip_retrieval.models.projection import embedding_dim, text_part
 from clip_retrieval.models.transformers_weights import to_transformers
 
@@ -31,19 +31,34 @@ Converted = tuple[str, Config]
 """Name of a model class without "Model", and its config."""
 
 
-def write(model: ImageTextModel, folder: Path) -> None:
-    """Write config.json, model.safetensors, and the files of the processor."""
+def build(model: ImageTextModel, state: State) -> tuple[str, nn.Module]:
+    """Build the model in transformers with the weights of `state`; return its class without "Model", and the model.
+
+    Raises UserError if transformers has no such architecture.
+    """
     import transformers
 
-    refusal = f"{model.name}: transformers has no such architecture ({ARCHITECTURES}); use --format open_clip"
-    convert = _find_converter(model)
-    if convert is None:
-        raise UserError(refusal)
-    with translate_errors(refusal.partition(";")[0], "use --format open_clip"):
-        kind, config = convert(model)
+    problem = f"{model.name}: transformers has no such architecture ({ARCHITECTURES})"
+    remedy = "use --format open_clip"
+    make_config = _find_config(model)
+    if make_config is None:
+        raise UserError(f"{problem}; {remedy}")
+    with translate_errors(problem, remedy):
+        kind, config = make_config(model)
         built = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
         example = built.state_dict()
-        built.load_state_dict(example | to_transformers(model.model.clip.state_dict(), example))
+        built.load_state_dict(example | to_transformers(state, example))
+    return kind, built
+
+
+def write(model: ImageTextModel, folder: Path, weights: State | None = None) -> None:
+    """Write config.json, model.safetensors, and the files of the processor.
+
+    weights: replace the model's own, by name.
+    """
+    import transformers
+
+    kind, built = build(model, model.model.clip.state_dict() | (weights or {}))
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**_image_processor(model))
     tokenizer = tokenizer_files.to_transformers(model.tokenizer)
     if kind == "Siglip":
@@ -51,7 +66,7 @@ def write(model: ImageTextModel, folder: Path) -> None:
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     processor = getattr(transformers, f"{kind}Processor")(image_processor, tokenizer)
     with quiet(), _without_progress_bars():
-        built.save_pretrained(folder)
+        cast(Any, built).save_pretrained(folder)
         processor.save_pretrained(folder)
         image_processor.save_pretrained(folder)  # transformers before 5 reads it from a file of its own
 
@@ -69,12 +84,12 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read(folder: Path, sample: Sample) -> Exported:
-    """Compute the features with transformers."""
+def read(folder: Path, sample: Sample, adapt: Callable[[nn.Module], nn.Module] = lambda model: model) -> Exported:
+    """Compute the features with transformers, after `adapt` has changed the model."""
     from transformers import AutoModel, AutoProcessor
 
     with quiet(), _without_progress_bars(), torch.inference_mode():
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+        model: Any = adapt(AutoModel.from_pretrained(folder, trust_remote_code=False)).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         inputs = processor(
             images=sample.images, text=sample.texts, return_tensors="pt", padding="max_length", truncation=True
@@ -85,7 +100,7 @@ def read(folder: Path, sample: Sample) -> Exported:
     return Exported(images, texts, pixels=inputs["pixel_values"], ids=inputs["input_ids"])
 
 
-def _find_converter(model: ImageTextModel) -> Callable[[ImageTextModel], Converted] | None:
+def _find_config(model: ImageTextModel) -> Callable[[ImageTextModel], Converted] | None:
     visual, text = model.model.clip.visual, text_part(model.model.clip)
     if isinstance(visual, TimmModel) and hasattr(visual.trunk, "attn_pool") and not isinstance(text, HFTextEncoder):
         return _siglip

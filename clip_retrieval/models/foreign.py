@@ -36,7 +36,7 @@ NUMPY_ARCHIVE = (
 """Problem and remedy."""
 
 _FOLDERS = (
-    ("adapter_config.json", _ADAPTER_PROBLEM, _MERGE),
+    ("adapter_config.json", _ADAPTER_PROBLEM, "give it as --pretrained"),
     ("zero_to_fp32.py", "is a DeepSpeed checkpoint", _JOIN_SHARDS),
     ("*mp_rank_*_states.pt", "is a DeepSpeed checkpoint", _JOIN_SHARDS),
     (

@@ -22,6 +22,7 @@ from clip_retrieval.models.model_config import (
 )
 from clip_retrieval.models.model_folder import TRANSFORMERS_CONFIG, as_folder_name, find_weights
 from clip_retrieval.models.names import FOLDER, HUB, NO_WEIGHTS, OWN_WEIGHTS, ModelName
+from clip_retrieval.models.peft_adapter import Adapter, read_adapter
 from clip_retrieval.models.weights import UNKNOWN_WEIGHTS, WEIGHT_FILES, Weights, read_text_tower, read_weights
 from clip_retrieval.options import ModelOptions
 
@@ -63,6 +64,8 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
 
     # a folder or a file may define its whole model
     if pretrained != NO_WEIGHTS and not is_own and not tag:
+        if adapter := read_adapter(pretrained):
+            return _from_adapter(adapter, options, typed_model, pretrained)
         if folder := as_folder_name(pretrained):
             return _from_folder(folder, options, typed_model, pretrained)
         _refuse_misspelt_tag(pretrained, name)
@@ -150,6 +153,14 @@ def _from_folder(
     if state is None:
         state = read_weights(find_weights(name)).state
     return ModelSource(name.name, config, preprocess, source, state)
+
+
+def _from_adapter(adapter: Adapter, options: ModelOptions, typed_model: bool, source: str) -> ModelSource:
+    """Find the base model of an adapter, or a typed `local-dir:` or `hf-hub:` model, and merge the adapter into it."""
+    typed = typed_model and options.vision_model.startswith((HUB, FOLDER))
+    base = options.vision_model if typed else adapter.find_base()
+    state = read_weights(find_weights(names.resolve(base)), change=adapter.merge).state
+    return _from_folder(base, options, typed_model, source, state)
 
 
 def _from_file_of_folder(file: Weights, options: ModelOptions, typed_model: bool) -> ModelSource | None:

@@ -48,7 +48,9 @@ class Weights:
     checkpoint: Checkpoint | None = None
 
 
-def read_weights(path: str | Path, key: str | None = None) -> Weights:
+def read_weights(
+    path: str | Path, key: str | None = None, change: Callable[[State], State] = lambda state: state
+) -> Weights:
     """Read a weight file.
 
     Supports OpenAI's archives, open_clip's .pt and .safetensors, the .pt of Chinese-CLIP, CLIP_ITM, clip-training,
@@ -58,6 +60,7 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
     Args:
         path: the file.
         key: the weights to take from a file with several (--pretrained_key); averaged ones by default.
+        change: applied to the weights under their own names.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint, holds Python objects, or has no such key.
@@ -70,12 +73,12 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
             if not isinstance(content, dict):
                 raise UserError(f"{shard} holds a {type(content).__name__}, not a model's weights")
             state |= content
-        return _from_content(path, state, key)
+        return _from_content(path, state, key, change)
     file = read_tensor_file(path)
     if not file.is_torchscript:
-        return _from_content(path, file.content, key)
+        return _from_content(path, file.content, key, change)
     state = _choose(path, file.content, find_states(file.content, _is_clip), key)
-    return Weights(str(path), OPENAI_ARCHIVE, _float32(path, state))
+    return Weights(str(path), OPENAI_ARCHIVE, change(_float32(path, state)))
 
 
 def read_text_tower(place: str, rename: Callable[[State], State], kind: str, hf_config: dict[str, Any]) -> State:
@@ -125,16 +128,16 @@ def _check_same_tower(config: Path, hf_config: dict[str, Any]) -> None:
             )
 
 
-def _from_content(path: Path, content: Any, key: str | None) -> Weights:
+def _from_content(path: Path, content: Any, key: str | None, change: Callable[[State], State]) -> Weights:
     if ours := Checkpoint.from_content(path, content):
         if key is not None:
             raise UserError(f"--pretrained_key {key}: {path} is a checkpoint of ours with one model; drop the option")
-        return Weights(str(path), OURS, _float32(path, ours.model), ours)
+        return Weights(str(path), OURS, change(_float32(path, ours.model)), ours)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a model's weights")
     # whole models, else single towers
     found = find_states(content, _is_clip) or find_states(content, _is_image_tower)
-    state = _float32(path, _choose(path, content, found, key))
+    state = change(_float32(path, _choose(path, content, found, key)))
     with translate_errors(f"{path} {UNKNOWN_WEIGHTS}"):
         family = recognise(state, content)
         return Weights(str(path), family, family.to_open_clip(state))
