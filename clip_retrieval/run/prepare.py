@@ -176,8 +176,8 @@ def prepare(
         loss = options.loss
         trainer.distillation = distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
         if caches_features(options) and isinstance(train, IndexedTrainSplit) and schedule.total_steps >= len(sampler):
-            size = options.evaluation.eval_batch_size
-            distillation.features = encode_split(teacher, train, size, device, processes)
+            batch_size = options.evaluation.eval_batch_size
+            distillation.features = encode_split(teacher, train, batch_size, device, processes)
     loader = make_loader(
         options,
         train,
