@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from clip_retrieval.reporting.table import Row, markdown_table, recall_sum, sort
 from clip_retrieval.run.folder import lock_folder
 from clip_retrieval.run.merge import check_early
 from clip_retrieval.signals import StopSignal
-from clip_retrieval.sweeping.processes import last_line, run_all
+from clip_retrieval.sweeping.processes import failure_message, launch, run_all
 from clip_retrieval.sweeping.values import SET_BY_SWEEP, Values, name_run, to_arguments
 
 METRICS = (
@@ -45,7 +44,7 @@ def sweep(
     *,
     gpus: Sequence[str] = (),
     sort: str = "val rsum",
-    program: Sequence[str] = (sys.executable, str(MAIN)),
+    program: Sequence[str] = tuple(launch(MAIN)),
 ) -> None:
     """Run all runs, and write table.md and sweep.html to `output` after each.
 
@@ -56,9 +55,9 @@ def sweep(
         runs: the option values of each run.
         arguments: the arguments of main.py that all runs share.
         output: the folder of the runs.
-        gpus: one run at a time on each.
+        gpus: one run at a time on each; with several processes, sets of GPUs (`group_gpus`).
         sort: the column of METRICS by which the table is sorted.
-        program: the command of main.py.
+        program: the command of main.py (`launch`).
     """
     start_log()
     if sort not in METRICS:
@@ -125,9 +124,11 @@ def _fixed(typed: dict[str, Any]) -> dict[str, Any]:
 
 def describe_failure(code: int, output: Path) -> str:
     """Return the state of a run that is not complete."""
-    if code in (Interrupted.exit_code, -signal.SIGTERM):  # the second one before there was anything to save
+    message = failure_message(output)
+    # -SIGTERM before there was anything to save; torchrun does not pass on the exit codes of its processes
+    if code in (Interrupted.exit_code, -signal.SIGTERM) or ": interrupted" in message:
         return "interrupted"
-    return f"failed (exit code {code}): {one_line(last_line(output), 120)}"
+    return f"failed (exit code {code}): {one_line(message, 120)}"
 
 
 def describe_sort(sort: str) -> str:

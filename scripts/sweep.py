@@ -3,6 +3,8 @@
 python scripts/sweep.py --grid lr=1e-5,3e-5 batch_size=128,256 -- --vision_model ViT-B/32 --dataset_root DATA
 python scripts/sweep.py --values seed=1,2,3 --ablate ema=0.999 "trainable=lora lr=2e-4" -- --dataset_root DATA
 python scripts/sweep.py --random 20 --values lr=log:1e-6:1e-4 weight_decay=0.1,0.2 -- --dataset_root DATA
+python scripts/sweep.py --gpus 0,1,2,3 --nproc_per_node 2 --grid lr=1e-5,3e-5 -- --dataset_root DATA
+    two runs at a time, each in two processes
 
 The options after `--` are main.py's, for all runs. The same command again resumes the sweep.
 """
@@ -41,7 +43,12 @@ def main() -> None:
     parser.add_argument("--random", type=int, metavar="N", help="run N random combinations instead of all")
     parser.add_argument("--seed", type=int, default=0, help="seed of --random (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("logs/sweep"), help="folder of the runs, %(default)s")
-    parser.add_argument("--gpus", help="run on these GPUs, such as 0,1: one run at a time on each")
+    parser.add_argument(
+        "--gpus", help="run on these GPUs, such as 0,1: one run at a time on each, or on each --nproc_per_node of them"
+    )
+    parser.add_argument(
+        "--nproc_per_node", type=int, default=1, metavar="N", help="processes of each run, started by torchrun"
+    )
     parser.add_argument("--sort", default="val_rsum", help="column to sort by (default: %(default)s)")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
@@ -49,7 +56,11 @@ def main() -> None:
     if args.random is not None and not 1 <= args.random <= 10_000:
         raise UserError(f"--random {args.random}: must be from 1 to 10,000")
 
-    from clip_retrieval.sweep import sweep
+    if args.nproc_per_node < 1:
+        raise UserError(f"--nproc_per_node {args.nproc_per_node}: must be at least 1")
+
+    from clip_retrieval.sweep import MAIN, sweep
+    from clip_retrieval.sweeping.processes import group_gpus, launch
     from clip_retrieval.sweeping.values import ablate, combine, draw, read_changes, read_values
 
     if not args.values and not args.ablate:
@@ -57,8 +68,9 @@ def main() -> None:
     listed = read_values(args.values)
     runs = combine(listed) if args.random is None else draw(listed, args.random, args.seed)
     runs = ablate(runs, read_changes(args.ablate))
-    gpus = [gpu for gpu in (args.gpus or "").split(",") if gpu]
-    sweep(runs, words[end + 1 :], args.output, gpus=gpus, sort=args.sort.replace("_", " "))
+    gpus = group_gpus([gpu for gpu in (args.gpus or "").split(",") if gpu], args.nproc_per_node)
+    program = launch(MAIN, args.nproc_per_node)
+    sweep(runs, words[end + 1 :], args.output, gpus=gpus, sort=args.sort.replace("_", " "), program=program)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.sweep import COMPLETE, METRICS, average_seeds, read_metrics, sweep
+from clip_retrieval.sweeping.processes import failure_message, group_gpus
 from tests.conftest import ROOT, read_json
 
 STUB = """
@@ -189,6 +190,54 @@ sys.exit(run_with_exit_code(lambda: sweep(runs, {SHARED!r}, Path({str(output)!r}
     assert read_table(output)[0]["state"] == "interrupted"
     sweep(runs(3, 4), SHARED, output, program=stub)
     assert {row["state"] for row in read_table(output)} == {"complete"}
+
+
+def test_message_of_a_failure_is_that_of_the_last_attempt(tmp_path):
+    path = tmp_path / "output.txt"
+    path.write_text("$ main.py\nerror (process 1): a: interrupted at step 3\n\n$ main.py\nTraceback\nKilled\n")
+    assert failure_message(path) == "Killed"
+    path.write_text("$ main.py\nerror (process 0): --lr 5: too high\nRoot Cause\n======\n")
+    assert failure_message(path) == "error (process 0): --lr 5: too high"
+    path.write_text("$ main.py\n")
+    assert failure_message(path) == ""
+
+
+def test_gpus_are_divided_among_runs_of_several_processes(script):
+    assert group_gpus(["0", "1", "2", "5"], 2) == ["0,1", "2,5"]
+    assert group_gpus(["0", "1"], 1) == ["0", "1"] and group_gpus([], 4) == []
+    command = ("sweep", "--values", "lr=1,2", "--nproc_per_node")
+    code, _, err = script(*command, "2", "--gpus", "0,1,2")
+    assert code == 2 and "--gpus 0,1,2: 3 GPUs for runs of 2 processes (--nproc_per_node); give a multiple of 2" in err
+    code, _, err = script(*command, "0")
+    assert code == 2 and "--nproc_per_node 0: must be at least 1" in err
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes_fail_stop_resume_and_complete(tmp_path, arguments):
+    shared = [str(word) for word in arguments[:-2] if word not in ("--lr", "1e-3")]
+    options = ["--output", tmp_path / "sweep", "--nproc_per_node", "2"]
+    command = [sys.executable, ROOT / "scripts/sweep.py", "--values", "batch_size=7,10", *options, "--", *shared]
+    command += ["--epochs", "40", "--eval_every", "0", "--report_to", "none", "--lr", "1e-3"]
+
+    # stop the second run; the first one cannot be split over two processes
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "sweep/batch_size=10/metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') > 5):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "repeat the command" in message
+    states = {row["batch_size"]: row["state"] for row in read_table(tmp_path / "sweep")}
+    assert states["10"] == "interrupted" and "--batch_size 7 cannot be split over 2 processes" in states["7"]
+
+    # resume it
+    command[3] = "batch_size=10"
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in read_table(tmp_path / "sweep")] == ["complete"]
+    log = (tmp_path / "sweep/batch_size=10/log.txt").read_text()
+    assert "resuming from" in log and "of 10 = 2 x 5 pairs" in log
 
 
 def test_page_is_self_contained_and_escaped(tmp_path, stub):

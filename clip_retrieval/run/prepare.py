@@ -12,7 +12,6 @@ from clip_retrieval.classification.task import ZeroShotTask
 from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
-from clip_retrieval.data.batches.train_split import IndexedTrainSplit
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
@@ -30,7 +29,7 @@ from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
-from clip_retrieval.run.teacher import START, caches_features, copy_start, encode_split, load_teacher
+from clip_retrieval.run.teacher import START, copy_start, make_distillation
 from clip_retrieval.run.train_data import (
     choose_batch_size,
     encodes_images_once,
@@ -42,7 +41,6 @@ from clip_retrieval.run.train_data import (
 from clip_retrieval.run.train_parts import make_loader, make_trainer
 from clip_retrieval.signals import StopSignal
 from clip_retrieval.training.collapse import CollapseWatch
-from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.image_warmup import ImageWarmup
 from clip_retrieval.training.schedule import Schedule
 from clip_retrieval.training.state import Progress, restore_training
@@ -164,20 +162,17 @@ def prepare(
         )
         progress.weights = progress.weights or built.weights
     source = checkpoint.path.parent if checkpoint is not None else folder
-    if options.loss.distill_from:
-        teacher = load_teacher(
-            options,
-            model,
-            tokenizer,
-            resumed=source if progress.step else None,
-            precision=precision,
-            device=device,
-        )
-        loss = options.loss
-        trainer.distillation = distillation = Distillation(teacher, loss.distill_kind, loss.distill_weight, processes)
-        if caches_features(options) and isinstance(train, IndexedTrainSplit) and schedule.total_steps >= len(sampler):
-            eval_batch_size = options.evaluation.eval_batch_size
-            distillation.features = encode_split(teacher, train, eval_batch_size, device, processes)
+    trainer.distillation = make_distillation(
+        options,
+        model,
+        tokenizer,
+        train,
+        resumed=source if progress.step else None,
+        caches=schedule.total_steps >= len(sampler),
+        precision=precision,
+        device=device,
+        processes=processes,
+    )
     loader = make_loader(
         options,
         train,

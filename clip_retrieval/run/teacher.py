@@ -1,4 +1,4 @@
-"""Load the teacher of --distill_from."""
+"""The teacher of --distill_from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from clip_retrieval.data.batches.train_split import IndexedTrainSplit
+from clip_retrieval.data.batches.train_split import IndexedTrainSplit, TrainSplit
 from clip_retrieval.data.captions import tokenize
-from clip_retrieval.data.catalog import is_streamed, skips_unreadable
+from clip_retrieval.data.catalog import skips_unreadable
 from clip_retrieval.data.pixels.transforms import model_size
 from clip_retrieval.device import DTYPES
 from clip_retrieval.distributed import Processes
@@ -23,12 +22,50 @@ from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model
 from clip_retrieval.run.settings import settle_options
+from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 
 START = "start"
 START_FILE = "start.pt"
 """The weights that a run with --distill_from start began with, beside its checkpoints."""
 PROBE = ["a photo of two dogs, in the snow!"]
+
+
+def make_distillation(
+    options: Options,
+    student: RetrievalModel,
+    tokenizer: Any,
+    train: TrainSplit,
+    *,
+    resumed: Path | None,
+    caches: bool,
+    precision: str,
+    device: torch.device,
+    processes: Processes,
+) -> Distillation | None:
+    """Load the teacher of --distill_from; None without the option. See `load_teacher` for the arguments.
+
+    With caches=True, the teacher encodes the train split here, if the inputs are the same in every epoch.
+    """
+    if not options.loss.distill_from:
+        return None
+    teacher = load_teacher(options, student, tokenizer, resumed=resumed, precision=precision, device=device)
+    distillation = Distillation(teacher, options.loss.distill_kind, options.loss.distill_weight, processes)
+    data = options.data
+    varies = data.augment != "none" or data.word_dropout or skips_unreadable(data)
+    if caches and not varies and not options.train.no_feature_cache and isinstance(train, IndexedTrainSplit):
+        log.info("the teacher encodes all images and captions once, before the first step")
+        shared: dict[str, Any] = {
+            "batch_size": options.evaluation.eval_batch_size,
+            "device": device,
+            "processes": processes,
+        }
+        split, workers = train.data, data.num_workers
+        distillation.features = (
+            encode_frozen_images(teacher.encode_image, split.pixels, num_workers=workers, **shared),
+            encode_frozen_texts(teacher.encode_text, split.dataset, split.tokens, trim=teacher.trims_text, **shared),
+        )
+    return distillation
 
 
 def load_teacher(
@@ -76,29 +113,6 @@ def load_teacher(
         raise UserError(f"--distill_from {place}: its features have another width; use --distill_kind relational")
     teacher = teacher.to(device)
     return teacher if precision == "fp32" else teacher.copy_in(DTYPES[precision])
-
-
-def caches_features(options: Options) -> bool:
-    """Whether a teacher can encode the train split once: all its inputs are readable, and the same in every epoch."""
-    data = options.data
-    varies = data.augment != "none" or data.word_dropout or is_streamed(data) or skips_unreadable(data)
-    return bool(options.loss.distill_from) and not varies and not options.train.no_feature_cache
-
-
-def encode_split(
-    teacher: RetrievalModel,
-    train: IndexedTrainSplit,
-    batch_size: int | None,
-    device: torch.device,
-    processes: Processes,
-) -> tuple[Tensor, Tensor]:
-    """Encode the train split with the teacher: features of images and of captions, on the CPU."""
-    log.info("the teacher encodes all images and captions once, before the first step")
-    split = train.data
-    shared: dict[str, Any] = {"batch_size": batch_size, "device": device, "processes": processes}
-    images = encode_frozen_images(teacher.encode_image, split.pixels, num_workers=train.num_workers, **shared)
-    trim = teacher.trims_text
-    return images, encode_frozen_texts(teacher.encode_text, split.dataset, split.tokens, trim=trim, **shared)
 
 
 def copy_start(source: Path, folder: Path) -> None:

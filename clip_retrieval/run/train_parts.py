@@ -113,12 +113,13 @@ def make_frozen_encoder(
         }
         if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
-            encode_image = encoding_model(model, precision).pooled_image
-            images = encode_frozen_images(encode_image, split.pixels, num_workers=num_workers, **encoding)
+            encoder = encoding_model(model, precision)
+            images = encode_frozen_images(encoder.pooled_image, split.pixels, num_workers=num_workers, **encoding)
         if text_is_frozen(model) and not texts_vary:
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
-            encode_text = encoding_model(model, precision).pooled_text
-            texts = encode_frozen_texts(encode_text, split.dataset, split.tokens, trim=model.trims_text, **encoding)
+            encoder = encoding_model(model, precision)
+            encoding["trim"] = model.trims_text
+            texts = encode_frozen_texts(encoder.pooled_text, split.dataset, split.tokens, **encoding)
         return images, texts
 
     return encode_frozen
