@@ -12,6 +12,7 @@ python scripts/search.py serve PHOTOS
     a page to search with, on http://127.0.0.1:8000
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ USAGE = {
     "query": "search.py [TEXT] PHOTOS [options]\n       search.py index --help\n       search.py serve --help",
     "serve": "search.py serve PHOTOS [options]",
 }
+
+
+FAISS = {
+    "index": "keep a FAISS index for approximate search (default: from 500,000 images on)",
+    "query": "search approximately, with the FAISS index",
+    "serve": "search approximately (default: from 500,000 images on)",
+}
+NO_FAISS = "exact search for any number of images"
 
 
 def make_parser(command: str) -> OptionParser:
@@ -65,7 +74,9 @@ def make_parser(command: str) -> OptionParser:
             "--host", metavar="ADDRESS", help="address to serve on (default: 127.0.0.1, this machine only)"
         )
         parser.add_argument("--port", type=int, metavar="N", help="port (default: 8000; 0: a free one)")
-        parser.add_argument("--faiss", action="store_true", help="approximate search with FAISS, for a million images")
+    parser.add_argument("--faiss", action="store_true", default=argparse.SUPPRESS, help=FAISS[command])
+    if command != "query":
+        parser.add_argument("--no_faiss", dest="faiss", action="store_false", default=argparse.SUPPRESS, help=NO_FAISS)
     return parser
 
 
@@ -88,9 +99,9 @@ def main() -> None:
     if command == "index":
         from clip_retrieval.search.update import update_index
 
-        return update_index(photos, folder, typed, **take(typed, "overwrite"))
+        return update_index(photos, folder, typed, **take(typed, "overwrite", "faiss"))
     if command == "query":
-        own = take(typed, "images", "negative", "top_k", "json")
+        own = take(typed, "images", "negative", "top_k", "json", "faiss")
         from clip_retrieval.search.query import Request, run_query
 
         return run_query(photos, folder, typed, Request("".join(texts), **own))

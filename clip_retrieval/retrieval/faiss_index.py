@@ -51,12 +51,17 @@ def build_index(items: FeatureFile, option: str) -> Any:
     lists = int(4 * count**0.5) if count >= LISTS_FROM else 0
     index: Any = faiss.index_factory(dim, f"IVF{lists},SQ8" if lists else "SQ8", faiss.METRIC_INNER_PRODUCT)
     if lists:
-        index.nprobe = max(16, lists // 16)
+        index.nprobe = choose_probes(lists)
     sample = np.random.default_rng(0).permutation(count)[: max(CHUNK, TRAIN_ITEMS * lists)]
     index.train(_read_float32(items, np.sort(sample)))
     for start in range(0, count, CHUNK):
         index.add(_read_float32(items, slice(start, start + CHUNK)))
     return index
+
+
+def choose_probes(lists: int) -> int:
+    """The number of lists that a query searches."""
+    return max(16, lists // 16)
 
 
 def propose(index: Any, queries: np.ndarray, k: int) -> np.ndarray:

@@ -4,6 +4,7 @@
                          {"name": "2019/beach.jpg", "size": 84211, "mtime": 1564650000000000000, "digest": "5e...",
                           "width": 1024, "height": 768}, or a "problem" if it cannot be read
     index-features-3.npy float32 (readable images, dim), L2-normalised, in the order of the lines
+    index-faiss-3.npz    for approximate search of a large index, see `approximate`
     index-part-4.jsonl, index-features-4.npy    the same, of images that an unfinished update has encoded
 
 A .jsonl file names its features and is renamed to its place after them: it is there completely or not at all.
@@ -11,6 +12,7 @@ A .jsonl file names its features and is renamed to its place after them: it is t
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -23,11 +25,14 @@ import numpy as np
 from clip_retrieval.arrays import read_npy
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import to_json, write_atomic
-from clip_retrieval.jsonl import read_records
+from clip_retrieval.jsonl import LONGEST_LINE, open_input, parse_record, read_records
 
 INDEX = "index.jsonl"
 VERSION = 1
+CHUNK = 2**24  # bytes of the file to scan at a time
 _FEATURES = re.compile(r"index-features-(\d{1,9})\.npy")
+_FAISS = re.compile(r"index-faiss-(\d{1,9})\.npz")
+_PROBLEM = re.compile(rb'"problem"\s*:')  # within a JSON text, the quotes would be escaped
 _PART = re.compile(r"index-part-(\d{1,9})\.jsonl")
 _MODEL = {"source": dict, "name": str, "fingerprint": str, "dim": int}
 _TYPES = {"name": str, "size": int, "mtime": int, "digest": str, "width": int, "height": int, "problem": str}
@@ -78,11 +83,72 @@ class Table:
         return read_npy(self.features_path, memory_map=True)
 
 
-def read_index(folder: Path, photos: Path) -> Table:
-    """Read a complete index. Raises UserError if there is none, or it is damaged."""
-    if not (folder / INDEX).is_file():
+class Readable(Sequence[Entry]):
+    """The readable files of an index in the order of the features. A line is parsed, and checked, when it is used.
+
+    To parse a million lines takes ten seconds, and a search shows a few of them.
+    """
+
+    def __init__(self, path: Path):
+        """Map the file. Raises UserError if it cannot be read."""
+        self._path = path
+        with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"\n"
+        starts = [
+            begin + 1 + np.flatnonzero(np.frombuffer(self._content, np.uint8, min(size - begin, CHUNK), begin) == 10)
+            for begin in range(0, size, CHUNK)
+        ]
+        self._starts = np.concatenate([*starts, [size]]).astype(np.int64)  # of the lines after the first
+        broken = [match.start() for match in _PROBLEM.finditer(self._content, int(self._starts[0]))]
+        is_readable = np.diff(self._starts) > 1
+        is_readable[np.searchsorted(self._starts, broken, "right") - 1] = False
+        self._lines = np.flatnonzero(is_readable)
+
+    def read_head(self) -> dict[str, Any]:
+        """The first line, of the same file even if it is replaced."""
+        return self._parse(0, int(self._starts[0]), 1)
+
+    def _parse(self, begin: int, end: int, line: int) -> dict[str, Any]:
+        try:
+            if end - begin > LONGEST_LINE:
+                raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
+            return parse_record(self._content[begin:end])
+        except ValueError as error:
+            raise _damaged(self._path, line, error) from None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        line = int(self._lines[row])
+        record = self._parse(int(self._starts[line]), int(self._starts[line + 1]), line + 2)
+        try:
+            return _parse_entry(record)
+        except ValueError as error:
+            raise _damaged(self._path, line + 2, error) from None
+
+
+@dataclass
+class OpenIndex:
+    """An index to search: the model, the readable files, and their features, float32 (files, dim), memory-mapped."""
+
+    model: dict[str, Any]
+    entries: Readable
+    features: np.ndarray
+    features_path: Path
+
+
+def open_index(folder: Path, photos: Path) -> OpenIndex:
+    """Open a complete index without parsing its lines. Raises UserError if there is none, or it is damaged."""
+    path = folder / INDEX
+    if not path.is_file():
         raise UserError(f"{photos} has no index in {folder}; make it: search.py index {photos} --resume CKPT")
-    return read_table(folder / INDEX)
+    entries = Readable(path)
+    features_path, model = _read_head(path, entries.read_head())
+    return OpenIndex(model, entries, _map_checked(path, features_path, (len(entries), model["dim"])), features_path)
 
 
 def read_tables(folder: Path) -> list[Table]:
@@ -102,30 +168,42 @@ def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
 
 def read_table(path: Path) -> Table:
     """Read a .jsonl file and map its features. Raises UserError, naming the line, if they are damaged."""
-    # the line about the model
     records = read_records(path)
     _, head = next(records, (0, {}))
-    name, model = head.get("features"), head.get("model")
-    if not isinstance(name, str) or not _FEATURES.fullmatch(name) or not isinstance(model, dict):
-        raise UserError(f"{path}: not an index of search.py; delete it and index the folder again")
-    if head.get("version") != VERSION or not all(isinstance(model.get(key), kind) for key, kind in _MODEL.items()):
-        raise UserError(f"{path}: written by another version of search.py; delete it and index the folder again")
+    features_path, model = _read_head(path, head)
     # the files
     entries = []
     for line, record in records:
         try:
             entries.append(_parse_entry(record))
         except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}; delete the file and index the folder again") from None
+            raise _damaged(path, line, error) from None
     # the features
     is_readable = np.fromiter((entry.problem is None for entry in entries), bool, len(entries))
-    table = Table(path, model, entries, path.with_name(name), np.where(is_readable, is_readable.cumsum() - 1, -1))
-    features = table.map_features()
-    if features.dtype != np.float32 or features.shape != (is_readable.sum(), model["dim"]):
-        raise UserError(
-            f"{table.features_path}: not the features of {path.name}; delete both and index the folder again"
-        )
-    return table
+    _map_checked(path, features_path, (int(is_readable.sum()), model["dim"]))
+    return Table(path, model, entries, features_path, np.where(is_readable, is_readable.cumsum() - 1, -1))
+
+
+def _read_head(path: Path, head: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The file of the features, and the record of the model, from the first line."""
+    name, model = head.get("features"), head.get("model")
+    if not isinstance(name, str) or not _FEATURES.fullmatch(name) or not isinstance(model, dict):
+        raise UserError(f"{path}: not an index of search.py; delete it and index the folder again")
+    if head.get("version") != VERSION or not all(isinstance(model.get(key), kind) for key, kind in _MODEL.items()):
+        raise UserError(f"{path}: written by another version of search.py; delete it and index the folder again")
+    return path.with_name(name), model
+
+
+def _map_checked(path: Path, features_path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map the features, float32 of a shape."""
+    features = read_npy(features_path, memory_map=True)
+    if features.dtype != np.float32 or features.shape != shape:
+        raise UserError(f"{features_path}: not the features of {path.name}; delete both and index the folder again")
+    return features
+
+
+def _damaged(path: Path, line: int, error: ValueError) -> UserError:
+    return UserError(f"{path}, line {line}: {error}; delete the file and index the folder again")
 
 
 def _parse_entry(record: dict[str, Any]) -> Entry:
@@ -165,9 +243,11 @@ def write_table(
             file.write(to_json(record) + b"\n")
 
 
-def delete_unused(folder: Path, index: Table) -> None:
-    """Delete the parts of `folder`, and the features that the index does not use."""
+def delete_unused(folder: Path, features_path: Path) -> None:
+    """Delete the parts of `folder`, and the features that the index does not use, with their FAISS index."""
+    used = _FEATURES.fullmatch(features_path.name)
     for path in list(folder.iterdir()):
-        is_features = _FEATURES.fullmatch(path.name) and path != index.features_path
-        if is_features or _PART.fullmatch(path.name):
+        match = _FEATURES.fullmatch(path.name) or _FAISS.fullmatch(path.name)
+        is_unused = match is not None and used is not None and match[1] != used[1]
+        if is_unused or _PART.fullmatch(path.name):
             path.unlink(missing_ok=True)

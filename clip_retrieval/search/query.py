@@ -9,7 +9,7 @@ cosines with the negative texts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from clip_retrieval.errors import UserError, printable
 from clip_retrieval.evaluation.scores import rounding_bound
 from clip_retrieval.files import to_json
 from clip_retrieval.log import log, start_log
+from clip_retrieval.search.approximate import Propose, is_wanted, open_faiss
 from clip_retrieval.search.encoder import Encoder
-from clip_retrieval.search.index import read_index
+from clip_retrieval.search.index import open_index
 from clip_retrieval.search.source import choose_source
 
-Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""search(query, k) returns int64 rows and float64 scores of the best k, like `top_k`."""
 BLOCK = 2**12  # features to convert to float64 at a time
 
 
@@ -42,6 +41,7 @@ class Request:
         negative: negative texts.
         top_k: number of photographs to find.
         json: print JSON.
+        faiss: see `approximate.is_wanted`.
     """
 
     text: str = ""
@@ -49,6 +49,7 @@ class Request:
     negative: tuple[str, ...] = ()
     top_k: int = 10
     json: bool = False
+    faiss: bool = False
 
     def __post_init__(self) -> None:
         if not self.text.strip() and not self.images:
@@ -103,24 +104,39 @@ class Gallery:
 
     Attributes:
         photos: the folder of the photographs.
-        table: the index.
+        folder: the folder of the index.
+        index: the index.
         entries: the readable files, in the order of the features.
         features: float32 (entries, dim), memory-mapped.
         encoder: the model.
     """
 
-    def __init__(self, photos: Path, folder: Path, typed: dict[str, Any]):
-        """Read the index and load its model, or the one in `typed`. Raises UserError if that is another model."""
+    def __init__(self, photos: Path, folder: Path, typed: dict[str, Any], encoder: Encoder | None = None):
+        """Open the index and load its model, or the one in `typed`, unless it is given as `encoder`.
+
+        Raises UserError if the index was made by another model.
+        """
         self.photos = photos
-        self.table = read_index(folder, photos)
-        self.features = self.table.map_features()
-        self.entries = [entry for entry in self.table.entries if entry.problem is None]
-        self.encoder = Encoder(choose_source(typed, self.table.model), typed)
-        if self.encoder.record["fingerprint"] != self.table.model["fingerprint"]:
+        self.folder = folder
+        self.index = open_index(folder, photos)
+        self.features = self.index.features
+        self.entries = self.index.entries
+        self.encoder = encoder or Encoder(choose_source(typed, self.index.model), typed)
+        self._propose: Propose | None = None
+        if self.encoder.record["fingerprint"] != self.index.model["fingerprint"]:
             raise UserError(
-                f"{folder}: the index was made by {self.table.model['name']} with other weights; give that "
+                f"{folder}: the index was made by {self.index.model['name']} with other weights; give that "
                 "checkpoint as --resume, or update the index with: search.py index --overwrite"
             )
+
+    def reopen(self) -> Gallery:
+        """Open the index as it is now, with the same model. Raises UserError as the constructor does."""
+        return Gallery(self.photos, self.folder, {}, self.encoder)
+
+    def accelerate(self, faiss: bool | None = None) -> None:
+        """Search with FAISS from now on, if `approximate.is_wanted`. The file beside the index is made if needed."""
+        if is_wanted(len(self.entries), faiss):
+            self._propose = open_faiss(self.index.features_path, self.features)
 
     def path(self, row: int) -> Path:
         """The file of a row."""
@@ -142,23 +158,12 @@ class Gallery:
         return combine(np.concatenate(positives), self.encoder.encode_texts(negatives).numpy() if negatives else None)
 
     def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the top k exactly; see `top_k`."""
-        return top_k(self.features, query, k)
-
-    def approximate_search(self) -> Search:
-        """Build a FAISS index in memory: a search that may miss items, but is faster for a million. See faiss_index."""
-        from clip_retrieval.retrieval.faiss_index import build_index, propose
-        from clip_retrieval.retrieval.features import FeatureFile
-
-        features = self.features
-        index = build_index(FeatureFile(range(len(features)), features, self.table.features_path), "--faiss")
-
-        def search(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            rows = propose(index, query[None], k)
-            best, scores = top_k(features[rows], query, k)
-            return rows[best], scores
-
-        return search
+        """Find the top k, see `top_k`: of all, or of those that FAISS proposes."""
+        if self._propose is None:
+            return top_k(self.features, query, k)
+        rows = self._propose(query, k)
+        best, scores = top_k(self.features[rows], query, k)
+        return rows[best], scores
 
 
 def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Request) -> None:
@@ -170,6 +175,7 @@ def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Reques
     texts = [request.text] if request.text.strip() else []
     negatives = [text for text in request.negative if text.strip()]  # as the page does
     query = gallery.encode_query(texts, images, negatives=negatives)
+    gallery.accelerate(request.faiss)
     rows, scores = gallery.search(query, request.top_k)
     found = [(score, gallery.entries[row]) for row, score in zip(rows.tolist(), scores.tolist())]
     if not request.json:

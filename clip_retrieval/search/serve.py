@@ -12,7 +12,9 @@ from typing import Any
 
 from clip_retrieval.errors import UserError, describe
 from clip_retrieval.log import log, start_log
-from clip_retrieval.search.query import Gallery, Search
+from clip_retrieval.search.approximate import is_wanted
+from clip_retrieval.search.query import Gallery
+from clip_retrieval.search.watch import Watcher
 
 try:
     import waitress
@@ -34,20 +36,19 @@ LIMITS = {
 
 
 def serve(
-    photos: Path, folder: Path, typed: dict[str, Any], *, host: str = HOST, port: int = PORT, faiss: bool = False
+    photos: Path, folder: Path, typed: dict[str, Any], *, host: str = HOST, port: int = PORT, faiss: bool | None = None
 ) -> None:
-    """Serve the page until Ctrl-C. Raises UserError if the address cannot be used."""
+    """Serve the page until Ctrl-C. faiss: see `approximate.is_wanted`. Raises UserError for an unusable address."""
     start_log()
     if not 0 <= port < 2**16:
         raise UserError(f"--port {port}: must be between 0 and 65535")
     gallery = Gallery(photos, folder, {"max_image_pixels": MAX_PIXELS, **typed})
-    search: Search = gallery.search
     if faiss:
-        log.info("building the FAISS index")
-        search = gallery.approximate_search()
+        is_wanted(len(gallery.entries), faiss)  # is it installed?
+    watcher = Watcher(gallery, faiss)
     is_local = is_loopback(host)
     hosts = LOOPBACK | {host.lower(), *(() if is_local else (socket.gethostname().lower(),))}
-    app = make_app(gallery, search, hosts, any_address=not is_local)
+    app = make_app(lambda: watcher.gallery, hosts, any_address=not is_local)
     try:
         server: Any = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None, **LIMITS)
     except (OSError, ValueError) as error:  # ValueError: an unknown host name
@@ -57,8 +58,10 @@ def serve(
     shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
     shown = f"[{shown}]" if ":" in shown else shown
     log.info(f"{len(gallery.entries):,} images: http://{shown}:{getattr(server, 'effective_port', port)} (Ctrl-C ends)")
+    watcher.start()
     server.run()  # until Ctrl-C
     server.close()
+    watcher.end()
 
 
 def is_loopback(host: str) -> bool:

@@ -17,6 +17,7 @@ INDEX_FOLDER = ".clip_search"
 """Name of an index's folder in the folder of the photographs."""
 NAMES = ("resume", "eval_precision", *(field.name for field in dataclasses.fields(ModelOptions)))
 """The options that decide the features."""
+LOCAL = "local-dir:"
 NUMBERS = ("context_length", "image_size", "keep_positions")
 
 
@@ -28,7 +29,7 @@ def choose_source(typed: dict[str, Any], record: dict[str, Any] | None) -> dict[
     given = {name: typed.pop(name) for name in NAMES if name in typed}
     options: Any
     if given:
-        options = {name: str(Path(value).absolute()) if _is_path(value) else value for name, value in given.items()}
+        options = {name: _make_absolute(value) for name, value in given.items()}
         if isinstance(size := options.get("image_size"), tuple):
             options["image_size"] = list(size)  # as JSON has it
     elif record is None:
@@ -52,6 +53,13 @@ def _is_valid(name: str, value: Any) -> bool:
     if name == "image_size" and isinstance(value, list):  # height and width
         return len(value) in (1, 2) and all(type(side) is int for side in value)
     return name in NAMES and isinstance(value, int if name in NUMBERS else str)
+
+
+def _make_absolute(value: Any) -> Any:
+    """Make a path absolute, also that of `local-dir:FOLDER`: later commands start in other folders."""
+    if isinstance(value, str) and value.startswith(LOCAL) and path_exists(value[len(LOCAL) :]):
+        return f"{LOCAL}{Path(value[len(LOCAL) :]).absolute()}"
+    return str(Path(value).absolute()) if _is_path(value) else value
 
 
 def _is_path(value: Any) -> bool:

@@ -22,14 +22,15 @@ from clip_retrieval.data.images.decode import read_encoded
 from clip_retrieval.errors import Interrupted, UserError, format_counts
 from clip_retrieval.log import log, progress_bar, start_log
 from clip_retrieval.run.folder import lock_folder
+from clip_retrieval.search.approximate import is_current, is_wanted, open_faiss
 from clip_retrieval.search.files import Listing, Stamp, digest, list_photos
 from clip_retrieval.search.index import (
     INDEX,
     Entry,
     Table,
     delete_unused,
+    open_index,
     part_path,
-    read_table,
     read_tables,
     write_table,
 )
@@ -63,11 +64,14 @@ class Plan:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def update_index(photos: Path, folder: Path, typed: dict[str, Any], *, overwrite: bool = False) -> None:
+def update_index(
+    photos: Path, folder: Path, typed: dict[str, Any], *, overwrite: bool = False, faiss: bool | None = None
+) -> None:
     """Build or update the index in `folder`.
 
     typed: options of the command line; without a model, it is that of the index. overwrite: replace an index of
-    another model. Raises UserError without photographs, and for an index of another model; Interrupted on Ctrl-C.
+    another model. faiss: see `approximate.is_wanted`. Raises UserError without photographs, and for an index of
+    another model; Interrupted on Ctrl-C.
     """
     start_log()
     listing = list_photos(photos)
@@ -97,7 +101,10 @@ def update_index(photos: Path, folder: Path, typed: dict[str, Any], *, overwrite
         entries = [entry for part in plan.kept for _, entry in part]
         if [table.path.name for table in own] != [INDEX] or entries != own[0].entries:
             write_table(folder / INDEX, record, entries, record["dim"], copy_features(own, plan))
-        delete_unused(folder, read_table(folder / INDEX))
+        index = open_index(folder, photos)
+        delete_unused(folder, index.features_path)
+        if is_wanted(len(index.entries), faiss) and not is_current(index.features_path, index.features):
+            open_faiss(index.features_path, index.features)
     report(photos, folder, listing, entries, counts)
 
 

@@ -2,19 +2,20 @@
 
     GET  /                           the page
     GET  /info                       {"folder": name, "images": number, "model": name}
-    GET  /search?q=TEXT&not=TEXT&like=ROW&k=N    {"results": [{"row", "score", "name", "width", "height", "version"}]}
+    GET  /search?q=TEXT&not=TEXT&like=IMAGE&k=N    {"results": [{"row", "score", "name", "width", "height", "version"}]}
     POST /search?q=TEXT&not=TEXT&k=N             the same; the body is an image to search for
-    GET  /image/ROW/small, /image/ROW/large      JPEG
+    GET  /image/IMAGE/small, /image/IMAGE/large      JPEG
 
-Images are named by their row in the index, never by a path. Requests of other sites are refused: by the Host header, a
-name that another site points to this machine, and by Origin and Sec-Fetch-Site, a page of another site in the browser.
+An IMAGE is a row of the index, or ROW-VERSION, which another content does not have, never a path. Requests of other
+sites are refused: by the Host header, a name that another site points to this machine, and by Origin and
+Sec-Fetch-Site, a page of another site in the browser.
 """
 
 from __future__ import annotations
 
 import io
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +26,8 @@ from werkzeug.exceptions import HTTPException
 from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.photographs import prepare_photo
 from clip_retrieval.errors import NotFiniteError, RunError, UserError
-from clip_retrieval.search.query import Gallery, Search
+from clip_retrieval.search.index import Entry
+from clip_retrieval.search.query import Gallery
 from clip_retrieval.search.thumbnails import SIDES, Thumbnails
 
 MAX_BODY = 32 * 2**20  # bytes of an image to search for
@@ -43,11 +45,12 @@ HEADERS = {
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK, any_address: bool = False) -> Flask:
+def make_app(current: Callable[[], Gallery], hosts: Collection[str] = LOOPBACK, any_address: bool = False) -> Flask:
     """Make the application.
 
-    search: finds the rows of a query. hosts: the names in the Host header that are accepted; with any_address, also
-    every IP address, which another site cannot take over as it can a name.
+    current: returns the gallery, which may be another one after an update of the index. hosts: the names in the Host
+    header that are accepted; with any_address, also every IP address, which another site cannot take over as it can a
+    name.
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
@@ -87,13 +90,15 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
 
     @app.get("/info")
     def info() -> Response:
-        model = gallery.table.model["name"]
+        gallery = current()
+        model = gallery.index.model["name"]
         return jsonify(folder=gallery.photos.resolve().name, images=len(gallery.entries), model=model)
 
     @app.route("/search", methods=["GET", "POST"])
     def find() -> Response:
+        gallery = current()
         texts, negatives = read_text("q"), read_text("not")
-        rows = [read_row(request.args["like"])] if request.args.get("like") else []
+        rows = [read_row(gallery, request.args["like"])] if request.args.get("like") else []
         images = []
         if request.method == "POST":
             with thumbnails.decoding:
@@ -101,17 +106,18 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
         count = min(max(request.args.get("k", 60, type=int), 1), MAX_RESULTS)
         if texts or rows or images:
             query = gallery.encode_query(texts, images, rows, negatives)
-            best, scores = search(query, count)
-            return jsonify(results=[describe(*found) for found in zip(best.tolist(), scores.tolist())])
+            best, scores = gallery.search(query, count)
+            return jsonify(results=[describe(gallery, *found) for found in zip(best.tolist(), scores.tolist())])
         spread = np.linspace(0, len(gallery.entries) - 1, min(count, len(gallery.entries))).round().astype(int)
-        return jsonify(results=[describe(row, None) for row in spread.tolist()])
+        return jsonify(results=[describe(gallery, row, None) for row in spread.tolist()])
 
     @app.get("/image/<row>/<size>")
     def image(row: str, size: str) -> Response:
         if size not in SIDES:
             abort(404)
+        gallery = current()
         try:
-            content = thumbnails.get(str(gallery.path(read_row(row))), size)
+            content = thumbnails.get(str(gallery.path(read_row(gallery, row))), size)
         except UserError:  # deleted or replaced since it was indexed; its message holds the path
             abort(404, "the image cannot be read; update the index")
         # the address has the version of the content: another content has another address
@@ -123,17 +129,26 @@ def make_app(gallery: Gallery, search: Search, hosts: Collection[str] = LOOPBACK
             abort(400, f"the text has more than {MAX_TEXT:,} characters")
         return [text] if text else []
 
-    def read_row(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(gallery.entries)):
+    def read_row(gallery: Gallery, text: str) -> int:
+        """The row of ROW or ROW-VERSION; 404 if the index has changed and has another image there."""
+        number, _, version = text.partition("-")
+        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(gallery.entries)):
             abort(404, "no such image in the index")
-        return int(text)
+        if version and version != read_version(gallery.entries[int(number)]):
+            abort(404, "the index has changed; search again")
+        return int(number)
 
-    def describe(row: int, score: float | None) -> dict[str, Any]:
+    def describe(gallery: Gallery, row: int, score: float | None) -> dict[str, Any]:
         entry = gallery.entries[row]
-        shown = {"name": entry.name, "width": entry.width, "height": entry.height, "version": (entry.digest or "")[:8]}
+        shown = {"name": entry.name, "width": entry.width, "height": entry.height, "version": read_version(entry)}
         return {"row": row, "score": score, **shown}
 
     return app
+
+
+def read_version(entry: Entry) -> str:
+    """The start of the hash of a file: the version in the addresses of its image."""
+    return (entry.digest or "")[:8]
 
 
 def is_trusted(host: str, hosts: Collection[str], any_address: bool) -> bool:

@@ -38,7 +38,7 @@ def address(photos, index):
     paint(photos / os.fsdecode(b"caf\xe9.jpg"), 91)
     assert index()[0] == 0
     gallery = Gallery(photos, photos / INDEX_FOLDER, {})
-    server = waitress.create_server(make_app(gallery, gallery.search), host="127.0.0.1", port=0, threads=4, **LIMITS)
+    server = waitress.create_server(make_app(lambda: gallery), host="127.0.0.1", port=0, threads=4, **LIMITS)
     threading.Thread(target=server.run, daemon=True).start()
     yield f"http://127.0.0.1:{server.effective_port}"
     server.close()

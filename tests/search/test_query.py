@@ -7,8 +7,9 @@ import pytest
 
 from clip_retrieval.api import load_model
 from clip_retrieval.errors import UserError
+from clip_retrieval.search.index import open_index, read_table
 from clip_retrieval.search.query import combine, top_k
-from clip_retrieval.search.source import INDEX_FOLDER
+from clip_retrieval.search.source import INDEX_FOLDER, choose_source
 from tests.search.conftest import paint, read_entries
 
 
@@ -147,12 +148,37 @@ def test_bad_usage_is_one_line(indexed, script, tmp_path):
         assert code == 2 and message in err and err.count("\n") == 1, (words, err)
 
 
-def test_faiss_search_finds_the_exact_neighbours(indexed, models):
-    pytest.importorskip("faiss")
-    from clip_retrieval.search.query import Gallery
+def test_lines_are_parsed_when_they_are_used(index, photos):
+    (photos / "broken.jpg").write_text("no image")
+    paint(photos / 'a, "problem": 1.jpg', 8)
+    assert index()[0] == 0
+    folder = photos / INDEX_FOLDER
+    opened, table = open_index(folder, photos), read_table(folder / "index.jsonl")
+    assert list(opened.entries) == [entry for entry in table.entries if entry.problem is None]
+    assert len(opened.entries) == 7 and opened.entries[-1] == opened.entries[6] == opened.entries[5:][1]
 
-    gallery = Gallery(indexed, indexed / INDEX_FOLDER, {})
-    query = gallery.encode_query(["a house"])
-    rows, scores = gallery.approximate_search()(query, 3)
-    exact_rows, exact_scores = gallery.search(query, 3)
-    assert rows.tolist() == exact_rows.tolist() and scores.tolist() == exact_scores.tolist()
+    # a name outside the folder is refused when it would be shown
+    lines = (folder / "index.jsonl").read_text().splitlines()
+    place = next(place for place, line in enumerate(lines) if "trip/4.png" in line)
+    lines[place] = lines[place].replace("trip/4.png", "../../secret.png")
+    (folder / "index.jsonl").write_text("\n".join(lines))
+    opened = open_index(folder, photos)
+    with pytest.raises(UserError, match=f"line {place + 1}: no valid name"):
+        list(opened.entries)
+    # other numbers of lines and features
+    (folder / "index.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(UserError, match="not the features of"):
+        open_index(folder, photos)
+    for content in ("", "\n", "{", "[]\n", "{}"):
+        (folder / "index.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"index.jsonl") as error:
+            open_index(folder, photos)
+        assert "\n" not in str(error.value)
+
+
+def test_paths_of_the_model_are_absolute_in_the_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exported").mkdir()
+    source = choose_source({"vision_model": "local-dir:exported", "device": "cpu"}, None)
+    assert source["options"] == {"vision_model": f"local-dir:{tmp_path}/exported"}
+    assert choose_source({"vision_model": "ViT-B/32"}, None)["options"] == {"vision_model": "ViT-B/32"}

@@ -36,13 +36,13 @@ def gallery(indexed):
 
 @pytest.fixture
 def client(gallery):
-    return make_app(gallery, gallery.search).test_client()
+    return make_app(lambda: gallery).test_client()
 
 
 @pytest.fixture
 def port(gallery):
     """The port of a real server with the limits of search.py."""
-    server = waitress.create_server(make_app(gallery, gallery.search), host="127.0.0.1", port=0, threads=2, **LIMITS)
+    server = waitress.create_server(make_app(lambda: gallery), host="127.0.0.1", port=0, threads=2, **LIMITS)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     yield server.effective_port
@@ -95,7 +95,7 @@ def test_images_are_reduced_jpegs_without_metadata(photos, index):
     assert index()[0] == 0
     gallery = Gallery(photos, photos / INDEX_FOLDER, {})
     row = next(row for row, entry in enumerate(gallery.entries) if entry.name == "large.jpg")
-    client = make_app(gallery, gallery.search).test_client()
+    client = make_app(lambda: gallery).test_client()
     for size, shape in (("small", (160, 480)), ("large", (533, 1600))):
         response = client.get(f"/image/{row}/{size}", **LOCAL)
         image = Image.open(io.BytesIO(response.data))
@@ -163,7 +163,7 @@ def test_names_of_this_machine_are_accepted(client, host):
 
 
 def test_an_open_server_accepts_addresses_but_no_foreign_names(gallery):
-    client = make_app(gallery, gallery.search, {"box", "0.0.0.0"}, any_address=True).test_client()
+    client = make_app(lambda: gallery, {"box", "0.0.0.0"}, any_address=True).test_client()
     for host, status in (("192.168.0.7:80", 200), ("[fe80::1]:80", 200), ("box", 200), ("evil.example", 403)):
         assert client.get("/info", headers={"Host": host}).status_code == status, host
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
@@ -244,7 +244,7 @@ def test_silent_connections_do_not_block_others(port):
 
 
 def test_simultaneous_searches_give_the_same_results(gallery):
-    app = make_app(gallery, gallery.search)
+    app = make_app(lambda: gallery)
     texts = [f"a {word} house" for word in ("red", "green", "blue", "old")]
     expected = [names(app.test_client().get(f"/search?q={text}", **LOCAL)) for text in texts]
     found = {}
@@ -269,7 +269,7 @@ def test_searches_in_chinese(script, real_data, tmp_path, gallery):
     code, _, err = script("search", "index", photos, *model, "--num_workers", 0)
     assert code == 0, err
     gallery = Gallery(photos, photos / INDEX_FOLDER, {"device": "cpu"})
-    client = make_app(gallery, gallery.search).test_client()
+    client = make_app(lambda: gallery).test_client()
     scores = [client.get(f"/search?q={text}", **LOCAL).json["results"][0]["score"] for text in ("一只狗", "海滩上的人")]
     assert scores[0] != scores[1]
     assert set(names(client.get("/search?q=一只狗&not=人", **LOCAL))) == {f"图{number}.jpg" for number in range(3)}

@@ -87,7 +87,8 @@ function show(found, query) {
   more.hidden = found.length < count || count >= Math.min(MOST, images);
 }
 
-const source = (each, size) => `/image/${each.row}/${size}?${encodeURIComponent(each.version)}`;
+const id = (each) => each.row + (each.version && "-" + encodeURIComponent(each.version));
+const source = (each, size) => `/image/${id(each)}/${size}`;
 const name = (each) => each.name.split("/").pop();
 const score = (each) => (each.score === null ? "" : each.score.toFixed(3));
 
@@ -127,7 +128,7 @@ function similar(each) {
   upload = null;
   text.value = not.value = "";
   count = PAGE;
-  go({ like: each.row });
+  go({ like: id(each) });
 }
 
 function use(chosen) {
