@@ -19,7 +19,7 @@ from clip_retrieval.data.images.decode import decode_rgb
 from clip_retrieval.data.images.duplicates import image_key
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.order import Segment, ShardOrder, Shuffle
-from clip_retrieval.data.shards.samples import Unusable, image_ending, read_sample_captions, read_samples
+from clip_retrieval.data.shards.samples import SkipSample, image_ending, read_sample_captions, read_samples
 from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.errors import UserError
 
@@ -94,7 +94,7 @@ class LaneReader:
             try:
                 rng = np.random.default_rng(seed)
                 yield decode_sample(sample, path, self.transform, self.caption_key, rng)
-            except Unusable as problem:
+            except SkipSample as problem:
                 yield str(problem)
 
 
@@ -103,17 +103,17 @@ def decode_sample(
 ) -> Pair:
     """Decode a sample's image, and draw one of its captions.
 
-    Raises Unusable, naming the shard and the sample, if it has no readable image or no caption.
+    Raises SkipSample, naming the shard and the sample, if it has no readable image or no caption.
     """
     name = f"{path}, sample {sample['__key__']}"
     try:
         captions = read_sample_captions(sample, caption_key)
         content = sample[image_ending(sample)]
         image = decode_rgb(io.BytesIO(content), name)
-    except Unusable as problem:
-        raise Unusable(f"{name}: {problem}") from None
+    except SkipSample as problem:
+        raise SkipSample(f"{name}: {problem}") from None
     except UserError as error:
-        raise Unusable(str(error)) from None
+        raise SkipSample(str(error)) from None
     caption = captions[rng.integers(len(captions))]
     return Pair(transform(image, int(rng.integers(2**63))), caption, image_key(content))
 
