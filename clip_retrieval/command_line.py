@@ -177,6 +177,11 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def split_names(text: str) -> list[str]:
+    """Split comma-separated names, each once."""
+    return list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+
+
 def take_values(group: argparse._ArgumentGroup, typed: dict[str, Any], paths: Collection[str] = ()) -> dict[str, Any]:
     """Remove the values of a group's options from `typed` and return them.
 

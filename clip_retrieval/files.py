@@ -29,7 +29,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     """
     try:
         # Without O_NONBLOCK, opening a FIFO blocks until it has a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:
         raise OSError(errno.EINVAL, "invalid file name", str(path)) from None
     try:
@@ -84,7 +84,7 @@ def open_append(path: Path) -> TextIO:
     remove_special(path)
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        return os.open(name, flags | os.O_NOFOLLOW, 0o644)
 
     return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=opener)
 
@@ -123,8 +123,6 @@ def write_text(path: Path, text: str) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Sync a folder to make a rename durable, if the file system supports that."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from clip_retrieval.command_line import build_parser
+from clip_retrieval.command_line import build_parser, split_names
 from clip_retrieval.errors import UserError, run_with_exit_code
 
 
 def main() -> None:
     parser = build_parser(__doc__.partition("\n")[0], groups=())
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of the tsv and jsonl files")
-    parser.add_argument("--splits", required=True, help="comma-separated names of splits: train,valid,test")
+    splits_help = "comma-separated names of splits: train,valid,test"
+    parser.add_argument("--splits", type=split_names, required=True, help=splits_help)
     parser.add_argument("--lmdb_dir", type=Path, help="folder to write to (default: lmdb in data_dir)")
     typed = vars(parser.parse_args())
 
     from clip_retrieval.data.writers.build_lmdb import build_lmdb
     from clip_retrieval.log import start_log
 
-    typed["splits"] = list(dict.fromkeys(filter(None, map(str.strip, typed["splits"].split(",")))))
     if not typed["splits"]:
         raise UserError("--splits is empty; give the names before _imgs.tsv, such as train,valid,test")
     start_log()

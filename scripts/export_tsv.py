@@ -12,7 +12,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from clip_retrieval.command_line import build_parser
+from clip_retrieval.command_line import build_parser, split_names
 from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.options import DataOptions
 from clip_retrieval.run.merge import settle
@@ -21,11 +21,8 @@ from clip_retrieval.run.merge import settle
 def main() -> None:
     parser = build_parser(__doc__.partition("\n")[0], groups=(DataOptions,))
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument(
-        "--splits",
-        default="",
-        help="comma-separated splits, under the names to write (default: all)",
-    )
+    splits_help = "comma-separated splits, under the names to write (default: all)"
+    parser.add_argument("--splits", type=split_names, default=[], help=splits_help)
     parser.add_argument(
         "--ids", choices=("number", "name"), default="number", help="image ids if the data set has none"
     )
@@ -37,8 +34,7 @@ def main() -> None:
     from clip_retrieval.log import start_log
 
     start_log()
-    splits = list(dict.fromkeys(filter(None, map(str.strip, own["splits"].split(",")))))
-    export(options, own["output"], splits, own["ids"])
+    export(options, own["output"], own["splits"], own["ids"])
 
 
 if __name__ == "__main__":

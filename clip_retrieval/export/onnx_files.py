@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clip_retrieval.api import ImageTextModel
 from clip_retrieval.errors import UserError
-from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
+from clip_retrieval.export.tokenizer_files import to_transformers
 from clip_retrieval.files import write_json
 from clip_retrieval.models.image_size import height_and_width
 from clip_retrieval.models.libraries import quiet, translate_errors
@@ -44,7 +44,7 @@ def write(model: ImageTextModel, folder: Path) -> None:
     _export(_Tower(model.model, "encode_image"), images, "images", folder / "image.onnx", model.name)
     _export(_Tower(model.model, "encode_text"), ids, "ids", folder / "text.onnx", model.name)
     write_json(folder / "preprocess.json", model.model.preprocess)
-    tokenizer_files.save(model.tokenizer, folder)
+    to_transformers(model.tokenizer).save_pretrained(folder)
 
 
 def _export(tower: nn.Module, example: Tensor, name: str, path: Path, model_name: str) -> None:

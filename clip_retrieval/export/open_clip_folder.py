@@ -14,8 +14,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from clip_retrieval.api import ImageTextModel
 from clip_retrieval.data.pixels.transforms import RESIZE_SIZE
 from clip_retrieval.errors import UserError
-from clip_retrieval.export import tokenizer_files
 from clip_retrieval.export.sample import Exported, Sample
+from clip_retrieval.export.tokenizer_files import to_transformers
 from clip_retrieval.files import read_json, write_json
 from clip_retrieval.models.families import find_family
 from clip_retrieval.models.hugging_face import load_tokenizer
@@ -54,7 +54,7 @@ def write(model: ImageTextModel, folder: Path) -> None:
     if hf_config := text.pop("hf_config", None):
         text["hf_model_name"] = _name_text_tower(text["hf_model_name"], hf_config, folder / TEXT_TOWER)
     if not isinstance(model.tokenizer, SimpleTokenizer):
-        tokenizer_files.save(model.tokenizer, folder)
+        to_transformers(model.tokenizer).save_pretrained(folder)
     preprocess = {name: model.model.preprocess[name] for name in PREPROCESS}
     write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
     # copies: tensors that share memory are refused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import string
-from pathlib import Path
 from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
@@ -31,11 +30,6 @@ def to_transformers(tokenizer: Tokenizer) -> Any:
     if backend is None or not steps:
         return converted
     return _with_normalizer(converted, steps)
-
-
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files of `to_transformers` to a folder."""
-    to_transformers(tokenizer).save_pretrained(folder)
 
 
 def _cleaning_steps(tokenizer: Any) -> list[Any]:

@@ -135,7 +135,8 @@ def _build(
         check_image_size(clip.visual, size, source.name)
         _check_limits(config, size)
     if context_length and has_limit:
-        _check_context_length(context_length, _position_limit(clip), source.name)
+        if context_length > (limit := _position_limit(clip)):
+            raise UserError(f"--context_length {context_length}: must be at most {limit} for {source.name}")
         text["context_length"] = context_length
 
     # weights, at their own image size first
@@ -179,11 +180,6 @@ def _check_limits(config: Config, size: ImageSize) -> None:
         config_schema.model_config(config, "")
     except SchemaError as error:
         raise UserError(f"--image_size {format_size(size)}: {error}; give another size") from None
-
-
-def _check_context_length(length: int, limit: float, name: str) -> None:
-    if length > limit:
-        raise UserError(f"--context_length {length}: must be at most {limit} for {name}")
 
 
 def _position_limit(clip: ClipModule) -> float:

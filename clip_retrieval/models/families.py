@@ -81,7 +81,7 @@ OURS = Family("ours")
 OPENAI_ARCHIVE = Family("openai archive", quick_gelu=True)
 TRANSFORMERS = Family(
     "transformers",
-    is_checkpoint=lambda state, keys: transformers_weights.is_transformers(state),
+    is_checkpoint=lambda state, keys: any(name.startswith("vision_model.") for name in state),
     to_open_clip=transformers_weights.to_open_clip,
     is_config=lambda config: "timm_kwargs" in config["vision_cfg"],
     module=SiglipCLIP,
@@ -114,7 +114,7 @@ FAMILIES = (
     ),
     Family(
         "Long-CLIP",
-        is_checkpoint=lambda state, keys: long_clip.is_long_clip(state),
+        is_checkpoint=lambda state, keys: {long_clip.POSITIONS, long_clip.STRETCHED} <= state.keys(),
         to_open_clip=long_clip.to_open_clip,
         infer=long_clip.infer,
     ),

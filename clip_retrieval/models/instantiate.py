@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 
+import timm
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
@@ -35,7 +36,9 @@ def instantiate(config: Config, name: str) -> ClipModule:
 
     # keep timm from fetching or reading files
     if vision.get("timm_model_name"):
-        _check_timm_name(vision["timm_model_name"], name)
+        tower = vision["timm_model_name"]
+        if ":" in tower or not timm.is_model(tower):  # names with a prefix are fetched, or read from folders
+            raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
         vision["timm_model_pretrained"] = False
 
     # a family's own class
@@ -81,14 +84,6 @@ def read_hf_config(tower: str, name: str) -> Config:
         failure = f"{name}: its text tower {tower} could not be fetched from huggingface.co; check the network"
         path = hub.fetch_files(tower, ["config.json"], failure)
     return filter_config(read_model_json(Path(path), "config of a text tower"), path)
-
-
-def _check_timm_name(tower: str, name: str) -> None:
-    """Raise UserError unless timm builds this model itself: names with a prefix are fetched, or read from folders."""
-    import timm
-
-    if ":" in tower or not timm.is_model(tower):
-        raise UserError(f"{name}: timm_model_name is {tower}, which is not a timm model")
 
 
 def try_model(clip: ClipModule, config: Config, preprocess: Config) -> None:

@@ -36,8 +36,9 @@ def load_into(
     with translate_errors(f"{source} {UNKNOWN_WEIGHTS}"):
         state = _fit(clip, state, own)
     for key in ("positional_embedding", "text.positional_embedding"):
-        if _differs_in_length(key, state, own):
-            state[key] = _resize_text_positions(clip, state[key], own[key], source, keep_positions)
+        given, new = state.get(key), own.get(key)
+        if given is not None and new is not None and given.ndim == 2 and given.shape[1:] == new.shape[1:]:
+            state[key] = _resize_text_positions(clip, given, new, source, keep_positions)
     missing = [key for key in own if key not in state and not key.startswith(("logit_bias", *random))]
     unexpected = [key for key in state if key not in own]
     differing = [
@@ -88,16 +89,6 @@ def _fit(clip: ClipModule, state: State, own: State) -> State:
     return state
 
 
-def _differs_in_length(key: str, state: State, own: State) -> bool:
-    return (
-        key in state
-        and key in own
-        and state[key].ndim == own[key].ndim == 2
-        and state[key].shape[1] == own[key].shape[1]
-        and len(state[key]) != len(own[key])
-    )
-
-
 def _resize_text_positions(
     clip: ClipModule, positions: torch.Tensor, own: torch.Tensor, source: str, keep: int | None
 ) -> torch.Tensor:
@@ -108,6 +99,8 @@ def _resize_text_positions(
     interpolated as open_clip does. Raises UserError if `keep` is not below their number.
     """
     text, number, length = text_part(clip), len(positions), len(own)
+    if length == number:
+        return positions
     has_class_token = getattr(text, "cls_emb", None) is not None  # CoCa's, at the last position
     if length > number and keep:
         others = number - has_class_token

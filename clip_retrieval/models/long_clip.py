@@ -26,11 +26,6 @@ def stretch_positions(positions: torch.Tensor, length: int, keep: int) -> torch.
     return torch.cat([positions[:keep], torch.lerp(positions[before], positions[before + 1], share)])
 
 
-def is_long_clip(state: State) -> bool:
-    """Whether a state dict is Long-CLIP's."""
-    return POSITIONS in state and STRETCHED in state
-
-
 def to_open_clip(state: State) -> State:
     """Merge Long-CLIP's two tables of position embeddings as its encode_text does."""
     positions = torch.cat([state[POSITIONS][:KEPT_POSITIONS], state[STRETCHED][KEPT_POSITIONS:]])

@@ -60,7 +60,9 @@ def find_source(options: ModelOptions, typed_model: bool) -> ModelSource:
     name = names.resolve(options.vision_model)
     pretrained = options.pretrained or (NO_WEIGHTS if options.text_model else name.default_weights)
     is_own = pretrained == OWN_WEIGHTS and name.kind in ("hub", "folder")
-    tag, file = _find_tag(name, pretrained), None
+    tag: Config | None = get_pretrained_cfg(name.config, pretrained)  # addresses and preprocessing
+    tag = tag or simple_clip_weights.weight_tags(name.config).get(pretrained)
+    file = None
 
     # a folder or a file may define its whole model
     if pretrained != NO_WEIGHTS and not is_own and not tag:
@@ -122,11 +124,6 @@ def _log_model(file: Weights, found: str | None, assumed: ModelName) -> None:
     decides = assumed.openai_spelling and not file.family.quick_gelu
     gelu = f" with QuickGELU (--vision_model {assumed.config}: with GELU)" if decides else ""
     log.warning(f"{file.source} does not name its model: {assumed.name} is assumed{gelu}")
-
-
-def _find_tag(name: ModelName, tag: str) -> Config | None:
-    """Return open_clip's description of a tag (addresses and preprocessing), or None if there is no such tag."""
-    return get_pretrained_cfg(name.config, tag) or simple_clip_weights.weight_tags(name.config).get(tag)
 
 
 def _refuse_misspelt_tag(pretrained: str, name: ModelName) -> None:

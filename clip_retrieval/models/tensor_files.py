@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 
 from clip_retrieval.errors import UserError, describe
@@ -78,7 +79,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         if foreign := find_start_problem(start):
             raise DamagedError(*foreign)
         if path.suffix == ".safetensors" or start[8:9] == b"{":
-            return TensorFile(_read_safetensors(path))
+            return TensorFile(safetensors.torch.load_file(path))
         # private pages: writes to a tensor stay in memory
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if start.startswith(ZIP):
@@ -115,12 +116,6 @@ def _translate_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # zipfile, safetensors and torch raise nearly anything on broken input
         damage = DamagedError(f"damaged or truncated ({describe(error)})")
         raise UserError(f"{path} cannot be read as weights: {damage}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 class _TensorMaker:

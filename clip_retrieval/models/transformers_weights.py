@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from clip_retrieval.models.model_config import State
 
@@ -47,11 +46,6 @@ _TIMM = {
     "layer_norm": "norm",
 }
 _BERT = {"text_model.": "text.transformer."}
-
-
-def is_transformers(state: State) -> bool:
-    """Whether a state dict is one of these models'."""
-    return any(name.startswith("vision_model.") for name in state)
 
 
 def to_open_clip(state: State) -> State:
@@ -108,16 +102,12 @@ def _prepare_siglip(state: State) -> None:
         side = round((patches.shape[1] // 3) ** 0.5)
         state[_PATCHES] = patches.view(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
     for kind in ("weight", "bias"):
-        query, key_value = _split_query(state.pop(f"vision_model.head.attention.in_proj_{kind}"))
-        state[f"visual.trunk.attn_pool.q.{kind}"], state[f"visual.trunk.attn_pool.kv.{kind}"] = query, key_value
+        query, *key_value = state.pop(f"vision_model.head.attention.in_proj_{kind}").chunk(3)
+        state[f"visual.trunk.attn_pool.q.{kind}"] = query.clone()
+        state[f"visual.trunk.attn_pool.kv.{kind}"] = torch.cat(key_value)
 
 
 _PATCHES = "vision_model.embeddings.patch_embedding.weight"
-
-
-def _split_query(joined: Tensor) -> tuple[Tensor, Tensor]:
-    width = len(joined) // 3
-    return joined[:width].clone(), joined[width:].clone()
 
 
 def _rename(name: str, parts: dict[str, dict[str, str]]) -> str:

@@ -184,7 +184,7 @@ class Unpickler:
         storage = self.storages[str(key)] = Storage(str(key), STORAGES[dtype.name], count)
         self._push(storage)
 
-    def _tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, dtype=None, metadata=None) -> Any:
+    def _tensor(self, storage, offset, size, stride, dtype=None) -> Any:
         if type(storage) is not Storage or (dtype is not None and type(dtype) is not Global):
             raise DamagedError("a tensor without a storage")
         sizes, strides = tuple(size), tuple(stride)
@@ -227,10 +227,6 @@ def _bytes(_: Unpickler, text: str = "", encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _tensor_v3(unpickler: Unpickler, storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> Any:
-    return unpickler._tensor(storage, offset, size, stride, dtype=dtype)
-
-
 def _numpy_type(_: Unpickler, code: Any, *rest: Any) -> NumpyType:
     if type(code) is not str:
         raise DamagedError("an unknown NumPy dtype")
@@ -256,9 +252,10 @@ def _first(_: Unpickler, value: Any, *rest: Any) -> Any:
 
 
 _REBUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": Unpickler._tensor,
+    # storage, offset, size, stride; since v2 also requires_grad and hooks, since v3 the dtype
+    "torch._utils._rebuild_tensor": lambda unpickler, *arguments: unpickler._tensor(*arguments[:4]),
     "torch._utils._rebuild_tensor_v2": lambda unpickler, *arguments: unpickler._tensor(*arguments[:4]),
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_tensor_v3": lambda unpickler, *arguments: unpickler._tensor(*arguments[:4], arguments[6]),
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,

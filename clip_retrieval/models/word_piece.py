@@ -58,8 +58,9 @@ class WordPieceTokenizer:
 
     @staticmethod
     def clean_fn(text: str) -> str:
+        # No tokenizer of transformers accepts half a surrogate pair: "replace" makes a question mark of it.
         # Lower case also keeps a caption with "[SEP]" from being read as the special token.
-        return replace_surrogates(text).lower()
+        return text.encode("utf-8", errors="replace").decode("utf-8").lower()
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Tokenize captions: int64 (texts, context_length), padded with 0."""
@@ -70,11 +71,6 @@ class WordPieceTokenizer:
             padding="max_length",
             truncation=True,
         ).input_ids
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace each half of a surrogate pair by a question mark: no tokenizer of transformers accepts them."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _find_missing_tokens(tokenizer: Any) -> list[str]:

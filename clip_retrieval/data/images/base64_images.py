@@ -24,7 +24,7 @@ from clip_retrieval.files import open_regular
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 2**20  # bytes; a line holds a whole photograph
-LONGEST_LINE = 2**29  # bytes
+LONGEST_RECORD = 2**29  # bytes
 MOST_DIGITS = 2000  # of an id that is a number; int() refuses more than 4,300
 
 
@@ -119,10 +119,10 @@ def read_tsv(path: Path) -> Iterator[TsvRecord]:
     number = end = 0
     try:
         with io.BufferedReader(open_regular(path).detach(), _BUFFER) as file:
-            while line := file.readline(LONGEST_LINE + 1):
+            while line := file.readline(LONGEST_RECORD + 1):
                 number += 1
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, as no image is")
+                if len(line) > LONGEST_RECORD:
+                    raise UserError(f"{path}, line {number}: longer than {LONGEST_RECORD:,} bytes, as no image is")
 
                 # parse the line
                 key, tab, content = line.partition(b"\t")

@@ -56,26 +56,19 @@ def find_duplicates(read: Read, rows: np.ndarray, sizes: np.ndarray, description
     `merge_duplicates` for the arguments.
     """
     group = np.unique(sizes, return_inverse=True)[1]
-    for stage, select in (("probe", _select_middle), ("whole", _select_all)):
+    for stage, longest in (("probe", PROBE_BYTES), ("whole", int(sizes.max(initial=0)))):
         # split each group of several rows by the digests of the selected bytes
         candidates = np.flatnonzero(np.bincount(group)[group] > 1)
         keys = np.empty(len(candidates), dtype=[("group", np.int64), ("digest", "S16")])
         bar = progress_bar(candidates.tolist(), desc=f"{description}, {stage}", leave=False)
         for number, position in enumerate(bar):
-            keys[number] = group[position], _digest(read(int(rows[position]), select(int(sizes[position]))))
+            begin = max(0, int(sizes[position]) - longest) // 2
+            keys[number] = group[position], _digest(read(int(rows[position]), slice(begin, begin + longest)))
         refined = group.copy()
         refined[candidates] = len(group) + np.unique(keys, return_inverse=True)[1]
         group = np.unique(refined, return_inverse=True)[1]
     first = np.unique(group, return_index=True)[1]
     return first[group]
-
-
-def _select_middle(size: int) -> slice:
-    return slice(max(0, size // 2 - PROBE_BYTES // 2), min(size, size // 2 + PROBE_BYTES // 2))
-
-
-def _select_all(size: int) -> slice:
-    return slice(0, size)
 
 
 def _digest(content: bytes | memoryview) -> bytes:

@@ -22,7 +22,7 @@ from clip_retrieval.data.shards.find import find_shards
 from clip_retrieval.data.shards.remote import Url
 from clip_retrieval.data.shards.samples import (
     Member,
-    Unusable,
+    SkipSample,
     caption_ending,
     image_ending,
     read_captions,
@@ -102,7 +102,7 @@ def _copy_samples(path: Place, caption_key: str | None, spool: Spool) -> Iterato
             ending, captions = image_ending(sample), read_sample_captions(sample, caption_key)
             content = sample[ending]
             yield _Sample(Member(key, ending, spool.add(content), len(content)), captions)
-        except Unusable as problem:
+        except SkipSample as problem:
             yield f"{path}, sample {key}: {problem}"
 
 
@@ -118,7 +118,7 @@ def _read_samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str
                     text = by_ending[caption_ending(by_ending, caption_key)]
                     file.seek(text.begin)
                     yield _Sample(image, read_captions(file.read(text.size), text.ending, caption_key))
-                except Unusable as problem:
+                except SkipSample as problem:
                     yield f"{path}, sample {members[0].key}: {problem}"
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -18,7 +18,7 @@ from clip_retrieval.data.images.duplicates import image_key
 from clip_retrieval.data.pixels.jpeg import JpegFile, JpegTransform
 from clip_retrieval.data.pixels.pixels import ImageTransform
 from clip_retrieval.data.shards.order import Segment, ShardOrder, Shuffle
-from clip_retrieval.data.shards.samples import Unusable, image_ending, read_sample_captions, read_samples
+from clip_retrieval.data.shards.samples import SkipSample, image_ending, read_sample_captions, read_samples
 from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.errors import UserError
 
@@ -93,7 +93,7 @@ class LaneReader:
             try:
                 rng = np.random.default_rng(seed)
                 yield decode_sample(sample, path, self.transform, self.caption_key, rng)
-            except Unusable as problem:
+            except SkipSample as problem:
                 yield str(problem)
 
 
@@ -106,7 +106,7 @@ def decode_sample(
 ) -> Pair:
     """Decode a sample's image, and draw one of its captions.
 
-    Raises Unusable, naming the shard and the sample, if it has no readable image or no caption.
+    Raises SkipSample, naming the shard and the sample, if it has no readable image or no caption.
     """
     name = f"{path}, sample {sample['__key__']}"
     try:
@@ -114,10 +114,10 @@ def decode_sample(
         content = sample[image_ending(sample)]
         caption = captions[rng.integers(len(captions))]
         pixels = transform.read(content, name, int(rng.integers(2**63)))
-    except Unusable as problem:
-        raise Unusable(f"{name}: {problem}") from None
+    except SkipSample as problem:
+        raise SkipSample(f"{name}: {problem}") from None
     except UserError as error:
-        raise Unusable(str(error)) from None
+        raise SkipSample(str(error)) from None
     return Pair(pixels, caption, image_key(content))
 
 

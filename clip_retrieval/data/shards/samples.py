@@ -30,7 +30,7 @@ _ENDINGS = {*IMAGES, "txt", "json"}
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
 
-class Unusable(Exception):
+class SkipSample(Exception):
     """The reason why a sample is skipped."""
 
 
@@ -110,7 +110,7 @@ def check_layout(path: Place, caption_key: str | None) -> None:
         of = {member.ending: member for member in members}
         try:
             image_ending(of), caption_ending(of, caption_key)
-        except Unusable as problem:
+        except SkipSample as problem:
             incomplete += 1
             first = first or f"sample {members[0].key}: {problem}"
     # names that webdataset splits at an unexpected dot
@@ -166,24 +166,24 @@ def _read_member(path: Place, file: Source, member: Member) -> bytes:
 
 
 def image_ending(sample: Mapping[str, object]) -> str:
-    """Return the ending of the sample's image. Raises Unusable if it has none."""
+    """Return the ending of the sample's image. Raises SkipSample if it has none."""
     ending = next((ending for ending in IMAGES if ending in sample), None)
     if ending is None:
-        raise Unusable(f"it has no image ({', '.join(IMAGES)})")
+        raise SkipSample(f"it has no image ({', '.join(IMAGES)})")
     return ending
 
 
 def caption_ending(sample: Mapping[str, object], caption_key: str | None) -> str:
-    """Return the ending of the member with the captions. Raises Unusable if there is none."""
+    """Return the ending of the member with the captions. Raises SkipSample if there is none."""
     allowed = ("json",) if caption_key else ("txt", "json")
     ending = next((ending for ending in allowed if ending in sample), None)
     if ending is None:
-        raise Unusable(f"it has no {' and no '.join(f'.{ending}' for ending in allowed)}")
+        raise SkipSample(f"it has no {' and no '.join(f'.{ending}' for ending in allowed)}")
     return ending
 
 
 def read_captions(content: bytes, ending: str, caption_key: str | None) -> list[str]:
-    """Read the captions of a sample, at least one, without duplicates. Raises Unusable if there is none.
+    """Read the captions of a sample, at least one, without duplicates. Raises SkipSample if there is none.
 
     Args:
         content: the content of its .txt or .json.
@@ -193,11 +193,11 @@ def read_captions(content: bytes, ending: str, caption_key: str | None) -> list[
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Unusable(f"its .{ending} is not UTF-8 text") from None
+        raise SkipSample(f"its .{ending} is not UTF-8 text") from None
     texts = [text] if ending == "txt" else _read_json_texts(text, caption_key or CAPTION)
     captions = [caption for caption in dict.fromkeys(map(clean_caption, texts)) if caption]
     if not captions:
-        raise Unusable("its caption is empty")
+        raise SkipSample("its caption is empty")
     return captions
 
 
@@ -211,12 +211,12 @@ def _read_json_texts(text: str, key: str) -> list[str]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"its .json is broken ({error})") from None
+        raise SkipSample(f"its .json is broken ({error})") from None
     if not isinstance(record, dict) or key not in record:
         keys = ", ".join(itertools.islice(record, KEYS_SHOWN)) if isinstance(record, dict) else type(record).__name__
-        raise Unusable(f"its .json has no {key!r} (found {keys or 'nothing'}); choose another key with --caption_key")
+        raise SkipSample(f"its .json has no {key!r} (found {keys or 'nothing'}); choose another key with --caption_key")
     value = record[key]
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Unusable(f"{key!r} in its .json is neither a text nor a list of texts")
+        raise SkipSample(f"{key!r} in its .json is neither a text nor a list of texts")
     return texts

@@ -17,7 +17,13 @@ from clip_retrieval.data.shards.find import find_shards
 from clip_retrieval.data.shards.lanes import LaneReader, decode_sample
 from clip_retrieval.data.shards.order import ShardOrder, Shards
 from clip_retrieval.data.shards.remote import Url
-from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_sample_captions, read_samples
+from clip_retrieval.data.shards.samples import (
+    SkipSample,
+    check_layout,
+    count_samples,
+    read_sample_captions,
+    read_samples,
+)
 from clip_retrieval.data.shards.sizes import SIZES, known_sizes
 from clip_retrieval.data.shards.sources import Place
 from clip_retrieval.data.shards.stream import StreamLoader
@@ -160,7 +166,7 @@ def _log_samples(stream: StreamedTrainSplit, data: DataOptions, number: int = 3)
     for path, sample in _read_first_samples(stream.shards.paths):
         try:
             decode_sample(sample, path, stream.transform, data.caption_key, np.random.default_rng(0))
-        except Unusable as unusable:
+        except SkipSample as unusable:
             problem = problem or str(unusable)
             continue
         captions = read_sample_captions(sample, data.caption_key)

@@ -284,7 +284,7 @@ def test_only_a_regular_tsv_is_read_without_waiting(tmp_path, kind):
 
 
 def test_a_line_longer_than_any_image_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(base64_images, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(base64_images, "LONGEST_RECORD", 1000)
     (tmp_path / "a.tsv").write_bytes(b"1\t" + b"A" * 900 + b"\n" + b"xy\t" + b"A" * 2000)
     with pytest.raises(UserError, match=r"a\.tsv, line 2: longer than 1,000 bytes"):
         TsvImages(tmp_path / "a.tsv")

@@ -8,7 +8,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from clip_retrieval.data.shards.samples import (
-    Unusable,
+    SkipSample,
     caption_ending,
     check_layout,
     count_samples,
@@ -136,7 +136,7 @@ def test_captions_are_read_from_the_txt_or_a_key_of_the_json():
     ],
 )
 def test_reason_for_a_missing_caption_is_given(key, parts, reason):
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(SkipSample, match=reason):
         captions(key, **parts)
 
 
@@ -147,7 +147,7 @@ def test_image_endings():
         "png",
         "webp",
     ]
-    with pytest.raises(Unusable, match="no image"):
+    with pytest.raises(SkipSample, match="no image"):
         image_ending({"gif": 0, "txt": 0})
 
 

@@ -57,7 +57,7 @@ def _read_stream(path: Path) -> None:
 
     from clip_retrieval.data.shards.find import check_whole
     from clip_retrieval.data.shards.lanes import decode_sample
-    from clip_retrieval.data.shards.samples import Unusable, check_layout, count_samples, read_samples
+    from clip_retrieval.data.shards.samples import SkipSample, check_layout, count_samples, read_samples
 
     check_whole(path)
     count = count_samples(path)
@@ -66,7 +66,7 @@ def _read_stream(path: Path) -> None:
         for sample in read_samples(path, first):
             try:
                 decode_sample(sample, path, transform(), None, np.random.default_rng(0))
-            except Unusable:
+            except SkipSample:
                 continue
 
 
