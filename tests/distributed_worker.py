@@ -87,7 +87,6 @@ def cases() -> dict[str, dict[str, Any]]:
         "lr_text": 1e-6,
         "layer_decay": 0.5,
     }
-    found["lion"] = {"optimizer": "lion"}
     found["muon grad_cache"] = {"optimizer": "muon", "eps": 1.0, "layer_decay": 0.5, "grad_cache": CHUNK}
     found["muon lora"] = {"optimizer": "muon", "eps": 1.0, "trainable": "lora"}
     found["label_smoothing"] = {"label_smoothing": 0.1, "i2t_weight": 0.3, "temperature": 0.05}

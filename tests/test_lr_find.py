@@ -36,10 +36,10 @@ def test_a_loss_that_does_not_fall_has_no_suggestion():
     assert suggest(rates[:1], [math.nan]) is None
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_lr_find_writes_curve_and_json_and_no_run(script, arguments, tmp_path, kind):
+@pytest.mark.parametrize("kind, optimizer", [("svg", "lion"), ("png", "muon")])
+def test_lr_find_writes_curve_and_json_and_no_run(script, arguments, tmp_path, kind, optimizer):
     out_file = tmp_path / "curves" / f"lr.{kind}"
-    own = ("--min_lr", "1e-5", "--max_lr", "1", "--steps", "12", "--output", out_file)
+    own = ("--min_lr", "1e-5", "--max_lr", "1", "--steps", "12", "--output", out_file, "--optimizer", optimizer)
     code, _, err = script("lr_find", *arguments, *own)
     assert code == 0, err
     record = read_json(out_file.with_suffix(".json"))

@@ -73,7 +73,7 @@ class Adapter:
         """
         name = self.config.get("base_model_name_or_path") or ""
         for path in (Path(name), self.folder / Path(name).name):
-            if name and path.is_dir():
+            if name and _is_folder(path):
                 return f"{FOLDER}{path}"
         if _HUB_ID.fullmatch(name):
             return f"{HUB}{name}"
@@ -113,6 +113,13 @@ class Adapter:
         suffixes = {f"^{module}", *(".".join(words[start:]) for start in range(len(words)))}
         alpha = min((self.alphas[s] for s in suffixes if s in self.alphas), default=(0, self.config["lora_alpha"]))[1]
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _fit(weight: Tensor, first: Tensor, second: Tensor | None) -> bool:

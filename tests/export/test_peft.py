@@ -201,6 +201,7 @@ BAD = {
     "alpha as text": ({"lora_alpha": "8"}, "lora_alpha is '8', not a finite number"),
     "alpha of infinity": ({"lora_alpha": float("inf")}, "lora_alpha is inf, not a finite number"),
     "no base": ({"base_model_name_or_path": None}, "its base model (not named) is missing; give it as --vision_model"),
+    "a base with a long name": ({"base_model_name_or_path": "a/" * 5000}, "its base model (a/a/a/"),
     "a missing base": ({"base_model_name_or_path": "/no/such"}, "its base model (/no/such) is missing"),
 }
 
