@@ -94,8 +94,8 @@ class Table:
 def tabulate(blocks: Mapping[str, dict[str, Any]]) -> Table:
     """Make the table of blocks of results.json.
 
-    Columns are the metrics that a block has. rsum and mean recall, which belong to both directions, are on a block's
-    first row.
+    Columns are the metrics that a block has, rows the directions that it has. rsum and mean recall, which belong to
+    both directions, are on a block's first row.
     """
     directions = {label: {d: block.get(d) for d in DIRECTIONS} for label, block in blocks.items()}
     known = [each for found in directions.values() for each in found.values() if isinstance(each, dict)]
@@ -103,7 +103,7 @@ def tabulate(blocks: Mapping[str, dict[str, Any]]) -> Table:
     rows: list[tuple[str, str, list[Cell]]] = []
     for label, block in blocks.items():
         intervals = block.get("intervals")
-        for direction in DIRECTIONS:
+        for direction in [d for d in DIRECTIONS if isinstance(block.get(d), dict)]:
             metrics, bounds = directions[label][direction], _get(intervals, direction)
             cells = [_make_cell(_get(metrics, name), _get(bounds, name)) for name in columns]
             is_first = direction == "i2t"

@@ -77,7 +77,7 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     content = render(
         Page(
             title=f"{names[0]} and {names[1]}" if other else f"{names[0]} on {run.dataset.name} {run.dataset.split}",
-            subtitle=printable("; ".join((*models, run.dataset.describe()))),
+            subtitle=printable("; ".join((*map(_shorten, models), run.dataset.describe()))),
             about=describe(run, other),
             warnings=warnings,
             blocks=choose_blocks(run, other, names),
@@ -167,6 +167,11 @@ def list_zero_shot(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, 
                 f"{prefix}{_name_data(block)}, {stage}",
                 tuple(value if type(value) in (int, float) else None for value in values),
             )
+
+
+def _shorten(model: str) -> str:
+    """The last part of a path; other names of models stay."""
+    return Path(model).stem if Path(model).is_absolute() else model
 
 
 def _get_blocks(results: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:

@@ -169,6 +169,7 @@ def test_protocols_reranking_and_retention_are_a_second_table(photos, page):
         "21.50",
     ):
         assert text in second, text
+    assert second.count("image to text") == 3  # re-ranking with qb_norm has only the other direction
     assert "qb_norm: uses &lt;i&gt;captions; temperature 0.05 (val)" in second
     assert second.index("other test, before training") < second.index("other test, trained")
     assert [label for label, _ in list_further(results, "a: ")][:2] == ["a: ECCV Caption", "a: re-ranked, qb_norm"]
