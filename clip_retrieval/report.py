@@ -21,6 +21,9 @@ from clip_retrieval.reporting.results import REPORT, read_results
 from clip_retrieval.run.evaluation import Evaluation
 from clip_retrieval.run.settings import settle_options
 
+STORED = ("before", "val", "rerank", "retention_before", "retention", "zero_shot_before", "zero_shot")
+"""Blocks of results.json that a report takes as they are."""
+
 
 def report(run: Path, other: Path | None, output: Path | None, typed: dict[str, Any]) -> None:
     """Write the report of a run's folder, compared with another one.
@@ -51,8 +54,8 @@ def evaluate_run(folder: Path, typed: dict[str, Any]) -> Evaluated:
     scores = evaluation.score()
     results = scores.results
 
-    # add the results before training and on val
-    results = {name: stored[name] for name in ("before", "val") if name in stored} | results
+    # add those that are not computed again
+    results = {name: stored[name] for name in STORED if name in stored} | results
     name = name_run(checkpoint.path if checkpoint else None, results["model"])
     return Evaluated(name, evaluation.dataset, scores.encoded, scores.ranks, results, folder / "metrics.jsonl")
 

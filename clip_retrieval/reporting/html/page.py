@@ -32,6 +32,8 @@ class Page:
         about: (name, value) lines about the model, the data and the report.
         warnings: sentences that the reader must not miss.
         blocks: the blocks of results.json to list, by label.
+        further: the blocks of the second table, by label, and sentences below it.
+        zero_shot: (label, (top-1, top-5)) lines of the third one, in percent.
         names: the names of this run and of the other one.
         facts: the retrieved items.
         plots, training: the figures.
@@ -43,6 +45,9 @@ class Page:
     about: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     blocks: Mapping[str, dict[str, Any]]
+    further: Mapping[str, dict[str, Any]]
+    notes: Sequence[str]
+    zero_shot: Sequence[tuple[str, tuple[float | None, ...]]]
     names: tuple[str, str]
     facts: Facts
     plots: Sequence[Plot]
@@ -60,7 +65,6 @@ class Cell:
 
 def render(page: Page) -> str:
     """Render the page. Every text is escaped, and the page may load and run only what is in it."""
-    columns, rows = tabulate(page.blocks)
     return render_template(
         "report.html",
         "report.js",
@@ -68,33 +72,44 @@ def render(page: Page) -> str:
         facts=page.facts,
         directions=DIRECTIONS,
         groups={name: label for name, label in GROUPS.items() if any(name in q.groups for q in page.facts.queries)},
-        columns=columns,
-        rows=rows,
-        has_intervals=any(cell.interval for _, _, cells in rows for cell in cells),
+        table=tabulate(page.blocks),
+        further=tabulate(page.further),
         embed=Thumbnails(page.images).embed,
         format_rank=format_rank,
     )
 
 
-def tabulate(blocks: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
-    """The columns and the (label, direction, cells) rows of the table of metrics.
+@dataclass(frozen=True)
+class Table:
+    """A table of metrics: the columns, and (label, direction, cells) of each row."""
 
-    Columns are the metrics of the first block. rsum and mean recall, which belong to both directions, are on a block's
-    first row.
+    columns: list[str]
+    rows: list[tuple[str, str, list[Cell]]]
+
+    @property
+    def has_intervals(self) -> bool:
+        return any(cell.interval for _, _, cells in self.rows for cell in cells)
+
+
+def tabulate(blocks: Mapping[str, dict[str, Any]]) -> Table:
+    """Make the table of blocks of results.json.
+
+    Columns are the metrics that a block has, rows the directions that it has. rsum and mean recall, which belong to
+    both directions, are on a block's first row.
     """
     directions = {label: {d: block.get(d) for d in DIRECTIONS} for label, block in blocks.items()}
-    first = next(iter(directions.values()))["i2t"]
-    columns = [name for name, value in (first or {}).items() if _is_number(value)]
-    rows = []
+    known = [each for found in directions.values() for each in found.values() if isinstance(each, dict)]
+    columns = list(dict.fromkeys(name for each in known for name, value in each.items() if _is_number(value)))
+    rows: list[tuple[str, str, list[Cell]]] = []
     for label, block in blocks.items():
         intervals = block.get("intervals")
-        for direction in DIRECTIONS:
+        for direction in [d for d in DIRECTIONS if isinstance(block.get(d), dict)]:
             metrics, bounds = directions[label][direction], _get(intervals, direction)
             cells = [_make_cell(_get(metrics, name), _get(bounds, name)) for name in columns]
             is_first = direction == "i2t"
             cells += [_make_cell(block.get(n) if is_first else None, _get(intervals, n)) for n in BOTH]
             rows.append((label, direction, cells))
-    return [*columns, "mean recall", "rsum"], rows
+    return Table([*columns, "mean recall", "rsum"], rows)
 
 
 def _make_cell(value: Any, bounds: Any) -> Cell:

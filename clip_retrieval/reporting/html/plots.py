@@ -21,6 +21,7 @@ DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 RECALL_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 RANK_BINS = (1, 2, 6, 11, 51, 101, 501)  # first rank of each bin
 MOST_POINTS = 1000  # of a line
+AVERAGES = {"": "weights", "_ema": "EMA", "_swa": "SWA"}
 LARGEST = 1e30  # value to draw
 
 
@@ -110,18 +111,23 @@ def _draw_similarities(measured: Measured) -> Plot:
 def draw_training(records: Sequence[dict[str, Any]]) -> list[Plot]:
     """Draw the loss, the recall on the val split and the learning rate from the lines of metrics.jsonl.
 
-    Plots without a value are left out, and values that are not finite numbers are skipped.
+    Runs with averages (--ema, --swa_start) also have their rsum on val, and those with --retention_dataset or
+    --zero_shot_eval the scores on these data. Plots without a value are left out, and values that are not finite
+    numbers are skipped.
     """
     wanted: dict[str, dict[str, tuple[str, ...]]] = {
         "Loss": {"training": ("train", "loss"), "val": ("val", "loss")},
         "R@1 on val, %": {DIRECTIONS[d]: ("val", d, "R@1") for d in DIRECTIONS},
+        "rsum on val": {label: (f"val{suffix}", "rsum") for suffix, label in AVERAGES.items()},
+        "rsum on the data to retain": {label: (f"retention{suffix}", "rsum") for suffix, label in AVERAGES.items()},
+        "Zero-shot top-1, %": {label: (f"zero_shot{suffix}", "top1") for suffix, label in AVERAGES.items()},
         "Learning rate": {"learning rate": ("train", "lr")},
     }
     plots = []
     for title, series in wanted.items():
         lines = {label: _read_series(records, *path) for label, path in series.items()}
         lines = {label: points for label, points in lines.items() if points}
-        if lines:
+        if lines and (title != "rsum on val" or len(lines) > 1):  # without averages, R@1 tells as much
             draw = _line_drawer(lines)
             plots.append(Plot(title, draw_svg(draw, f"Line plot of {title} over the steps of the training")))
     return plots

@@ -25,6 +25,14 @@ from clip_retrieval.reporting.html.plots import draw_plots, draw_training
 MOST_METRICS = 2**26  # bytes of metrics.jsonl, half a million lines
 
 
+PROTOCOLS = {
+    "coco_1k": "COCO 1K, mean of folds",
+    "eccv": "ECCV Caption",
+    "cxc": "CxC",
+    "map_at_r": "positives of the data",
+}
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """A model's features of a split, and its results.
@@ -60,6 +68,7 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     measured, measured_other = run.measure(), other.measure() if other else None
     names = distinguish(printable(run.name), printable(other.name) if other else "")
     facts = collect(measured, run.dataset, measured_other)
+    labelled = [(f"{name}: ", each) for name, each in zip(names, (run, other)) if each] if other else [("", run)]
     models = dict.fromkeys(str(each.results.get("model", "")) for each in (run, other) if each)
 
     # render
@@ -68,10 +77,13 @@ def write_report(path: Path, run: Evaluated, other: Evaluated | None = None) -> 
     content = render(
         Page(
             title=f"{names[0]} and {names[1]}" if other else f"{names[0]} on {run.dataset.name} {run.dataset.split}",
-            subtitle=printable("; ".join((*models, run.dataset.describe()))),
+            subtitle=printable("; ".join((*map(_shorten, models), run.dataset.describe()))),
             about=describe(run, other),
             warnings=warnings,
             blocks=choose_blocks(run, other, names),
+            further=dict(entry for label, each in labelled for entry in list_further(each.results, label)),
+            notes=list(dict.fromkeys(note for _, each in labelled for note in describe_rerank(each.results))),
+            zero_shot=[line for label, each in labelled for line in list_zero_shot(each.results, label)],
             names=names,
             facts=facts,
             plots=draw_plots(measured, measured_other, names),
@@ -125,6 +137,50 @@ def choose_blocks(run: Evaluated, other: Evaluated | None, names: tuple[str, str
     if isinstance(val, dict) and split != "val":
         blocks["val, trained"] = val
     return blocks
+
+
+def list_further(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the blocks of protocols, of re-ranking, and of retention before and after training, by label."""
+    for name, block in _get_blocks(results, "protocols"):
+        yield prefix + PROTOCOLS.get(name, printable(name)), block
+    for name, block in _get_blocks(results, "rerank"):
+        yield f"{prefix}re-ranked, {printable(name)}", block
+    for key, stage in (("retention_before", "before training"), ("retention", "trained")):
+        if isinstance(retained := results.get(key), dict):
+            yield f"{prefix}{_name_data(retained)}, {stage}", retained
+
+
+def describe_rerank(results: dict[str, Any]) -> Iterator[str]:
+    """Yield what each method of re-ranking uses, which plain recall does not."""
+    for name, block in _get_blocks(results, "rerank"):
+        key = next((key for key in ("temperature", "k", "share") if isinstance(block.get(key), (int, float))), None)
+        chosen = f"; {key} {block[key]:.3g} ({block.get('chosen_on', '')})" if key else ""
+        yield printable(f"Re-ranked, {name}: uses {block.get('uses', 'further data')}{chosen}.")
+
+
+def list_zero_shot(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    """Yield the accuracy of --zero_shot_eval before and after training, by label."""
+    for key, stage in (("zero_shot_before", "before training"), ("zero_shot", "trained")):
+        if isinstance(block := results.get(key), dict):
+            values = (block.get(name) for name in ("top1", "top5"))
+            yield (
+                f"{prefix}{_name_data(block)}, {stage}",
+                tuple(value if type(value) in (int, float) else None for value in values),
+            )
+
+
+def _shorten(model: str) -> str:
+    """The last part of a path; other names of models stay."""
+    return Path(model).stem if Path(model).is_absolute() else model
+
+
+def _get_blocks(results: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
+    blocks = results.get(key)
+    return [(k, v) for k, v in blocks.items() if isinstance(v, dict)] if isinstance(blocks, dict) else []
+
+
+def _name_data(block: dict[str, Any]) -> str:
+    return printable(" ".join(str(block[name]) for name in ("dataset", "split") if name in block))
 
 
 def describe(run: Evaluated, other: Evaluated | None) -> list[tuple[str, str]]:

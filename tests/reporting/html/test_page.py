@@ -14,7 +14,7 @@ from clip_retrieval.data.images.image_files import ImageFiles
 from clip_retrieval.errors import UserError
 from clip_retrieval.reporting.html.page import tabulate
 from clip_retrieval.reporting.html.thumbnails import SIDE, Thumbnails
-from clip_retrieval.reporting.html.write import write_report
+from clip_retrieval.reporting.html.write import describe_rerank, list_further, list_zero_shot, write_report
 from tests.reporting.html.conftest import HOSTILE, HOSTILE_NAME, make_run
 
 
@@ -107,7 +107,8 @@ def test_an_unreadable_picture_becomes_its_caption(photos, page, tmp_path):
 def test_table_has_intervals_and_the_results_before():
     block = {"i2t": {"R@1": 50.0, "MedR": 2.0}, "t2i": {"R@1": 40.0, "MedR": 3.0}, "rsum": 300.0, "mean_recall": 50.0}
     before = block | {"intervals": {"i2t": {"R@1": [45.0, 55.0]}, "t2i": "damaged", "rsum": [280, 310]}}
-    columns, rows = tabulate({"before": before, "after": block})
+    table = tabulate({"before": before, "after": block})
+    columns, rows = table.columns, table.rows
     assert columns == ["R@1", "MedR", "mean recall", "rsum"]
     assert [(label, direction) for label, direction, _ in rows] == [
         (label, direction) for label in ("before", "after") for direction in ("i2t", "t2i")
@@ -143,3 +144,41 @@ def test_runs_of_other_data_are_refused(photos, page):
 def test_two_runs_of_one_name_are_told_apart(photos, page):
     content = page(make_run(photos, 0.8), make_run(photos, 0.3))
     assert "run (1) and run (2)" in content and "only run (2)" in content
+
+
+def test_protocols_reranking_and_retention_are_a_second_table(photos, page):
+    recalls = {d: {"R@1": 11.25, "R@5": 2.0, "R@10": 3.0} for d in ("i2t", "t2i")}
+    precisions = {"t2i": {"R-P": 4.25, "mAP@R": 5.0}, "intervals": {"t2i": {"R-P": [4.125, 4.5]}}}
+    results = {
+        "protocols": {"eccv": {"i2t": recalls["i2t"], **precisions}, "<b>": "damaged"},
+        "rerank": {"qb_norm": {"t2i": recalls["t2i"], "uses": "<i>captions", "temperature": 0.05, "chosen_on": "val"}},
+        "retention_before": recalls | {"dataset": "other", "split": "test", "rsum": 71.125},
+        "retention": recalls | {"dataset": "other", "split": "test", "rsum": 61.125},
+        "zero_shot_before": {"dataset": "cifar10", "split": "test", "top1": 31.5, "top5": "high"},
+        "zero_shot": {"dataset": "cifar10", "split": "test", "top1": 21.5, "top5": 60.0},
+    }
+    content = page(make_run(photos, 0.8, **results))
+    second = content[content.index('id="further-title"') : content.index("Queries whose first item is wrong")]
+    for text in (
+        "ECCV Caption",
+        "4.25<small>4.1–4.5</small>",
+        "re-ranked, qb_norm",
+        "71.12",
+        "61.12",
+        "31.50",
+        "21.50",
+    ):
+        assert text in second, text
+    assert second.count("image to text") == 3  # re-ranking with qb_norm has only the other direction
+    assert "qb_norm: uses &lt;i&gt;captions; temperature 0.05 (val)" in second
+    assert second.index("other test, before training") < second.index("other test, trained")
+    assert [label for label, _ in list_further(results, "a: ")][:2] == ["a: ECCV Caption", "a: re-ranked, qb_norm"]
+    assert not list(list_further({}, "")) and not tabulate({}).rows
+
+
+@pytest.mark.parametrize("value", [3, [], {"x": 1}, {"x": {}}, {"x": {"i2t": 3, "t2i": {"R@1": "y"}}}])
+def test_damaged_results_of_a_second_table_are_left_out(value):
+    results = dict.fromkeys(("protocols", "rerank", "retention", "zero_shot"), value)
+    cells = [cell for _, _, row in tabulate(dict(list_further(results, ""))).rows for cell in row]
+    assert all(cell.value is None for cell in cells) and len(list(describe_rerank(results))) <= 1
+    assert all(values == (None, None) for _, values in list_zero_shot(results, ""))

@@ -45,6 +45,16 @@ def test_training_curves_skip_damaged_values(tmp_path):
     assert draw_training([]) == [] and list(read_metrics(tmp_path / "missing.jsonl")) == []
 
 
+def test_averages_and_retention_are_curves_of_runs_that_have_them():
+    records = [{"kind": kind, "step": s, "rsum": 10.0 * s} for s in range(3) for kind in ("val", "retention")]
+    assert [plot.title for plot in draw_training(records)] == ["rsum on the data to retain"]
+    records += [{"kind": "val_ema", "step": s, "rsum": 20.0 * s} for s in range(3)]
+    records += [{"kind": "zero_shot", "step": s, "top1": 5.0} for s in range(3)]
+    plots = {plot.title: plot.svg for plot in draw_training(records)}
+    assert list(plots) == ["rsum on val", "rsum on the data to retain", "Zero-shot top-1, %"]
+    assert "EMA" in plots["rsum on val"] and "EMA" not in plots["rsum on the data to retain"]
+
+
 @pytest.mark.parametrize("count", [3, 50_000])
 def test_long_runs_make_small_figures(count):
     records = [{"kind": "train", "step": step, "loss": (step * 7919) % 101} for step in range(count)]
