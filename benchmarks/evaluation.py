@@ -13,8 +13,8 @@ unless --pretrained is given: they change the recalls (percent), not the time.
 "ours" is tokenising, `encode_split` and `score`. "clip_benchmark" (pip install --no-deps clip-benchmark) is its
 zeroshot_retrieval.evaluate without autocast, on the same images with open_clip's transform. "five_times" iterates over
 all (image, caption) pairs, preprocesses and encodes the image and the full-length caption of each, and sorts the whole
-score matrix in both directions, as CLIP_ITM does. All rows have the same batch size, number of workers and an empty
-tokenizer cache; the files are in the page cache.
+score matrix in both directions, as CLIP_ITM does. "fast" and "gpu" are ours with that --decoder. All rows have the same
+batch size, number of workers and an empty tokenizer cache; the files are in the page cache.
 
 `--dataset random` has the size of COCO's test split: 5,000 decoded noise images of the model's size in memory, so
 decoding and resizing take almost no time, and real captions (--captions, a Karpathy JSON; default: COCO's in
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,7 +96,9 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, default=CAPTIONS, help="of --dataset random")
     parser.add_argument("--images", type=int, help="number of images, default: all")
     parser.add_argument("--five_images", type=int, help="number of images of five_times, default: as --images")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all; bf16 on CUDA and CPUs with AMX only")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, help=f"default: {' '.join(DEFAULT_ROWS)}; bf16 on CUDA and AMX"
+    )
     parser.add_argument("--batch_size", type=int, help="default: that of an evaluation")
     parser.add_argument("--num_workers", type=int, help="default: that of an evaluation")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
@@ -110,7 +113,7 @@ def main() -> None:
     num_workers = choose_num_workers(args.num_workers, pixels, device)
     setting = Setting(built, device, num_workers, args.batch_size or IMAGE_BATCH_SIZE[device.type])
     built.clip.to(device)
-    names = args.rows or list(ROWS)
+    names = args.rows or list(DEFAULT_ROWS)
 
     # the setting, and the head of the table
     print(
@@ -193,13 +196,13 @@ def print_row(name: str, dataset: RetrievalDataset, measurements: list[Measureme
     print(f"| {' | '.join([name, sizes, f'{total:.2f}', f'{ratio:.2f}', *parts, *recalls])} |", flush=True)
 
 
-def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -> Measurement:
+def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32", decoder: str = "pillow") -> Measurement:
     tokenizer = setting.new_tokenizer()
     model = RetrievalModel(setting.built.clip, setting.built.preprocess).to(setting.device)
     options = EvalOptions(eval_batch_size=setting.batch_size, eval_precision=precision)
     started = time.perf_counter()
     tokens = tokenize(dataset.captions, tokenizer)
-    pixels = make_pixels(dataset.images, setting.built.preprocess)
+    pixels = make_pixels(dataset.images, setting.built.preprocess, decoder=decoder)
     tokenized_at = time.perf_counter()
     settings = {"num_workers": setting.num_workers, "device": setting.device}
     block, _ = score(encode_split(model, dataset, tokens, pixels, options, **settings), dataset, options)
@@ -207,10 +210,6 @@ def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32") -
     parts = {**block["seconds"]}
     parts["captions"] += tokenized_at - started
     return Measurement(total, block["i2t"]["R@1"], block["t2i"]["R@1"], parts)
-
-
-def ours_bf16(dataset: RetrievalDataset, setting: Setting) -> Measurement:
-    return ours(dataset, setting, "bf16")
 
 
 def clip_benchmark(dataset: RetrievalDataset, setting: Setting) -> Measurement:
@@ -260,7 +259,13 @@ def five_times(dataset: RetrievalDataset, setting: Setting) -> Measurement:
     return Measurement(time.perf_counter() - started, 100 * i2t, 100 * t2i, parts)
 
 
-ROWS = {"ours": ours, "clip_benchmark": clip_benchmark, "five_times": five_times, "bf16": ours_bf16}
+DEFAULT_ROWS = {
+    "ours": ours,
+    "clip_benchmark": clip_benchmark,
+    "five_times": five_times,
+    "bf16": partial(ours, precision="bf16"),
+}
+ROWS = DEFAULT_ROWS | {decoder: partial(ours, decoder=decoder) for decoder in ("fast", "gpu")}
 
 
 class CaptionsOfImages(Dataset):

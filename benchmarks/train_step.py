@@ -33,13 +33,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 # torch reads it when it loads. The package sets it too, but is imported after torch here.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from open_clip import ClipLoss
+from open_clip import ClipLoss, SimpleTokenizer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +54,7 @@ from clip_retrieval.data.images.image_files import ImageArray
 from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.device import DTYPES, choose_device, choose_precision, device_name, make_scaler
 from clip_retrieval.distributed import SINGLE_PROCESS
+from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model
 from clip_retrieval.models.pooled import BLOCK_FUNCTIONS
 from clip_retrieval.models.tokenizers import build_tokenizer
@@ -217,7 +219,7 @@ class Data:
         pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
         images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "random")
         self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)
-        self._tokens = tokenize(part.texts, build_tokenizer(ModelOptions(), built))
+        self._tokens = tokenize(part.texts, make_tokenizer(built))
         self._pixels = RandomPixels(built.preprocess["size"])
         self._number, self._device = number, device
         self.trimmed = self._batches(trim=True)
@@ -229,6 +231,15 @@ class Data:
     def _batches(self, *, trim: bool, bucket: int = 1) -> list[TrainBatch]:
         settings = {"trim": trim, "bucket": bucket, "share": slice(None), "num_workers": 0, "device": self._device}
         return list(islice(TrainLoader(self._sampler, self._pixels, self._tokens, **settings).epoch(0), self._number))
+
+
+def make_tokenizer(built: BuiltModel) -> Any:
+    """The model's tokenizer, or, if it cannot be fetched, CLIP's: the ids do not matter, only their number does."""
+    try:
+        return build_tokenizer(ModelOptions(), built)
+    except UserError as error:
+        print(f"({error}: CLIP's tokenizer replaces it)", file=sys.stderr)
+        return SimpleTokenizer(context_length=built.clip.context_length)
 
 
 class RandomPixels:

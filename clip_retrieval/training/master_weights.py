@@ -44,8 +44,12 @@ class MasterWeights:
             return
         gradients = [torch.empty_like(master) for master, _ in used]
         torch._foreach_copy_(gradients, [gradient for _, gradient in used])
+        # add to the gradients of earlier chunks in one kernel
+        earlier = [(master.grad, gradient) for (master, _), gradient in zip(used, gradients) if master.grad is not None]
+        if earlier:
+            torch._foreach_add_([total for total, _ in earlier], [gradient for _, gradient in earlier])
         for (master, _), gradient in zip(used, gradients):
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            master.grad = gradient if master.grad is None else master.grad
         self.free_gradients()
 
     def average_over_processes(self, towers: DistributedDataParallel) -> None:

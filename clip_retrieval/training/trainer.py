@@ -116,6 +116,7 @@ class Trainer:
         self.averages = make_averages(model, options)
         # the model that computes: a copy in lower precision, or the model itself
         self.towers = model if precision == "fp32" else model.copy_in(DTYPES[precision])
+        self._mode: bool | None = None  # of the copy
         self._masters = None if precision == "fp32" else MasterWeights(model, self.towers)
         if options.compile:
             self.towers.compile_towers()
@@ -180,8 +181,9 @@ class Trainer:
         return UPDATE_SHARE * min(seconds)
 
     def _compute_gradients(self, batch: TrainBatch, step: int) -> StepResult:
-        if self.towers is not self.model:
-            self.towers.train(self.model.training)
+        if self.towers is not self.model and self._mode != self.model.training:  # setting it takes milliseconds
+            self._mode = self.model.training
+            self.towers.train(self._mode)
         if self._masters is not None:
             self._masters.cast()
 

@@ -114,6 +114,32 @@ def test_resumed_run_is_bit_identical():
     assert_equal(weights_of(second), weights_of(whole))
 
 
+def test_copy_follows_the_mode_of_the_model():
+    trainer = make_trainer(precision="bf16")
+    for mode in (True, False, False, True):
+        trainer.model.train(mode)
+        trainer.step(batch(), 1, LEARNING_RATE)
+        assert {module.training for module in trainer.towers.modules()} == {mode}
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+def test_weights_and_gradients_can_be_cast_in_one_kernel(resnet):
+    # torch._foreach_copy_ needs equal sizes and strides, and dtypes that are equal within each list
+    clip = small_clip(resnet=resnet)
+    clip.visual.to(memory_format=torch.channels_last)
+    model = RetrievalModel(clip, small_preprocess())
+    set_trainable(model)
+    trainer = Trainer(model.train(), LossOptions(), TrainOptions(), precision="bf16", device=torch.device("cpu"))
+    collected = []
+    trainer._masters.collect_gradients = lambda: collected.extend(copied.grad for copied in trainer._masters._copies)
+    trainer._update = lambda: None
+    trainer.step(batch(size=32 if resnet else 16), 1, LEARNING_RATE)
+    masters, copies = trainer._masters._masters, trainer._masters._copies
+    assert len(copies) > 20 and {copied.dtype for copied in copies} == {torch.bfloat16}
+    for master, copied, gradient in zip(masters, copies, collected, strict=True):
+        assert master.shape == copied.shape and master.stride() == copied.stride() == gradient.stride()
+
+
 @pytest.mark.parametrize("freeze", [{}, {"freeze_vision": True}, {"freeze_text": True}], ids=str)
 def test_copy_trains_what_the_model_trains(freeze):
     clip = small_clip(resnet=True).eval()  # as it is built
