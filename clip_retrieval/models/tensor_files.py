@@ -285,4 +285,6 @@ def _read_legacy(mapped: mmap.mmap) -> Any:
         if count < 0 or position > len(mapped):
             raise DamagedError("truncated")
     # second pass: the tensors
-    return Unpickler(start[begin:], _TensorMaker(mapped, places)).load()
+    unpickler = Unpickler(start, _TensorMaker(mapped, places))
+    unpickler.file.seek(begin)
+    return unpickler.load()
