@@ -2,8 +2,9 @@
 # bash benchmarks/gpu_all.sh FOLDER [tests step runs evaluation processes compile]    measures on a GPU, in 12 minutes
 #
 # FOLDER is a data set with one Karpathy JSON (dataset_*.json) and JPEG photographs of 640 x 480, e.g. COCO's; TRAIN=FILE
-# names another JSON for training; $CLIP_RETRIEVAL_DATA has the captions (see train_step.py). Prints Markdown tables as they are measured. A command that fails or reaches its limit is
-# reported, and the next one runs. TINY=1 runs everything with the smallest settings, also on a CPU, to check the commands.
+# names another JSON for training; $CLIP_RETRIEVAL_DATA has the captions (see train_step.py). Prints Markdown tables as they
+# are measured. A command that fails or reaches its limit is reported, and the next one runs. TINY=1 runs everything with the
+# smallest settings, also on a CPU, to check the commands.
 set -uo pipefail
 folder=$(realpath "${1:?give the folder of a data set}")
 TRAIN=${TRAIN:+$(realpath "$TRAIN")}
