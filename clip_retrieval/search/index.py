@@ -107,7 +107,7 @@ class Readable(Sequence[Entry]):
 
     def read_head(self) -> dict[str, Any]:
         """The first line, of the same file even if it is replaced."""
-        return self._parse(0, int(self._starts[0]), 1)
+        return self._parse(0, int(self._starts[0]), 1) if self._starts[0] else {}
 
     def _parse(self, begin: int, end: int, line: int) -> dict[str, Any]:
         try:

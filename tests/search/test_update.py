@@ -272,9 +272,14 @@ def test_read_only_photographs_name_the_option(photos, index, tmp_path):
 )
 def test_hostile_index_is_refused_with_its_line(indexed, script, line):
     path = indexed / INDEX_FOLDER / "index.jsonl"
-    path.write_text("\n".join([*path.read_text().splitlines()[:3], line]) + "\n")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], line, *lines[4:]]) + "\n")
+    for command in (("a", indexed), ("index", indexed)):
+        code, _, err = script("search", *command)
+        assert code == 2 and "index.jsonl, line 4" in err and err.count("\n") == 1
+    path.write_text("\n".join(lines[:4]) + "\n")
     code, _, err = script("search", "a", indexed)
-    assert code == 2 and "index.jsonl, line 4" in err and err.count("\n") == 1
+    assert code == 2 and "not the features of index.jsonl" in err
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 1}', '{"version": 1, "model": {}, "features": "../a.npy"}'])
