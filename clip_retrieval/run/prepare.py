@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from clip_retrieval.classification.task import ZeroShotTask
 from clip_retrieval.data.batches.loader import Loader
 from clip_retrieval.data.batches.sampler import Sampler
 from clip_retrieval.data.batches.split import Split
+from clip_retrieval.data.batches.train_split import TrainSplit
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError, format_counts
@@ -98,6 +100,58 @@ class Run:
         return f"{batch_size} = {processes} x {batch_size // processes}"
 
 
+class Loaded(NamedTuple):
+    """The model and the data of a finetune; `options` name the model that was loaded."""
+
+    options: Options
+    model: RetrievalModel
+    built: BuiltModel
+    tokenizer: Any
+    train: TrainSplit
+    val: Split | None
+    test: Split | None
+    zero_shot: ZeroShotTask | None
+    retention: Split | None
+
+
+def load_model_and_data(
+    options: Options, checkpoint: Checkpoint | None, device: torch.device, processes: Processes
+) -> Loaded:
+    """Load the model, the splits, and the data that are scored beside them. The data files are checked first."""
+    # data files; the model may be a download
+    encodes_once = encodes_images_once(options.data, options.train)
+    datasets = read_datasets(options.data, device, processes, decode_all=encodes_once)
+    if reported := datasets.get("test", datasets.get("val")):
+        check_protocols(options.evaluation.protocols, reported)
+
+    # model
+    torch.manual_seed(options.train.seed)
+    with processes.main_first():  # it may download
+        model, built, tokenizer = load_model(options, checkpoint)
+    options = record_model_name(options, built)
+
+    # splits
+    with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
+        train, val, test = load_data(
+            options.data,
+            datasets,
+            tokenizer,
+            built.preprocess,
+            seed=options.train.seed,
+            device=device,
+            processes=processes,
+        )
+    with processes.main_first():  # it may extract an archive
+        zero_shot = load_zero_shot(
+            options.evaluation, options.data.parts()[0].dataset_root, tokenizer, built.preprocess
+        )
+    retention = load_retention(options, tokenizer, built.preprocess, device, processes)
+    if val is None and (options.train.patience or options.evaluation.retention_weight):
+        name = "patience" if options.train.patience else "retention_weight"
+        raise UserError(f"--{name} needs a val split; --val_fraction 0.1 holds out a tenth of the images")
+    return Loaded(options, model, built, tokenizer, train, val, test, zero_shot, retention)
+
+
 def prepare(
     options: Options,
     checkpoint: Checkpoint | None,
@@ -117,32 +171,8 @@ def prepare(
     precision = choose_precision(options.train.precision, device)
     if options.train.compile and not can_compile(device):
         options = replace(options, train=replace(options.train, compile=False))
-    encodes_once = encodes_images_once(options.data, options.train)
-    datasets = read_datasets(options.data, device, processes, decode_all=encodes_once)  # the model may be a download
-    if reported := datasets.get("test", datasets.get("val")):
-        check_protocols(options.evaluation.protocols, reported)
-    torch.manual_seed(options.train.seed)
-    with processes.main_first():  # it may download
-        model, built, tokenizer = load_model(options, checkpoint)
-    options = record_model_name(options, built)
-    with processes.main_first() if options.data.image_cache else nullcontext():  # it may build the cache
-        train, val, test = load_data(
-            options.data,
-            datasets,
-            tokenizer,
-            built.preprocess,
-            seed=options.train.seed,
-            device=device,
-            processes=processes,
-        )
-    with processes.main_first():  # it may extract an archive
-        zero_shot = load_zero_shot(
-            options.evaluation, options.data.parts()[0].dataset_root, tokenizer, built.preprocess
-        )
-    retention = load_retention(options, tokenizer, built.preprocess, device, processes)
-    if val is None and (options.train.patience or options.evaluation.retention_weight):
-        name = "patience" if options.train.patience else "retention_weight"
-        raise UserError(f"--{name} needs a val split; --val_fraction 0.1 holds out a tenth of the images")
+    loaded = load_model_and_data(options, checkpoint, device, processes)
+    options, model, built, tokenizer, train = loaded[:5]
 
     # trainer, new or restored
     sampler = train.make_sampler(choose_batch_size(options.train.batch_size, train, processes))
@@ -205,10 +235,10 @@ def prepare(
         trainer=trainer,
         sampler=sampler,
         loader=loader,
-        val=val,
-        test=test,
-        zero_shot=zero_shot,
-        retention=retention,
+        val=loaded.val,
+        test=loaded.test,
+        zero_shot=loaded.zero_shot,
+        retention=loaded.retention,
         schedule=schedule,
         progress=progress,
         metrics=metrics,
