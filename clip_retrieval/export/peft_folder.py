@@ -37,6 +37,7 @@ def write(model: ImageTextModel, folder: Path, checkpoint: Checkpoint) -> None:
     """
     from safetensors.torch import save_file
 
+    # the adapter of the run
     lora = checkpoint.lora if isinstance(checkpoint, TrainingCheckpoint) else None
     if not lora:
         raise UserError(
@@ -45,11 +46,15 @@ def write(model: ImageTextModel, folder: Path, checkpoint: Checkpoint) -> None:
         )
     if importlib.util.find_spec("peft") is None:
         raise UserError("--format peft needs peft, which checks the adapter: pip install peft")
+
+    # the base model, and the adapter under its names
     base, first, second, scale = (_select(lora, name) for name in ("weight", "A", "B", "scale"))
     (folder / BASE).mkdir()
     transformers_folder.write(model, folder / BASE, base)
     kind, tensors = _convert(model, first, second)
     save_file(tensors, folder / FILES[0], metadata={"format": "pt"})
+
+    # the config
     rank = next(iter(first.values())).shape[1]
     alpha = next(iter(scale.values())).item() * rank
     names = {name.removeprefix(PREFIX).removesuffix(FIRST) for name in tensors if name.endswith(FIRST)}

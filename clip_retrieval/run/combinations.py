@@ -31,6 +31,7 @@ def check_combinations(options: Options) -> None:
 
 
 def _check_data(data: DataOptions, *, evaluate: bool) -> None:
+    # files of shards and of streams
     for part in data.parts():
         for name in PREFIXES:
             if getattr(part, name) and part.name not in ("chinese", *SHARDED):
@@ -39,10 +40,12 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
         raise UserError(f"--train_num_samples is only for --dataset webdataset; drop it, or --dataset {data.name}")
     if data.image_cache and is_streamed(data) and not evaluate:
         raise UserError(f"--image_cache is not for --dataset {data.name}, whose images are streamed; drop it")
+    # decoding on the GPU
     if data.decoder == "gpu" and data.augment not in ("none", "crop"):
         raise UserError(f"--decoder gpu is not for --augment {data.augment}; use --augment crop or --decoder fast")
     if data.decoder == "gpu" and data.image_cache:
         raise UserError("--decoder gpu is not for --image_cache, which stores decoded images; drop one of them")
+    # held-out images
     held_out = " and ".join(f"--{split}_fraction" for split, fraction in data.fractions.items() if fraction)
     if held_out and is_streamed(data):
         raise UserError(f"{held_out}: not for --dataset {data.name}, whose images are streamed; give --val_data")
@@ -50,6 +53,7 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
         raise UserError(f"{held_out}: not for several data sets; give the first one a val or a test split")
     if sum(data.fractions.values()) >= 1:
         raise UserError(f"{held_out} leave no images to train on; lower them")
+    # negatives and crops
     if data.hard_negatives and is_streamed(data) and not evaluate:
         raise UserError(f"--hard_negatives is not for --dataset {data.name}, whose pairs are streamed; drop it")
     if data.hard_negatives_by != DataOptions.hard_negatives_by and not data.hard_negatives:

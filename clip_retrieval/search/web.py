@@ -56,33 +56,8 @@ def make_app(current: Callable[[], Gallery], hosts: Collection[str] = LOOPBACK, 
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.url_map.merge_slashes = False  # it would redirect
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    protect(app, hosts, any_address)
     thumbnails = Thumbnails()
-
-    @app.before_request
-    def refuse_other_sites() -> None:
-        if not is_trusted(request.headers.get("Host", ""), hosts, any_address):
-            abort(403, "unknown host name; open the address that search.py printed")
-        origin = request.headers.get("Origin")
-        if origin is not None and origin != f"{request.scheme}://{request.headers['Host']}":
-            abort(403, "request of another site")
-        if request.path != "/" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            abort(403, "request of another site")
-
-    @app.after_request
-    def add_headers(response: Response) -> Response:
-        response.headers.update(HEADERS)
-        response.headers.setdefault("Cache-Control", "no-store")
-        return response
-
-    @app.errorhandler(HTTPException)
-    def explain_http_error(error: HTTPException) -> tuple[Response, int]:
-        return jsonify(error=error.description), error.code or 500
-
-    @app.errorhandler(UserError)
-    @app.errorhandler(NotFiniteError)
-    @app.errorhandler(RunError)
-    def explain_error(error: Exception) -> tuple[Response, int]:
-        return jsonify(error=str(error)), 400
 
     @app.get("/")
     def page() -> Response:
@@ -123,27 +98,60 @@ def make_app(current: Callable[[], Gallery], hosts: Collection[str] = LOOPBACK, 
         # the address has the version of the content: another content has another address
         return Response(content, mimetype="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})
 
-    def read_text(name: str) -> list[str]:
-        text = request.args.get(name, "").strip()
-        if len(text) > MAX_TEXT:
-            abort(400, f"the text has more than {MAX_TEXT:,} characters")
-        return [text] if text else []
-
-    def read_row(gallery: Gallery, text: str) -> int:
-        """The row of ROW or ROW-VERSION; 404 if the index has changed and has another image there."""
-        number, _, version = text.partition("-")
-        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(gallery.entries)):
-            abort(404, "no such image in the index")
-        if version and version != read_version(gallery.entries[int(number)]):
-            abort(404, "the index has changed; search again")
-        return int(number)
-
-    def describe(gallery: Gallery, row: int, score: float | None) -> dict[str, Any]:
-        entry = gallery.entries[row]
-        shown = {"name": entry.name, "width": entry.width, "height": entry.height, "version": read_version(entry)}
-        return {"row": row, "score": score, **shown}
-
     return app
+
+
+def protect(app: Flask, hosts: Collection[str], any_address: bool) -> None:
+    """Refuse requests of other sites, add the headers of a private page, and answer errors in JSON."""
+
+    @app.before_request
+    def refuse_other_sites() -> None:
+        if not is_trusted(request.headers.get("Host", ""), hosts, any_address):
+            abort(403, "unknown host name; open the address that search.py printed")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin != f"{request.scheme}://{request.headers['Host']}":
+            abort(403, "request of another site")
+        if request.path != "/" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            abort(403, "request of another site")
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    @app.errorhandler(HTTPException)
+    def explain_http_error(error: HTTPException) -> tuple[Response, int]:
+        return jsonify(error=error.description), error.code or 500
+
+    @app.errorhandler(UserError)
+    @app.errorhandler(NotFiniteError)
+    @app.errorhandler(RunError)
+    def explain_error(error: Exception) -> tuple[Response, int]:
+        return jsonify(error=str(error)), 400
+
+
+def read_text(name: str) -> list[str]:
+    text = request.args.get(name, "").strip()
+    if len(text) > MAX_TEXT:
+        abort(400, f"the text has more than {MAX_TEXT:,} characters")
+    return [text] if text else []
+
+
+def read_row(gallery: Gallery, text: str) -> int:
+    """The row of ROW or ROW-VERSION; 404 if the index has changed and has another image there."""
+    number, _, version = text.partition("-")
+    if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(gallery.entries)):
+        abort(404, "no such image in the index")
+    if version and version != read_version(gallery.entries[int(number)]):
+        abort(404, "the index has changed; search again")
+    return int(number)
+
+
+def describe(gallery: Gallery, row: int, score: float | None) -> dict[str, Any]:
+    entry = gallery.entries[row]
+    shown = {"name": entry.name, "width": entry.width, "height": entry.height, "version": read_version(entry)}
+    return {"row": row, "score": score, **shown}
 
 
 def read_version(entry: Entry) -> str:
