@@ -3,8 +3,8 @@
 Each batch starts with random pairs. In rounds, each of its members then adds its nearest unused neighbour, until the
 wished share of the batch is reached. The pairs of the epoch stay the same, and so does their number in a batch.
 
-A false negative is never added: images with a caption or with the bytes of an image in the batch are skipped. What is
-near is decided among entities, the distinct images or the distinct captions; an entity has one or more pairs.
+A false negative is never added: images with a caption or with the bytes of an image in the batch are skipped.
+Neighbours are found among entities, the distinct images or the distinct captions; an entity has one or more pairs.
 """
 
 from __future__ import annotations
