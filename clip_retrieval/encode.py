@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clip_retrieval.data.batches.loader import image_batches
 from clip_retrieval.data.captions import Tokens
+from clip_retrieval.data.pixels.jpeg import JpegBatch
 from clip_retrieval.data.pixels.pixels import Pixels, choose_num_workers
 from clip_retrieval.device import DTYPES
 from clip_retrieval.distributed import SINGLE_PROCESS, Processes
@@ -36,11 +37,13 @@ def encode_images(
     num_workers: int | None,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
+    skip_unreadable: bool = False,
 ) -> Tensor:
     """Encode all images. Returns float32 (images, dim) on `device`; (0, 0) without images.
 
     encode: maps uint8 (n, 3, height, width) to features (n, dim).
     processes: each encodes every world_size-th batch; all get all features.
+    skip_unreadable: encode another image of its batch instead of an unreadable one, which raises UserError otherwise.
     """
     if len(pixels) == 0:
         return torch.empty(0, 0, device=device)
@@ -51,9 +54,16 @@ def encode_images(
         (range(int(rows[0]), int(rows[-1]) + 1) for rows in own),
         num_workers=choose_num_workers(num_workers, pixels, device),
         pin_memory=device.type == "cuda",
+        skip_unreadable=skip_unreadable,
     )
+
+    def load(images: Tensor | JpegBatch) -> Tensor:
+        if skip_unreadable and isinstance(images, JpegBatch):
+            return images.decode(device)[0]
+        return images.to(device, non_blocking=True)
+
     bar = progress_bar(loaded, total=len(own), desc="images", leave=False)
-    return _all_gather((encode(images.to(device, non_blocking=True)) for images in bar), batches, device, processes)
+    return _all_gather((encode(load(images)) for images in bar), batches, device, processes)
 
 
 @torch.inference_mode()

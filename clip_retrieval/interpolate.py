@@ -93,7 +93,7 @@ def mix(first: State, last: State, alpha: float) -> State:
 
 
 def alpha_table(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
-    """A line for each alpha: recall on test (else val), rsum on val, and what is retained; a star marks the best."""
+    """A line for each alpha: recall on test (else val), rsum on val, and retention scores; a star marks the best."""
     further = {"retention": ("retention rsum", "rsum"), "zero_shot": ("top-1", "top1")}
     further = {name: head_and_key for name, head_and_key in further.items() if name in best}
     shown = [["alpha", *RECALL_HEADS, "rsum", "val rsum", *(head for head, _ in further.values())]]

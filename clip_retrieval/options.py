@@ -236,7 +236,7 @@ class DataOptions:
         maximum=1,
     )
     hard_negatives_by: str = option(
-        "image", "with --hard_negatives: whose features decide what is near: image or text", choices=("image", "text")
+        "image", "with --hard_negatives: the features that are compared, image or text", choices=("image", "text")
     )
     augment: str = option(
         "none",

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 from collections.abc import Sequence
@@ -153,7 +154,7 @@ def write_summary(output: Path, named: dict[str, Values], states: dict[str, str]
     tables = [markdown_table(rows, columns)]
 
     # a row for each combination of the other options, with the means over its seeds
-    means = average_seeds(rows, changed, metrics)
+    means = average_seeds(rows, changed, metrics, sort)
     if means:
         tables.insert(0, markdown_table(means, list(means[0])))
     write_text(output / "table.md", "\n".join([f"Sorted by {describe_sort(sort)}.\n", *tables]))
@@ -161,10 +162,10 @@ def write_summary(output: Path, named: dict[str, Values], states: dict[str, str]
     return tables[0]
 
 
-def average_seeds(rows: Sequence[Row], changed: Sequence[str], metrics: Sequence[str]) -> list[Row]:
+def average_seeds(rows: Sequence[Row], changed: Sequence[str], metrics: Sequence[str], sort: str) -> list[Row]:
     """Average the runs that differ by --seed alone: `mean ± standard deviation` of each metric, and the number of runs.
 
-    Empty if no two complete runs differ by it. The rows keep their order, by the first of each group.
+    Empty if no two complete runs differ by it. The rows are sorted by their mean of the metric `sort`.
     """
     others = [name for name in changed if name != SEED]
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -173,15 +174,16 @@ def average_seeds(rows: Sequence[Row], changed: Sequence[str], metrics: Sequence
             groups.setdefault(tuple(row[name] for name in others), []).append(row)
     if SEED not in changed or all(len(group) < 2 for group in groups.values()):
         return []
-    averaged = []
+    averaged: list[tuple[float, Row]] = []
     for key, group in groups.items():
         cells: Row = dict(zip(others, key)) | {"runs": str(len(group))}
         for name in metrics:
             values = [float(row[name]) for row in group if row[name] is not None]  # type: ignore[arg-type]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells[name] = f"{statistics.mean(values):.2f}{spread}" if values else None
-        averaged.append(cells)
-    return averaged
+        known = [float(row[sort]) for row in group if row[sort] is not None]  # type: ignore[arg-type]
+        averaged.append((statistics.mean(known) if known else -math.inf, cells))
+    return [cells for _, cells in sorted(averaged, key=lambda item: -item[0])]
 
 
 def read_metrics(folder: Path) -> Row:

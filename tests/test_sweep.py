@@ -93,9 +93,20 @@ def test_means_and_deviations_are_those_of_complete_runs():
         {"lr": "1", "seed": str(seed), "val rsum": value, "rsum": None, "state": state}
         for seed, value, state in ((1, 10.0, COMPLETE), (2, 13.0, COMPLETE), (3, 16.0, COMPLETE), (4, None, "failed"))
     ]
-    averaged = average_seeds(rows, ["lr", "seed"], ["val rsum", "rsum"])
+    averaged = average_seeds(rows, ["lr", "seed"], ["val rsum", "rsum"], "val rsum")
     assert averaged == [{"lr": "1", "runs": "3", "val rsum": "13.00 ± 3.00", "rsum": None}]
-    assert average_seeds(rows[:1], ["lr", "seed"], ["val rsum"]) == []
+    assert average_seeds(rows[:1], ["lr", "seed"], ["val rsum"], "val rsum") == []
+
+
+def test_means_are_sorted_by_the_mean_not_by_the_best_run():
+    values = {"1": (90.0, 10.0), "2": (60.0, 50.0), "3": (None, None)}
+    rows = [
+        {"lr": lr, "seed": str(seed), "val rsum": value, "state": COMPLETE}
+        for lr, group in values.items()
+        for seed, value in enumerate(group)
+    ]
+    averaged = average_seeds(rows, ["lr", "seed"], ["val rsum"], "val rsum")
+    assert [row["lr"] for row in averaged] == ["2", "1", "3"]
 
 
 def test_table_has_the_retention_and_zero_shot_of_the_runs(tmp_path):

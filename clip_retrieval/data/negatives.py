@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_retrieval.data.captions import clean_caption, normalize_caption
-from clip_retrieval.errors import UserError, format_share
+from clip_retrieval.errors import format_share
 from clip_retrieval.log import log
 
 
@@ -44,8 +44,10 @@ class Negatives:
 
 def clean_negatives(
     path: Path, name: str, captions: Sequence[str], owners: Sequence[int], found: Sequence[Sequence[str]]
-) -> Negatives:
+) -> Negatives | None:
     """Clean the negative captions of a file; leave out empty ones, and those that are a caption of the image.
+
+    Returns None if there are none: another data set of a mixture may have them.
 
     Args:
         path: the file, for messages.
@@ -53,9 +55,6 @@ def clean_negatives(
         captions: the captions.
         owners: the image of each caption.
         found: the negative captions of each caption.
-
-    Raises:
-        UserError: there are none.
     """
     true = {(owner, normalize_caption(caption)) for owner, caption in zip(owners, captions, strict=True)}
     given, kept = 0, []
@@ -64,11 +63,12 @@ def clean_negatives(
         kept.append([text for text in clean if (owner, normalize_caption(text)) not in true])
         given += len(clean)
     negatives = Negatives.from_lists(kept)
-    if not negatives.texts:
-        raise UserError(f"{path}: no negative caption in {name}; name their column or key with --negative_column")
     if wrong := given - len(negatives.texts):
         share = format_share(wrong, given, "negative caption")
         log.warning(f"{path}: {share} left out: equal to a caption of the image")
+    if not negatives.texts:
+        log.warning(f"{path}: no negative caption in {name}")
+        return None
     if without := sum(not texts for texts in kept):
         log.warning(f"{path}: {format_share(without, len(kept), 'caption')} without a negative caption")
     return negatives

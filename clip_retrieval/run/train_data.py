@@ -42,6 +42,11 @@ def read_datasets(
         train = read_split(data, "train", device, processes, decode_all=decode_all)
         if train is None:
             raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
+        if data.negative_column and train.negatives is None:
+            raise UserError(
+                f"{data.name} in {data.place}: no negative caption in {data.negative_column}; name their column or "
+                "key with --negative_column"
+            )
         datasets["train"] = train
         if train.split == UNSPLIT:
             return datasets

@@ -11,7 +11,7 @@ from clip_retrieval.search.index import INDEX
 from clip_retrieval.search.query import Gallery
 
 SECONDS = 2.0
-"""Time between two looks at the index."""
+"""Time between two checks of the index."""
 
 
 class Watcher(threading.Thread):
@@ -22,7 +22,7 @@ class Watcher(threading.Thread):
     """
 
     def __init__(self, gallery: Gallery, faiss: bool | None = None, seconds: float = SECONDS):
-        """faiss: see `approximate.is_wanted`. seconds: between two looks at the index."""
+        """faiss: see `approximate.is_wanted`. seconds: between two checks of the index."""
         super().__init__(daemon=True)
         self.gallery = gallery
         self._faiss = faiss
@@ -62,7 +62,7 @@ class Watcher(threading.Thread):
 
 
 def _stamp(folder: Path) -> tuple[int, int, int] | None:
-    """What changes when the index is replaced; None while there is none."""
+    """A stamp of the index, which changes when it is replaced; None while there is none."""
     try:
         found = (folder / INDEX).stat()
     except OSError:

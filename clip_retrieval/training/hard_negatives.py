@@ -116,6 +116,7 @@ class HardNegatives:
             num_workers=self.num_workers,
             device=self.device,
             processes=self.processes,
+            skip_unreadable=self.loader.skips_unreadable,
         )
         return features[torch.from_numpy(images).to(self.device)]
 

@@ -52,12 +52,11 @@ def test_negative_that_is_a_caption_of_the_image_is_left_out(read_csv, caplog):
     assert "2 of 3 negative captions are left out: equal to a caption of the image" in caplog.text
 
 
-def test_missing_or_empty_column_is_refused_only_for_training(read_csv):
+def test_missing_or_empty_column_gives_none(read_csv, caplog):
     rows = "a.jpg,one,train,two\nb.jpg,six,test,\n"
-    with pytest.raises(UserError, match="no negative caption in other; name their column or key with"):
-        read_csv(rows, negative_column="other")
-    with pytest.raises(UserError, match="no negative caption in wrong"):
-        read_csv("a.jpg,one,train,\n")
+    assert read_csv(rows, negative_column="other").negatives is None
+    assert "captions.csv: no negative caption in other" in caplog.text
+    assert read_csv("a.jpg,one,train,\n").negatives is None
     assert read_csv(rows, "test").negatives is None
     assert read_csv(rows, negative_column=None).negatives is None
 

@@ -97,6 +97,21 @@ def test_a_mixture_with_weights_trains(run, arguments, captioned, orders):
     assert orders
 
 
+def test_an_unreadable_image_of_a_mixture_is_skipped(run, arguments, tmp_path, orders):
+    (tmp_path / "other").mkdir()
+    lines = ["image,caption,split"]
+    for number in range(3):  # of the same size, so that their bytes are compared
+        (tmp_path / f"other/{number}.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+        lines.append(f"{number}.jpg,broken thing {number},train")
+    (tmp_path / "other/captions.csv").write_text("\n".join(lines) + "\n")
+    both = [*arguments, "--dataset", "csv", "--dataset_root", tmp_path / "other", *HARD, "--max_steps", "3"]
+    code, _, err = run(*both)
+    assert code == 2 and "not a readable image" in err
+    code, out, err = run(*both, "--skip_broken")
+    assert code == 0, err
+    assert len(orders) == 1 and "not a readable image" in out + err
+
+
 def test_order_of_a_damaged_checkpoint_is_refused(run, run_killed, arguments, tmp_path):
     run_killed(3, *arguments, *HARD)
     path = tmp_path / "logs/ex0/last.pt"

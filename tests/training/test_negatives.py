@@ -115,6 +115,19 @@ def test_evaluation_ignores_them(run, command, tmp_path, negated):
     assert code == 0, err
 
 
+def test_one_data_set_of_a_mixture_needs_them(run, command, captioned, seen):
+    both = ["--dataset", "csv", "--dataset_root", captioned, "--annotations", captioned / "captions.csv"]
+    code, _, err = run(*command, *both, "--max_steps", "1")
+    assert code == 0, err
+    assert 10 < len(seen[0][1].text_features) < 20
+
+
+def test_train_split_without_any_is_refused(run, command):
+    code, _, err = run(*command, "--negative_column", "other")
+    assert code == 2
+    assert "no negative caption in other; name their column or key with --negative_column" in err
+
+
 def test_data_without_such_a_column_is_refused():
     with pytest.raises(UserError, match="--negative_column is for --dataset csv and karpathy; drop it"):
         settle({"dataset": "coco", "negative_column": "wrong"})

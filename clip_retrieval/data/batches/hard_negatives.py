@@ -3,8 +3,8 @@
 Each batch starts with random pairs. In rounds, each of its members then adds its nearest unused neighbour, until the
 wished share of the batch is reached. The pairs of the epoch stay the same, and so does their number in a batch.
 
-A false negative is never added: images with a caption or with the bytes of an image in the batch are skipped. What is
-near is decided among entities, the distinct images or the distinct captions; an entity has one or more pairs.
+A false negative is never added: images with a caption or with the bytes of an image in the batch are skipped.
+Neighbours are found among entities, the distinct images or the distinct captions; an entity has one or more pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from clip_retrieval.data.captions import normalize_caption
 from clip_retrieval.data.dataset import EncodedImages, RetrievalDataset, StoredImages
 from clip_retrieval.data.images.duplicates import find_duplicates
 from clip_retrieval.data.mixture import MixedImages
+from clip_retrieval.errors import UserError
 
 FindNeighbours = Callable[[np.ndarray], np.ndarray]
 """find_neighbours(entities) returns the nearest others of each, as positions in `entities`: (n, k), nearest first."""
@@ -63,9 +64,9 @@ class Alike:
 
 
 def find_same_bytes(dataset: RetrievalDataset) -> np.ndarray:
-    """Find for each image the first one with the same bytes, int64 (images,). Raises UserError for an unreadable one.
+    """Find for each image the first one with the same bytes, int64 (images,).
 
-    Only files of equal size are read. Images in memory are taken for distinct.
+    Only files of equal size are read. Images in memory and unreadable ones are taken for distinct.
     """
     images = dataset.images
     find = images.find if isinstance(images, MixedImages) else lambda index: (images, index)
@@ -78,7 +79,10 @@ def find_same_bytes(dataset: RetrievalDataset) -> np.ndarray:
     def read(index: int, part: slice) -> bytes:
         own, place = find(index)
         assert isinstance(own, EncodedImages)  # others have a size of their own, and are not compared
-        return own.encoded(place)[part]
+        try:
+            return own.encoded(place)[part]
+        except UserError:
+            return b"unreadable %d" % index
 
     return find_duplicates(read, np.arange(len(images)), sizes, f"{dataset.name}, duplicates")
 

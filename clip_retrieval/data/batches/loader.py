@@ -121,14 +121,18 @@ def _decode_readable(found: ReadablePixels, device: torch.device) -> ReadablePix
 
 
 def image_batches(
-    pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool
+    pixels: Pixels, batches: Iterable[range], *, num_workers: int, pin_memory: bool, skip_unreadable: bool = False
 ) -> Iterator[Tensor | JpegBatch]:
     """Yield the images of each range of indices: uint8 (n, 3, height, width), or files that become that on a device.
 
-    Raises UserError for an unreadable image.
+    Raises UserError for an unreadable image; with skip_unreadable, another one of its range replaces it.
     """
+    shared: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+    if skip_unreadable:
+        whole = ((range(len(own)), np.asarray(own), np.zeros(len(own), np.int64)) for own in batches)
+        return (images for images, *_ in map_in_workers(_FetchReadablePixels(pixels), whole, **shared))
     requests = ((indices, [0] * len(indices)) for indices in batches)
-    return map_in_workers(_FetchPixels(pixels), requests, num_workers=num_workers, pin_memory=pin_memory)
+    return map_in_workers(_FetchPixels(pixels), requests, **shared)
 
 
 class ToDevice:
@@ -222,6 +226,7 @@ class TrainLoader:
         self.share = share
         self._to_device = ToDevice(device)
         self.processes = processes
+        self.skips_unreadable = skip_unreadable
         self._skipped = SkipCounter("images", processes) if skip_unreadable else None
         self._decode: Callable[[Any], Any] | None = None
         if not isinstance(images, Tensor):

@@ -176,7 +176,7 @@ def baseline_jpeg_size(content: bytes) -> tuple[int, int] | None:
             is_short = max(image.size) <= min(LONGEST_SIDE, LONGEST * min(image.size))
             if image.format == "JPEG" and is_plain and is_short and not image.info.get("progressive"):
                 return image.size
-    except Exception:  # as many as in decode_rgb, which says what is wrong
+    except Exception:  # as many as in decode_rgb, which names the fault
         return None
     return None
 

@@ -168,7 +168,7 @@ class JpegBatch(NamedTuple):
     def _decode_rows(
         self, content: dict[int, Tensor], device: torch.device, found: dict[int, Tensor], problems: list[str]
     ) -> None:
-        """Decode and resize the images of some rows; add their pixels to `found`, or what is wrong to `problems`."""
+        """Decode and resize the images of some rows; add their pixels to `found`, or the fault to `problems`."""
         # decode, and group the images of one size and region
         groups: dict[tuple[tuple[int, int], Region], dict[int, Tensor]] = {}
         for row, pixels in zip(content, decode_files(list(content.values()), device)):

@@ -151,7 +151,7 @@ def list_further(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, di
 
 
 def describe_rerank(results: dict[str, Any]) -> Iterator[str]:
-    """Yield what each method of re-ranking uses, which plain recall does not."""
+    """Yield the further data that each method of re-ranking uses, unlike plain recall."""
     for name, block in _get_blocks(results, "rerank"):
         key = next((key for key in ("temperature", "k", "share") if isinstance(block.get(key), (int, float))), None)
         chosen = f"; {key} {block[key]:.3g} ({block.get('chosen_on', '')})" if key else ""
