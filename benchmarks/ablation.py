@@ -27,29 +27,29 @@ BOTH = (
 START = "--dataset shapes --annotations auto --image_dir auto --augment crop --epochs 14 --lr 1e-3 --eval_every 7"
 FINETUNE = "--max_steps 64 --lr 3e-4 --no_eval_first --eval_every 0 --retention_dataset shapes"
 INGREDIENTS = (
-    # which weights move
+    # which weights move, and how
     "trainable=lora lora_targets=all lr=3e-3",
     "trainable=bitfit lr=3e-3",
-    "trainable=linear_projection lr=3e-3",
     "unlocked_image_blocks=2 unlocked_text_blocks=2",
     "layer_decay=0.75",
-    "lr_head=3e-3",
-    # averages and schedules
+    "optimizer=lion lr=1e-4 weight_decay=0.3 eps=1e-6",
+    "optimizer=muon",
+    # what is averaged
     "ema=0.9",
-    "schedule=wsd",
-    # inputs
+    # what is seen
     "augment=crop",
     "augment=rand",
     "word_dropout=0.1",
     "drop_path=0.1",
     "patch_dropout=0.25",
-    # losses
+    "start_image_size=48",
+    "hard_negatives=0.5",
+    # what is minimised
     "label_smoothing=0.1",
     "loss=siglip",
     "loss=triplet",
     "distill_from=start",
-    "distill_from=start distill_kind=feature",
-    # all that is usual together
+    # several together
     "layer_decay=0.75 ema=0.9 drop_path=0.1 augment=crop",
 )
 

@@ -473,7 +473,7 @@ def test_columns_of_the_same_name_are_refused(saved, read):
 
 
 def test_the_pairs_of_a_csv_are_the_same_data_set(captioned, save, read):
-    rows, _ = csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split")
+    rows, _ = csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split", None)
     splits = {}
     for row in rows:
         columns = splits.setdefault(row.split, {"image": [], "caption": []})
