@@ -35,11 +35,12 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
         config: the options of --config.
     """
     repeated = {name: value for name, value in config.items() if name not in COMMAND_LINE_ONLY}
-    options = settle(read_preset(config, typed), repeated, typed)
+    options = settle(read_preset(config, typed), repeated, typed, complete=False)
     if not options.run.eval:
         parse_trackers(options.run.report_to)
     if options.run.resume is not None:
-        return  # the checkpoint has further options
+        return  # the checkpoint has further options, which may need or fit these
+    check_combinations(options)
     name = options.model.vision_model
     if ("@" not in name or name in OPENAI_NAMES) and name != UNNAMED:  # Chinese-CLIP's names have both towers
         resolve(name)

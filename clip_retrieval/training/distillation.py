@@ -42,12 +42,14 @@ class Distillation:
         Args:
             batch: this process's part of the batch.
             chunks: its rows that the teacher encodes at a time.
-            student: image features (n, dim) and caption features (n, dim) of this process, and the logit scale.
+            student: image features (n, dim) and text features (texts, dim) of this process, and the logit scale.
             all_texts: caption features of all processes, in the order of the loss.
         """
         images, texts = self._encode(batch, chunks)
         if self.kind == "feature":
-            return self.weight * feature_distillation([student[0], student[1]], [images, texts], self.processes)
+            captions = slice(None, None, 1 if batch.text_rows is None else 2)  # without negative captions
+            found = feature_distillation([student[0], student[1][captions]], [images, texts[captions]], self.processes)
+            return self.weight * found
         teacher = [images, batch.select_texts(self.processes.all_gather(texts))]
         scale = self.teacher.clip.logit_scale.exp()
         loss = relational_distillation([student[0], all_texts], teacher, student[2], scale, self.processes)

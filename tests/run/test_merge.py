@@ -18,6 +18,10 @@ SHAPES = {"dataset": "shapes"}
         (SHAPES | {"vision_model": "hf-hub:org/name"}, {}),
         (SHAPES, {"vision_model": "Chinese-CLIP"}),
         ({"eval": True, "resume": "logs/ex0/best.pt"}, {}),
+        # the checkpoint has the options that these need
+        ({"resume": "last.pt", "negative_column": "wrong"}, {}),
+        ({"resume": "last.pt", "start_image_size_until": 0.5}, {}),
+        ({"resume": "last.pt", "lora_dropout": 0.1}, {}),
     ],
 )
 def test_valid_commands_pass(typed, config, tmp_path, monkeypatch):
@@ -42,6 +46,7 @@ def test_evaluation_does_not_need_the_training_shards(tmp_path):
         (SHAPES | {"lr": -1.0}, "--lr"),
         (SHAPES | {"checkpoint_path": "logs"}, "logs/ex0 already holds a run"),
         ({"dataset": ("shapes", "shapes"), "val_fraction": 0.1}, "--val_fraction: not for several data sets"),
+        (SHAPES | {"negative_column": "wrong"}, "--negative_column is for --dataset csv"),
     ],
 )
 def test_faults_are_refused(typed, words, tmp_path, monkeypatch):

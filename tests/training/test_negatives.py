@@ -5,6 +5,7 @@ import torch
 
 from clip_retrieval.errors import UserError
 from clip_retrieval.run.merge import settle
+from clip_retrieval.training import distillation
 from clip_retrieval.training.trainer import Trainer
 from tests.test_resume import assert_same_ending
 
@@ -69,6 +70,21 @@ def test_chunks_and_distillation_give_the_weights_of_the_whole_batch(run, comman
         assert code == 0, err
     for name, weight in seen[1][2].items():
         torch.testing.assert_close(seen[3][2][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("cache", [(), ("--no_feature_cache",)])
+def test_feature_distillation_is_of_the_captions(run, command, seen, monkeypatch, cache):
+    losses, compute = [], distillation.feature_distillation
+
+    def keep(student, teacher, processes):
+        losses.append(([len(side) for side in student], compute(student, teacher, processes).item()))
+        return compute(student, teacher, processes)
+
+    monkeypatch.setattr(distillation, "feature_distillation", keep)
+    extra = ["--distill_from", "start", "--distill_kind", "feature", "--max_steps", "4", "--lr", "0.1", "--warmup", "0"]
+    assert run(*command, *extra, *cache)[0] == 0
+    assert all(lengths == [10, 10] for lengths, _ in losses) and losses[-1][1] > 0
+    assert all(len(result.text_features) > 10 for _, result, _ in seen)
 
 
 def test_features_of_a_frozen_text_tower_are_those_of_the_ids(run, command, seen):
