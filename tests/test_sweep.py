@@ -195,7 +195,7 @@ sys.exit(run_with_exit_code(lambda: sweep(runs, {SHARED!r}, Path({str(output)!r}
     while not (output / "lr=3_loss=infonce" / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=60)[1].decode()
+    message = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130 and "repeat the command" in message
     assert (output / "lr=3_loss=infonce" / "saved").exists() and len(calls(output)) == 1
     assert read_table(output)[0]["state"] == "interrupted"
@@ -233,11 +233,11 @@ def test_runs_of_two_processes_fail_stop_resume_and_complete(tmp_path, arguments
     # stop the second run; the first one cannot be split over two processes
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "sweep/batch_size=10/metrics.jsonl"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') > 5):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=60)[1].decode()
+    message = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130 and "repeat the command" in message
     states = {row["batch_size"]: row["state"] for row in read_table(tmp_path / "sweep")}
     assert states["10"] == "interrupted" and "--batch_size 7 cannot be split over 2 processes" in states["7"]

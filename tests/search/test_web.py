@@ -296,6 +296,6 @@ def test_serve_prints_its_address_and_ends_with_ctrl_c(indexed):
         assert done.returncode == 2 and "choose another --port" in done.stderr and done.stderr.count("\n") == 1
         time.sleep(0.2)
         process.send_signal(2)
-        assert process.wait(timeout=20) == 0 and process.stderr.read() == ""
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
     finally:
         process.kill()
