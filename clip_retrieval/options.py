@@ -695,6 +695,9 @@ BELONGING = {
 }
 """Options that belong to the value of another option."""
 
+ALTERNATIVES = (("grad_cache", "accum_freq"),)
+"""Pairs of options that set the same thing."""
+
 REPEATABLE = [f.name for f in dataclasses.fields(DataOptions) if f.metadata["repeatable"]]
 
 GROUPS = {

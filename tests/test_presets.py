@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from clip_retrieval.config import read_preset
+from clip_retrieval.errors import UserError
 from clip_retrieval.options import NO_PRESET, PRESETS
 from clip_retrieval.run.settings import settle_options
 from tests.conftest import read_json
@@ -73,6 +74,17 @@ def test_config_overrides_preset_and_command_line_overrides_both(tmp_path):
 def test_another_optimizer_drops_the_betas_and_epsilon_of_the_preset():
     options = settle_options({"preset": "simple_clip", "optimizer": "lion"})[0].train
     assert (options.optimizer, options.beta2, options.eps) == ("lion", None, 1e-6)
+
+
+def test_typed_alternative_replaces_the_option_of_the_preset(tmp_path):
+    train = settle_options({"preset": "strong", "accum_freq": 4})[0].train
+    assert (train.grad_cache, train.accum_freq) == (None, 4)
+    path = tmp_path / "run.yaml"
+    path.write_text("accum_freq: 2\n")
+    train = settle_options({"config": str(path), "grad_cache": 64})[0].train
+    assert (train.grad_cache, train.accum_freq) == (64, 1)
+    with pytest.raises(UserError, match="give one of them"):
+        settle_options({"accum_freq": 4, "grad_cache": 64})
 
 
 def test_unknown_preset_names_the_nearest(run):

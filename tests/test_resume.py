@@ -338,6 +338,18 @@ def test_another_optimizer_needs_reset_optimizer(run, arguments, tmp_path, first
     assert code == 0, err
 
 
+def test_checkpoint_without_an_optimizer_name_can_change_to_lion(run, arguments, tmp_path):
+    """One of an earlier version has AdamW's betas and eps, which Lion does not take over."""
+    run(*arguments, "--epochs", "1", "--eps", "1e-8", "--beta2", "0.9")
+    path = tmp_path / "logs/ex0/last.pt"
+    content = torch.load(path, weights_only=True)
+    del content["options"]["optimizer"]
+    torch.save(content, path)
+    code, _, err = run(*arguments, "--resume", "auto", "--optimizer", "lion", "--reset_optimizer")
+    assert code == 0, err
+    assert torch.load(path, weights_only=True)["options"]["beta2"] is None
+
+
 def test_damaged_momentum_of_muon_is_refused_in_one_line(run, arguments, tmp_path):
     run(*arguments, "--epochs", "1", "--optimizer", "muon")
     path = tmp_path / "logs/ex0/last.pt"

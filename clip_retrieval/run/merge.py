@@ -13,6 +13,7 @@ from clip_retrieval.errors import UserError
 from clip_retrieval.files import check_root
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import (
+    ALTERNATIVES,
     BELONGING,
     PREFIXES,
     REPEATABLE,
@@ -91,6 +92,10 @@ def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
         for name, belonging in BELONGING.items():
             if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
                 merged = {other: value for other, value in merged.items() if other not in belonging}
+        # an option replaces its alternative in the layers below
+        for pair in ALTERNATIVES:
+            if len(own := layer.keys() & set(pair)) == 1:
+                merged = {other: value for other, value in merged.items() if other not in pair or other in own}
         merged.update(layer)
     if len(as_tuple(merged.get("dataset"))) == 1:  # a duplicate option for one data set: the last value counts
         repeated = [name for name in REPEATABLE if isinstance(merged.get(name), (list, tuple))]

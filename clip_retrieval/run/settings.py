@@ -86,7 +86,7 @@ def _merge_with_checkpoint(typed: dict[str, Any], config: dict[str, Any]) -> tup
     check_names(named, "vision_model" in typed, checkpoint.model_config, stored["vision_model"], str(path))
 
     # the checkpoint's options, except those that the command line replaces
-    inherited = select_for_resume(stored)
+    inherited = {"optimizer": "adamw"} | select_for_resume(stored)  # earlier versions had no other one
     if checkpoint.model_config["text_cfg"].keys() & {"vocab", "tokenizer_files"}:
         inherited["tokenizer"] = None  # the checkpoint holds it
     if "dataset_root" in typed:
