@@ -376,10 +376,14 @@ def test_command_line_sets_optimizer_and_length_on_resume(run, arguments, tmp_pa
 
 
 def test_options_are_checked_with_those_of_the_checkpoint(run, arguments, tmp_path):
-    run(*arguments, "--epochs", "1", "--grad_cache", "4")
+    run(*arguments, "--epochs", "1", "--grad_cache", "4", "--freeze_text")
     command = ("--resume", tmp_path / "logs/ex0/last.pt", "--checkpoint_path", tmp_path / "logs", "--epochs", "2")
-    code, _, err = run(*command, "--accum_freq", "5")
-    assert code == 2 and "--grad_cache" in err and "--accum_freq" in err
+    code, _, err = run(*command, "--freeze_vision")
+    assert code == 2 and "--freeze_vision and --freeze_text" in err
+    code, _, err = run(*command, "--accum_freq", "5")  # it replaces the checkpoint's grad_cache
+    assert code == 0, err
+    recorded = read_json(tmp_path / "logs/ex0/options.json")
+    assert (recorded["grad_cache"], recorded["accum_freq"]) == (None, 5)
 
 
 def test_resume_with_other_data_is_refused(run, arguments, captioned, tmp_path):
