@@ -217,7 +217,7 @@ def test_mixture_is_exported_with_the_bytes_of_its_files(halves, drawings, tmp_p
 def test_saved_dataset_trains_to_the_weights_of_its_files(run, settings, captioned, tmp_path):
     datasets = pytest.importorskip("datasets")
     splits = {}
-    for row in csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split")[0]:
+    for row in csv_file._read_rows(captioned / "captions.csv", "image", "caption", "split", None)[0]:
         splits.setdefault(row.split, []).append({"image": str(captioned / row.image), "caption": row.caption})
     saved = {
         name: datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()) for name, rows in splits.items()
