@@ -26,6 +26,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from karpathy import read_part
 from open_clip import get_tokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.utils.data import DataLoader
@@ -33,7 +34,6 @@ from train_step import Data, our_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.data.workers import default_num_workers
 from clip_retrieval.device import choose_device, choose_precision, device_name
 from clip_retrieval.models.build import build_model
@@ -81,8 +81,7 @@ def main() -> None:
 def time_step(model: str, annotations: Path, batch_size: int, device: torch.device, steps: int = 8) -> float:
     """Pairs per second of the training step on batches that are on the device."""
     built = build_model(ModelOptions(vision_model=model, pretrained="none"))
-    part = "test" if read_karpathy_json(annotations).get("test") else "train"
-    data = Data(built, annotations, batch_size, 4, device, split=part)
+    data = Data(built, annotations, batch_size, 4, device)
     step = our_step("ours", built, data, choose_precision("auto", device), device)
     return batch_size * rate_of(step, steps, device)
 
@@ -158,13 +157,13 @@ def time_open_clip_loader(model: str, args: argparse.Namespace, annotations: Pat
 
     built = build_model(ModelOptions(vision_model=model, pretrained="none"))
     transform = image_transform_v2(PreprocessCfg(**built.preprocess), is_train=True)
-    part = read_karpathy_json(annotations)["train"]
+    part = read_part(annotations, "train")
     with tempfile.NamedTemporaryFile("w", suffix=".csv", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(("filepath", "title"))
         folder = args.folder / "images"
-        for owner, text in zip(part.owners, part.texts):
-            writer.writerow((folder / part.names[owner], text))
+        for image, text in part.pairs:
+            writer.writerow((folder / part.names[image], part.texts[text]))
         file.flush()
         pairs = CsvDataset(
             file.name, transform, "filepath", "title", tokenizer=get_tokenizer(built.name.replace("/", "-"))

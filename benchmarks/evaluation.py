@@ -38,6 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from karpathy import read_part
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -47,10 +48,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.catalog import read_dataset
-from clip_retrieval.data.dataset import RetrievalDataset
+from clip_retrieval.data.dataset import Images, RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
 from clip_retrieval.data.pixels.pixels import choose_num_workers, make_pixels
-from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.device import choose_device, device_name
 from clip_retrieval.encode import IMAGE_BATCH_SIZE
 from clip_retrieval.evaluation.evaluator import encode_split, score
@@ -148,27 +148,29 @@ def load_dataset(args: argparse.Namespace, built: BuiltModel, device: torch.devi
     name = args.dataset or ("random" if device.type == "cuda" and not args.dataset_root else "flickr8k")
     if name == "random":
         return random_images(args.captions, built.preprocess["size"])
-    dataset = read_dataset(DataOptions(dataset=name, dataset_root=args.dataset_root or str(DATA / name)), "test")
+    root = args.dataset_root or str(DATA / name)
+    dataset = read_dataset(DataOptions(dataset=(name,), dataset_root=(root,)), "test")
     if dataset is None:
         raise SystemExit(f"{name} has no test split; choose other data")
     return dataset
 
 
 def random_images(captions: Path, size: int | tuple[int, int]) -> RetrievalDataset:
-    part = read_karpathy_json(captions)["test"]
+    part = read_part(captions, "test")
     height, width = (size, size) if isinstance(size, int) else size
     noise = np.random.default_rng(0).integers(256, size=(len(part.names), height, width, 3), dtype=np.uint8)
-    pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
-    return RetrievalDataset("random", "test", ImageArray(noise, "random"), part.texts, pairs)
+    return RetrievalDataset("random", "test", ImageArray(noise, "random"), part.texts, part.pairs)
 
 
 def first_images(dataset: RetrievalDataset, number: int | None) -> RetrievalDataset:
     """The first images of a data set with their captions."""
     if number is None or number >= len(dataset.images):
         return dataset
+    images: Images
     if isinstance(dataset.images, ImageArray):
         images = ImageArray(dataset.images.pixels[:number], dataset.name)
     else:
+        assert isinstance(dataset.images, ImageFiles)
         images = ImageFiles(dataset.images.paths[:number])
     pairs = dataset.pairs[dataset.pairs[:, 0] < number]
     kept, caption = np.unique(pairs[:, 1], return_inverse=True)
@@ -204,8 +206,9 @@ def ours(dataset: RetrievalDataset, setting: Setting, precision: str = "fp32", d
     tokens = tokenize(dataset.captions, tokenizer)
     pixels = make_pixels(dataset.images, setting.built.preprocess, decoder=decoder)
     tokenized_at = time.perf_counter()
-    settings = {"num_workers": setting.num_workers, "device": setting.device}
-    block, _ = score(encode_split(model, dataset, tokens, pixels, options, **settings), dataset, options)
+    workers, device = setting.num_workers, setting.device
+    features = encode_split(model, dataset, tokens, pixels, options, num_workers=workers, device=device)
+    block, _ = score(features, dataset, options)
     total = time.perf_counter() - started
     parts = {**block["seconds"]}
     parts["captions"] += tokenized_at - started
@@ -254,12 +257,12 @@ def five_times(dataset: RetrievalDataset, setting: Setting) -> Measurement:
         # Row and column i belong to pair i. An image has several identical rows.
         nearest = [matrix.argsort(dim=1, descending=True)[:, 0] for matrix in (scores, scores.T)]
         first = torch.from_numpy(dataset.first_pair[:-1]).to(device)
-        i2t, t2i = ((owner[column] == owner).float() for column in nearest)
-        i2t, t2i = i2t[first].mean().item(), t2i.mean().item()
-    return Measurement(time.perf_counter() - started, 100 * i2t, 100 * t2i, parts)
+        right_text, right_image = (100 * (owner[column] == owner).float() for column in nearest)
+        i2t, t2i = right_text[first].mean().item(), right_image.mean().item()
+    return Measurement(time.perf_counter() - started, i2t, t2i, parts)
 
 
-DEFAULT_ROWS = {
+DEFAULT_ROWS: dict[str, Callable[[RetrievalDataset, Setting], Measurement]] = {
     "ours": ours,
     "clip_benchmark": clip_benchmark,
     "five_times": five_times,
@@ -268,12 +271,16 @@ DEFAULT_ROWS = {
 ROWS = DEFAULT_ROWS | {decoder: partial(ours, decoder=decoder) for decoder in ("fast", "gpu")}
 
 
-class CaptionsOfImages(Dataset):
-    """(float image, its captions) of each image, the input of clip-benchmark."""
+class Items(Dataset):
+    """A data set with open_clip's transform."""
 
     def __init__(self, dataset: RetrievalDataset, preprocess: dict[str, Any]):
         self.dataset = dataset
         self.transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+class CaptionsOfImages(Items):
+    """(float image, its captions) of each image, the input of clip-benchmark."""
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -283,7 +290,7 @@ class CaptionsOfImages(Dataset):
         return self.transform(self.dataset.images[index]), [self.dataset.captions[i] for i in captions]
 
 
-class Pairs(CaptionsOfImages):
+class Pairs(Items):
     """(float image, caption) of each pair."""
 
     def __len__(self) -> int:
@@ -296,8 +303,7 @@ class Pairs(CaptionsOfImages):
 
 def data_loader(items: Dataset, setting: Setting) -> DataLoader:
     def collate(batch: list[tuple[Tensor, Any]]) -> tuple[Tensor, list]:
-        images, texts = zip(*batch)
-        return default_collate(images), list(texts)
+        return default_collate([image for image, _ in batch]), [text for _, text in batch]
 
     return DataLoader(
         items,

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ from clip_retrieval.data.pixels.cache import open_cached_pixels
 from clip_retrieval.data.pixels.pixels import make_pixels
 from clip_retrieval.data.pixels.transforms import evaluation_transform
 
-Read = Callable[[list[int]], Tensor]
+Read = Callable[[list[int]], Any]
+"""Read images by index into a batch, uint8 or float (images, 3, height, width)."""
 BATCH = 64
 ENTRIES = 1000  # images in a cache
 
@@ -87,6 +89,7 @@ def evaluation_ways(paths: list[str], size: int, caches: Path) -> dict[str, Read
     preprocess = {"size": size, "mean": (0, 0, 0), "std": (1, 1, 1)}
     reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     ours = evaluation_transform(preprocess)
+    assert isinstance(ours, v1.Compose)
     resize_v1 = v1.Compose(ours.transforms[:-1])  # accepts tensors, through float32
     resize_uint8 = v2.Compose([v2.Resize(size, v1.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
     images = ImageFiles(paths)
@@ -140,7 +143,7 @@ def cached_batches(paths: list[str], preprocess: dict, folder: Path, augment: st
     pixels = open_cached_pixels(images, preprocess, folder, "x", augment=augment, decoder=decoder, num_workers=workers)
     draw = np.random.default_rng(0)
 
-    def read(indices: list[int]) -> Tensor:
+    def read(indices: list[int]) -> Any:
         rows = np.array(indices) + len(paths) * draw.integers(copies, size=len(indices))
         return pixels.batch(rows, indices)
 
@@ -166,7 +169,8 @@ def simplejpeg(paths: list[str], transform: Callable[[np.ndarray], Tensor]) -> R
 def print_table(title: str, ways: dict[str, Read | None], reference: int, images: int, repeats: int) -> None:
     """Time all ways, and compare the pixels of number `reference` with those of the later ones."""
     # time
-    milliseconds: dict[str, list[float]] = {name: [] for name, read in ways.items() if read}
+    installed = {name: read for name, read in ways.items() if read}
+    milliseconds: dict[str, list[float]] = {name: [] for name in installed}
     draw = np.random.default_rng(0)
     for _ in range(repeats):
         for name, times in milliseconds.items():
@@ -174,14 +178,14 @@ def print_table(title: str, ways: dict[str, Read | None], reference: int, images
             order = [int(i) for _ in range(10 if "image_cache" in name else 1) for i in draw.permutation(images)]
             started = time.process_time()
             for begin in range(0, len(order), BATCH):
-                ways[name](order[begin : begin + BATCH])
+                installed[name](order[begin : begin + BATCH])
             times.append((time.process_time() - started) / len(order) * 1000)
 
     # print, with the differences
     print(f"| {title} | ms / image | speedup | largest difference | mean difference |")
     print("|---|---|---|---|---|")
     names, rows = list(ways), list(range(images))
-    expected = grey_levels(ways[names[reference]](rows))
+    expected = grey_levels(installed[names[reference]](rows))
     for number, (name, read) in enumerate(ways.items()):
         if read is None:
             print(f"| {name} | not installed | | | |")

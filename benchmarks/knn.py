@@ -76,8 +76,8 @@ def main() -> None:
     has_peer = importlib.util.find_spec("cn_clip") is not None
     if not has_peer:
         print("cn-clip is not installed (pip install --no-deps cn-clip): ours alone\n")
-    columns = ("cn-clip t2i (s)", "cn-clip i2t (s)", "ours, both (s)", "speedup", "from .npy (s)", "speedup")
-    columns += ("search: cn-clip (s)", "ours (s)", "speedup")
+    columns = ["cn-clip t2i (s)", "cn-clip i2t (s)", "ours, both (s)", "speedup", "from .npy (s)", "speedup"]
+    columns += ["search: cn-clip (s)", "ours (s)", "speedup"]
     print("| images / texts |", " | ".join(columns), "| peak (MiB) | same | t2i R@1, 5, 10 | i2t R@1, 5, 10 |")
     print("|---" * (len(columns) + 5) + "|")
     for size in args.sizes:
@@ -135,8 +135,8 @@ def search_seconds(images: int, texts: int, dim: int) -> float:
     image_features, text_features, _ = features(images, texts, dim)
 
     def search(number: int) -> None:
-        both = (Features(rows[:number], device, "item", str) for rows in (image_features, text_features))
-        nearest(*both, K)
+        images, texts = (Features(rows[:number], device, "item", str) for rows in (image_features, text_features))
+        nearest(images, texts, K)
 
     search(1000)
     return seconds(lambda: search(texts))

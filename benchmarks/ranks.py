@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 # torch reads it when it loads. Threads that spin while they wait (the default) starve each other on a busy machine:
 # each small step between two products then takes milliseconds.
@@ -31,6 +32,7 @@ from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.evaluation.scores import tile_size
 
+T = TypeVar("T")
 DEFAULT_SIZES = ["1000/5000", "5000/25000", "25000/125000"]
 PEER_HELP = (
     "largest size at which clip-benchmark runs (default: %(default)s); it needs 5 bytes per (image, caption) pair, "
@@ -59,7 +61,7 @@ def main() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def in_a_process(measure: Callable, *arguments: int) -> tuple:
+def in_a_process(measure: Callable[..., T], *arguments: int) -> T:
     """Run measure(*arguments) in a new process, whose memory is not used yet, and return its result."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)

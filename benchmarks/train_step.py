@@ -40,6 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from karpathy import read_part
 from open_clip import ClipLoss, SimpleTokenizer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,6 @@ from clip_retrieval.data.batches.sampler import BatchSampler
 from clip_retrieval.data.captions import tokenize
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
-from clip_retrieval.data.readers.karpathy import read_karpathy_json
 from clip_retrieval.device import DTYPES, choose_device, choose_precision, device_name, make_scaler
 from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.errors import UserError
@@ -61,7 +61,7 @@ from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import ModelOptions, Options
 from clip_retrieval.run.train_parts import COMPILED_LENGTHS, make_trainer
-from clip_retrieval.training.optimizer import parameter_groups
+from clip_retrieval.training.optimizer import BETA2, parameter_groups
 
 CAPTIONS = ("coco_text/dataset_coco_karpathy_test.json.gz", "flickr8k/dataset_flickr8k.json")
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16
@@ -98,6 +98,7 @@ class Row:
         self.peak = 0.0
         self.out_of_memory = False
         self._device, self._make, self._steps_done = device, make, 0
+        self._step: Callable[[int], object] | None = None
         before = allocated(device)
         self._attempt(warm_up)
         self._held = allocated(device) - before
@@ -116,8 +117,7 @@ class Row:
 
     def _attempt(self, steps: int) -> None:
         try:
-            if self._steps_done == 0:
-                self._step = self._make()
+            self._step = self._step or self._make()
             for _ in range(steps):
                 self._step(self._steps_done)
                 self._steps_done += 1
@@ -213,12 +213,10 @@ class Data:
         batch_size: int,
         number: int,
         device: torch.device,
-        split: str = "test",
     ):
-        part = read_karpathy_json(captions)[split]
-        pairs = np.stack([part.owners, np.arange(len(part.texts))], axis=1)
+        part = read_part(captions)
         images = ImageArray(np.empty((len(part.names), 0, 0, 3), np.uint8), "random")
-        self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, pairs), batch_size)
+        self._sampler = BatchSampler(RetrievalDataset("benchmark", "test", images, part.texts, part.pairs), batch_size)
         self._tokens = tokenize(part.texts, make_tokenizer(built))
         self._pixels = RandomPixels(built.preprocess["size"])
         self._number, self._device = number, device
@@ -229,8 +227,9 @@ class Data:
         self.normalised = [((batch.images / 255 - mean) / std, batch.texts) for batch in self.full]
 
     def _batches(self, *, trim: bool, bucket: int = 1) -> list[TrainBatch]:
-        settings = {"trim": trim, "bucket": bucket, "share": slice(None), "num_workers": 0, "device": self._device}
-        return list(islice(TrainLoader(self._sampler, self._pixels, self._tokens, **settings).epoch(0), self._number))
+        settings: dict[str, Any] = {"share": slice(None), "num_workers": 0, "device": self._device}
+        loader = TrainLoader(self._sampler, self._pixels, self._tokens, trim=trim, bucket=bucket, **settings)
+        return list(islice(loader.epoch(0), self._number))
 
 
 def make_tokenizer(built: BuiltModel) -> Any:
@@ -247,11 +246,17 @@ class RandomPixels:
 
     in_memory = True
 
+    def __len__(self) -> int:
+        return len(self._noise)
+
+    def __call__(self, index: int, seed: int = 0) -> Tensor:
+        return self._noise[index % len(self._noise)]
+
     def __init__(self, size: int | Sequence[int], number: int = 256):
         height, width = (size, size) if isinstance(size, int) else size
         self._noise = torch.randint(256, (number, 3, height, width), dtype=torch.uint8)
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    def batch(self, indices: Sequence[int] | np.ndarray, seeds: Sequence[int] | np.ndarray) -> Tensor:
         return self._noise[torch.as_tensor(indices) % len(self._noise)]
 
 
@@ -278,7 +283,7 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
     if name == "no_fused":
         train = options.train
         groups = parameter_groups(model, train.weight_decay)
-        betas = (train.beta1, train.beta2)
+        betas = (train.beta1, BETA2["adamw"])
         trainer.optimizer = torch.optim.AdamW(groups, train.lr, betas, train.eps, foreach=False, fused=False)
     if name == "no_channels_last":
         visual = trainer.towers.clip.visual.to(memory_format=torch.contiguous_format)
@@ -299,12 +304,13 @@ def open_clip_step(
     # model, loss and optimizer
     clip = copy.deepcopy(built.clip).to(device).train()
     loss, options = ClipLoss(cache_labels=True), Options().train
-    plain, decayed = [], []
+    plain: list[Tensor] = []
+    decayed: list[Tensor] = []
     for name, parameter in clip.named_parameters():
         exempt = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
         (plain if exempt else decayed).append(parameter)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": options.weight_decay}]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (options.beta1, options.beta2), options.eps)
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (options.beta1, BETA2["adamw"]), options.eps)
     scaler = make_scaler(precision, device)
 
     def step(number: int) -> None:
@@ -363,7 +369,7 @@ def print_rows(
             cells = [f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}", "", "", f"{row.peak:.1f}" if row.peak else ""]
             if theirs and not theirs.out_of_memory:
                 cells[1] = f"{median(a / b for a, b in zip(theirs.seconds, row.seconds)):.2f}"
-            if flops:
+            if flops and peak:
                 needed = flops[0] if name.startswith("open_clip") else flops[1]
                 cells[2] = f"{100 * needed / median(row.seconds) / (peak * 1e12):.1f}"
         print(f"| {first_cells} | {ROWS[name]} | {' | '.join(cells)} |", flush=True)

@@ -11,6 +11,8 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/mypy main.py scripts
+MYPYPATH=benchmarks .venv/bin/mypy benchmarks
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 if $full; then
     .venv/bin/python -m pytest -n 2 -m full

@@ -18,6 +18,9 @@ from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.log import log
 from tests.models.small import small_config, small_simple_config
 
+# A shell starts a background job with SIGINT ignored, and all programs that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
 
@@ -76,16 +79,16 @@ def captioned(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def negated(captioned):
+def negated(captioned, tmp_path_factory):
     """The captions of `captioned` with a column `wrong`: two negative captions, one, or none."""
-    (captioned / "negated").mkdir()
+    folder = tmp_path_factory.mktemp("negated", numbered=False)
     lines = []
     for number, line in enumerate((captioned / "captions.csv").read_text().splitlines()):
         image, caption, split = line.split(",")
         wrong = ["", caption.replace("thing", "ghost"), f"['{caption} not', '{caption} never']"][number % 3]
-        lines.append(f"../{image},{caption},{split}," + (f'"{wrong}"' if number else "wrong"))
-    lines[0] = lines[0].removeprefix("../")
-    path = captioned / "negated" / "captions.csv"
+        place = f"{captioned / image}" if number else image
+        lines.append(f"{place},{caption},{split}," + (f'"{wrong}"' if number else "wrong"))
+    path = folder / "captions.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
 

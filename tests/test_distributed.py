@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 RESUMED_AT = 4  # step of the last save before the kill
-NEGATIVE = "--annotations negated/captions.csv --negative_column wrong"
+NEGATIVE = "--annotations ../negated/captions.csv --negative_column wrong"
 VARIANTS = {
     "averages": "--ema 0.5 --swa_start 1",
     "resnet": "--vision_model resnet.json --lr 0.01",

@@ -120,7 +120,7 @@ def _make_ranks(folder: Path) -> list[Path]:
     from clip_retrieval.reporting.ranks_file import KINDS
 
     counts = {"above": [0, 2, 5], "tied": [0, 1, 0], "positives": [1, 2, 1], "queries": [0, 1, 3]}
-    counts |= {"ids": ["a.jpg", "b.jpg", "c.jpg"], "images": [0, 0, 3]}
+    counts |= {"ids": ["a.jpg", "b.jpg", "c.jpg"], "images": [0, 0, 3], "texts": [7, -8, 9]}
     np.savez(folder / "ranks.npz", **{name: np.array(counts[name.split("_")[1]]) for name in KINDS})
     return [folder / "ranks.npz"]
 
