@@ -22,7 +22,11 @@ images=5000 tests=tests
 if [ -n "${TINY:-}" ]; then
     step="--repeats 1 --steps 1" large=tiny other=() batch=4 steps=25 rows=(step fast) images=8 tests=tests/test_process_group.py
 fi
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then decoder=fast; else decoder=gpu; fi
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    decoder=fast compiled=(graph compile)
+else
+    decoder=gpu compiled=(varlen graph compile)
+fi
 
 measure() { # measure SECONDS COMMAND...: run a command within its limit and the total one
     local limit=$1 left=$((total - SECONDS)) code=0
@@ -77,6 +81,8 @@ if has processes; then
 fi
 if has compile; then
     for model in "$large" ${other[@]+"${other[@]}"}; do
-        measure 110 "$python" benchmarks/train_step.py --models "$model" --batch_sizes "$batch" --only open_clip ours compile $step
+        for row in "${compiled[@]}"; do  # apart, because the graphs of a row keep their memory
+            measure 90 "$python" benchmarks/train_step.py --models "$model" --batch_sizes "$batch" --only open_clip ours "$row" $step
+        done
     done
 fi

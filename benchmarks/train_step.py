@@ -40,9 +40,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from karpathy import read_part
 from open_clip import ClipLoss, SimpleTokenizer
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,7 +59,7 @@ from clip_retrieval.device import DTYPES, choose_device, choose_precision, devic
 from clip_retrieval.distributed import SINGLE_PROCESS
 from clip_retrieval.errors import UserError
 from clip_retrieval.models.build import BuiltModel, build_model
-from clip_retrieval.models.pooled import BLOCK_FUNCTIONS
+from clip_retrieval.models.pooled import BLOCK_FUNCTIONS, Packing
 from clip_retrieval.models.tokenizers import build_tokenizer
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import ModelOptions, Options
@@ -74,12 +77,14 @@ ROWS = {
     "all_tokens": "ours, padded to the longest, all tokens in the last block",
     "no_fused": "ours, AdamW not fused",
     "no_channels_last": "ours, without channels_last",
-    "compile": "ours, --compile",
+    "varlen": "ours, captions packed for torch's varlen_attn",
+    "graph": "ours, CUDA graphs, not compiled",
+    "compile": "ours, --compile: CUDA graphs, compiled",
     "grad_cache": "ours, --grad_cache of a quarter",
     "open_clip_bf16": "open_clip, bf16",
     "bf16": "ours, bf16",
 }
-ON_CUDA = ("no_channels_last", "compile")
+ON_CUDA = ("no_channels_last", "varlen", "graph", "compile")
 ON_AMX = ("open_clip_bf16", "bf16")
 
 
@@ -99,9 +104,10 @@ class Row:
         self.out_of_memory = False
         self._device, self._make, self._steps_done = device, make, 0
         self._step: Callable[[int], object] | None = None
-        before = allocated(device)
+        before, pools = allocated(device), graph_memory(device)
         self._attempt(warm_up)
         self._held = allocated(device) - before
+        self._pool = graph_memory(device) - pools
 
     def measure(self, steps: int) -> None:
         if self.out_of_memory:
@@ -113,7 +119,8 @@ class Row:
         self._attempt(steps)
         self.seconds.append((time.perf_counter() - started) / steps)
         if self._device.type == "cuda":
-            self.peak = max(self.peak, (torch.cuda.max_memory_allocated(self._device) - other_rows) / 2**30)
+            peak = torch.cuda.max_memory_allocated(self._device) - other_rows + self._pool
+            self.peak = max(self.peak, peak / 2**30)
 
     def _attempt(self, steps: int) -> None:
         try:
@@ -132,6 +139,12 @@ class Row:
 
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def graph_memory(device: torch.device) -> int:
+    """Bytes that CUDA graphs reserve, most of which do not count as allocated between replays."""
+    segments = torch.cuda.memory_snapshot() if device.type == "cuda" else []
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
 
 
 def release(device: torch.device) -> None:
@@ -263,13 +276,14 @@ class RandomPixels:
 def make_row(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Row:
     precision = "bf16" if name in ON_AMX else precision
     make = open_clip_step if name.startswith("open_clip") else our_step
-    # Warm up with every batch: later steps neither compile nor search for algorithms.
-    return Row(lambda: make(name, built, data, precision, device), len(data.trimmed), device)
+    # Warm up with every batch, twice if graphs are captured: later steps neither compile nor search for algorithms.
+    warm_up = len(data.trimmed) * (2 if name in ("graph", "compile") else 1)
+    return Row(lambda: make(name, built, data, precision, device), warm_up, device)
 
 
 def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: torch.device) -> Callable[[int], object]:
     """The step of a run with default options, except for the change that `name` names."""
-    batches = {"no_trim": data.full, "compile": data.bucketed}.get(name, data.trimmed)
+    batches = {"no_trim": data.full, "graph": data.bucketed, "compile": data.bucketed}.get(name, data.trimmed)
     if name in ("no_packing", "no_trim"):
         batches = [replace(batch, lengths=None) for batch in batches]
     options = Options()
@@ -277,6 +291,10 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
     options.train.grad_cache = max(1, len(batches[0].images) // 4) if name == "grad_cache" else None
     model = RetrievalModel(copy.deepcopy(built.clip), built.preprocess).to(device)
     trainer = make_trainer(options.train, options.loss, model, precision, device, SINGLE_PROCESS)
+    if name == "graph":
+        trainer.replay_graphs()
+    if name == "varlen":
+        trainer.towers._functions = replace(BLOCK_FUNCTIONS, packed_block=varlen_block)
     if name == "all_tokens":
         pool_all_tokens(trainer.towers)
         batches = [replace(batch, lengths=None) for batch in batches]
@@ -295,6 +313,18 @@ def our_step(name: str, built: BuiltModel, data: Data, precision: str, device: t
 def pool_all_tokens(model: RetrievalModel) -> None:
     """Compute all tokens in the last block of the image tower, as open_clip does."""
     model._functions = replace(BLOCK_FUNCTIONS, class_token=lambda block, x: block(x)[:, 0])
+
+
+def varlen_block(block: ResidualAttentionBlock, x: Tensor, pack: Packing) -> Tensor:
+    """Compute a block for packed captions without padding them for the attention, as `BLOCK_FUNCTIONS` does."""
+    attention, (captions, _, _, longest) = block.attn, pack.mask.shape
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+    ends = torch.searchsorted(pack.index, longest * torch.arange(captions + 1, device=x.device)).int()
+    attended = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(attended, Tensor)
+    x = x + block.ls_1(attention.out_proj(attended.flatten(1)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def open_clip_step(

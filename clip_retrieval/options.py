@@ -504,7 +504,9 @@ class TrainOptions:
         "run frozen towers, and the teacher, in every epoch, instead of caching their features (same final weights)",
     )
     compile: bool = option(
-        False, "compile the towers with torch.compile: a slow start, then faster steps", from_checkpoint=False
+        False,
+        "compile the towers, and replay them as CUDA graphs on a GPU: a slow start, then faster steps",
+        from_checkpoint=False,
     )
     seed: int = option(99, "random seed", minimum=0)
     deterministic: bool = option(

@@ -18,9 +18,6 @@ from clip_retrieval.errors import run_with_exit_code
 from clip_retrieval.log import log
 from tests.models.small import small_config, small_simple_config
 
-# A shell starts a background job with SIGINT ignored, and all programs that the tests start would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 ROOT = Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "dark", "light", "small", "large", "round", "old", "new")
 
@@ -34,12 +31,13 @@ def pytest_runtest_makereport():
 
 
 @pytest.fixture(autouse=True)
-def restore_signals():
-    """Restore the signal handlers: a stopped program ignores further signals, and its children inherit that."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+def default_signals():
+    """Restore the default signal handlers before each test, after the fixtures of its module.
+
+    A stopped program, and a background job of a shell, ignore signals, and all processes that they start inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

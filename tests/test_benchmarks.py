@@ -3,11 +3,15 @@
 import importlib
 import importlib.util
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from clip_retrieval.models.pooled import BLOCK_FUNCTIONS, Packing, Positions
 from tests.conftest import ROOT
+from tests.models.small import small_clip
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +86,23 @@ def test_html_report(run_benchmark, captioned, tmp_path):
     assert header == ["runs", "images / captions", "seconds", "CPU seconds", "MB"]
     assert [row[:2] for row in found] == [["1", "40 / 200"], ["2", "40 / 200"]]
     assert all(0 < float(row[4]) < 10 for row in found)
+
+
+def test_varlen_block_computes_a_packed_block(monkeypatch):
+    """On a GPU, torch's varlen_attn takes the place of this loop over the captions."""
+
+    def attend(q, k, v, starts, _, longest, __, window_size):
+        assert window_size == (-1, 0) and int(starts.diff().max()) <= longest
+        parts = []
+        for begin, end in pairwise(starts):
+            heads = (each[begin:end].transpose(0, 1) for each in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    train_step = importlib.import_module("train_step")
+    monkeypatch.setattr(train_step, "varlen_attn", attend)
+    lengths = torch.tensor([3, 1, 5, 2])
+    pack = Packing.of(Positions.of(lengths, torch.device("cpu")), lengths - 1)
+    block, x = small_clip().transformer.resblocks[0], torch.randn(11, 32)
+    torch.testing.assert_close(train_step.varlen_block(block, x, pack), BLOCK_FUNCTIONS.packed_block(block, x, pack))

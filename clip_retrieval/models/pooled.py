@@ -92,11 +92,41 @@ def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Positions:
     """Positions of the tokens of captions: packed one after the other (T = sum of the lengths), or padded (n, longest).
 
     Attributes:
         index: int64 (T,), position of each packed token in the flattened padded form.
+        starts: int64 (n,), packed position of each caption's first token.
+        longest: tokens of a row in the padded form.
+    """
+
+    index: Tensor
+    starts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device, longest: int | None = None) -> Positions:
+        """Compute them on the CPU and move them to the device, which nothing waits for.
+
+        Args:
+            lengths: int64 (n,) on the CPU.
+            longest: at least the longest length, which is the default.
+        """
+        longest = int(lengths.max()) if longest is None else longest
+        index = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        starts = lengths.cumsum(0) - lengths
+        if device.type == "cuda":
+            index, starts = index.pin_memory(), starts.pin_memory()
+        return cls(index.to(device, non_blocking=True), starts.to(device, non_blocking=True), longest)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Packed captions and the token that is pooled of each.
+
+    Attributes:
+        index: int64 (T,), see `Positions`.
         end: int64 (n,), packed position of each caption's pooled token.
         mask: bool (n, 1, 1, longest), True for the tokens up to the pooled one.
     """
@@ -106,20 +136,10 @@ class Packing:
     mask: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, pooled: Tensor) -> Packing:
-        """Pack captions.
-
-        Args:
-            lengths: int64 (n,) on the CPU, so that nothing waits for the device.
-            pooled: int64 (n,) on the device, position of the pooled token in each caption.
-        """
-        columns = torch.arange(int(lengths.max()))
-        index = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
-        tensors = [index, lengths.cumsum(0) - lengths, columns]
-        if pooled.device.type == "cuda":
-            tensors = [tensor.pin_memory().to(pooled.device, non_blocking=True) for tensor in tensors]
-        index, starts, columns = (tensor.to(pooled.device) for tensor in tensors)
-        return cls(index, starts + pooled, (columns <= pooled[:, None])[:, None, None])
+    def of(cls, positions: Positions, pooled: Tensor) -> Packing:
+        """Pack captions; pooled: int64 (n,), position of the pooled token in each caption."""
+        columns = torch.arange(positions.longest, device=pooled.device)
+        return cls(positions.index, positions.starts + pooled, (columns <= pooled[:, None])[:, None, None])
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad (T, width) with zeros to (n, longest, width)."""
@@ -127,22 +147,25 @@ class Packing:
         return x.new_zeros(n * longest, x.shape[1]).index_copy(0, self.index, x).view(n, longest, -1)
 
 
-def pooled_end_token(text: ClipModule, tokens: Tensor, lengths: Tensor, functions: BlockFunctions) -> Tensor:
+def pooled_end_token(
+    text: ClipModule, tokens: Tensor, lengths: Tensor | Positions, functions: BlockFunctions
+) -> Tensor:
     """Compute the end token (n, width) of captions, before the projection.
 
     Args:
         text: the module that holds the tower's parts.
         tokens: int64 (n, length), at least as long as the longest caption.
-        lengths: int64 (n,) on the CPU: number of ids without padding.
+        lengths: int64 (n,) on the CPU: number of ids without padding; or the positions that follow from them.
         functions: those that compute the blocks.
     """
-    pack = Packing.of(lengths, _find_end_token(text, tokens[:, : int(lengths.max())]))
-    longest = pack.mask.shape[-1]
+    positions = Positions.of(lengths, tokens.device) if isinstance(lengths, Tensor) else lengths
+    longest = positions.longest
+    pack = Packing.of(positions, _find_end_token(text, tokens[:, :longest]))
     ids = tokens[:, :longest].reshape(-1)[pack.index]
     dtype = text.transformer.get_cast_dtype()
     # F.embedding is deterministic; the backward of positional_embedding[...] adds repeated rows with atomics.
-    positions = F.embedding(pack.index % longest, text.positional_embedding)
-    x = text.token_embedding(ids).to(dtype) + positions.to(dtype)
+    embedded = F.embedding(pack.index % longest, text.positional_embedding)
+    x = text.token_embedding(ids).to(dtype) + embedded.to(dtype)
     *blocks, last = text.transformer.resblocks
     run = _runner(text.transformer)
     for block in blocks:

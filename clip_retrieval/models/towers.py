@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from clip_retrieval.models.lora import find_lora, merge_state
 from clip_retrieval.models.model_config import ClipModule, State
 from clip_retrieval.models.pooled import (
     BLOCK_FUNCTIONS,
+    Positions,
     eos_id,
     pool_type,
     pooled_end_token,
@@ -79,7 +81,9 @@ class RetrievalModel(nn.Module):
             for module in blocks or [tower]:
                 module.compile(dynamic=False)
 
-    def forward(self, images: Tensor, texts: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, texts: Tensor, lengths: Tensor | Positions | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode images and captions: two float32 tensors, (n, dim) and (m, dim), with L2-normalised rows.
 
         Args:
@@ -95,11 +99,11 @@ class RetrievalModel(nn.Module):
         """Encode uint8 images (n, 3, height, width) as float32 (n, dim), L2-normalised."""
         return self._adapt(self._run_vision(images))
 
-    def encode_text(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def encode_text(self, tokens: Tensor, lengths: Tensor | Positions | None = None) -> Tensor:
         """Encode int64 ids (n, length) as float32 (n, dim), L2-normalised. `length` may be below the context length.
 
-        `lengths`, int64 (n,) on the CPU, is the number of ids of each row without padding. Towers that support it skip
-        the padding.
+        `lengths`, int64 (n,) on the CPU, is the number of ids of each row without padding; or the positions that follow
+        from it. Towers that support it skip the padding (`packs_text`).
         """
         return F.normalize(self._run_text(tokens, lengths).float(), dim=-1)
 
@@ -137,13 +141,18 @@ class RetrievalModel(nn.Module):
         adapted = self.adaptor(features.to(self._dtype)).float()
         return F.normalize(ADAPTOR_RATIO * adapted + (1 - ADAPTOR_RATIO) * features, dim=-1)
 
-    def _run_text(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    def _run_text(self, tokens: Tensor, lengths: Tensor | Positions | None) -> Tensor:
         text = text_part(self.clip)
-        if lengths is not None and pools_the_end_token(text):
+        if lengths is not None and self.packs_text:
             return project(text_projection(self.clip), pooled_end_token(text, tokens, lengths, self._functions))
         if self.trims_text and not isinstance(text, HUGGING_FACE):
             return _encode_trimmed(text, tokens)
         return self.clip.encode_text(tokens) if text is self.clip else _drop_tokens(text(tokens))
+
+    @property
+    def packs_text(self) -> bool:
+        """Whether the text tower skips the padding of captions with known lengths."""
+        return pools_the_end_token(text_part(self.clip))
 
     @property
     def trims_text(self) -> bool:
@@ -209,10 +218,12 @@ class RetrievalModel(nn.Module):
                 self.adaptor.load_state_dict(adaptor)
 
 
+@functools.cache
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works, which needs a C++ compiler and Python's headers; if not, log a warning."""
+    effect = "only replays CUDA graphs" if device.type == "cuda" else "has no effect"
     try:
-        with translate_errors("--compile has no effect, torch.compile does not work here"):
+        with translate_errors(f"--compile {effect}, torch.compile does not work here"):
             torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
     except UserError as error:
         log.warning(f"{error}; for more speed, install a C++ compiler (g++) and Python's headers")

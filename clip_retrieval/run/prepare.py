@@ -169,7 +169,7 @@ def prepare(
     # model and data
     device = choose_device(options.run.device)
     precision = choose_precision(options.train.precision, device)
-    if options.train.compile and not can_compile(device):
+    if options.train.compile and device.type != "cuda" and not can_compile(device):  # a GPU still gains from graphs
         options = replace(options, train=replace(options.train, compile=False))
     loaded = load_model_and_data(options, checkpoint, device, processes)
     options, model, built, tokenizer, train = loaded[:5]

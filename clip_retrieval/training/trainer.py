@@ -21,9 +21,10 @@ from clip_retrieval.distributed import SINGLE_PROCESS, Processes
 from clip_retrieval.errors import RunError
 from clip_retrieval.losses import LOSSES, make_loss
 from clip_retrieval.models.batch_norm import freeze_statistics
-from clip_retrieval.models.towers import RetrievalModel
+from clip_retrieval.models.towers import RetrievalModel, can_compile
 from clip_retrieval.options import LossOptions, TrainOptions
 from clip_retrieval.training.average import EMA, make_averages
+from clip_retrieval.training.cuda_graphs import GraphedTowers, Recorder, can_replay
 from clip_retrieval.training.distillation import Distillation
 from clip_retrieval.training.image_warmup import ImageWarmup
 from clip_retrieval.training.master_weights import MasterWeights
@@ -118,8 +119,11 @@ class Trainer:
         self.towers = model if precision == "fp32" else model.copy_in(DTYPES[precision])
         self._mode: bool | None = None  # of the copy
         self._masters = None if precision == "fp32" else MasterWeights(model, self.towers)
+        self._graphs: GraphedTowers | None = None
         if options.compile:
-            self.towers.compile_towers()
+            if can_compile(device):
+                self.towers.compile_towers()
+            self.replay_graphs()
         self._parallel: DistributedDataParallel | None = None
         if processes.world_size > 1:
             # averages the gradients over the processes during the backward pass
@@ -129,6 +133,12 @@ class Trainer:
         self.distillation: Distillation | None = None
         self.image_warmup: ImageWarmup | None = None
         self._first_bad_step = torch.tensor(-1, device=device)
+
+    def replay_graphs(self) -> None:
+        """Replay the towers as CUDA graphs from now on, if this run can: in one process, on a GPU."""
+        alone = self.device.type == "cuda" and self.processes.world_size == 1
+        if alone and not self._recomputes and can_replay(self.model):
+            self._graphs = GraphedTowers(self.towers, self.model, Recorder(self.device))
 
     @property
     def trainable_shapes(self) -> dict[str, list[int]]:
@@ -246,6 +256,8 @@ class Trainer:
     def _encode(self, batch: TrainBatch, step: int, chunk: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Compute the features of a chunk. A second pass and a resumed run draw the same dropout masks."""
         torch.manual_seed(_mix_seed(self.seed, step, self.processes.rank, chunk))
+        if self._graphs is not None:
+            return self._graphs(*batch.part(rows))
         towers = self._parallel if self._parallel is not None and torch.is_grad_enabled() else self.towers
         return towers(*batch.part(rows))
 
@@ -286,6 +298,7 @@ class Trainer:
                     tensors += self._scale_and_bias()
                     parts += scale_and_bias
                 self._backward(tensors, parts, last=last)
+                del tensors  # the autograd graph of one chunk must not be alive when the next one is captured
 
     def _update(self) -> None:
         if self.grad_clip is not None:
