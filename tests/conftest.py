@@ -41,6 +41,12 @@ def default_signals():
 
 
 @pytest.fixture(autouse=True)
+def skip_fsync(monkeypatch):
+    """Skip fsync: no file of a test has to survive a power failure."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def close_log_files():
     """Close log.txt after each test, so the next one does not write to it."""
     yield

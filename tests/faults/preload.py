@@ -1,4 +1,4 @@
-"""Import all modules of a run before it is forked."""
+"""Import all modules of a run, and read the tokenizer, before it is forked."""
 
 import importlib
 
@@ -15,3 +15,4 @@ for module in MODULES:
 # transformers imports lazily.
 for name in ("AutoTokenizer", "BertConfig", "BertModel", "BertTokenizer", "DistilBertModel"):
     getattr(importlib.import_module("transformers"), name)
+importlib.import_module("clip_retrieval.models.tokenizers")._read_clip_tokenizer()

@@ -5,7 +5,6 @@ No reader may raise anything but UserError.
 
 import copy
 import json
-import os
 
 import numpy as np
 import pytest
@@ -91,12 +90,6 @@ def write_and(path, run):
         return run(path)
 
     return read
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Skip fsync: thousands of files are written here, and none has to survive a power failure."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
