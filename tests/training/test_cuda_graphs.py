@@ -79,8 +79,8 @@ def make_batches(device, number):
         yield TrainBatch(*(tensor.to(device) for tensor in (images, ids, positives)), lengths)
 
 
-def train(device, options, precision="fp32", steps=6):
-    """The losses and the weights after some steps, on the CPU."""
+def start(device, options, precision):
+    """A trainer of a small model."""
     options = settle({"lr": 0.1, "eps": 1.0} | options)
     torch.manual_seed(0)
     adaptor = options.train.trainable == "adaptor"
@@ -88,10 +88,16 @@ def train(device, options, precision="fp32", steps=6):
     model = RetrievalModel(small_clip(init_logit_bias=bias), small_preprocess(), adaptor=adaptor).to(device)
     made = train_parts.make_trainer(options.train, options.loss, model, precision, torch.device(device), SINGLE_PROCESS)
     model.train()
+    return made
+
+
+def train(device, options, precision="fp32", steps=6):
+    """The losses and the weights after some steps, on the CPU."""
+    made = start(device, options, precision)
     with disable_tf32():
         losses = [made.step(batch, n, 0.1).loss.item() for n, batch in enumerate(make_batches(device, steps), 1)]
     averages = [value.cpu() for each in made.averages.values() for value in each.state_dict()["weights"].values()]
-    return losses, [*averages, *(value.cpu() for value in model.weights().values())]
+    return losses, [*averages, *(value.cpu() for value in made.model.weights().values())]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -137,6 +143,21 @@ def test_graphs_are_replayed_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), normal(self)))
     train("cuda", {"compile": True}, "bf16", steps=8)
     assert len(replays) >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replayed_steps_do_not_synchronize_with_the_gpu():
+    made = start("cuda", {"compile": True}, "bf16")
+    batch = next(make_batches("cuda", 1))
+    for number in range(1, 7):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")  # after a capture in the second step
+        try:
+            made.step(batch, number, 0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    made.check_finite()
 
 
 def test_only_repeated_shapes_are_captured(calls, monkeypatch):
