@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Collection
@@ -75,12 +76,16 @@ def read_npz(path: Path, kinds: dict[str, str], optional: Collection[str] = ()) 
                     shape, _, dtype = _read_header(member, kind)
                     if len(shape) != 1 or dtype.itemsize == 0 or shape[0] > size // dtype.itemsize:
                         raise ValueError(f"its header has the shape {shape}")
-                    arrays[name] = np.frombuffer(member.read(shape[0] * dtype.itemsize), dtype, shape[0])
+                    content = member.read(shape[0] * dtype.itemsize)
+                    # an invalid character would be a SystemError where the text is used
+                    if kind == "U" and np.frombuffer(content, f"{dtype.str[0]}u4").max(initial=0) > sys.maxunicode:
+                        raise ValueError("it holds invalid characters")
+                    arrays[name] = np.frombuffer(content, dtype, shape[0])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except (ValueError, KeyError, RuntimeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         part = f"array {name}: " if name else ""
-        raise UserError(f"{path}: not a readable .npz file ({part}{describe(error)})") from None
+        raise UserError(f"{path}: not a readable .npz file ({part}{describe(error)}); write it again") from None
     return arrays
 
 

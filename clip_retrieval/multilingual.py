@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clip_retrieval.data.multilingual import MultilingualData, read_multilingual
+from clip_retrieval.errors import one_line
 from clip_retrieval.evaluation.metrics import report
 from clip_retrieval.evaluation.ranks import retrieval_ranks
 from clip_retrieval.log import log
@@ -68,5 +69,5 @@ def _table(blocks: dict[str, Any]) -> str:
     rows = [["language", "captions", *RECALL_HEADS, "mean"]]
     for language, block in blocks.items():
         number = f"{block['captions']:,}" if "captions" in block else ""
-        rows.append([language, number, *recall_cells(block), f"{block['mean_recall']:.2f}"])
+        rows.append([one_line(language), number, *recall_cells(block), f"{block['mean_recall']:.2f}"])
     return align(rows)

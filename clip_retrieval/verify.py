@@ -62,7 +62,11 @@ def read_published(path: Path = PUBLISHED) -> list[Published]:
             ) from None
         if not recalls or None in texts:
             raise UserError(f"{path}, line {line}: no recalls; give at least one of {', '.join(METRICS)}")
+        if not all(0 <= value < float("inf") for value in recalls.values()):
+            raise UserError(f"{path}, line {line}: a recall is no number of percent; correct it")
         rows.append(Published(texts[0], texts[1], texts[2], recalls, texts[3]))
+    if not rows:
+        raise UserError(f"{path}: holds no results; its columns must be those of {PUBLISHED}")
     return rows
 
 
@@ -103,6 +107,8 @@ def verify(
     from clip_retrieval.evaluate import evaluate
 
     rows = select(read_published(table), dataset, models)
+    if not data.is_dir():  # else each model would fail in turn
+        raise UserError(f"{data}: no such folder; give the folder of the data set")
     if "pretrained" in typed and len(rows) > 1:
         raise UserError(f"--pretrained is for one model, not for {len(rows)}; give --models MODEL")
     make_folder(output, "--output")
@@ -127,7 +133,9 @@ def verify(
     log.info("\n".join(["", *lines]))
     log.info(f"wrote {output / 'verify.json'}")
     if failed := sum(record["status"] != "ok" for record in records):
-        raise RunError(f"{failed} of {len(records)} models are not within {TOLERANCE} of their published numbers")
+        raise RunError(
+            f"{failed} of {len(records)} models are not within {TOLERANCE} of their published numbers, or not evaluated"
+        )
 
 
 def compare(row: Published, results: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,9 @@ def test_blank_line_of_xtd10_is_an_image_without_a_caption(xtd10, captioned):
 def test_bad_files_are_named(xm3600, xtd10, captioned):
     with pytest.raises(UserError, match=r"no captions in fr; it has de, en"):
         read_multilingual(xm3600, captioned, ["fr"])
+    (xm3600.parent / "none.jsonl").write_text('{"image/key": "0"}')
+    with pytest.raises(UserError, match="no captions in any language; give the published file"):
+        read_multilingual(xm3600.parent / "none.jsonl", captioned)
     (xtd10 / "MIC/test_1kcaptions_de.txt").write_text("ein rot\n")
     with pytest.raises(UserError, match=r"test_1kcaptions_de\.txt: has 1 captions"):
         read_multilingual(xtd10, captioned)

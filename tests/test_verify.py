@@ -131,10 +131,19 @@ def test_models_are_selected_by_name_and_tag(table):
 
 def test_bad_tables_are_named(tmp_path):
     header = ",".join(["model", "pretrained", "dataset", *METRICS, "source"])
-    for text in ("a,b\n1,2\n", f"{header}\nx,y,coco,high,,,,,,s\n", f"{header}\nx,y,coco,,,,,,,s\n"):
+    rows = [f"{header}\nx,y,coco,{recall},,,,,,s\n" for recall in ("high", "", "nan", "inf", "-1")]
+    for text in ("a,b\n1,2\n", *rows):
         (tmp_path / "table.csv").write_text(text)
         with pytest.raises(UserError, match=r"table\.csv, line 2"):
             read_published(tmp_path / "table.csv")
+    (tmp_path / "table.csv").write_text(header)
+    with pytest.raises(UserError, match="holds no results"):
+        read_published(tmp_path / "table.csv")
+
+
+def test_missing_data_are_one_line_and_no_evaluations(script, tmp_path):
+    code, _, err = script("verify", tmp_path / "none")
+    assert code == 2 and f"{tmp_path / 'none'}: no such folder" in err and err.count("\n") == 1
 
 
 def test_list_prints_all_published_numbers(script, table):

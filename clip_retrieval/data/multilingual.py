@@ -58,10 +58,11 @@ def read_multilingual(
     names, texts = _read_xtd10(data) if is_xtd else _read_xm3600(path)
     unknown = sorted(set(languages) - set(texts))
     if unknown or not texts:
-        raise UserError(f"{data}: no captions in {', '.join(unknown) or 'any language'}; it has {', '.join(texts)}")
+        found = f"it has {', '.join(texts)}" if texts else "give the published file"
+        raise UserError(f"{data}: no captions in {', '.join(unknown) or 'any language'}; {found}")
     # one list of captions
     captions: list[str] = []
-    found: dict[str, tuple[slice, np.ndarray]] = {}
+    slices: dict[str, tuple[slice, np.ndarray]] = {}
     for language in sorted(languages or texts):
         rows = [(image, text) for image, text in texts[language] if text]
         if first_caption:
@@ -69,12 +70,12 @@ def read_multilingual(
         if not rows:
             raise UserError(f"{data}: the captions in {language} are empty; give complete files")
         pairs = np.array([(image, number) for number, (image, _) in enumerate(rows)], np.int64)
-        found[language] = slice(len(captions), len(captions) + len(rows)), pairs
+        slices[language] = slice(len(captions), len(captions) + len(rows)), pairs
         captions += [text for _, text in rows]
     images = find_image_files([(image_dir / folder, names) for folder in IMAGE_FOLDERS], data)
     name = "xtd10" if is_xtd else "xm3600"
     dataset = RetrievalDataset(name, UNSPLIT, images, captions, np.empty((0, 2), np.int64))
-    return MultilingualData(dataset, found)
+    return MultilingualData(dataset, slices)
 
 
 def _read_xm3600(path: Path) -> tuple[list[str], dict[str, list[tuple[int, str]]]]:

@@ -74,7 +74,9 @@ class CroppedImages:
         if box is None:
             return image
         left, upper, right, lower = box
-        if not (0 < right - left <= image.width and 0 < lower - upper <= image.height):
+        # as large as the image at most, and partly within it: PIL would fill the rest with black
+        fits = 0 < right - left <= image.width and 0 < lower - upper <= image.height
+        if not (fits and right > 0 and left < image.width and lower > 0 and upper < image.height):
             size = f"{image.width} x {image.height}"
             raise UserError(f"{self.name(index)}: the box {box} does not fit an image of {size}; correct its bbox")
         return image.crop(box)
@@ -101,7 +103,7 @@ def read_task(name: str, data: Path, image_dir: Path) -> PairTask:
         for place, record in _read_examples(path):
             try:
                 names, box, texts, group = _parse(name, record)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 detail = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{place}: not an example of {name} ({detail}); give the published file") from None
             examples.images.append(tuple(images.setdefault((image, box), len(images)) for image in names))
@@ -152,7 +154,9 @@ def _parse(name: str, record: dict[str, Any]) -> tuple[list[str], Box | None, li
     elif name == "sugarcrepe":
         images, captions = [record["filename"]], [record["caption"], record["negative_caption"]]
     elif "caption_options" in record:
-        images, captions = [record["image"]], list(record["caption_options"])
+        images, captions = [record["image"]], record["caption_options"]
+        if not isinstance(captions, list):
+            raise ValueError(f"caption_options is no list: {captions!r:.50}")
     else:
         images, captions = [record["image_path"]], [record["true_caption"], record["false_caption"]]
         left, upper, width, height = (int(record[f"bbox_{side}"]) for side in "xywh")

@@ -43,7 +43,7 @@ def convert_results(
             "model": model,
             "pretrained": str(results.get("weights", "")),
             "task": "zeroshot_retrieval",
-            "metrics": {name: value / 100 for name, value in values.items()},
+            "metrics": {name: round(value / 100, 8) for name, value in values.items()},
             "language": language,
         }
         return json.dumps(entry, ensure_ascii=False) + "\n"

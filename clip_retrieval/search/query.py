@@ -170,6 +170,9 @@ def run_query(photos: Path, folder: Path, typed: dict[str, Any], request: Reques
     """Search an index, and print the photographs with the highest scores."""
     start_log()
     log.setLevel(logging.WARNING)  # standard output is for the results
+    for path in request.images:
+        if not path.exists():
+            raise UserError(f"--image {path}: no such file; give the path of an image")
     images = [decode_rgb(str(path), str(path), prepare_photo) for path in request.images]
     gallery = Gallery(photos, folder, typed)
     texts = [request.text] if request.text.strip() else []

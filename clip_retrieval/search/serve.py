@@ -6,6 +6,7 @@ python scripts/search.py serve PHOTOS
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl-C. faiss: see `approximate.is_wanted`. Raises UserError for an unusable address."""
     start_log()
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each thumbnail that waits for a thread
     if not 0 <= port < 2**16:
         raise UserError(f"--port {port}: must be between 0 and 65535")
     gallery = Gallery(photos, folder, {"max_image_pixels": MAX_PIXELS, **typed})
@@ -52,7 +54,8 @@ def serve(
     try:
         server: Any = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None, **LIMITS)
     except (OSError, ValueError) as error:  # ValueError: an unknown host name
-        raise UserError(f"--host {host} --port {port}: {describe(error)}; choose another --port") from None
+        option = "--port" if isinstance(error, OSError) else "--host"
+        raise UserError(f"--host {host} --port {port}: {describe(error)}; choose another {option}") from None
     if not is_local:
         log.warning(f"--host {host}: everyone who can reach this machine can see and search the photographs")
     shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)

@@ -156,10 +156,12 @@ def make_plan(photos: Path, listing: Listing, tables: Sequence[Table], *, retry:
     unknown: dict[str, Stamp] = {}
     for name, stamp in listing.stamps.items():
         number, row, entry = known.get(name, _UNKNOWN)
-        if (entry.size, entry.mtime) != stamp or (retry and entry.digest is None):
-            unknown[name] = stamp
-        else:
+        # a file that could not be opened has no digest to recognise it by if it is young
+        is_unopened = name in known and entry.digest is None
+        if not retry if is_unopened else (entry.size, entry.mtime) == stamp:
             plan.kept[number].append((row, entry))
+        else:
+            unknown[name] = stamp
     # files whose content is known
     ambiguous = [name for name, stamp in unknown.items() if stamp[0] in sizes]
     for name in progress_bar(ambiguous, desc="comparing", leave=False):

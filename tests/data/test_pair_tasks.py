@@ -77,6 +77,8 @@ def test_aro_groups_attributes_and_reads_order_tasks(pictures, tmp_path):
     [
         ({"true_caption": None}, "example 0.*None is not a text"),
         ({"bbox_w": "wide"}, "example 0"),
+        ({"bbox_x": float("inf")}, "example 0.*infinity"),
+        ({"image": "a.jpg", "caption_options": "true and false"}, "example 0.*is no list"),
         ({"image_path": "missing.jpg"}, "missing.jpg"),
         ({"relation_name": 5}, "example 0"),
     ],
@@ -96,8 +98,11 @@ def test_other_contents_are_refused(pictures, tmp_path):
         read_task("winoground", tmp_path / "data", pictures)
 
 
-def test_boxes_larger_than_the_image_are_refused_without_memory(pictures, tmp_path):
-    path = write(tmp_path / "data/a.json", [RELATION | {"bbox_w": 10**9, "bbox_h": 10**9}])
+@pytest.mark.parametrize(
+    "box", [{"bbox_w": 10**9, "bbox_h": 10**9}, {"bbox_x": 20}, {"bbox_y": -16}, {"bbox_x": 10**30}]
+)
+def test_boxes_that_do_not_fit_the_image_are_refused(pictures, tmp_path, box):
+    path = write(tmp_path / "data/a.json", [RELATION | box])
     task = read_task("aro", path, pictures)
     with pytest.raises(UserError, match=r"a\.jpg: the box .* does not fit an image of 20 x 16"):
         task.dataset.images[0]

@@ -64,6 +64,7 @@ def without(arrays, name):
         "no queries": (lambda a: {key: value[:0] for key, value in a.items()}, "i2t arrays"),
         "floats": (lambda a: a | {"i2t_above": a["i2t_above"] + 0.5}, "i2t_above"),
         "a pickle": (lambda a: a | {"i2t_ids": a["i2t_ids"].astype(object)}, "i2t_ids"),
+        "invalid characters": (lambda a: a | {"i2t_ids": np.full(3, 2**31, "u4").view("U1")}, "i2t_ids.*characters"),
         "a matrix": (lambda a: a | {"i2t_ids": a["i2t_ids"][:, None]}, "shape"),
     }.values(),
 )

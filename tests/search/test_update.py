@@ -136,6 +136,15 @@ def test_file_that_cannot_be_opened_is_tried_again(photos, index, monkeypatch, e
     assert "6 images in the index (no changes), 0 broken" in index()[1] and len(encoded) == 6
 
 
+def test_young_file_that_cannot_be_opened_is_listed(photos, index, monkeypatch):
+    monkeypatch.setattr(update, "SETTLED", 10**12)
+    os.mkfifo(photos / "pipe.jpg")
+    for _ in range(2):
+        code, out, err = index()
+        assert code == 0 and "6 images in the index" in out and "1 broken" in out
+        assert "pipe.jpg: not a readable image" in err
+
+
 def test_work_before_a_kill_is_kept(photos, index, monkeypatch, encoded):
     monkeypatch.setattr(update, "SAVE_SECONDS", 0)
     normal, calls = update.write_table, []

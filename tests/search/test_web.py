@@ -294,6 +294,13 @@ def test_serve_prints_its_address_and_ends_with_ctrl_c(indexed):
         command[-1] = port
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 2 and "choose another --port" in done.stderr and done.stderr.count("\n") == 1
+        # thumbnails that wait for a thread are no warning
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(40)]
+        for row, connection in enumerate(connections):
+            connection.sendall(f"GET /image/{row % 6}/large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        for connection in connections:
+            assert connection.recv(12).endswith(b"200")
+            connection.close()
         time.sleep(0.2)
         process.send_signal(2)
         assert process.wait(timeout=60) == 0 and process.stderr.read() == ""

@@ -19,6 +19,7 @@ PER_GROUP = 20  # queries of a group in one direction
 HUBS = 10
 SHARED = 12  # captions of several images
 SHARED_IMAGES = 8  # images of such a caption
+LONGEST = 500  # characters of a shown text: a page has more than a thousand
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,21 @@ class _Namer:
         name = images.key(index) if isinstance(images, KeyedImages) else Path(images.name(index)).name
         caption = self.caption_of.get(index)
         text = "an image without a caption" if caption is None else self.dataset.captions[caption]
-        return Item(index, printable(text), printable(name))
+        return Item(index, shorten(text), shorten(name))
 
     def caption(self, index: int) -> Item:
-        return Item(None, printable(self.dataset.captions[index]), f"caption {self.dataset.caption_name(index)}")
+        return Item(None, shorten(self.dataset.captions[index]), f"caption {self.dataset.caption_name(index)}")
 
     def items(self, direction: str) -> tuple[int, MakeItem]:
         """The number of items that the queries of a direction retrieve, and the function that makes one."""
         if direction == "i2t":
             return len(self.dataset.captions), self.caption
         return len(self.dataset.images), self.image
+
+
+def shorten(text: str) -> str:
+    """A printable text of at most LONGEST characters; the end of a longer one is cut."""
+    return printable(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…")
 
 
 def read_judged_pairs(dataset: RetrievalDataset) -> np.ndarray:
@@ -217,7 +223,7 @@ def _list_shared(images_of: dict[str, set[int]], namer: _Namer) -> tuple[list[Sh
     """The captions of the most images, and the number of captions of several images."""
     shared = sorted(((t, i) for t, i in images_of.items() if len(i) > 1), key=lambda entry: -len(entry[1]))
     shown = [
-        SharedCaption(printable(text), [namer.image(i) for i in sorted(images)[:SHARED_IMAGES]], len(images))
+        SharedCaption(shorten(text), [namer.image(i) for i in sorted(images)[:SHARED_IMAGES]], len(images))
         for text, images in shared[:SHARED]
     ]
     return shown, len(shared)

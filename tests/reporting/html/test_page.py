@@ -79,6 +79,12 @@ def test_hostile_texts_are_escaped(photos, page):
     assert any(attributes["title"].endswith(HOSTILE_NAME) for attributes in pictures)
 
 
+def test_long_captions_are_cut(photos, page):
+    captions = [caption + " very" * 10**5 for caption in photos.captions]
+    content = page(make_run(replace(photos, captions=captions), 0.8))
+    assert len(content) < 2 * 10**6 and content.count(" very very") > 48 and "…</span>" in content
+
+
 def test_each_picture_is_embedded_once_with_an_alt_text(photos, page):
     pictures = [attributes for tag, attributes in Page(page(make_run(photos, 0.8))).elements if tag == "img"]
     embedded = [attributes["id"] for attributes in pictures if "src" in attributes]
