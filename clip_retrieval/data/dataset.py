@@ -130,6 +130,13 @@ class RetrievalDataset:
         """int64 (images + 1,): the pairs of image i are rows first_pair[i] to first_pair[i + 1] of `pairs`."""
         return np.searchsorted(self.pairs[:, 0], np.arange(len(self.images) + 1))
 
+    def captions_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """List the captions of each of these images: their positions in `images` and the captions, int64 (n,) each."""
+        first = self.first_pair
+        count = first[images + 1] - first[images]
+        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        return np.repeat(np.arange(len(images)), count), self.pairs[np.repeat(first[images], count) + position, 1]
+
     def positives(self, images: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """Find the pairs within a batch.
 
@@ -140,14 +147,8 @@ class RetrievalDataset:
         Returns:
             int64 (P, 2): positions in `images` and in `captions` of each pair.
         """
-        # list the captions of each batch image, one after the other
-        first = self.first_pair
-        count = first[images + 1] - first[images]
-        rows = np.repeat(np.arange(len(images)), count)
-        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        candidates = self.pairs[np.repeat(first[images], count) + position, 1]
-
-        # find them in the batch; a caption that the batch repeats is found at each of its positions
+        # find the captions of the images in the batch; one that the batch repeats is found at each of its positions
+        rows, candidates = self.captions_of(images)
         order = np.argsort(captions, kind="stable")
         begin = np.searchsorted(captions, candidates, "left", sorter=order)
         repeats = np.searchsorted(captions, candidates, "right", sorter=order) - begin

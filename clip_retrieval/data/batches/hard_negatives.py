@@ -32,7 +32,7 @@ class Alike:
         image: int64 (images,), the first image with the same bytes.
         caption: int64 (captions,), the first caption with the same normalised text.
         first_label, labels: image i has the labels `labels[first_label[i] : first_label[i + 1]]`. Two images with a
-            common label have the same bytes or a caption in common.
+            common label have a caption in common. Only the first image with the same bytes has labels: those of all.
         first_image, images: label l belongs to the images `images[first_image[l] : first_image[l + 1]]`.
     """
 
@@ -49,12 +49,8 @@ class Alike:
         number_of: dict[str, int] = {}
         caption = np.array([number_of.setdefault(normalize_caption(c), i) for i, c in enumerate(dataset.captions)])
         image, text = dataset.pairs.T
-        # a label for each caption and for the bytes of each image; those of a single image do not matter
-        count = len(caption) + len(same_bytes)
-        owned = np.concatenate(
-            [image * count + caption[text], np.arange(len(same_bytes)) * count + len(caption) + same_bytes]
-        )
-        owners, labels = np.divmod(np.unique(owned), count)
+        # a label for each caption; those of a single image do not matter
+        owners, labels = np.divmod(np.unique(same_bytes[image] * len(caption) + caption[text]), len(caption))
         is_shared = (np.bincount(labels) > 1)[labels]
         owners, labels = owners[is_shared], np.unique(labels[is_shared], return_inverse=True)[1]
         order = np.argsort(labels, kind="stable")
@@ -103,16 +99,15 @@ class Composer:
         self.find_neighbours = find_neighbours
         # the pairs of each entity, of which `left` are unused: the next one is at `end - left`
         self._pairs = np.argsort(entity, kind="stable")
-        self._images = image[self._pairs]
+        self._images = alike.image[image[self._pairs]]
         self._left = np.bincount(entity)
         self._end = np.cumsum(self._left)
         # random pairs come from a queue of entities
         self._queue = entity
         self._is_drawn = np.zeros(len(entity), bool)
         self._head = 0
-        # the last batch with an image, with a label, and with an image that is alike
+        # the last batch with a label, and with an image that is alike or the same
         self._batch = 0
-        self._batch_of_image = np.zeros(len(alike.image), np.int64)
         self._batch_of_label = np.zeros(len(alike.first_image) - 1, np.int64)
         self._batch_of_alike = np.zeros(len(alike.image), np.int64)
         self._taken: list[np.ndarray] = []
@@ -152,7 +147,7 @@ class Composer:
         return self._images[self._end[entities] - np.maximum(self._left[entities], 1)]
 
     def _draw(self, number: int) -> np.ndarray:
-        """Draw random pairs, without duplicates of an image in the batch if possible; return their entities."""
+        """Draw random pairs, without false negatives if possible; return their entities."""
         drawn = [self._queue[:0]]
         start, avoids = self._head, True
         while number:
@@ -162,10 +157,10 @@ class Composer:
             images = self._next_image(entities)
             usable = ~self._is_drawn[part] & (self._left[entities] > 0)
             if avoids:
-                usable &= self._batch_of_image[images] != self._batch
-            # each image once, in their order
+                usable &= self._batch_of_alike[images] != self._batch
+            # of images that are alike the first one, in their order
             rows = np.flatnonzero(usable)
-            rows = rows[np.sort(np.unique(images[rows], return_index=True)[1])][:number]
+            rows = rows[self._first_unlike(images[rows])][:number]
             self._is_drawn[part[rows]] = True
             self._take(entities[rows])
             drawn.append(entities[rows])
@@ -213,7 +208,6 @@ class Composer:
         self._left[entities] -= 1
         self._taken.append(self._pairs[place])
         images = self._images[place]
-        self._batch_of_image[images] = self._batch
         labels, _ = _gather(self.alike.first_label, self.alike.labels, images)
         labels = np.unique(labels[self._batch_of_label[labels] != self._batch])
         self._batch_of_label[labels] = self._batch

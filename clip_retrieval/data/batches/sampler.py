@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clip_retrieval.data.captions import normalize_caption
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.mixture import Mixture
 from clip_retrieval.errors import UserError
@@ -126,6 +127,12 @@ class BatchSampler:
         """The number of pairs of each part of a weighted mixture in an epoch, the dropped remainder included."""
         return proportional(number_of_samples(self.dataset, self.sampling), self.weights or (1,))
 
+    @cached_property
+    def _text_numbers(self) -> np.ndarray:
+        """A number for each of the dataset's texts, int64 (texts,), the same for texts that are equal, normalised."""
+        number_of: dict[str, int] = {}
+        return np.array([number_of.setdefault(normalize_caption(text), i) for i, text in enumerate(self.dataset.texts)])
+
     def __len__(self) -> int:
         """Batches in an epoch."""
         return number_of_samples(self.dataset, self.sampling) // self.batch_size
@@ -138,6 +145,9 @@ class BatchSampler:
             if self.dataset.negatives is not None:
                 drawn = self.dataset.negatives.draw(captions, np.random.default_rng((self.seed, epoch, number, 2)))
                 negatives = np.where(drawn < 0, -1, len(self.dataset.captions) + drawn)
+                # a caption of another image of the batch is no negative one
+                true = self._text_numbers[self.dataset.captions_of(images)[1]]
+                negatives[np.isin(self._text_numbers[negatives], true)] = -1
             yield Batch(images, captions, negatives)
 
     def draw(self, epoch: int) -> np.ndarray:

@@ -25,8 +25,9 @@ def dataset(captions_of):
 
 def is_alike(data, same_bytes, a, b):
     """Whether two images are the same, or have a caption in common, by brute force."""
-    texts = [{normalize_caption(data.captions[c]) for i, c in data.pairs.tolist() if i == image} for image in (a, b)]
-    return same_bytes[a] == same_bytes[b] or bool(texts[0] & texts[1])
+    first, pairs = (same_bytes[a], same_bytes[b]), data.pairs.tolist()
+    texts = [{normalize_caption(data.captions[c]) for i, c in pairs if same_bytes[i] == image} for image in first]
+    return first[0] == first[1] or bool(texts[0] & texts[1])
 
 
 class Case:
@@ -115,6 +116,23 @@ def test_share_is_reached_with_short_lists_of_neighbours(by, share, k):
     images = case.images[case.batches]
     repeats = [20 - len(set(batch)) for batch in images.tolist()]
     assert sum(repeats) < 0.01 * images.size, sum(repeats)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_random_pairs_are_no_false_negatives_either(share):
+    captions_of = [[f"caption {image % 150}", f"own {image}"] for image in range(300)]
+    same_bytes = np.minimum(np.arange(300), 290)
+    case = Case(captions_of, same_bytes, "image", 12, share, 0)
+    for batch in case.batches[:40].tolist():  # of 50: the last ones have no choice
+        for number, pair in enumerate(batch):
+            assert not case.conflicts(pair, batch[:number])
+
+
+def test_captions_of_equal_images_count_for_each_of_them():
+    captions_of = [["a"], ["b"], ["B."], *([f"own {image}"] for image in range(9))]
+    alike = Alike.find(dataset(captions_of), np.array([0, 0, *range(2, 12)]))  # 0 and 1 are one picture
+    composer = Composer(np.arange(12), np.arange(12), alike, lambda entities: np.argsort(entities)[None].repeat(12, 0))
+    assert set(composer._first_unlike(alike.image[np.array([0, 2, 3])])) == {0, 2}
 
 
 def test_hard_negatives_are_near_and_random_pairs_are_not():

@@ -1,5 +1,7 @@
 """Batches: every pair once, no image twice if avoidable, the same for any number of processes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from clip_retrieval.data.batches.sampler import BatchSampler, process_slice
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray
+from clip_retrieval.data.negatives import Negatives
 from clip_retrieval.errors import UserError
 
 
@@ -102,3 +105,16 @@ def test_images_are_batched_with_many_other_images():
     batches = epoch_pairs(BatchSampler(dataset([5] * 200), 20, seed=1))
     met = {i for batch in batches if any(j == 0 for j, _ in batch) for i, _ in batch}
     assert len(met) > 70
+
+
+def test_caption_of_another_image_in_the_batch_is_no_negative_one():
+    texts = ["a dog on a cat", "a cat on a dog", "a cup", "a bowl"]  # image 1 has two of them
+    wrong = [["A cat on a dog."], ["a dog on a cat"], ["a pan"], ["A DOG ON A CAT!"]]
+    data = replace(dataset([1, 2, 1]), captions=texts, negatives=Negatives.from_lists(wrong))
+    kept = []
+    for batch in (batch for epoch in range(9) for batch in BatchSampler(data, 2).epoch(epoch)):
+        true = {texts[c] for image, c in data.pairs.tolist() if image in batch.images}
+        for caption, found in zip(batch.captions.tolist(), batch.negatives.tolist(), strict=True):
+            kept.append(wrong[caption][0].lower().strip(".!") not in true)
+            assert found == (len(texts) + caption if kept[-1] else -1)
+    assert {True, False} == set(kept)
