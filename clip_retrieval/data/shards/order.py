@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,38 +172,27 @@ class ShardOrder:
             first = 0
 
     def fallback(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
-        """All samples, for a lane without usable samples of its own; those that the epoch drops come first.
+        """All samples, for a lane without usable samples of its own.
 
         Yields:
-            As `lane`, but each sample once, in the order of the shards' files.
+            As `lane`, but each sample once, in the order of the shards' files, from another shard for each lane.
         """
-        parts: Iterable[tuple[int, int, int]]
-        shards, cut = self._circle(epoch)
-        if self.num_samples:
-            parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())
-        else:
-            first = cut + len(self) * self.batch_size + lane
-            parts = self._cut_part(shards, first, first + self.samples)
-        for shard, begin, end in parts:
-            if begin < end:
-                yield Segment(shard, begin, end), np.arange(begin, end)
+        for shard in np.roll(self._shuffle_shards(epoch)[0], -lane - 1).tolist():
+            if count := self.shards.count(shard):
+                yield Segment(shard, 0, count), np.arange(count)
 
-    def _circle(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The shards in an epoch's order, and the position at which the first lane starts in the circle of samples.
-
-        The position decides which samples are dropped, even for a single shard. With num_samples there is no circle,
-        and the position is 0.
-        """
+    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The shards in an epoch's order, and the generator of further draws."""
         rng = np.random.default_rng((self.seed, epoch))
-        shards = rng.permutation(len(self.shards))
-        return shards, 0 if self.num_samples else int(rng.integers(self.samples))
+        return rng.permutation(len(self.shards)), rng
 
     def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
-        shards, cut = self._circle(epoch)
+        shards, rng = self._shuffle_shards(epoch)
         if self.num_samples:
             yield from self._repeat_shards(shards[lane :: self.lanes].tolist())
+        # the first lane starts anywhere in the circle of samples: that decides which are dropped, even for one shard
         length = len(self) * self.lane_share
-        start = cut + lane * length
+        start = int(rng.integers(self.samples)) + lane * length
         own = self._cut_part(shards, start, start + length)
         for round in itertools.count():
             for shard, begin, end in own:
