@@ -23,8 +23,8 @@ import numpy as np
 
 from clip_retrieval.data.shards.samples import count_samples
 from clip_retrieval.data.shards.sources import Place, is_forward
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import explain_errors, open_regular
 
 MAX_LANES = 32  # more only if a batch has more than LANE_SHARE pairs for each
 LANE_SHARE = 128
@@ -224,14 +224,11 @@ def _probe(path: Path) -> tuple[int, int]:
     Raises UserError if it cannot be read.
     """
     checksum = 0
-    try:
-        with open_regular(path) as file:
-            size = file.seek(0, os.SEEK_END)
-            for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
-                file.seek(begin)
-                checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)})") from None
+    with explain_errors(path), open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
+            file.seek(begin)
+            checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
     return size, checksum
 
 
