@@ -252,8 +252,8 @@ def prepare(
 def open_folder(options: Options, folder: Path, source: Path, progress: Progress, device: torch.device) -> MetricsLog:
     """Start the log, options.json and metrics.jsonl of the run; copy files of the run that it resumes, in `source`."""
     log_to_file(folder)
-    if progress.best is not None:
-        copy_best(source, folder)
+    if progress.best is not None and source.resolve() != folder.resolve():
+        Checkpoint.load(source / "best.pt").save(folder / "best.pt")
     if options.loss.distill_from == START and progress.step:
         copy_start(source, folder)
     recorded = without_resume(options, folder)
@@ -281,9 +281,3 @@ def log_setup(run: Run, precision: str) -> None:
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:
     """Whether best.pt in `source` was saved at one of these steps."""
     return (source / "best.pt").is_file() and Checkpoint.load(source / "best.pt").step in steps
-
-
-def copy_best(source: Path, folder: Path) -> None:
-    """Copy best.pt from `source` to `folder` if the folders differ."""
-    if source.resolve() != folder.resolve():
-        Checkpoint.load(source / "best.pt").save(folder / "best.pt")
