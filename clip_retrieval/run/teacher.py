@@ -16,7 +16,6 @@ from clip_retrieval.device import DTYPES
 from clip_retrieval.distributed import Processes
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.projection import embedding_dim
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
@@ -113,9 +112,3 @@ def load_teacher(
         raise UserError(f"--distill_from {place}: its features have another width; use --distill_kind relational")
     teacher = teacher.to(device)
     return teacher if precision == "fp32" else teacher.copy_in(DTYPES[precision])
-
-
-def copy_start(source: Path, folder: Path) -> None:
-    """Copy start.pt from `source` to `folder` if the folders differ."""
-    if source.resolve() != folder.resolve():
-        Checkpoint.load(source / START_FILE).save(folder / START_FILE)
