@@ -17,7 +17,7 @@ from typing import IO, Literal
 import numpy as np
 
 from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular
+from clip_retrieval.files import explain_errors, open_regular
 from clip_retrieval.memory import memory_limit
 
 KINDS = "biuf"  # dtype kinds: bool, integers, floats
@@ -31,7 +31,7 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
     Raises UserError, naming the file, if it cannot be read, is damaged, truncated or something else, or exceeds memory.
     """
     try:
-        with open_regular(path) as file:
+        with explain_errors(path), open_regular(path) as file:
             shape, fortran, dtype = _read_header(file)
             count, begin = math.prod(shape), file.tell()
             size, available = count * dtype.itemsize, os.fstat(file.fileno()).st_size - begin
@@ -46,8 +46,6 @@ def read_npy(path: Path, *, memory_map: bool = False) -> np.ndarray:
                 raise ValueError(f"{size:,} bytes are more than the memory of this machine")
             array = np.fromfile(file, dtype, count).reshape(shape, order=order)
             return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except (ValueError, MemoryError) as error:
         raise UserError(f"{path}: not a readable .npy array ({describe(error)}); write it with numpy.save") from None
 
@@ -63,7 +61,7 @@ def read_npz(path: Path, kinds: dict[str, str], optional: Collection[str] = ()) 
     arrays = {}
     name = ""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as members:
+        with explain_errors(path), open_regular(path) as file, zipfile.ZipFile(file) as members:
             present = set(members.namelist())
             for name, kind in kinds.items():
                 if name in optional and f"{name}.npy" not in present:
@@ -81,8 +79,6 @@ def read_npz(path: Path, kinds: dict[str, str], optional: Collection[str] = ()) 
                     if kind == "U" and np.frombuffer(content, f"{dtype.str[0]}u4").max(initial=0) > sys.maxunicode:
                         raise ValueError("it holds invalid characters")
                     arrays[name] = np.frombuffer(content, dtype, shape[0])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
     except (ValueError, KeyError, RuntimeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         part = f"array {name}: " if name else ""
         raise UserError(f"{path}: not a readable .npz file ({part}{describe(error)}); write it again") from None

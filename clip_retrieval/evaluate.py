@@ -21,7 +21,7 @@ from clip_retrieval.reporting.results import RANKS, REPORT, delete_derived, writ
 from clip_retrieval.reporting.table import protocols_table, rerank_table, results_table
 from clip_retrieval.retrieval.rankings import save_rankings
 from clip_retrieval.run.evaluation import Evaluation
-from clip_retrieval.run.folder import evaluation_folder, make_folder
+from clip_retrieval.run.folder import make_folder, results_folder, run_folder
 from clip_retrieval.run.model import record_model_name
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import log_samples
@@ -51,15 +51,15 @@ def evaluate_with(options: Options, checkpoint: Checkpoint | None, typed: dict[s
     log_samples(dataset)
 
     # make the output folder
-    folder = evaluation_folder(
-        options.run,
-        built.name,
-        options.data.name,
-        (UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split)
-        + "_ensemble" * bool(options.evaluation.ensemble),
-        beside=checkpoint.path if checkpoint else None,
-        named="experiments" in typed and typed.get("resume") != AUTO,
-    )
+    split = UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split
+    name = f"{options.data.name}_{split}{'_ensemble' * bool(options.evaluation.ensemble)}"
+    folder = results_folder(options.run, "eval", name, model=built.name, beside=checkpoint.path if checkpoint else None)
+    if "experiments" in typed and typed.get("resume") != AUTO:
+        folder = run_folder(options.run)
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(
+                f"{folder} holds a training run; choose another --experiments for the evaluation, or drop it"
+            )
     if processes.is_main:
         make_folder(folder)
         log_to_file(folder)

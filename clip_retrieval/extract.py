@@ -30,7 +30,7 @@ from clip_retrieval.log import log, start_log
 from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.options import DataOptions, Options
 from clip_retrieval.retrieval.features import write_array, write_features
-from clip_retrieval.run.folder import evaluation_folder, make_folder
+from clip_retrieval.run.folder import make_folder, results_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import load_pixels
@@ -110,15 +110,9 @@ def extract_with(
     # make the output folders
     folder = request.output
     if folder is None:
-        folder = evaluation_folder(
-            options.run,
-            built.name,
-            options.data.name,
-            UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split,
-            beside=checkpoint.path if checkpoint else None,
-            named=False,
-        )
-        folder = folder.with_name(folder.name.replace("eval_", "features_", 1))
+        split = UNSPLIT if dataset.split == UNSPLIT else options.evaluation.eval_split
+        name, place = f"{options.data.name}_{split}", checkpoint.path if checkpoint else None
+        folder = results_folder(options.run, "features", name, model=built.name, beside=place)
     paths = output_paths(request, folder)
     if processes.is_main:
         for parent in {path.parent for path in paths.values()}:

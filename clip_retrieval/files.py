@@ -115,6 +115,15 @@ def named_errors(path: str | Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def explain_errors(name: object, remedy: str = "check the path") -> Iterator[None]:
+    """Raise UserError(`name`: cannot be read (reason); `remedy`) for an OSError in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({describe(error)}); {remedy}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     r"""Write a UTF-8 text file atomically. Half a surrogate pair becomes \udXXX, JSON's escape. Raises OSError."""
     with write_atomic(path) as file:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular, parse_json, write_atomic
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import explain_errors, open_regular, parse_json, write_atomic
 
 orjson: Any
 try:
@@ -34,11 +34,8 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 @contextmanager
 def open_input(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file to read bytes. Raises UserError if it cannot be opened, or read while it is open."""
-    try:
-        with open_regular(path) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
+    with explain_errors(path), open_regular(path) as file:
+        yield file
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:

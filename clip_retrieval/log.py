@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,6 @@ class _LogFile(logging.StreamHandler):
         super().close()
 
 
-class _RecordBuffer(logging.Handler):
-    """Keeps the records that are logged before the output folder exists."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
 def is_main() -> bool:
     """Whether this process writes the log: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -124,7 +114,7 @@ def start_log() -> None:
     terminal.setFormatter(_Formatter())
     if is_main():
         log.addHandler(terminal)
-        log.addHandler(_RecordBuffer())
+        log.addHandler(MemoryHandler(0))  # keeps the records while it has no target
     else:
         log.addHandler(logging.NullHandler())
 
@@ -133,8 +123,8 @@ def log_to_file(folder: Path) -> None:
     """Log to `folder`/log.txt too, with all records since `start_log`."""
     file = _LogFile(folder / "log.txt")
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
-    for buffer in [handler for handler in log.handlers if isinstance(handler, _RecordBuffer)]:
+    for buffer in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
         log.removeHandler(buffer)
-        for record in buffer.records:
-            file.handle(record)
+        buffer.setTarget(file)
+        buffer.close()
     log.addHandler(file)

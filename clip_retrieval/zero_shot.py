@@ -6,7 +6,6 @@ python scripts/zero_shot.py --vision_model ViT-B/32 --data imagenet --data_root 
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from clip_retrieval.distributed import process_group
 from clip_retrieval.errors import printable
 from clip_retrieval.files import write_text
 from clip_retrieval.log import log, log_to_file, start_log
-from clip_retrieval.options import EvalOptions, RunOptions
+from clip_retrieval.options import EvalOptions
 from clip_retrieval.reporting.results import write_options, write_results
-from clip_retrieval.run.folder import make_folder
+from clip_retrieval.run.folder import make_folder, results_folder
 from clip_retrieval.run.model import load_model, record_model_name, warn_of_random_weights
 from clip_retrieval.run.settings import settle_options
 
@@ -51,7 +50,8 @@ def classify(typed: dict[str, Any], request: ZeroShotData, output: Path | None =
         warn_of_random_weights(built)
         # make the output folder
         name = data_name(labelled) + settings_suffix(request, templates)
-        folder = output or results_folder(options.run, built.name, name, of_checkpoint=checkpoint is not None)
+        place = checkpoint.path if checkpoint else None
+        folder = output or results_folder(options.run, "zero_shot", name, model=built.name, beside=place)
         if processes.is_main:
             make_folder(folder, "--output")
             log_to_file(folder)
@@ -75,13 +75,6 @@ def classify(typed: dict[str, Any], request: ZeroShotData, output: Path | None =
             write_text(folder / "results.txt", printable(text))
         log.info(f"\n{table}\n\n{summary(block)}")
         log.info(f"wrote {folder / 'results.json'} and results.txt")
-
-
-def results_folder(options: RunOptions, model_name: str, data_name: str, *, of_checkpoint: bool) -> Path:
-    """The folder of the results: beside a checkpoint of ours, else in --checkpoint_path under the model's name."""
-    if of_checkpoint and options.resume:
-        return Path(options.resume).parent / f"zero_shot_{_file_name(data_name)}"
-    return Path(options.checkpoint_path) / f"zero_shot_{_file_name(model_name)}_{_file_name(data_name)}"
 
 
 def data_name(labelled: LabelledImages) -> str:
@@ -114,7 +107,3 @@ def record_data(options: EvalOptions, request: ZeroShotData) -> EvalOptions:
         zero_shot_class_names=str(request.class_names) if request.class_names else None,
         zero_shot_templates=request.templates,
     )
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.@-]+", "-", name)

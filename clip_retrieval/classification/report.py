@@ -25,7 +25,7 @@ def per_class_table(block: dict[str, Any]) -> str:
         rows.append((each["class"], f"{each['images']:,}", f"{each['top1']:.2f}", confused))
     widths = [max(_width(row[column]) for row in rows) for column in range(3)]
     lines = [
-        f"{_pad(name, widths[0])}  {images:>{widths[1]}}  {top:>{widths[2]}}  {confused}".rstrip()
+        f"{name}{' ' * (widths[0] - _width(name))}  {images:>{widths[1]}}  {top:>{widths[2]}}  {confused}".rstrip()
         for name, images, top, confused in rows
     ]
     return "\n".join([lines[0], "-" * max(map(_width, lines)), *lines[1:]])
@@ -34,7 +34,3 @@ def per_class_table(block: dict[str, Any]) -> str:
 def _width(text: str) -> int:
     """Width in terminal columns: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _pad(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))

@@ -74,8 +74,7 @@ def build_model(options: ModelOptions, *, typed_model: bool = False, logit_bias:
         UserError: an unknown name or tag, or weights that cannot be fetched or read, or do not fit.
     """
     source = find_source(options, typed_model)
-    sizes = options.image_size, options.context_length, options.keep_positions
-    return _build(source, *sizes, logit_bias=logit_bias)
+    return _build(source, options, logit_bias=logit_bias)
 
 
 def rebuild_model(
@@ -84,19 +83,17 @@ def rebuild_model(
     state: State,
     name: str,
     source: str,
+    options: ModelOptions | None = None,
     *,
-    image_size: ImageSize | None = None,
-    context_length: int | None = None,
-    keep_positions: int | None = None,
     logit_bias: bool = False,
 ) -> BuiltModel:
     """Rebuild a model from a checkpoint of ours: the attributes of a `BuiltModel`, and the state dict.
 
-    Raises UserError, naming `source`, if they do not fit each other.
+    `options` give its sizes. Raises UserError, naming `source`, if they do not fit each other.
     """
     name = find_family(config).config_name(config) or name
     model = ModelSource(name, config, preprocess, source, state, config_from=source)
-    return _build(model, image_size, context_length, keep_positions, logit_bias=logit_bias)
+    return _build(model, options or ModelOptions(), logit_bias=logit_bias)
 
 
 def known_tags(name: str) -> list[str]:
@@ -107,14 +104,8 @@ def known_tags(name: str) -> list[str]:
         return []
 
 
-def _build(
-    source: ModelSource,
-    image_size: ImageSize | None,
-    context_length: int | None,
-    keep_positions: int | None,
-    *,
-    logit_bias: bool,
-) -> BuiltModel:
+def _build(source: ModelSource, options: ModelOptions, *, logit_bias: bool) -> BuiltModel:
+    image_size, context_length = options.image_size, options.context_length
     config, config_from = deepcopy(source.config), source.config_from or source.name
     vision, text = config["vision_cfg"], config["text_cfg"]
     own_size = vision.get("image_size", DEFAULT_IMAGE_SIZE)
@@ -145,7 +136,7 @@ def _build(
     if source.state is not None:
         with translate_errors(*unfit):
             resize_to_weights(clip.visual, state, own_size, size)
-        load_into(clip, state, source.weights, source.name, source.random, keep_positions)
+        load_into(clip, state, source.weights, source.name, source.random, options.keep_positions)
         check_adaptor(adaptor, config["embed_dim"], source.weights)
     with translate_errors(*unfit):
         resize_image_tower(clip.visual, size)

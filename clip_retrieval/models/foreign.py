@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clip_retrieval.models.wrappers import holders, tensors_of
+from clip_retrieval.models.wrappers import tensors_of
 
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_|ia3_|hada_|lokr_|base_layer\.|modules_to_save\.)")
 _ADAPTER_PROBLEM = "holds the weights of an adapter (LoRA, peft)"
@@ -15,9 +15,6 @@ _MERGE = "merge it: torch.save(PeftModel.from_pretrained(MODEL, ADAPTER).merge_a
 _SHARDS_PROBLEM = "is a part of a DeepSpeed checkpoint, without all weights"
 _JOIN_SHARDS = "join its parts: python zero_to_fp32.py FOLDER NEW (the script is in the checkpoint's folder)"
 _SHARD_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+|mp_rank_\d+_\d+_optim_states")
-
-_MOST_STRAY = 3
-"""Tensors of a dict that are not weights, such as random states."""
 
 _STARTS = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull` in its folder"),
@@ -72,47 +69,9 @@ def find_shard_problem(path: Path, content: Any) -> str | None:
     mp_rank_00_model_states.pt has all weights, except after training with ZeRO-3, which leaves empty tensors.
     """
     content = content if isinstance(content, dict) else {}
-    is_shard = _SHARD_FILE.search(path.name) is not None or "zero_stage" in _dict(content.get("optimizer_state_dict"))
+    is_shard = _SHARD_FILE.search(path.name) is not None
     if {"ds_config", "ds_version", "param_shapes"} & content.keys():
-        weights = tensors_of(_dict(content.get("module"))).values()
+        module = content.get("module")
+        weights = tensors_of(module).values() if isinstance(module, dict) else ()
         is_shard |= not weights or any(getattr(value, "shape", None) == (0,) for value in weights)
     return f"{_SHARDS_PROBLEM}; {_JOIN_SHARDS}" if is_shard else None
-
-
-def describe_saving(content: Any) -> str:
-    """Return the Python expression that saves only the weights of a file with Python objects.
-
-    Args:
-        content: the content, with a `PythonObject` for each object; None if it is not known.
-    """
-    loaded = "torch.load(FILE, weights_only=False)"
-    path, holder = max(holders(content), key=lambda each: len(tensors_of(each[1])), default=((), {}))
-    module = () if _is_module(content) else next(_find_modules(content), None)
-    tensors = len(tensors_of(holder))
-    if module is not None and tensors <= _MOST_STRAY:
-        state = f"{loaded}{_subscripts(module)}.state_dict()"
-    elif path and tensors:
-        state = f"{loaded}{_subscripts(path)}"
-    elif tensors:
-        state = f"{{k: v for k, v in {loaded}.items() if torch.is_tensor(v)}}"
-    else:
-        state = "STATE_DICT"
-    return f"torch.save({state}, NEW)"
-
-
-def _find_modules(content: Any) -> Iterator[tuple[str, ...]]:
-    for path, holder in holders(content):
-        yield from ((*path, key) for key, value in holder.items() if isinstance(key, str) and _is_module(value))
-
-
-def _subscripts(path: tuple[str, ...]) -> str:
-    return "".join(f"[{key!r}]" for key in path)
-
-
-def _is_module(value: Any) -> bool:
-    """Whether a value read from a pickle is a torch.nn.Module."""
-    return "_modules" in _dict(getattr(value, "state", None))
-
-
-def _dict(value: Any) -> dict[Any, Any]:
-    return value if isinstance(value, dict) else {}

@@ -83,11 +83,9 @@ def load_tokenizer(load: Callable[..., Any], source: str, failure: str, **argume
                 f"the tokenizer {source} needs a further package; pip install sentencepiece protobuf"
             ) from error
         if "custom code" in str(error):
-            names = [Path(source) / name for name in ("tokenizer_config.json", "config.json")]
-            place = next((path for path in names if _has_auto_map(path)), source)
             raise UserError(
-                f"{place} needs its own Python code (auto_map), which is never run; give a tokenizer class of "
-                "transformers itself as --tokenizer"
+                f"the tokenizer {source} needs its own Python code (auto_map), which is never run; give a tokenizer "
+                "class of transformers itself as --tokenizer"
             ) from error
         if is_local:
             failure = f"the tokenizer {source} cannot be read ({describe(error)}); give another --tokenizer"
@@ -111,10 +109,3 @@ def _refuse_special_files(path: Path) -> None:
     for file in inside:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is not a regular file; delete it, or give another --tokenizer")
-
-
-def _has_auto_map(path: Path) -> bool:
-    try:
-        return "auto_map" in read_model_json(path, "config")
-    except (UserError, TypeError):
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Adapter:
         """
         name = self.config.get("base_model_name_or_path") or ""
         for path in (Path(name), self.folder / Path(name).name):
-            if name and _is_folder(path):
+            if name and os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises OSError for a name that is too long
                 return f"{FOLDER}{path}"
         if _HUB_ID.fullmatch(name):
             return f"{HUB}{name}"
@@ -113,13 +114,6 @@ class Adapter:
         suffixes = {f"^{module}", *(".".join(words[start:]) for start in range(len(words)))}
         alpha = min((self.alphas[s] for s in suffixes if s in self.alphas), default=(0, self.config["lora_alpha"]))[1]
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
 
 
 def _fit(weight: Tensor, first: Tensor, second: Tensor | None) -> bool:

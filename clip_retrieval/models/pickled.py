@@ -41,16 +41,7 @@ TYPE_NAME = re.compile(r"torch\.(u?int|float|bits|qu?int|per_)\w+|torch\.Tensor|
 
 
 class PythonObjectError(Exception):
-    """A pickle holds a Python object of this name.
-
-    Args:
-        name: the name.
-        content: the content of the pickle, with a `PythonObject` for each object; None if it is not known.
-    """
-
-    def __init__(self, name: str, content: Any = None):
-        super().__init__(name)
-        self.content = content
+    """A pickle holds a Python object of this name."""
 
 
 class DamagedError(Exception):
@@ -78,13 +69,6 @@ class Module:
 
     name: str
     attributes: Any = field(default_factory=dict)
-
-
-@dataclass
-class PythonObject:
-    """An object of a class that is not known here. It is never created; the file is refused."""
-
-    state: Any = None
 
 
 @dataclass

@@ -26,7 +26,6 @@ from clip_retrieval.errors import UserError, describe
 from clip_retrieval.files import open_regular
 from clip_retrieval.models.foreign import (
     NUMPY_ARCHIVE,
-    describe_saving,
     find_folder_problem,
     find_shard_problem,
     find_start_problem,
@@ -103,11 +102,11 @@ def _translate_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such weight file") from None
     except PythonObjectError as error:
-        if problem := find_shard_problem(path, error.content):
+        if problem := find_shard_problem(path, {}):
             raise UserError(f"{path} {problem}") from error
         raise UserError(
             f"{path} holds Python objects ({error}) and is refused: loading them can run any code; if you trust it, "
-            f"save only its weights: {describe_saving(error.content)}"
+            "load it with torch.load(FILE, weights_only=False) and save only its weights: torch.save(STATE_DICT, NEW)"
         ) from error
     except DamagedError as error:
         raise UserError(f"{path} cannot be read as weights: {error}") from error

@@ -25,7 +25,6 @@ from clip_retrieval.models.pickled import (
     Global,
     Module,
     NumpyType,
-    PythonObject,
     PythonObjectError,
     Storage,
     Unusable,
@@ -63,7 +62,6 @@ class Unpickler:
         self._make_tensor = make_tensor
         self._modules = modules
         self._left = MOST_OPCODES
-        self._unknown: str | None = None
 
     def load(self) -> Any:
         """Read a pickle: None, bool, int, float, str, bytes, list, tuple, dict, Tensor, Unusable, Module, Global.
@@ -71,18 +69,6 @@ class Unpickler:
         NumPy's numbers are plain ones. Dicts keep only strings and small integers as keys. Raises PythonObjectError or
         DamagedError.
         """
-        try:
-            content = self._load()
-        except DamagedError:
-            # an object was perhaps more than what stands for it here
-            if self._unknown is None:
-                raise
-            content = None
-        if self._unknown is not None:
-            raise PythonObjectError(self._unknown, content)
-        return content
-
-    def _load(self) -> Any:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -119,16 +105,12 @@ class Unpickler:
         self._stack[-count:] = [items]
 
     def _append(self, items: list[Any]) -> None:
-        if type(self._stack[-1]) is PythonObject:
-            return
         if type(self._stack[-1]) is not list:
             raise DamagedError("items for something that is not a list")
         self._stack[-1].extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
         holder = self._stack[-1]
-        if type(holder) is PythonObject:
-            return
         if type(holder) is not dict:
             raise DamagedError("entries for something that is not a dict")
         _fill(holder, zip(items[::2], items[1::2], strict=True))
@@ -137,16 +119,11 @@ class Unpickler:
         name = words.replace(" ", ".").replace("__builtin__.", "builtins.", 1)
         is_known = any(name in table for table in (_MAKERS, UNUSABLE, STORAGES, DTYPES))
         if not is_known and not TYPE_NAME.fullmatch(name) and not (self._modules and name.startswith(MODULE_CLASSES)):
-            self._unknown = self._unknown or name
-            self._push(PythonObject())
-        else:
-            self._push(Global(name))
+            raise PythonObjectError(name)
+        self._push(Global(name))
 
     def _call(self, _: None) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if type(function) is PythonObject:
-            self._push(PythonObject())
-            return
         if type(function) is not Global or type(arguments) is not tuple:
             raise DamagedError("a call of something that is not a function")
         self._push(self._make(function.name, arguments))
@@ -164,19 +141,13 @@ class Unpickler:
         state, value = self._stack.pop(), self._stack[-1]
         if type(value) is Module:
             value.attributes = state
-        elif type(value) is PythonObject:
-            value.state = state
         elif type(value) is NumpyType:
             value.order = _numpy_order(state)
         elif type(value) not in (dict, torch.Tensor, Unusable):  # attributes of these are skipped
             raise DamagedError("a state for something that has none")
 
     def _persistent(self, _: None) -> None:
-        kind, dtype, *place = self._stack.pop()
-        if kind == "module" and type(dtype) is PythonObject:  # the class of a module, with its source code
-            self._push(dtype)
-            return
-        key, _, count, *view = place
+        kind, dtype, key, _, count, *view = self._stack.pop()
         if kind != "storage" or type(dtype) is not Global or type(key) not in (str, int) or any(view):
             raise DamagedError("an unknown storage")
         if dtype.name not in STORAGES or not _is_size(count):

@@ -85,11 +85,9 @@ def draw_interpolation(
 
     Raises UserError if `path`, a .png, cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xlabel("alpha (0: start, 1: finetuned)", family=FONT)
     axes.set_ylabel("rsum", family=FONT)
@@ -240,11 +238,9 @@ def draw_loss_curve(
     path: Path, rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: dict[str, float]
 ) -> None:
     """Draw losses over learning rates into `path`, .svg or .png. marks: rates to mark with a line, by label."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), dpi=DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(rates, losses, color=OTHER, linewidth=1, label="loss")
     axes.plot(rates, smoothed, color=FIRST, linewidth=2, label="smoothed")

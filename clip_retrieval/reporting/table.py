@@ -59,16 +59,14 @@ def protocols_table(protocols: dict[str, dict[str, Any]]) -> str:
     """A table of the protocols of a split, in percent, for the log: each direction, and below it half its intervals."""
     found = {name for block in protocols.values() for name in block["i2t"]}
     columns = [name for name in ("R@1", "R@5", "R@10", "R-P", "mAP@R") if name in found]
-    lines = ["  ".join(("protocol".ljust(10), "   ", *(name.rjust(6) for name in columns)))]
-    lines.append("-" * len(lines[0]))
+    rows = [["protocol", "", *columns]]
     for name, block in protocols.items():
         for direction in ("i2t", "t2i"):
-            cells = [f"{block[direction][name]:6.2f}" if name in block[direction] else " " * 6 for name in columns]
-            lines.append("  ".join(((name if direction == "i2t" else "").ljust(10), direction, *cells)).rstrip())
+            cells = [f"{block[direction][name]:.2f}" if name in block[direction] else "" for name in columns]
+            rows.append([name if direction == "i2t" else "", direction, *cells])
             if spans := block.get("intervals", {}).get(direction):
-                halves = [_half(spans.get(name)).rjust(6) for name in columns]
-                lines.append("  ".join((" " * 10, "  ±", *halves)).rstrip())
-    return "\n".join(lines)
+                rows.append(["", "±", *(_half(spans.get(name)) for name in columns)])
+    return align(rows)
 
 
 RECALLS = ("R@1", "R@5", "R@10")

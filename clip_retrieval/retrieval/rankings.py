@@ -53,7 +53,8 @@ def save_rankings(
         # the float64 scores of the items
         rows = found[direction].items
         queries, item_ids = ids[query], ids[1 - query]
-        index = [torch.from_numpy(part.ravel()).to(device) for part in np.broadcast_arrays(_rows_of(rows), rows)]
+        pairs = np.broadcast_arrays(np.arange(len(rows))[:, None], rows)
+        index = [torch.from_numpy(part.ravel()).to(device) for part in pairs]
         exact = exact_scores(sides[query], index[0], sides[1 - query], index[1]) / (sides[0].scale * sides[1].scale)
         scores = exact.reshape(rows.shape).tolist()
 
@@ -79,10 +80,6 @@ def save_rankings(
         qrels = (f"{words[row]} 0 {item_words[item]} 1" for row, item in pairs)
         write_lines(folder / f"{dataset.split}_{direction}.qrels", qrels)
     log.info(f"wrote the first {k} items of each query to {folder / dataset.split}_*.jsonl, *.run and *.qrels")
-
-
-def _rows_of(rows: np.ndarray) -> np.ndarray:
-    return np.arange(len(rows))[:, None]
 
 
 def _word(name: Id) -> str:

@@ -37,24 +37,12 @@ def run_folder(options: RunOptions) -> Path:
     return Path(options.checkpoint_path) / options.experiments
 
 
-def evaluation_folder(
-    options: RunOptions, model_name: str, data_name: str, split: str, *, beside: Path | None, named: bool
-) -> Path:
-    """Return the output folder of an evaluation: the one that the user `named`, or its own, `beside` a checkpoint.
-
-    Raises UserError if it holds a training run.
-    """
-    suffix = f"{data_name}_{split}"
-    if named:
-        folder = run_folder(options)
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"{folder} holds a training run; choose another --experiments for the evaluation, or drop it"
-            )
-        return folder
-    if beside is not None:
-        return beside.parent / f"eval_{suffix}"
-    return Path(options.checkpoint_path) / f"eval_{re.sub('[^A-Za-z0-9.@_-]+', '-', model_name)}_{suffix}"
+def results_folder(options: RunOptions, *names: str, model: str, beside: Path | None) -> Path:
+    """Return the default folder of results with these names: `beside` a checkpoint, else for a model by its name."""
+    if beside is None:
+        names = (names[0], model, *names[1:])
+    name = "_".join(re.sub(r"[^\w.@+-]+", "-", each) for each in names)
+    return (Path(options.checkpoint_path) if beside is None else beside.parent) / name
 
 
 def make_folder(folder: Path, options: str = "--checkpoint_path and --experiments") -> None:

@@ -35,9 +35,7 @@ def load_model(options: Options, checkpoint: Checkpoint | None) -> tuple[Retriev
             checkpoint.model,
             name=name,
             source=str(checkpoint.path),
-            image_size=options.model.image_size,
-            context_length=options.model.context_length,
-            keep_positions=options.model.keep_positions,
+            options=options.model,
             logit_bias=logit_bias,
         )
     # the towers, and an adaptor

@@ -31,7 +31,7 @@ from clip_retrieval.reporting.results import write_options
 from clip_retrieval.reporting.trackers import parse_trackers
 from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
-from clip_retrieval.run.teacher import START, copy_start, make_distillation
+from clip_retrieval.run.teacher import START, START_FILE, make_distillation
 from clip_retrieval.run.train_data import (
     choose_batch_size,
     encodes_images_once,
@@ -252,10 +252,10 @@ def prepare(
 def open_folder(options: Options, folder: Path, source: Path, progress: Progress, device: torch.device) -> MetricsLog:
     """Start the log, options.json and metrics.jsonl of the run; copy files of the run that it resumes, in `source`."""
     log_to_file(folder)
-    if progress.best is not None:
-        copy_best(source, folder)
-    if options.loss.distill_from == START and progress.step:
-        copy_start(source, folder)
+    kept = ["best.pt"] if progress.best is not None else []
+    kept += [START_FILE] if options.loss.distill_from == START and progress.step else []
+    for name in kept if source.resolve() != folder.resolve() else []:
+        Checkpoint.load(source / name).save(folder / name)
     recorded = without_resume(options, folder)
     write_options(folder, recorded, f"{device} ({device_name(device)})")
     return MetricsLog(folder, progress.kept_lines(), parse_trackers(options.run.report_to), recorded.flat())
@@ -281,9 +281,3 @@ def log_setup(run: Run, precision: str) -> None:
 def has_best(source: Path, steps: tuple[int, ...]) -> bool:
     """Whether best.pt in `source` was saved at one of these steps."""
     return (source / "best.pt").is_file() and Checkpoint.load(source / "best.pt").step in steps
-
-
-def copy_best(source: Path, folder: Path) -> None:
-    """Copy best.pt from `source` to `folder` if the folders differ."""
-    if source.resolve() != folder.resolve():
-        Checkpoint.load(source / "best.pt").save(folder / "best.pt")

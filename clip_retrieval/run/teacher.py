@@ -14,16 +14,15 @@ from clip_retrieval.data.catalog import skips_unreadable
 from clip_retrieval.data.pixels.transforms import model_size
 from clip_retrieval.device import DTYPES
 from clip_retrieval.distributed import Processes
+from clip_retrieval.encode import encode_captions, encode_images
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
-from clip_retrieval.models.checkpoint import Checkpoint
 from clip_retrieval.models.projection import embedding_dim
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.options import Options
 from clip_retrieval.run.model import load_model
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.training.distillation import Distillation
-from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 
 START = "start"
 START_FILE = "start.pt"
@@ -60,11 +59,11 @@ def make_distillation(
             "device": device,
             "processes": processes,
         }
-        split, workers = train.data, data.num_workers
-        distillation.features = (
-            encode_frozen_images(teacher.encode_image, split.pixels, num_workers=workers, **shared),
-            encode_frozen_texts(teacher.encode_text, split.dataset, split.tokens, trim=teacher.trims_text, **shared),
-        )
+        split, texts = train.data, train.data.dataset.texts
+        images = encode_images(teacher.encode_image, split.pixels, num_workers=data.num_workers, **shared)
+        captions = encode_captions(teacher.encode_text, texts, split.tokens, trim=teacher.trims_text, **shared)
+        # unlike inference tensors, clones can be part of a graph
+        distillation.features = images.cpu().clone(), captions.cpu().clone()
     return distillation
 
 
@@ -113,9 +112,3 @@ def load_teacher(
         raise UserError(f"--distill_from {place}: its features have another width; use --distill_kind relational")
     teacher = teacher.to(device)
     return teacher if precision == "fp32" else teacher.copy_in(DTYPES[precision])
-
-
-def copy_start(source: Path, folder: Path) -> None:
-    """Copy start.pt from `source` to `folder` if the folders differ."""
-    if source.resolve() != folder.resolve():
-        Checkpoint.load(source / START_FILE).save(folder / START_FILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from clip_retrieval.distributed import process_group
 from clip_retrieval.log import log, log_to_file, start_log
 from clip_retrieval.reporting.results import write_options, write_results
 from clip_retrieval.run.ensemble import Ensemble, load_ensemble
-from clip_retrieval.run.folder import make_folder
+from clip_retrieval.run.folder import make_folder, results_folder
 from clip_retrieval.run.model import record_model_name
 from clip_retrieval.run.settings import settle_options
 from clip_retrieval.run.splits import describe_prefix
@@ -42,9 +41,8 @@ def run_tool(
         built = ensemble.members[0].built
         # make the output folder
         name = data.dataset.name + "_ensemble" * (len(ensemble.members) > 1)
-        model = re.sub(r"[^\w.@-]+", "-", built.name)
-        default = checkpoint.path.parent / name if checkpoint else Path(options.run.checkpoint_path) / f"{name}_{model}"
-        folder = output or default
+        place = checkpoint.path if checkpoint else None
+        folder = output or results_folder(options.run, name, model=built.name, beside=place)
         if processes.is_main:
             make_folder(folder, "--output")
             log_to_file(folder)

@@ -17,7 +17,7 @@ from clip_retrieval.data.batches.word_dropout import WordDropout
 from clip_retrieval.data.captions import Tokens, padding_id
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.distributed import Processes
-from clip_retrieval.encode import encoding_model
+from clip_retrieval.encode import encode_captions, encode_images, encoding_model
 from clip_retrieval.errors import UserError
 from clip_retrieval.log import log
 from clip_retrieval.losses import LOSSES
@@ -30,7 +30,6 @@ from clip_retrieval.models.patch_dropout import set_patch_dropout
 from clip_retrieval.models.towers import RetrievalModel
 from clip_retrieval.models.trainable import FROZEN_TOWERS, set_trainable, text_is_frozen, vision_is_frozen
 from clip_retrieval.options import LossOptions, Options, TrainOptions
-from clip_retrieval.training.frozen import encode_frozen_images, encode_frozen_texts
 from clip_retrieval.training.hard_negatives import HardNegatives
 from clip_retrieval.training.trainer import Trainer
 
@@ -101,7 +100,10 @@ def make_frozen_encoder(
     images_vary: bool,
     texts_vary: bool,
 ) -> EncodeFrozen:
-    """Return a function that encodes a split with the frozen towers, unless its images or texts vary."""
+    """Return a function that encodes a split with the frozen towers, unless its images or texts vary.
+
+    Features are on the CPU, and clones: unlike inference tensors, these can be part of a graph.
+    """
 
     def encode_frozen(split: Split, num_workers: int) -> tuple[Pixels | Tensor, Tokens | Tensor]:
         images: Pixels | Tensor = split.pixels
@@ -114,12 +116,14 @@ def make_frozen_encoder(
         if vision_is_frozen(model) and not images_vary:
             log.info("the image tower is frozen: all images are encoded once, before the first step")
             encoder = encoding_model(model, precision)
-            images = encode_frozen_images(encoder.pooled_image, split.pixels, num_workers=num_workers, **encoding)
+            features = encode_images(encoder.pooled_image, split.pixels, num_workers=num_workers, **encoding)
+            images = features.cpu().clone()
         if text_is_frozen(model) and not texts_vary:
             log.info("the text tower is frozen: all captions are encoded once, before the first step")
             encoder = encoding_model(model, precision)
             encoding["trim"] = model.trims_text
-            texts = encode_frozen_texts(encoder.pooled_text, split.dataset, split.tokens, **encoding)
+            features = encode_captions(encoder.pooled_text, split.dataset.texts, split.tokens, **encoding)
+            texts = features.cpu().clone()
         return images, texts
 
     return encode_frozen

@@ -94,7 +94,9 @@ def encode(clip, size):
 def rebuilt(built, image_size=None):
     """The model as a checkpoint of ours gives it back, perhaps at another size."""
     config = json.loads(json.dumps(built.config))
-    return rebuild_model(config, built.preprocess, built.clip.state_dict(), "x", "last.pt", image_size=image_size)
+    return rebuild_model(
+        config, built.preprocess, built.clip.state_dict(), "x", "last.pt", ModelOptions(image_size=image_size)
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SLOW if kind.values != ("resnet",)])

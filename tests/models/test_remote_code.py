@@ -129,14 +129,14 @@ def test_tokenizer_folder_with_code(evil, tmp_path, remove):
     message = refusal(path, tokenizer=str(evil))
     assert str(evil) in message
     if not remove:
-        assert f"{evil}/tokenizer_config.json needs its own Python code" in message
+        assert f"the tokenizer {evil} needs its own Python code" in message
 
 
 def test_word_piece_folder_with_code(evil, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "saved")
     (evil / "tokenizer.json").write_bytes((tmp_path / "saved" / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match=f"{evil}/tokenizer_config.json needs its own Python code"):
+    with pytest.raises(UserError, match=f"the tokenizer {evil} needs its own Python code"):
         WordPieceTokenizer(str(evil), 7, len(WORDS))
 
 

@@ -54,7 +54,7 @@ def test_random_crops_are_not_cached(run, arguments, monkeypatch):
     encoded = []
     normal = encode.encode_images
     monkeypatch.setattr(
-        "clip_retrieval.training.frozen.encode_images", lambda *a, **k: encoded.append(1) or normal(*a, **k)
+        "clip_retrieval.run.train_parts.encode_images", lambda *a, **k: encoded.append(1) or normal(*a, **k)
     )
     code, _, err = run(*arguments, "--freeze_vision", "--augment", "crop", "--max_steps", "1")
     assert code == 0 and not encoded, err

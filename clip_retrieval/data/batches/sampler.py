@@ -157,9 +157,6 @@ class BatchSampler:
             return self._deal(self._draw_weighted(rng), rng)
         if self.sampling == "all":
             return self._deal(np.arange(len(self.dataset.pairs)), rng)
-        return self._draw_pair_per_image(rng)
-
-    def _draw_pair_per_image(self, rng: np.random.Generator) -> np.ndarray:
         images = rng.permutation(self._captioned_images)[: len(self) * self.batch_size]
         return self._draw_pairs(images, rng).reshape(-1, self.batch_size)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from clip_retrieval.data.images.base64_images import decode_base64
 from clip_retrieval.data.images.decode import check_encoded_size, decode_rgb
 from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular, read_json
+from clip_retrieval.files import explain_errors, open_regular, read_json
 
 STATE = "state.json"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of a complete Arrow stream
@@ -130,14 +130,10 @@ def _find_field(buffer: bytes, table: int, number: int) -> int | None:
 
 def _check_complete(file: Path) -> None:
     # pyarrow reads a stream that lacks its last batches without an error.
-    try:
-        with open_regular(file) as stream:
-            stream.seek(max(0, stream.seek(0, io.SEEK_END) - len(END_OF_STREAM)))
-            is_complete = stream.read() == END_OF_STREAM
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); fetch the data set again") from None
-    if not is_complete:
-        raise UserError(f"{file}: cut short, or damaged; fetch it again")
+    with explain_errors(file, "fetch the data set again"), open_regular(file) as stream:
+        stream.seek(max(0, stream.seek(0, io.SEEK_END) - len(END_OF_STREAM)))
+        if stream.read() != END_OF_STREAM:
+            raise UserError(f"{file}: cut short, or damaged; fetch it again")
 
 
 def is_text(kind: Any) -> bool:

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.images.decode import decode_rgb
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import explain_errors, open_regular
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _BOM = b"\xef\xbb\xbf"
@@ -86,12 +86,9 @@ class TsvImages(Base64Images):
 
     def base64(self, index: int) -> bytes:
         # Opening the file each time costs a hundredth of decoding, and leaves processes and threads nothing to share.
-        try:
-            with open_regular(self.path) as file:
-                file.seek(self._begins[index])
-                return file.read(self._sizes[index])
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+        with explain_errors(self.name(index)), open_regular(self.path) as file:
+            file.seek(self._begins[index])
+            return file.read(self._sizes[index])
 
     def name(self, index: int) -> str:
         return f"{self.path}, line {self._lines[index]}, image {self.keys[index]}"
@@ -117,28 +114,25 @@ def read_tsv(path: Path) -> Iterator[TsvRecord]:
     """
     line_of: dict[str, int] = {}
     number = end = 0
-    try:
-        with io.BufferedReader(open_regular(path).detach(), _BUFFER) as file:
-            while line := file.readline(LONGEST_RECORD + 1):
-                number += 1
-                if len(line) > LONGEST_RECORD:
-                    raise UserError(f"{path}, line {number}: longer than {LONGEST_RECORD:,} bytes, as no image is")
+    with explain_errors(path), io.BufferedReader(open_regular(path).detach(), _BUFFER) as file:
+        while line := file.readline(LONGEST_RECORD + 1):
+            number += 1
+            if len(line) > LONGEST_RECORD:
+                raise UserError(f"{path}, line {number}: longer than {LONGEST_RECORD:,} bytes, as no image is")
 
-                # parse the line
-                key, tab, content = line.partition(b"\t")
-                begin, end = end + len(key) + 1, end + len(line)
-                if not tab and not line.strip():
-                    continue
-                if problem := _find_problem(key, tab, content):
-                    raise UserError(f"{path}, line {number}: {problem}")
+            # parse the line
+            key, tab, content = line.partition(b"\t")
+            begin, end = end + len(key) + 1, end + len(line)
+            if not tab and not line.strip():
+                continue
+            if problem := _find_problem(key, tab, content):
+                raise UserError(f"{path}, line {number}: {problem}")
 
-                # refuse a duplicate id
-                image_id = _decode_key(path, number, key)
-                if (first := line_of.setdefault(image_id, number)) != number:
-                    raise UserError(f"{path}, line {number}: image {image_id} is on line {first} already; keep one")
-                yield TsvRecord(image_id, content.rstrip(), number, begin)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)}); check the path") from None
+            # refuse a duplicate id
+            image_id = _decode_key(path, number, key)
+            if (first := line_of.setdefault(image_id, number)) != number:
+                raise UserError(f"{path}, line {number}: image {image_id} is on line {first} already; keep one")
+            yield TsvRecord(image_id, content.rstrip(), number, begin)
     if not line_of:
         raise UserError(f"{path}: holds no images")
 

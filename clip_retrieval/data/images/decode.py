@@ -149,9 +149,14 @@ def decode_rgb(
         raise RunError(
             f"{name}: the memory is too small to decode this image; choose fewer --num_workers, or delete the image"
         ) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{name}: not a readable image (none of the formats {', '.join(FORMATS)}, or damaged); convert it to JPEG "
+            "or PNG, fetch it again or delete it"
+        ) from None
     # Pillow's decoders raise nearly anything on a broken file (struct.error, EOFError, SyntaxError, ...).
     except Exception as error:
-        raise UserError(f"{name}: not a readable image ({_describe(error)}); {_choose_remedy(error)}") from None
+        raise UserError(f"{name}: not a readable image ({describe(error)}); fetch it again or delete it") from None
 
 
 def _check_scans(file: BinaryIO) -> None:
@@ -218,14 +223,3 @@ def _describe_pixels(name: str, text: str) -> str:
     found = re.search(r"\((\d+) pixels\)", text)
     pixels = f"{int(found[1]):,} pixels" if found else "more pixels"
     return f"{name}: {pixels} are more than --max_image_pixels {image_pixels_limit()}; raise it, or delete the image"
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
-        return f"none of the formats {', '.join(FORMATS)}, or damaged"
-    return describe(error)
-
-
-def _choose_remedy(error: Exception) -> str:
-    conversion = "convert it to JPEG or PNG, " if isinstance(error, UnidentifiedImageError) else ""
-    return f"{conversion}fetch it again or delete it"

@@ -1,6 +1,6 @@
 """Readers of Chinese-CLIP's LMDB folders: `imgs` (id -> base64) and `pairs` (number -> pickled ids and text).
 
-They use neither liblmdb nor an unpickler: see `lmdb_reader` and `pair_pickle`.
+They use neither liblmdb nor an unpickler that builds objects: see `lmdb_reader` and `pair_pickle`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_IMAGES = b"num_images"
 NUM_SAMPLES = b"num_samples"
 # Prefix of our own keys in `pairs`, which Chinese-CLIP ignores: the lines of texts without an image.
 TEXT_WITHOUT_IMAGE = b"text:"
-LARGEST_PAIR = 2**28  # bytes
+LARGEST_PAIR = 2**20  # bytes
 _Value = TypeVar("_Value")
 
 

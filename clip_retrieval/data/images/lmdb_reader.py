@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import open_regular
+from clip_retrieval.files import explain_errors, open_regular
 
 MAGIC, VERSION = 0xBEEFC0DE, 1
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8  # page kinds
@@ -191,10 +191,8 @@ class LmdbReader:
     def _read(self, number: int, begin: int, size: int) -> bytes:
         if not 2 <= number <= self._last_page:
             self._fail(f"there is no page {number}")
-        try:
+        with explain_errors(self.path):
             content = os.pread(self._file.fileno(), size, number * self._page_size + begin)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         if len(content) != size:
             self._fail(f"page {number} is cut short")
         return content

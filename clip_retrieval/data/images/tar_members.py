@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clip_retrieval.data.images.decode import decode_rgb
-from clip_retrieval.errors import UserError
-from clip_retrieval.files import open_regular
+from clip_retrieval.files import explain_errors, open_regular
 
 WHOLE = slice(None)
 
@@ -44,12 +43,9 @@ class ShardImages:
         shard, begin, size = self.places[index].tolist()
         first, end, _ = part.indices(size)
         # Opening the file each time costs a hundredth of decoding, and leaves processes and threads nothing to share.
-        try:
-            with open_regular(self.files[shard]) as file:
-                file.seek(begin + first)
-                return file.read(end - first)
-        except OSError as error:
-            raise UserError(f"{self.name(index)}: cannot be read ({error.strerror}); start again") from None
+        with explain_errors(self.name(index), "start again"), open_regular(self.files[shard]) as file:
+            file.seek(begin + first)
+            return file.read(end - first)
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.places[index, 0]]}, {self.members[index]}"

@@ -142,7 +142,7 @@ class PartialFile:
     def __init__(self, path: Path, file: io.FileIO, images: int):
         self.path = path
         self._file = file
-        self._journal = _journal_path(path)
+        self._journal = path.with_name(f"{path.name}.journal")
         self._pending, self._pending_bytes = np.empty(0, RECORD), 0
         self.records = self._recover(images)
 
@@ -252,7 +252,3 @@ def _is_same_file(file: io.FileIO, path: Path) -> bool:
 
 def _partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
-
-
-def _journal_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.journal")

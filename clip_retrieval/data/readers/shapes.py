@@ -66,7 +66,8 @@ class Scene(NamedTuple):
 
 def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     """Read a split. Images are cached in {dataset_root}/shapes/ if that folder is writable."""
-    begin, size = _find_range(split)
+    names = list(SIZES)
+    begin, size = sum(SIZES[name] for name in names[: names.index(split)]), SIZES[split]
     scenes = _make_scenes()[begin : begin + size]
     pixels = _load_pixels(Path(options.dataset_root) / "shapes", split, scenes, begin)
     captions = [
@@ -77,11 +78,6 @@ def read(options: DatasetOptions, split: str) -> RetrievalDataset | None:
     images = np.repeat(np.arange(size), CAPTIONS_PER_IMAGE)
     pairs = np.stack([images, np.arange(len(captions))], axis=1)
     return RetrievalDataset("shapes", split, ImageArray(pixels, f"shapes {split}"), captions, pairs)
-
-
-def _find_range(split: str) -> tuple[int, int]:
-    names = list(SIZES)
-    return sum(SIZES[name] for name in names[: names.index(split)]), SIZES[split]
 
 
 def _make_generator(purpose: str, index: int = 0) -> np.random.Generator:

@@ -32,7 +32,7 @@ from clip_retrieval.data.shards.samples import (
 )
 from clip_retrieval.data.shards.sources import Place, is_forward
 from clip_retrieval.errors import UserError, format_share
-from clip_retrieval.files import open_regular
+from clip_retrieval.files import explain_errors, open_regular
 from clip_retrieval.log import log, progress_bar
 from clip_retrieval.options import DatasetOptions
 
@@ -108,17 +108,14 @@ def _copy_samples(path: Place, caption_key: str | None, spool: Spool) -> Iterato
 
 def _read_samples(path: Path, caption_key: str | None) -> Iterator[_Sample | str]:
     """Yield the samples of a shard; for an unusable one, its name and the problem."""
-    try:
-        with open_regular(path) as file:
-            for members in read_members(path):
-                # the first of two members of the same name counts
-                by_ending = {member.ending: member for member in reversed(members)}
-                try:
-                    image = by_ending[image_ending(by_ending)]
-                    text = by_ending[caption_ending(by_ending, caption_key)]
-                    file.seek(text.begin)
-                    yield _Sample(image, read_captions(file.read(text.size), text.ending, caption_key))
-                except SkipSample as problem:
-                    yield f"{path}, sample {members[0].key}: {problem}"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with explain_errors(path), open_regular(path) as file:
+        for members in read_members(path):
+            # the first of two members of the same name counts
+            by_ending = {member.ending: member for member in reversed(members)}
+            try:
+                image = by_ending[image_ending(by_ending)]
+                text = by_ending[caption_ending(by_ending, caption_key)]
+                file.seek(text.begin)
+                yield _Sample(image, read_captions(file.read(text.size), text.ending, caption_key))
+            except SkipSample as problem:
+                yield f"{path}, sample {members[0].key}: {problem}"

@@ -73,7 +73,8 @@ def absolute_patterns(text: str) -> str:
     """Make patterns independent of the working directory; a value that names no tars is one path, with its blanks."""
     if not _is_tar_pattern(text):
         return str(Path(text).absolute())
-    return SEPARATOR.join(name for pattern in _split_patterns(text, text) for name in _make_absolute(pattern))
+    patterns = _split_patterns(text, text)
+    return SEPARATOR.join(name if is_url(name) else str(Path(name).absolute()) for name in patterns)
 
 
 def _is_tar_pattern(text: str) -> bool:
@@ -82,15 +83,6 @@ def _is_tar_pattern(text: str) -> bool:
     if glob.has_magic(text):  # unless it is a folder, or the prefix of files, with brackets in its name
         return not Path(text).exists() and not glob.glob(f"{glob.escape(text)}_*")  # noqa: PTH207
     return not Path(text).exists() and all(_list_tars(Path(folder)) for folder in text.split())
-
-
-def _make_absolute(pattern: str) -> list[str]:
-    """Make a pattern absolute; expand its braces first if only some alternatives are absolute already."""
-    if is_url(pattern):
-        return [pattern]
-    names = expand_braces(pattern, pattern) if "{" in pattern else [pattern]
-    mixed = not Path(pattern).is_absolute() and any(Path(name).is_absolute() or is_url(name) for name in names)
-    return [name if is_url(name) else str(Path(name).absolute()) for name in (names if mixed else [pattern])]
 
 
 def expand_patterns(text: str, option: str) -> list[Place]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,8 @@ import numpy as np
 
 from clip_retrieval.data.shards.samples import count_samples
 from clip_retrieval.data.shards.sources import Place, is_forward
-from clip_retrieval.errors import UserError, describe
-from clip_retrieval.files import open_regular
+from clip_retrieval.errors import UserError
+from clip_retrieval.files import explain_errors, open_regular
 
 MAX_LANES = 32  # more only if a batch has more than LANE_SHARE pairs for each
 LANE_SHARE = 128
@@ -172,38 +172,27 @@ class ShardOrder:
             first = 0
 
     def fallback(self, epoch: int, lane: int) -> Iterator[tuple[Segment, np.ndarray]]:
-        """All samples, for a lane without usable samples of its own; those that the epoch drops come first.
+        """All samples, for a lane without usable samples of its own.
 
         Yields:
-            As `lane`, but each sample once, in the order of the shards' files.
+            As `lane`, but each sample once, in the order of the shards' files, from another shard for each lane.
         """
-        parts: Iterable[tuple[int, int, int]]
-        shards, cut = self._circle(epoch)
-        if self.num_samples:
-            parts = ((shard, 0, self.shards.count(shard)) for shard in np.roll(shards, -lane - 1).tolist())
-        else:
-            first = cut + len(self) * self.batch_size + lane
-            parts = self._cut_part(shards, first, first + self.samples)
-        for shard, begin, end in parts:
-            if begin < end:
-                yield Segment(shard, begin, end), np.arange(begin, end)
+        for shard in np.roll(self._shuffle_shards(epoch)[0], -lane - 1).tolist():
+            if count := self.shards.count(shard):
+                yield Segment(shard, 0, count), np.arange(count)
 
-    def _circle(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The shards in an epoch's order, and the position at which the first lane starts in the circle of samples.
-
-        The position decides which samples are dropped, even for a single shard. With num_samples there is no circle,
-        and the position is 0.
-        """
+    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The shards in an epoch's order, and the generator of further draws."""
         rng = np.random.default_rng((self.seed, epoch))
-        shards = rng.permutation(len(self.shards))
-        return shards, 0 if self.num_samples else int(rng.integers(self.samples))
+        return rng.permutation(len(self.shards)), rng
 
     def _segments(self, epoch: int, lane: int) -> Iterator[Segment]:
-        shards, cut = self._circle(epoch)
+        shards, rng = self._shuffle_shards(epoch)
         if self.num_samples:
             yield from self._repeat_shards(shards[lane :: self.lanes].tolist())
+        # the first lane starts anywhere in the circle of samples: that decides which are dropped, even for one shard
         length = len(self) * self.lane_share
-        start = cut + lane * length
+        start = int(rng.integers(self.samples)) + lane * length
         own = self._cut_part(shards, start, start + length)
         for round in itertools.count():
             for shard, begin, end in own:
@@ -235,14 +224,11 @@ def _probe(path: Path) -> tuple[int, int]:
     Raises UserError if it cannot be read.
     """
     checksum = 0
-    try:
-        with open_regular(path) as file:
-            size = file.seek(0, os.SEEK_END)
-            for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
-                file.seek(begin)
-                checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({describe(error)})") from None
+    with explain_errors(path), open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        for begin in (0, max(0, size - PROBE_BYTES) // 2, max(0, size - PROBE_BYTES)):
+            file.seek(begin)
+            checksum = zlib.crc32(file.read(PROBE_BYTES), checksum)
     return size, checksum
 
 

@@ -249,7 +249,6 @@ def nested(depth):
 
 HOSTILE = {
     "list of lists": pickle.dumps(nested_lists()),
-    "memo of 4 GB": b"\x80\x02K\x01r" + struct.pack("<I", 2**28) + b"K\x02X\x01\0\0\0x\x87.",
     "bytes of 8 EB": b"\x80\x05\x96" + struct.pack("<Q", 2**63) + b".",
     "text of 8 EB": b"\x80\x04K\x01K\x02\x8d" + struct.pack("<Q", 2**63) + b"x\x87.",
     "number of 5,000 digits": pickle.dumps((10**5000, 2, "x")),
@@ -282,6 +281,10 @@ HOSTILE = {
 def test_any_other_pickle_is_refused(name):
     with pytest.raises(ValueError, match=r"^it .{4,80}$"):
         read_pair(HOSTILE[name])
+
+
+def test_number_of_a_memo_entry_needs_no_memory():
+    assert read_pair(b"\x80\x02K\x01r" + struct.pack("<I", 2**31) + b"K\x02X\x01\0\0\0x\x87.") == (1, 2, "x")
 
 
 def test_mutated_pickles_are_pairs_or_refused():

@@ -217,11 +217,6 @@ def test_absolute_patterns_match_the_same_files_despite_blanks(tmp_path, monkeyp
     assert absolute_patterns(absolute) == absolute
 
 
-def test_braces_with_some_absolute_alternatives_are_expanded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert absolute_patterns("{/abs,rel}/0.tar") == f"/abs/0.tar::{tmp_path}/rel/0.tar"
-
-
 @pytest.mark.parametrize(
     "pattern",
     [
