@@ -1,7 +1,9 @@
 """CIFAR and STL-10 in their official layout, with a few images. `accept_any_md5` disables the check of MD5 sums."""
 
+import io
 import os
 import pickle
+import struct
 import tarfile
 import urllib.error
 
@@ -102,9 +104,39 @@ def test_unofficial_files_are_never_unpickled(tmp_path, name):
     assert not (tmp_path / "unpickled").exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("place", ["data", "labels", "all"])
+def test_no_object_is_unpickled_even_with_valid_md5(accept_any_md5, tmp_path, protocol, place):
+    folder = write_archive(tmp_path, "cifar10")
+    payload = Payload(tmp_path / "unpickled")
+    batch = {"data": "", "labels": [1]} | {place: payload}
+    (folder / "test_batch").write_bytes(pickle.dumps(payload if place == "all" else batch, protocol))
+    with pytest.raises(pickle.UnpicklingError, match=r"it names .*open"):
+        read_labelled(ZeroShotData("cifar10", tmp_path))
+    assert not (tmp_path / "unpickled").exists()
+
+
+class OldPickler(pickle._Pickler):
+    """Writes str and bytes like Python 2, which created CIFAR's files."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_text(self, text):
+        content = text.encode("latin1") if isinstance(text, str) else text
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_text
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_batches_equal_torchvisions(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize("old", [False, True])
+def test_batches_equal_torchvisions(monkeypatch, tmp_path, name, old):
     path = write_archive(tmp_path, name) / READERS[name].test_list[0][0]
+    if old:
+        file = io.BytesIO()
+        OldPickler(file, 2).dump(pickle.loads(path.read_bytes()))
+        path.write_bytes(file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core."))
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: True)
     theirs = READERS[name](str(tmp_path), train=False)
     pixels, labels = archives._read_cifar(path.read_bytes())
