@@ -13,6 +13,11 @@ from clip_retrieval.run.merge import settle
 from tests.conftest import ROOT, read_json
 
 
+def full(*values):
+    """A case like another one, only for scripts/test.sh --full; test_recipe_is_valid_on_the_command_line has all."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.fixture
 def recipe(real_data, captioned, tmp_path):
     """recipe(name, *arguments) runs scripts/NAME in tmp_path."""
@@ -30,8 +35,8 @@ def recipe(real_data, captioned, tmp_path):
     "name, experiment",
     [
         ("coco_finetune_vit-b-32.sh", "coco_vit-b-32"),
-        ("coco_finetune_vit-b-16.sh", "coco_vit-b-16"),
-        ("coco_margin_linear_projection.sh", "coco_margin_linear_projection"),
+        full("coco_finetune_vit-b-16.sh", "coco_vit-b-16"),
+        full("coco_margin_linear_projection.sh", "coco_margin_linear_projection"),
         ("coco_margin_adaptor.sh", "coco_margin_adaptor"),
     ],
 )
@@ -58,7 +63,7 @@ def test_finetune_recipes(recipe, real_data, captioned, tmp_path, name, experime
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["coco_from_scratch_rn50", "coco_from_scratch_simple_clip"],
+    [full("coco_from_scratch_rn50"), "coco_from_scratch_simple_clip"],
 )
 def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name):
     short = ("--vision_model", captioned / "small.json", "--pretrained", "none", "--text_pretrained", "none")
@@ -74,7 +79,7 @@ def test_from_scratch_recipes(recipe, real_data, captioned, tmp_path, name):
     "name, words, place",
     [
         ("coco_finetune_one_node.sh", "32 = 2 x 16", {"GPUS": 2}),
-        (
+        full(
             "coco_finetune_multi_node.sh",
             "32 = 1 x 32",
             {"NODES": 1, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29581, "GPUS": 1},
@@ -98,7 +103,9 @@ def test_distributed_recipes(recipe, real_data, captioned, name, words, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, folder", [("muge", "MUGE"), ("flickr30k_cn", "Flickr30k-CN"), ("coco_cn", "COCO-CN")])
+@pytest.mark.parametrize(
+    "name, folder", [("muge", "MUGE"), full("flickr30k_cn", "Flickr30k-CN"), full("coco_cn", "COCO-CN")]
+)
 def test_chinese_recipes(recipe, real_data, captioned, tmp_path, name, folder):
     write_chinese(tmp_path / "datasets" / folder, captioned)
     (tmp_path / "pretrained_weights").mkdir()

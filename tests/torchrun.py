@@ -45,7 +45,7 @@ class Torchrun:
                 )
             )
 
-    def end(self, timeout=3 * MINUTE):
+    def end(self, timeout=10 * MINUTE):
         """Wait for the end; return exit code, standard output and standard error of the first node."""
         for agent in self.agents[1:]:
             agent.communicate(timeout=timeout)
