@@ -168,7 +168,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
             raise UserError(f"{path}, line {line}: contains a NUL, like UTF-16 and binary files; save it as UTF-8")
         return text
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -58,7 +58,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 yield number, parse_record(line)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+                remedy = "" if ";" in str(error) else "; correct the line, or fetch the file again"
+                raise UserError(f"{path}, line {number}: {error}{remedy}") from None
 
 
 def parse_record(line: bytes) -> dict[str, Any]:

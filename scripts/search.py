@@ -53,9 +53,7 @@ def make_parser(command: str) -> OptionParser:
     add_arguments(parser, RunOptions, only=("resume", "device"))
     texts = () if command == "index" else ("caption_prefix",)
     add_arguments(parser, DataOptions, only=("max_image_pixels", *texts))
-    parser.add_argument(
-        "--index", type=Path, metavar="DIR", help=f"folder of the index (default: PHOTOS/{INDEX_FOLDER})"
-    )
+    parser.add_argument("--index", metavar="DIR", help=f"folder of the index (default: PHOTOS/{INDEX_FOLDER})")
     if command == "index":
         add_arguments(parser, EvalOptions, only=("eval_batch_size", "eval_precision"))
         add_arguments(parser, DataOptions, only=("num_workers",))
@@ -94,8 +92,10 @@ def main() -> None:
     *texts, photos = typed.pop("words")
     if len(texts) > (command == "query"):
         parser.error(f"{texts[1] if command == 'query' else photos}: one folder at a time, and a text in quotes")
+    if "" in (photos, typed.get("index")):  # as a Path it would be the working directory
+        parser.error("PHOTOS or --index is empty; give a folder")
     photos = Path(photos)
-    folder = typed.pop("index", photos / INDEX_FOLDER)
+    folder = Path(typed.pop("index", photos / INDEX_FOLDER))
     if command == "index":
         from clip_retrieval.search.update import update_index
 

@@ -39,6 +39,7 @@ def test_bad_line_is_named(tmp_path, line, words):
     with pytest.raises(UserError) as error:
         list(read_records(tmp_path / "a.jsonl"))
     assert words in str(error.value) and f"{tmp_path}/a.jsonl, line 3: " in str(error.value)
+    assert str(error.value).count(";") == 1  # one remedy
 
 
 def test_overlong_line_is_refused(tmp_path, monkeypatch):

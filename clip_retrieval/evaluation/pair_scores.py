@@ -6,6 +6,7 @@ in ARO's order tasks as right; `ties` is the number of examples that this concer
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,10 @@ def summarize(values: Tensor, ties: Tensor) -> dict[str, Any]:
 
 def group_accuracies(values: Tensor, groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{group: {"accuracy": percent, "examples": number}}, by name."""
-    names, index = np.unique(np.asarray(groups), return_inverse=True)
-    found = {str(name): values[torch.from_numpy(index == number)] for number, name in enumerate(names)}
+    rows: defaultdict[str, list[int]] = defaultdict(list)  # an array of texts would pad all to the longest
+    for row, group in enumerate(groups):
+        rows[group].append(row)
+    found = {name: values[rows[name]] for name in sorted(rows)}
     return {name: {"accuracy": 100 * float(own.mean()), "examples": len(own)} for name, own in found.items()}
 
 

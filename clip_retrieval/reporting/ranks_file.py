@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it loads torch
     from clip_retrieval.data.dataset import RetrievalDataset
     from clip_retrieval.evaluation.ranks import Ranks
 
+LONGEST_NAME = 1000  # characters of an id; a longer one is cut, with its hash
 LARGEST = 2**53  # float64 has every whole number up to here
 TEXTS = "t2i_texts"
 COUNTS = ("above", "tied", "positives", "queries")
@@ -53,7 +54,10 @@ def write_ranks(path: Path, dataset: RetrievalDataset, i2t: Ranks, t2i: Ranks) -
     hashes = [_hash(dataset.captions[query]) for query in t2i.queries.tolist()]
     arrays = {"t2i_images": first_images(dataset.pairs, t2i.queries), TEXTS: np.array(hashes, np.int64)}
     for direction, ranks, name in (("i2t", i2t, dataset.images.name), ("t2i", t2i, dataset.caption_name)):
-        arrays[f"{direction}_ids"] = np.array([name(query) for query in ranks.queries.tolist()], dtype=np.str_)
+        names = [name(query) for query in ranks.queries.tolist()]
+        # an array pads all texts to the longest; the ids of a data set may have any length
+        names = [text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]} {_hash(text)}" for text in names]
+        arrays[f"{direction}_ids"] = np.array(names, dtype=np.str_)
         arrays |= {f"{direction}_{count}": getattr(ranks, count) for count in COUNTS}
     with write_atomic(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

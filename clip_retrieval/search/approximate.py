@@ -34,7 +34,7 @@ def is_wanted(images: int, faiss: bool | None) -> bool:
 
     Raises UserError if `faiss` asks for it and it is not installed.
     """
-    if faiss is False or (faiss is None and images < APPROXIMATE_FROM):
+    if faiss is False or images == 0 or (faiss is None and images < APPROXIMATE_FROM):
         return False
     try:
         import faiss as _  # noqa: F401

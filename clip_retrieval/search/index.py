@@ -25,7 +25,7 @@ import numpy as np
 from clip_retrieval.arrays import read_npy
 from clip_retrieval.errors import UserError
 from clip_retrieval.files import to_json, write_atomic
-from clip_retrieval.jsonl import LONGEST_LINE, open_input, parse_record, read_records
+from clip_retrieval.jsonl import LONGEST_LINE, open_input, parse_record, read_lines
 
 INDEX = "index.jsonl"
 VERSION = 1
@@ -168,16 +168,19 @@ def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
 
 def read_table(path: Path) -> Table:
     """Read a .jsonl file and map its features. Raises UserError, naming the line, if they are damaged."""
-    records = read_records(path)
-    _, head = next(records, (0, {}))
-    features_path, model = _read_head(path, head)
-    # the files
+    head: tuple[Path, dict[str, Any]] | None = None
     entries = []
-    for line, record in records:
-        try:
-            entries.append(_parse_entry(record))
-        except ValueError as error:
-            raise _damaged(path, line, error) from None
+    with open_input(path) as file:
+        for line, content in read_lines(file, path):
+            try:
+                record = parse_record(content)
+                if head is None:
+                    head = _read_head(path, record)
+                else:
+                    entries.append(_parse_entry(record))
+            except ValueError as error:
+                raise _damaged(path, line, error) from None
+    features_path, model = head or _read_head(path, {})
     # the features
     is_readable = np.fromiter((entry.problem is None for entry in entries), bool, len(entries))
     _map_checked(path, features_path, (int(is_readable.sum()), model["dim"]))
@@ -196,6 +199,8 @@ def _read_head(path: Path, head: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 
 def _map_checked(path: Path, features_path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Map the features, float32 of a shape."""
+    if not features_path.exists():
+        raise UserError(f"{features_path}: missing; delete {path.name}, too, and index the folder again")
     features = read_npy(features_path, memory_map=True)
     if features.dtype != np.float32 or features.shape != shape:
         raise UserError(f"{features_path}: not the features of {path.name}; delete both and index the folder again")

@@ -56,5 +56,6 @@ def test_equal_captions_of_winoground_are_guessed():
 
 
 def test_group_accuracies_are_means_by_name():
+    assert list(group_accuracies(torch.ones(2), ["a\0", "a"])) == ["a", "a\0"]
     found = group_accuracies(torch.tensor([1.0, 0.0, 0.5]), ["b", "a", "b"])
     assert found == {"a": {"accuracy": 0, "examples": 1}, "b": {"accuracy": 75, "examples": 2}}

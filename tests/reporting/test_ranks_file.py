@@ -36,6 +36,17 @@ def test_read_back_unchanged(written):
     assert found.first_image.tolist() == [2, 0, 0]
 
 
+def test_long_ids_stay_distinct_in_a_small_file(tmp_path):
+    pairs = np.stack([np.arange(50), np.arange(50)], axis=1)
+    images = ImageFiles([f"{row}.jpg" for row in range(50)])
+    ids = ["x" * 10**5 + str(row) for row in range(50)]
+    dataset = RetrievalDataset("photos", "test", images, ["a"] * 50, pairs, text_ids=ids)
+    features = np.random.default_rng(0).normal(size=(50, 4))
+    write_ranks(tmp_path / "ranks.npz", dataset, *retrieval_ranks(features, features, pairs))
+    assert (tmp_path / "ranks.npz").stat().st_size < 10**6
+    assert len(set(read_ranks(tmp_path / "ranks.npz").ids["t2i"].tolist())) == 50
+
+
 def test_numpy_reads_it_without_pickles(written):
     with np.load(written[0], allow_pickle=False) as arrays:
         assert set(arrays) == set(KINDS)

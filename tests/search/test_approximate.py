@@ -76,6 +76,7 @@ def test_changed_features_and_a_broken_file_are_built_again(features):
 
 
 def test_number_of_images_and_options_decide(monkeypatch):
+    assert not is_wanted(0, True)  # an empty index
     assert [is_wanted(10**6, faiss) for faiss in (None, False, True)] == [True, False, True]
     assert [is_wanted(1000, faiss) for faiss in (None, False, True)] == [False, False, True]
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)

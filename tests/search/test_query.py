@@ -137,6 +137,8 @@ def test_bad_usage_is_one_line(indexed, script, tmp_path):
     for words, message in (
         ((indexed,), "give a text or --image"),
         (("a", "b", indexed), "a text in quotes"),
+        (("a", ""), "PHOTOS or --index is empty"),
+        (("index", indexed, "--index", ""), "PHOTOS or --index is empty"),
         (("a", tmp_path / "empty"), f"has no index in {tmp_path / 'empty' / INDEX_FOLDER}"),
         (("a", indexed, "--top_k", 0), "--top_k 0: must be at least 1"),
         (("--image", tmp_path / "none.jpg", indexed), f"--image {tmp_path / 'none.jpg'}: no such file"),

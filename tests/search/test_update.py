@@ -286,6 +286,7 @@ def test_hostile_index_is_refused_with_its_line(indexed, script, line):
     for command in (("a", indexed), ("index", indexed)):
         code, _, err = script("search", *command)
         assert code == 2 and "index.jsonl, line 4" in err and err.count("\n") == 1
+        assert "delete the file and index the folder again" in err
     path.write_text("\n".join(lines[:4]) + "\n")
     code, _, err = script("search", "a", indexed)
     assert code == 2 and "not the features of index.jsonl" in err
@@ -317,6 +318,9 @@ def test_features_of_another_index_are_refused(indexed, script):
     np.save(features, np.load(features)[:-1])
     code, _, err = script("search", "a", indexed)
     assert code == 2 and "not the features of index.jsonl" in err
+    features.unlink()
+    code, _, err = script("search", "index", indexed)
+    assert code == 2 and "missing; delete index.jsonl, too, and index the folder again" in err
 
 
 def test_missing_model_and_checkpoint_are_named(photos, script, models, tmp_path):

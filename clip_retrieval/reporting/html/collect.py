@@ -141,7 +141,7 @@ class _Namer:
         return Item(index, shorten(text), shorten(name))
 
     def caption(self, index: int) -> Item:
-        return Item(None, shorten(self.dataset.captions[index]), f"caption {self.dataset.caption_name(index)}")
+        return Item(None, shorten(self.dataset.captions[index]), shorten(f"caption {self.dataset.caption_name(index)}"))
 
     def items(self, direction: str) -> tuple[int, MakeItem]:
         """The number of items that the queries of a direction retrieve, and the function that makes one."""

@@ -99,7 +99,7 @@ def tabulate(blocks: Mapping[str, dict[str, Any]]) -> Table:
     """
     directions = {label: {d: block.get(d) for d in DIRECTIONS} for label, block in blocks.items()}
     known = [each for found in directions.values() for each in found.values() if isinstance(each, dict)]
-    columns = list(dict.fromkeys(name for each in known for name, value in each.items() if _is_number(value)))
+    columns = list(dict.fromkeys(name for each in known for name, value in each.items() if is_number(value)))
     rows: list[tuple[str, str, list[Cell]]] = []
     for label, block in blocks.items():
         intervals = block.get("intervals")
@@ -114,14 +114,15 @@ def tabulate(blocks: Mapping[str, dict[str, Any]]) -> Table:
 
 def _make_cell(value: Any, bounds: Any) -> Cell:
     """The cell of values from a results.json, which may hold anything."""
-    if not _is_number(value):
+    if not is_number(value):
         return Cell(None)
-    is_interval = isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(_is_number, bounds))
+    is_interval = isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(is_number, bounds))
     return Cell(value, (bounds[0], bounds[1]) if is_interval else None)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+def is_number(value: Any) -> bool:
+    """Whether a value of a results.json is a number that can be shown; a JSON integer may have any length."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def _get(mapping: Any, name: str) -> Any:

@@ -19,7 +19,7 @@ from clip_retrieval.jsonl import parse_record
 from clip_retrieval.log import log
 from clip_retrieval.reporting.html.collect import collect
 from clip_retrieval.reporting.html.measure import Measured, measure
-from clip_retrieval.reporting.html.page import Page, render
+from clip_retrieval.reporting.html.page import Page, is_number, render
 from clip_retrieval.reporting.html.plots import draw_plots, draw_training
 
 MOST_METRICS = 2**26  # bytes of metrics.jsonl, half a million lines
@@ -153,7 +153,7 @@ def list_further(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, di
 def describe_rerank(results: dict[str, Any]) -> Iterator[str]:
     """Yield the further data that each method of re-ranking uses, unlike plain recall."""
     for name, block in _get_blocks(results, "rerank"):
-        key = next((key for key in ("temperature", "k", "share") if isinstance(block.get(key), (int, float))), None)
+        key = next((key for key in ("temperature", "k", "share") if is_number(block.get(key))), None)
         chosen = f"; {key} {block[key]:.3g} ({block.get('chosen_on', '')})" if key else ""
         yield printable(f"Re-ranked, {name}: uses {block.get('uses', 'further data')}{chosen}.")
 
@@ -165,7 +165,7 @@ def list_zero_shot(results: dict[str, Any], prefix: str) -> Iterator[tuple[str, 
             values = (block.get(name) for name in ("top1", "top5"))
             yield (
                 f"{prefix}{_name_data(block)}, {stage}",
-                tuple(value if type(value) in (int, float) else None for value in values),
+                tuple(value if is_number(value) else None for value in values),
             )
 
 

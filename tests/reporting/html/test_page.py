@@ -188,3 +188,10 @@ def test_damaged_results_of_a_second_table_are_left_out(value):
     cells = [cell for _, _, row in tabulate(dict(list_further(results, ""))).rows for cell in row]
     assert all(cell.value is None for cell in cells) and len(list(describe_rerank(results))) <= 1
     assert all(values == (None, None) for _, values in list_zero_shot(results, ""))
+
+
+def test_numbers_beyond_a_float_are_left_out(photos, page):
+    huge = 10**400
+    block = {"i2t": {"R@1": huge}, "k": huge, "top1": huge, "rsum": huge, "intervals": {"i2t": {"R@1": [huge, huge]}}}
+    results = {"protocols": {"x": block}, "rerank": {"x": block}, "retention": block, "zero_shot": block}
+    assert "0000000000" not in page(make_run(photos, 0.8, **results))
