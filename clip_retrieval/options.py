@@ -210,7 +210,8 @@ class DataOptions:
     negative_column: str | None = option(
         None,
         "csv: column of negative captions, a text or a list of texts, of which a random one joins the training batch "
-        "as in NegCLIP; karpathy, flickr8k, flickr30k: their key in a sentence of the JSON (default: none)",
+        "as in NegCLIP; karpathy, flickr8k, flickr30k: their key in a sentence of the JSON",
+        auto="none",
     )
     caption_key: str | None = option(
         None, "webdataset: key of the caption or list of captions in the .json (default: the .txt, else `caption`)"
@@ -361,12 +362,13 @@ class LossOptions:
         maximum=1,
     )
     temperature: float | None = option(
-        None, "infonce and siglip: fixed temperature, 1 / logit scale (default: learned)", above=0
+        None, "infonce and siglip: fixed temperature, 1 / logit scale; none: learned", minimum=1e-4, auto="none"
     )
     distill_from: str | None = option(
         None,
         "teacher whose features are imitated in training: a checkpoint or weight file, a model name, or start (the "
         "model as the run starts, to forget less)",
+        auto="none",
     )
     distill_kind: str = option(
         "relational",
@@ -386,21 +388,23 @@ class TrainOptions:
     grad_cache: int | None = option(
         None,
         "chunk of pairs that a process computes at a time, to fit a large batch into memory; same gradients, twice the "
-        "forward passes (default: the whole batch)",
+        "forward passes; none: the whole batch",
         minimum=1,
+        auto="none",
     )
     accum_freq: int = option(1, "number of chunks, instead of --grad_cache", minimum=1)
     lr: float = option(1e-5, "peak learning rate", "--learning_rate", "-lr", above=0)
-    lr_image: float | None = option(None, "peak learning rate of the image tower (default: --lr)", above=0)
-    lr_text: float | None = option(None, "peak learning rate of the text tower (default: --lr)", above=0)
+    lr_image: float | None = option(None, "peak learning rate of the image tower; none: --lr", above=0, auto="none")
+    lr_text: float | None = option(None, "peak learning rate of the text tower; none: --lr", above=0, auto="none")
     lr_head: float | None = option(
-        None, "peak learning rate of projections, logit scale and bias, and adaptor (default: --lr)", above=0
+        None, "peak learning rate of projections, logit scale and bias, and adaptor; none: --lr", above=0, auto="none"
     )
     layer_decay: float | None = option(
         None,
-        "factor of the learning rate from each block of a tower to the one before it, e.g. 0.65 (default: none)",
+        "factor of the learning rate from each block of a tower to the one before it, e.g. 0.65",
         above=0,
         below=1,
+        auto="none",
     )
     optimizer: str = option(
         "adamw",
@@ -410,7 +414,7 @@ class TrainOptions:
     )
     beta1: float = option(0.9, "beta1 of AdamW and Lion", minimum=0, below=1)
     beta2: float | None = option(None, "beta2 of AdamW and Lion (default: 0.98; 0.99 for Lion)", minimum=0, below=1)
-    eps: float = option(1e-6, "AdamW's epsilon", above=0)
+    eps: float = option(1e-6, "AdamW's epsilon", minimum=1e-30)
     weight_decay: float = option(
         0.2,
         "weight decay; not applied to biases, norms, logit scale and position embeddings",
@@ -433,21 +437,23 @@ class TrainOptions:
         None, "with --schedule wsd: share of the run in which the rate falls (default: 0.2)", above=0, below=1
     )
     patience: int | None = option(
-        None, "stop after this number of evaluations in a row without a new best on val (default: never)", minimum=1
+        None, "stop after this number of evaluations in a row without a new best on val", minimum=1, auto="none"
     )
     ema: float | None = option(
         None,
         "decay of an exponential moving average of the weights, such as 0.999, scored beside them on val; best.pt is "
-        "the better one (default: no average)",
+        "the better one",
         above=0,
         below=1,
+        auto="none",
     )
     swa_start: int | None = option(
         None,
-        "epoch from whose end on the weights at the end of each epoch are averaged, into swa.pt (default: no average)",
+        "epoch from whose end on the weights at the end of each epoch are averaged, into swa.pt",
         minimum=1,
+        auto="none",
     )
-    grad_clip: float | None = option(None, "maximum norm of the gradient (default: no clipping)", above=0)
+    grad_clip: float | None = option(None, "maximum norm of the gradient", above=0, auto="none")
     trainable: str = option(
         "all",
         "trainable parameters: all, low-rank additions to linear layers (LoRA), biases (BitFit), the two projections, "
@@ -487,10 +493,10 @@ class TrainOptions:
     freeze_vision: bool = option(False, "freeze the image tower")
     freeze_text: bool = option(False, "freeze the text tower")
     unlocked_image_blocks: int | None = option(
-        None, "train only the last N blocks of the image tower and the layers behind them (default: all)", minimum=0
+        None, "train only the last N blocks of the image tower and the layers behind them", minimum=0, auto="all"
     )
     unlocked_text_blocks: int | None = option(
-        None, "train only the last N blocks of the text tower and the layers behind them (default: all)", minimum=0
+        None, "train only the last N blocks of the text tower and the layers behind them", minimum=0, auto="all"
     )
     precision: str = option(
         "auto",
@@ -569,6 +575,7 @@ class EvalOptions:
         None,
         "data set of --dataset's names whose test split (else val) is scored before and after training and with each "
         "evaluation: what the finetune forgets",
+        auto="none",
     )
     retention_root: str | None = option(None, "folder of --retention_dataset (default: --dataset_root)")
     retention_weight: float = option(
@@ -694,8 +701,17 @@ BELONGING = {
     "zero_shot_eval": ("zero_shot_root", "zero_shot_class_names", "zero_shot_templates", "zero_shot_steps"),
     "optimizer": ("beta1", "beta2", "eps"),
     "trainable": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    "loss": ("margin",),
+    "schedule": ("decay_fraction",),
 }
 """Options that belong to the value of another option."""
+
+DETAILS = {
+    "augment": ("crop_scale",),
+    "hard_negatives": ("hard_negatives_by",),
+    "distill_from": ("distill_kind", "distill_weight"),
+}
+"""Options that have no effect if another one is off (None, "none" or 0)."""
 
 ALTERNATIVES = (("grad_cache", "accum_freq"),)
 """Pairs of options that set the same thing."""

@@ -8,7 +8,7 @@ import pytest
 from clip_retrieval.command_line import parse
 from clip_retrieval.errors import UserError
 from clip_retrieval.options import select_for_resume
-from clip_retrieval.run.merge import settle
+from clip_retrieval.run.merge import check_early, settle
 
 
 def options(*argv):
@@ -98,20 +98,21 @@ VALUES = {
     "layer_decay": "0.5",
     "hard_negatives": "0.5",
 }
+NEEDED = {"margin": ("--loss", "triplet")}
 
 
 @pytest.mark.parametrize("name, spelling", [(n, s) for n, spellings in SPELLINGS.items() for s in spellings])
 def test_every_spelling_with_underscores_or_hyphens(name, spelling):
-    default = options()[name]
+    default, needed = options()[name], NEEDED.get(name, ())
     value = VALUES.get(name, "3" if not isinstance(default, str) else "other")
     dashes = spelling[: len(spelling) - len(spelling.lstrip("-"))]
     hyphened = dashes + spelling.lstrip("-").replace("_", "-")
-    expected = options(spelling, value)[name]
+    expected = options(*needed, spelling, value)[name]
     assert expected != default
     assert str(expected) in (value, f"{value}.0")
-    assert options(hyphened, value)[name] == expected
+    assert options(*needed, hyphened, value)[name] == expected
     if dashes == "--":
-        assert options(f"{hyphened}={value}")[name] == expected
+        assert options(*needed, f"{hyphened}={value}")[name] == expected
 
 
 def test_flags_and_their_inverses():
@@ -253,6 +254,12 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
         ("--loss siglip --label_smoothing 0.1", ["--label_smoothing", "--loss siglip"]),
         ("--loss margin --i2t_weight 0.6", ["--i2t_weight", "--loss margin"]),
         ("--loss triplet --temperature 0.05", ["--temperature", "--loss triplet"]),
+        ("--temperature 1e-320", ["--temperature", "at least 0.0001"]),
+        ("--eps 1e-320", ["--eps", "at least 1e-30"]),
+        ("--margin 0.3", ["--margin", "--loss infonce"]),
+        ("--lr_image 1e-4 --freeze_vision", ["--lr_image", "--freeze_vision"]),
+        ("--lr_text 1e-4 --trainable adaptor", ["--lr_text", "--trainable adaptor"]),
+        ("--drop_path 0.1 --trainable linear_projection", ["--drop_path", "--trainable linear_projection"]),
         ("--grad_cache 8 --accum_freq 4", ["--accum_freq", "--grad_cache"]),
         ("--freeze_vision --freeze_text", ["--freeze_vision", "--freeze_text"]),
         ("--imagenet_eval_steps 5", ["--zero_shot_steps", "--zero_shot_eval"]),
@@ -270,6 +277,20 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, words, capsys):
 def test_bad_values_are_refused_by_name(command, words):
     with pytest.raises(UserError) as error:
         options(*command.split())
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--retention_dataset cocoo", ["--retention_dataset cocoo", "did you mean coco"]),
+        ("--retention_dataset coco --retention_root /missing", ["--retention_root /missing: no such folder"]),
+        ("--distill_from missing.pt", ["--distill_from missing.pt: no such file"]),
+    ],
+)
+def test_missing_data_and_teachers_are_refused_early(command, words):
+    with pytest.raises(UserError) as error:
+        check_early(parse(["--dataset", "shapes", "--vision_model", "tiny", *command.split()]), {})
     assert all(word in str(error.value) for word in words)
 
 

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
+from clip_retrieval.command_line import parse
 from clip_retrieval.config import read_preset
 from clip_retrieval.errors import UserError
-from clip_retrieval.options import NO_PRESET, PRESETS
+from clip_retrieval.options import NO_PRESET, PRESETS, Options
 from clip_retrieval.run.settings import settle_options
 from tests.conftest import read_json
 
@@ -85,6 +86,33 @@ def test_typed_alternative_replaces_the_option_of_the_preset(tmp_path):
     assert (train.grad_cache, train.accum_freq) == (64, 1)
     with pytest.raises(UserError, match="give one of them"):
         settle_options({"accum_freq": 4, "grad_cache": 64})
+
+
+OFF = {"ema": None, "layer_decay": None, "lr_head": None, "grad_clip": None, "grad_cache": None, "augment": "none"}
+
+
+def test_values_of_a_preset_can_be_turned_off(tmp_path):
+    words = [word for name in OFF for word in (f"--{name}", "none")]
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: strong\n" + "".join(f"{name}: none\n" for name in OFF))
+    for given in ({"preset": "strong", **parse(words)}, {"config": str(path)}):
+        settled = settle_options(given)[0].flat()
+        assert OFF.items() <= settled.items() and settled["crop_scale"] == 0.9 and settled["drop_path"] == 0.1
+    alone = settle_options({"preset": "keep_zero_shot", **parse(["--distill_from", "none"])})[0].loss
+    assert alone.distill_from is None
+
+
+def test_details_go_with_the_option_that_is_turned_off_or_replaced(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "loss: margin\nmargin: 0.3\nhard_negatives: 0.5\nhard_negatives_by: text\nschedule: wsd\n"
+        "decay_fraction: 0.5\ndistill_from: start\ndistill_kind: feature\ndistill_weight: 2\n"
+    )
+    typed = parse(["--loss", "triplet", "--hard_negatives", "0", "--schedule", "linear", "--distill_from", "none"])
+    settled = settle_options({"config": str(path), **typed})[0].flat()
+    defaults = Options().flat()
+    changed = {name for name, value in settled.items() if value != defaults[name]}
+    assert changed == {"config", "loss", "schedule"}
 
 
 def test_unknown_preset_names_the_nearest(run):

@@ -65,12 +65,12 @@ def read_dataset(options: DataOptions, split: str) -> RetrievalDataset | None:
     return _read_one(parts[0], split)
 
 
-def check_name(name: str) -> None:
-    """Raise UserError, with the nearest names, for an unknown data set."""
+def check_name(name: str, option: str = "--dataset") -> None:
+    """Raise UserError, naming the option and the nearest names, for an unknown data set."""
     if name not in READERS:
         near = difflib.get_close_matches(name.lower(), READERS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(READERS)}"
-        raise UserError(f"--dataset {name}: no such data set; {hint}")
+        raise UserError(f"{option} {name}: no such data set; {hint}")
 
 
 def _read_one(options: DatasetOptions, split: str) -> RetrievalDataset | None:

@@ -102,6 +102,9 @@ def _train_in_tower(clip: ClipModule, trainable: str, part: str, names: set[str]
                 f"--lora_targets {lora.targets}: the {part} tower has no such linear layers; give other targets, or "
                 f"add {freeze}"
             )
+        widest = max(min(getattr(module, name).shape) for module, name, _ in layers)
+        if lora.rank > widest:
+            raise UserError(f"--lora_rank {lora.rank}: must be at most {widest}, the width of the {part} tower")
         add_lora(layers, lora)
         return
     chosen = [

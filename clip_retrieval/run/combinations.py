@@ -23,8 +23,9 @@ def check_combinations(options: Options) -> None:
     _check_data(options.data, evaluate=options.run.eval)
     if options.model.keep_positions and not options.model.context_length:
         raise UserError(f"--keep_positions {options.model.keep_positions} needs --context_length; give both")
-    _check_training(options.train, options.evaluation)
-    _check_loss(options.loss)
+    if not options.run.eval:
+        _check_training(options.train, options.evaluation)
+        _check_loss(options.loss)
     _check_evaluation(options.evaluation, evaluate=options.run.eval)
     if options.run.overwrite and options.run.resume == AUTO:
         raise UserError("--overwrite and --resume auto contradict each other; drop one of them")
@@ -59,7 +60,9 @@ def _check_data(data: DataOptions, *, evaluate: bool) -> None:
     if data.hard_negatives_by != DataOptions.hard_negatives_by and not data.hard_negatives:
         raise UserError(f"--hard_negatives_by {data.hard_negatives_by} needs --hard_negatives SHARE; give both")
     if data.negative_column and not evaluate and not {"csv", "karpathy", *FLICKR} & set(data.dataset):
-        raise UserError(f"--negative_column is for --dataset csv and karpathy; drop it, or --dataset {data.name}")
+        raise UserError(
+            f"--negative_column is for --dataset csv and karpathy, not {data.name}; add --negative_column none"
+        )
     if data.crop_scale != DataOptions.crop_scale and data.augment == "none":
         raise UserError(f"--crop_scale {data.crop_scale:g} needs --augment crop, auto, auto_flip or rand; give both")
 
@@ -74,12 +77,19 @@ def _check_training(train: TrainOptions, evaluation: EvalOptions) -> None:
             raise UserError(f"--{name} needs --trainable lora, not {train.trainable}; give both, or drop it")
     if train.optimizer == "lion" and train.eps != TrainOptions.eps:
         raise UserError(f"--eps {train.eps:g} has no effect with --optimizer lion; drop one of them")
-    for name, frozen in (("unlocked_image_blocks", "freeze_vision"), ("unlocked_text_blocks", "freeze_text")):
+    for name, frozen in (
+        ("unlocked_image_blocks", "freeze_vision"),
+        ("unlocked_text_blocks", "freeze_text"),
+        ("lr_image", "freeze_vision"),
+        ("lr_text", "freeze_text"),
+    ):
         if getattr(train, name) is not None:
             if getattr(train, frozen):
                 raise UserError(f"--{name} and --{frozen} contradict each other; drop one of them")
             if train.trainable in ("linear_projection", "adaptor"):
                 raise UserError(f"--{name} has no effect with --trainable {train.trainable}; drop one of them")
+    if train.drop_path and train.trainable in ("linear_projection", "adaptor"):
+        raise UserError(f"--drop_path has no effect with --trainable {train.trainable}; drop one of them")
     if train.decay_fraction and train.schedule != "wsd":
         raise UserError(f"--decay_fraction {train.decay_fraction:g} needs --schedule wsd; give both or drop it")
     if train.start_image_size_until != TrainOptions.start_image_size_until and not train.start_image_size:
@@ -94,7 +104,7 @@ def _check_training(train: TrainOptions, evaluation: EvalOptions) -> None:
 
 def _check_loss(options: LossOptions) -> None:
     loss = LOSSES[options.loss]
-    for name in ("label_smoothing", "i2t_weight"):
+    for name in ("margin", "label_smoothing", "i2t_weight"):
         if getattr(options, name) != getattr(LossOptions, name) and name not in loss.arguments:
             raise UserError(f"--{name} is not for --loss {options.loss}; drop one of them")
     if options.temperature and not loss.learns_scale:

@@ -10,11 +10,12 @@ from clip_retrieval.data.catalog import SHARDED, check_name, infer_dataset
 from clip_retrieval.data.readers.karpathy import FLICKR
 from clip_retrieval.data.shards.find import expand_patterns
 from clip_retrieval.errors import UserError
-from clip_retrieval.files import check_root
+from clip_retrieval.files import check_root, path_exists
 from clip_retrieval.models.names import OPENAI_NAMES, UNNAMED, resolve
 from clip_retrieval.options import (
     ALTERNATIVES,
     BELONGING,
+    DETAILS,
     PREFIXES,
     REPEATABLE,
     DatasetOptions,
@@ -52,7 +53,23 @@ def check_early(typed: dict[str, Any], config: dict[str, Any]) -> None:
     if root and not Path(root).exists():
         raise UserError(f"--zero_shot_root {root}: no such folder; give the folder of the zero-shot data set")
     if not options.run.eval:
+        check_beside(options)
         refuse_another_run(run_folder(options.run), options.run, options.model.pretrained, can_resume=False)
+
+
+def check_beside(options: Options) -> None:
+    """Raise UserError if the data of --retention_dataset or the teacher of --distill_from is missing."""
+    name, root = options.evaluation.retention_dataset, options.evaluation.retention_root
+    teacher = options.loss.distill_from
+    if name is not None:
+        check_name(name, "--retention_dataset")
+        if root is not None and not Path(root).is_dir():
+            raise UserError(f"--retention_root {root}: no such folder; give the folder of --retention_dataset")
+    if teacher and teacher != "start" and "@" not in teacher and not path_exists(teacher):
+        try:
+            resolve(teacher)
+        except UserError as error:
+            raise UserError(f"--distill_from {teacher}: no such file, and as a model: {error}") from None
 
 
 def check_paths(data: DatasetOptions, *, evaluate: bool) -> None:
@@ -92,6 +109,10 @@ def settle(*layers: dict[str, Any], complete: bool = True) -> Options:
         for name, belonging in BELONGING.items():
             if merged.get(name) is not None and layer.get(name, merged[name]) != merged[name]:
                 merged = {other: value for other, value in merged.items() if other not in belonging}
+        # drop the details of an option that this layer turns off
+        for name, details in DETAILS.items():
+            if layer.get(name, True) in (None, "none", 0):
+                merged = {other: value for other, value in merged.items() if other not in details}
         # an option replaces its alternative in the layers below
         for pair in ALTERNATIVES:
             if len(own := layer.keys() & set(pair)) == 1:

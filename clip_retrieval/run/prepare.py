@@ -33,6 +33,7 @@ from clip_retrieval.run.folder import FolderLock, clear_run, without_resume
 from clip_retrieval.run.model import load_model, record_model_name
 from clip_retrieval.run.teacher import START, START_FILE, make_distillation
 from clip_retrieval.run.train_data import (
+    caches_image_features,
     choose_batch_size,
     encodes_images_once,
     load_data,
@@ -119,8 +120,13 @@ def load_model_and_data(
 ) -> Loaded:
     """Load the model, the splits, and the data that are scored beside them. The data files are checked first."""
     # data files; the model may be a download
-    encodes_once = encodes_images_once(options.data, options.train)
-    datasets = read_datasets(options.data, device, processes, decode_all=encodes_once)
+    datasets = read_datasets(
+        options.data,
+        device,
+        processes,
+        decode_all=encodes_images_once(options.data, options.train),
+        caches_features=caches_image_features(options.train),
+    )
     if reported := datasets.get("test", datasets.get("val")):
         check_protocols(options.evaluation.protocols, reported)
 

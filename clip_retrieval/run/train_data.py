@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,30 @@ from clip_retrieval.options import DataOptions, EvalOptions, Options, TrainOptio
 from clip_retrieval.run.splits import load_pixels, log_samples, make_split, read_split
 
 
+def caches_image_features(train: TrainOptions) -> bool:
+    """Whether a frozen image tower encodes the training images once, before the first step."""
+    return (train.freeze_vision or train.trainable in FROZEN_TOWERS) and not train.no_feature_cache
+
+
 def encodes_images_once(data: DataOptions, train: TrainOptions) -> bool:
     """Whether every training image is decoded once, before the first step: for its cache, or to encode it."""
-    is_frozen = train.freeze_vision or train.trainable in FROZEN_TOWERS
-    encodes = (is_frozen and not train.no_feature_cache) or (data.hard_negatives and data.hard_negatives_by == "image")
-    return bool(data.image_cache or encodes)
+    compares = data.hard_negatives and data.hard_negatives_by == "image"
+    return bool(data.image_cache or compares or caches_image_features(train))
 
 
 def read_datasets(
-    data: DataOptions, device: torch.device, processes: Processes, *, decode_all: bool
+    data: DataOptions, device: torch.device, processes: Processes, *, decode_all: bool, caches_features: bool
 ) -> dict[str, RetrievalDataset]:
     """Read the train, val and test splits, as far as they exist; of a streamed data set, none.
 
-    A data set without splits is used for training only. `decode_all` is `read_split`'s, for the train split.
+    A data set without splits is used for training only. `decode_all` is `read_split`'s, for the train split. With
+    caches_features=True, images that training would skip are left out, because the cached features need all images.
     """
     datasets: dict[str, RetrievalDataset] = {}
     if not is_streamed(data):
         decode_all = decode_all and len(data.parts()) == 1
-        train = read_split(data, "train", device, processes, decode_all=decode_all)
+        skips = data.skip_broken or (decode_all and caches_features and skips_unreadable(data))
+        train = read_split(replace(data, skip_broken=skips), "train", device, processes, decode_all=decode_all)
         if train is None:
             raise UserError(f"{data.name} in {data.place} has no train split; give a data set with one")
         if data.negative_column and train.negatives is None:

@@ -15,6 +15,7 @@ from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.batches.train_split import EncodeFrozen, IndexedTrainSplit, TrainSplit
 from clip_retrieval.data.batches.word_dropout import WordDropout
 from clip_retrieval.data.captions import Tokens, padding_id
+from clip_retrieval.data.catalog import skips_unreadable
 from clip_retrieval.data.pixels.pixels import Pixels
 from clip_retrieval.distributed import Processes
 from clip_retrieval.encode import encode_captions, encode_images, encoding_model
@@ -151,7 +152,9 @@ def make_loader(
             precision,
             device,
             processes,
-            images_vary=options.data.augment != "none",
+            # a mixture's broken images are only found while it trains
+            images_vary=options.data.augment != "none"
+            or (len(options.data.dataset) > 1 and skips_unreadable(options.data)),
             texts_vary=options.data.word_dropout > 0,
         )
     # the batches

@@ -115,6 +115,12 @@ def test_tower_without_linear_layers_is_refused_with_a_remedy():
         set_trainable(model, "lora")
 
 
+def test_rank_above_the_width_is_refused():
+    model = RetrievalModel(small_towers("open_clip")[0], small_preprocess())
+    with pytest.raises(UserError, match="--lora_rank 33: must be at most 32"):
+        set_trainable(model, "lora", lora=LoraSettings(rank=33))
+
+
 def test_lora_in_the_last_blocks_only():
     model, _ = lora_model(targets="mlp", unlocked_image_blocks=1)
     names = {f"clip.visual.transformer.resblocks.1.mlp.{layer}.weight" for layer in ("c_fc", "c_proj")}

@@ -60,3 +60,34 @@ def test_random_crops_are_not_cached(run, arguments, monkeypatch):
     assert code == 0 and not encoded, err
     code, _, err = run(*arguments, "--freeze_vision", "--max_steps", "1", "--overwrite")
     assert code == 0 and encoded, err
+
+
+def test_a_broken_image_of_a_hugging_face_data_set_is_left_out(run, arguments, captioned, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    images = [{"bytes": (captioned / f"{number}.jpg").read_bytes(), "path": None} for number in range(14)]
+    images[5]["bytes"] = b"broken"
+    columns = {"image": images, "caption": [f"thing {number}" for number in range(14)]}
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    place = arguments[arguments.index("--vision_model") :]
+    code, out, err = run(
+        *("--dataset", "huggingface", "--dataset_root", tmp_path / "saved"),
+        *place,
+        "--freeze_vision",
+        "--max_steps",
+        "2",
+    )
+    assert code == 0, err
+    assert "encoded once" in out and "1 of 14 images is left out" in err
+
+
+def test_a_broken_image_of_a_mixture_is_replaced(run, arguments, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/0.jpg").write_bytes(b"broken")
+    (tmp_path / "other/captions.csv").write_text("image,caption,split\n0.jpg,broken thing,train\n")
+    both = [*arguments, "--dataset", "csv", "--dataset_root", tmp_path / "other", "--freeze_vision", "--max_steps", "3"]
+    code, _, err = run(*both)
+    assert code == 2 and "not a readable image" in err
+    code, out, err = run(*both, "--skip_broken")
+    assert code == 0, err
+    assert "encoded once" not in out

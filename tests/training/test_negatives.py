@@ -145,5 +145,6 @@ def test_train_split_without_any_is_refused(run, command):
 
 
 def test_data_without_such_a_column_is_refused():
-    with pytest.raises(UserError, match="--negative_column is for --dataset csv and karpathy; drop it"):
+    with pytest.raises(UserError, match="--negative_column is for --dataset csv and karpathy, not coco; add"):
         settle({"dataset": "coco", "negative_column": "wrong"})
+    assert settle({"negative_column": "wrong"}, {"dataset": "coco", "negative_column": None})
