@@ -119,8 +119,8 @@ def restore_training(
         if checkpoint.learning != trainer.trainable_shapes:
             raise UserError(
                 f"{source}: its trainable parameters or their shapes differ; use the --trainable, --lora_*, "
-                "--freeze_*, --unlocked_*, --loss, --image_size and --context_length of that run, or add "
-                "--reset_optimizer"
+                "--freeze_*, --unlocked_*, --loss, --temperature, --image_size and --context_length of that run, or "
+                "add --reset_optimizer"
             )
         _check_moments(checkpoint.optimizer, trainer.optimizer, source)
         load_lora(trainer.model.clip, checkpoint.lora, source)
