@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_retrieval.data.batches.hard_negatives import Alike, Composer, find_same_bytes
+from clip_retrieval.data.batches.hard_negatives import Composer, Duplicates, find_same_bytes
 from clip_retrieval.data.batches.loader import TrainBatch, TrainLoader
 from clip_retrieval.data.batches.split import Split
 from clip_retrieval.data.captions import Tokens
@@ -61,7 +61,7 @@ class HardNegatives:
         self.num_workers = num_workers
         self.device = device
         self.processes = processes
-        self.alike = _find_alike(split.dataset, processes)
+        self.duplicates = _find_duplicates(split.dataset, processes)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, from batch number `first_batch` on. A resumed epoch keeps its order."""
@@ -77,7 +77,7 @@ class HardNegatives:
         random = self.sampler.draw(epoch)
         rows = random.ravel()
         images, captions = self.split.dataset.pairs[rows].T
-        items = self.alike.image[images] if self.side == "image" else self.alike.caption[captions]
+        items = self.duplicates.image[images] if self.side == "image" else self.duplicates.caption[captions]
         distinct, entity = np.unique(items, return_inverse=True)
 
         # encode
@@ -94,7 +94,7 @@ class HardNegatives:
             chosen = features[torch.from_numpy(entities).to(features.device)]
             return find_nearest(chosen, NEIGHBOURS, self.processes).cpu().numpy()
 
-        places, near = Composer(images, entity, self.alike, find_neighbours).compose(random.shape[1], self.share)
+        places, near = Composer(images, entity, self.duplicates, find_neighbours).compose(random.shape[1], self.share)
         rng = np.random.default_rng((self.sampler.seed, epoch, 1))
         places = rng.permuted(rng.permutation(places), axis=1)
         log.info(
@@ -138,13 +138,13 @@ class HardNegatives:
         )
 
 
-def _find_alike(dataset: RetrievalDataset, processes: Processes) -> Alike:
+def _find_duplicates(dataset: RetrievalDataset, processes: Processes) -> Duplicates:
     """Find duplicate images and captions; one process reads the files."""
     same = torch.zeros(len(dataset.images), dtype=torch.int64)
     if processes.is_main:
         same = torch.from_numpy(find_same_bytes(dataset))
     processes.broadcast({"same": same})
-    return Alike.find(dataset, same.numpy())
+    return Duplicates.find(dataset, same.numpy())
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ FindNeighbours = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Alike:
+class Duplicates:
     """The images and captions of a data set that mean the same.
 
     Attributes:
@@ -44,7 +44,7 @@ class Alike:
     images: np.ndarray
 
     @classmethod
-    def find(cls, dataset: RetrievalDataset, same_bytes: np.ndarray) -> Alike:
+    def find(cls, dataset: RetrievalDataset, same_bytes: np.ndarray) -> Duplicates:
         """Find them. same_bytes: int64 (images,), the first image with the same bytes."""
         number_of: dict[str, int] = {}
         caption = np.array([number_of.setdefault(normalize_caption(c), i) for i, c in enumerate(dataset.captions)])
@@ -89,27 +89,27 @@ class Composer:
     Args:
         image: int64 (pairs,), the image of each pair of the epoch, in random order.
         entity: int64 (pairs,), its entity, from 0.
-        alike: the images that are not negatives of each other.
+        duplicates: the images that are not negatives of each other.
         find_neighbours: finds neighbours among entities. It is called again whenever half of the entities are used up,
             so that short lists of neighbours, (entities, k), suffice.
     """
 
-    def __init__(self, image: np.ndarray, entity: np.ndarray, alike: Alike, find_neighbours: FindNeighbours):
-        self.alike = alike
+    def __init__(self, image: np.ndarray, entity: np.ndarray, duplicates: Duplicates, find_neighbours: FindNeighbours):
+        self.duplicates = duplicates
         self.find_neighbours = find_neighbours
         # the pairs of each entity, of which `left` are unused: the next one is at `end - left`
         self._pairs = np.argsort(entity, kind="stable")
-        self._images = alike.image[image[self._pairs]]
+        self._images = duplicates.image[image[self._pairs]]
         self._left = np.bincount(entity)
         self._end = np.cumsum(self._left)
         # random pairs come from a queue of entities
         self._queue = entity
         self._is_drawn = np.zeros(len(entity), bool)
         self._head = 0
-        # the last batch with a label, and with an image that is alike or the same
+        # the last batch with a label, and with an image or a duplicate of it
         self._batch = 0
-        self._batch_of_label = np.zeros(len(alike.first_image) - 1, np.int64)
-        self._batch_of_alike = np.zeros(len(alike.image), np.int64)
+        self._batch_of_label = np.zeros(len(duplicates.first_image) - 1, np.int64)
+        self._batch_of_duplicate = np.zeros(len(duplicates.image), np.int64)
         self._taken: list[np.ndarray] = []
         # the neighbours of each entity: row `place` of the lists
         self._searched = 0
@@ -157,10 +157,10 @@ class Composer:
             images = self._next_image(entities)
             usable = ~self._is_drawn[part] & (self._left[entities] > 0)
             if avoids:
-                usable &= self._batch_of_alike[images] != self._batch
-            # of images that are alike the first one, in their order
+                usable &= self._batch_of_duplicate[images] != self._batch
+            # of duplicates the first one, in their order
             rows = np.flatnonzero(usable)
-            rows = rows[self._first_unlike(images[rows])][:number]
+            rows = rows[self._first_distinct(images[rows])][:number]
             self._is_drawn[part[rows]] = True
             self._take(entities[rows])
             drawn.append(entities[rows])
@@ -181,12 +181,12 @@ class Composer:
             while number and len(waiting):
                 lists = self._lists[self._place[waiting]]
                 images = self._next_image(lists)
-                usable = (self._left[lists] > 0) & (self._batch_of_alike[images] != self._batch)
+                usable = (self._left[lists] > 0) & (self._batch_of_duplicate[images] != self._batch)
                 has_any = usable.any(axis=1)
                 best = usable[has_any].argmax(axis=1)
                 rows = np.arange(len(best))
                 waiting, nearest, images = waiting[has_any], lists[has_any][rows, best], images[has_any][rows, best]
-                chosen = self._first_unlike(images)[:number]
+                chosen = self._first_distinct(images)[:number]
                 self._take(nearest[chosen])
                 added.append(nearest[chosen])
                 number -= len(chosen)
@@ -194,10 +194,10 @@ class Composer:
             members = np.concatenate(added)
         return number
 
-    def _first_unlike(self, images: np.ndarray) -> np.ndarray:
-        """Select positions in `images`, of which no two are alike: the first ones, in order."""
+    def _first_distinct(self, images: np.ndarray) -> np.ndarray:
+        """Select positions in `images`, of which no two are duplicates: the first ones, in order."""
         first = np.sort(np.unique(images, return_index=True)[1])
-        labels, owner = _gather(self.alike.first_label, self.alike.labels, images[first])
+        labels, owner = _gather(self.duplicates.first_label, self.duplicates.labels, images[first])
         _, earliest, label = np.unique(labels, return_index=True, return_inverse=True)
         is_later = owner != owner[earliest][label]
         return np.delete(first, owner[is_later])
@@ -208,11 +208,11 @@ class Composer:
         self._left[entities] -= 1
         self._taken.append(self._pairs[place])
         images = self._images[place]
-        labels, _ = _gather(self.alike.first_label, self.alike.labels, images)
+        labels, _ = _gather(self.duplicates.first_label, self.duplicates.labels, images)
         labels = np.unique(labels[self._batch_of_label[labels] != self._batch])
         self._batch_of_label[labels] = self._batch
-        alike, _ = _gather(self.alike.first_image, self.alike.images, labels)
-        self._batch_of_alike[np.concatenate([images, alike])] = self._batch
+        same, _ = _gather(self.duplicates.first_image, self.duplicates.images, labels)
+        self._batch_of_duplicate[np.concatenate([images, same])] = self._batch
 
 
 def _gather(first: np.ndarray, values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

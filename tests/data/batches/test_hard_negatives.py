@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_retrieval.data.batches.hard_negatives import Alike, Composer, find_same_bytes
+from clip_retrieval.data.batches.hard_negatives import Composer, Duplicates, find_same_bytes
 from clip_retrieval.data.captions import normalize_caption
 from clip_retrieval.data.dataset import RetrievalDataset
 from clip_retrieval.data.images.image_files import ImageArray, ImageFiles
@@ -36,10 +36,10 @@ class Case:
     def __init__(self, captions_of, same_bytes, by, size, share, seed, k=None):
         rng = np.random.default_rng(seed)
         self.data, self.same_bytes = dataset(captions_of), np.asarray(same_bytes)
-        alike = Alike.find(self.data, self.same_bytes)
+        duplicates = Duplicates.find(self.data, self.same_bytes)
         kept = rng.permutation(len(self.data.pairs))[: len(self.data.pairs) // size * size]
         self.images, captions = self.data.pairs[kept].T
-        items = alike.image[self.images] if by == "image" else alike.caption[captions]
+        items = duplicates.image[self.images] if by == "image" else duplicates.caption[captions]
         self.entity = np.unique(items, return_inverse=True)[1]
         self.features = rng.standard_normal((self.entity.max() + 1, 4))
         self.size, self.wanted = size, min(round(share * size), size - 1)
@@ -49,7 +49,7 @@ class Case:
             np.fill_diagonal(scores, -np.inf)
             return np.argsort(-scores, axis=1)[:, : k or len(entities)]
 
-        self.batches, self.added = Composer(self.images, self.entity, alike, find_neighbours).compose(size, share)
+        self.batches, self.added = Composer(self.images, self.entity, duplicates, find_neighbours).compose(size, share)
 
     def count_neighbours(self):
         """Replay each batch; return how many pairs are the nearest usable neighbour of an earlier one."""
@@ -68,7 +68,7 @@ class Case:
         return found
 
     def entity_nearest_to(self, member, members, used):
-        """The entity with an unused pair that is not alike to a member, with the highest score."""
+        """The entity with an unused pair that is no duplicate of a member, with the highest score."""
         usable = {
             self.entity[pair]
             for pair in range(len(self.images))
@@ -130,9 +130,11 @@ def test_random_pairs_are_no_false_negatives_either(share):
 
 def test_captions_of_equal_images_count_for_each_of_them():
     captions_of = [["a"], ["b"], ["B."], *([f"own {image}"] for image in range(9))]
-    alike = Alike.find(dataset(captions_of), np.array([0, 0, *range(2, 12)]))  # 0 and 1 are one picture
-    composer = Composer(np.arange(12), np.arange(12), alike, lambda entities: np.argsort(entities)[None].repeat(12, 0))
-    assert set(composer._first_unlike(alike.image[np.array([0, 2, 3])])) == {0, 2}
+    duplicates = Duplicates.find(dataset(captions_of), np.array([0, 0, *range(2, 12)]))  # 0 and 1 are one picture
+    composer = Composer(
+        np.arange(12), np.arange(12), duplicates, lambda entities: np.argsort(entities)[None].repeat(12, 0)
+    )
+    assert set(composer._first_distinct(duplicates.image[np.array([0, 2, 3])])) == {0, 2}
 
 
 def test_hard_negatives_are_near_and_random_pairs_are_not():
