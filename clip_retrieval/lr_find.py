@@ -98,7 +98,7 @@ def lr_find(typed: dict[str, Any], *, min_lr: float, max_lr: float, steps: int, 
 
     # suggest
     rates, smoothed = rates[: len(losses)], smooth(losses)
-    suggestion = suggest(rates, smoothed)
+    suggestion = suggest(rates, smoothed, run.collapse.chance if run.collapse else math.inf)
     if is_main:
         record = {"lr": rates, "loss": losses, "smoothed_loss": smoothed, "diverged": has_diverged(losses)}
         finite = {name: [v if math.isfinite(v) else None for v in record[name]] for name in ("loss", "smoothed_loss")}
@@ -145,12 +145,15 @@ def has_diverged(losses: list[float]) -> bool:
     return not math.isfinite(smoothed[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
 
 
-def suggest(rates: list[float], smoothed: list[float]) -> Suggestion | None:
-    """Suggest a learning rate from the smoothed loss at each rate; None if the loss hardly fell."""
+def suggest(rates: list[float], smoothed: list[float], chance: float = math.inf) -> Suggestion | None:
+    """Suggest a learning rate from the smoothed loss at each rate; None if the loss hardly fell.
+
+    chance: the loss of equal features. A high rate may make them equal, and the loss falls to it, not below.
+    """
     losses = np.array(smoothed)
     losses[~np.isfinite(losses)] = np.inf
     lowest = int(losses.argmin())
-    if lowest < 2 or losses[lowest] > (1 - LEAST_FALL) * losses[0]:
+    if lowest < 2 or losses[lowest] > (1 - LEAST_FALL) * min(losses[0], chance):
         return None
     slopes = np.gradient(losses[: lowest + 1], np.log(rates[: lowest + 1]))
     return Suggestion(rates[lowest], rates[lowest] / 10, rates[int(slopes.argmin())])
@@ -159,7 +162,10 @@ def suggest(rates: list[float], smoothed: list[float]) -> Suggestion | None:
 def describe(suggestion: Suggestion | None, *, diverged: bool, max_lr: float) -> None:
     """Log the suggestion, and what it rests on."""
     if suggestion is None:
-        log.warning("the loss did not fall: no suggestion; look at the curve, and try a lower --min_lr or more --steps")
+        log.warning(
+            "the loss did not fall, or only to that of equal features: no suggestion; look at the curve, and try a "
+            "lower --min_lr or more --steps"
+        )
         return
     log.info(
         f"--lr {suggestion.tenth:.1e} is a tenth of the rate with the lowest loss ({suggestion.lowest:.1e}); the loss "

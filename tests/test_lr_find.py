@@ -36,6 +36,14 @@ def test_a_loss_that_does_not_fall_has_no_suggestion():
     assert suggest(rates[:1], [math.nan]) is None
 
 
+def test_a_collapse_to_equal_features_is_no_fall():
+    rates, chance = np.geomspace(1e-6, 10, 20).tolist(), math.log(10)
+    collapse = np.maximum(np.linspace(4, 1, 20), chance)
+    assert suggest(rates, collapse.tolist(), chance) is None
+    assert suggest(rates, (collapse - 0.1).tolist(), chance) is not None
+    assert suggest(rates, collapse.tolist()) is not None  # of a loss that has no such value
+
+
 @pytest.mark.parametrize("kind, optimizer", [("svg", "lion"), ("png", "muon")])
 def test_lr_find_writes_curve_and_json_and_no_run(script, arguments, tmp_path, kind, optimizer):
     out_file = tmp_path / "curves" / f"lr.{kind}"
