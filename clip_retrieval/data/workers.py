@@ -196,7 +196,9 @@ def _abandon_iterator(iterator: object) -> None:
     if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
         iterator._shutdown = True
         if getattr(iterator, "_worker_pids_set", False):
-            dataloader._utils.signal_handling._remove_worker_pids(id(iterator))
+            # torch's own shutdown, interrupted by the loss of another worker, may have removed them already
+            with contextlib.suppress(ValueError):
+                dataloader._utils.signal_handling._remove_worker_pids(id(iterator))
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()
 

@@ -12,10 +12,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, dataloader
 
 from clip_retrieval.data import shared_memory
 from clip_retrieval.data.images.decode import image_pixels_limit, limit_image_pixels
-from clip_retrieval.data.workers import LOADER_NICENESS, Workers, default_num_workers, map_in_workers
+from clip_retrieval.data.workers import (
+    LOADER_NICENESS,
+    Workers,
+    _abandon_iterator,
+    default_num_workers,
+    map_in_workers,
+)
 from clip_retrieval.errors import RunError, UserError
 from tests.conftest import ROOT
 
@@ -282,3 +289,12 @@ def test_too_many_open_files_are_one_line():
     """
     code, err = in_small_shm("64m", code)
     assert code == 3 and err.count("\n") == 1 and "ulimit -n" in err, err
+
+
+def test_workers_that_torch_began_to_shut_down_can_be_abandoned():
+    iterator = iter(DataLoader([0, 1], batch_size=None, num_workers=1))
+    dataloader._utils.signal_handling._remove_worker_pids(id(iterator))
+    _abandon_iterator(iterator)
+    for process in iterator._workers:
+        process.join(timeout=30)
+        assert process.exitcode == -signal.SIGKILL
