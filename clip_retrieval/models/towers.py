@@ -222,11 +222,12 @@ class RetrievalModel(nn.Module):
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works, which needs a C++ compiler and Python's headers; if not, log a warning."""
     effect = "only replays CUDA graphs" if device.type == "cuda" else "has no effect"
+    remedy = "for more speed, install a C++ compiler (g++) and Python's headers"
     try:
-        with translate_errors(f"--compile {effect}, torch.compile does not work here"):
+        with translate_errors(f"--compile {effect}, torch.compile does not work here", remedy):
             torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(2, device=device))
     except UserError as error:
-        log.warning(f"{error}; for more speed, install a C++ compiler (g++) and Python's headers")
+        log.warning(error)
         return False
     return True
 

@@ -133,3 +133,4 @@ assert not can_compile(torch.device("cpu"))
     assert done.returncode == 0, done.stderr
     (line,) = (done.stdout + done.stderr).splitlines()
     assert "--compile has no effect, torch.compile does not work here" in line
+    assert line.endswith("; for more speed, install a C++ compiler (g++) and Python's headers")
