@@ -125,6 +125,7 @@ class Checkpoint:
             )
         try:
             (_WITH_TRAINING if "optimizer" in content else _MODEL_ONLY)(content, "")
+            _check_state_dict(content)
         except SchemaError as error:
             raise UserError(f"{path} is a damaged checkpoint: {error}; give another one") from None
 
@@ -157,6 +158,25 @@ class TrainingCheckpoint(Checkpoint):
 def without_adaptor(model: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a checkpoint's state dict that open_clip's model has."""
     return {name: value for name, value in model.items() if not name.startswith(ADAPTOR)}
+
+
+def _check_state_dict(content: dict[str, Any]) -> None:
+    """Raise SchemaError if open_clip would read other weights than this package."""
+    model = without_adaptor(content["model"])
+    state = content.get("state_dict", model)
+    if state.keys() != model.keys():
+        raise SchemaError("state_dict and model have different names")
+    for name, value in state.items():
+        own = model[name]
+        if value is not own and not (value.dtype == own.dtype and _is_equal(value, own)):
+            raise SchemaError(f"state_dict.{name} differs from model.{name} (drop state_dict if model is right)")
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal. NaN equals NaN: weights that are not finite have an own error."""
+    if torch.equal(a, b) or a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 _METRICS = record(required=dict.fromkeys(("R@1", "R@5", "R@10", "MedR", "MeanR"), number()), rest=number())

@@ -23,6 +23,16 @@ CLASSIFIERS = {"resnet18": "fc", "resnet50": "fc", "efficientnet_v2_s": "classif
 """torchvision models that may be the image tower, and the attribute of each that holds its classifier."""
 
 RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, FusedMBConv, MBConv)
+VISION_KEYS = {"torchvision_model_name", "image_size"}
+TEXT_KEYS = {
+    "hf_config",
+    "hf_model_name",
+    "hf_model_pretrained",
+    "hf_tokenizer_name",
+    "context_length",
+    "vocab",
+    "proj_type",
+}
 PROJECTIONS = ("mlp", "none")
 
 
@@ -50,6 +60,8 @@ class SimpleCLIP(CustomTextCLIP):
         init_logit_bias: float | None = None,
     ):
         nn.Module.__init__(self)  # open_clip's would build its own towers
+        if unknown := (vision_cfg.keys() - VISION_KEYS) | (text_cfg.keys() - TEXT_KEYS):
+            raise ValueError(f"unknown keys for a torchvision or DistilBERT tower: {', '.join(sorted(unknown))}")
         if text_cfg.get("hf_config", {}).get("model_type") != "distilbert":
             raise ValueError("with a torchvision_model_name, text_cfg needs an hf_config of model_type distilbert")
         self.visual = TorchvisionTower(vision_cfg["torchvision_model_name"], embed_dim)

@@ -146,7 +146,10 @@ def _read_integers(path: Path) -> np.ndarray:
 def _normalize(features: np.ndarray, path: Path) -> np.ndarray:
     """Divide each row by its length, in float64."""
     features = features.astype(np.float64)
+    # Scaling by a power of two (exact) keeps the squares of very large and very small numbers within range.
     with np.errstate(invalid="ignore"):  # non-finite values stay, and scoring names them
+        largest = np.abs(features).max(axis=1)
+        features = np.ldexp(features, -np.frexp(largest)[1][:, None])
         norms = np.linalg.norm(features, axis=1)
         if len(zero := np.flatnonzero(norms == 0)):
             raise UserError(f"{path}: row {zero[0]} has length 0 and cannot be normalized; remove it")

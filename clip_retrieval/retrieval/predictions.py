@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,5 +260,13 @@ def _exact_nearest(
 
 
 def _write_predictions(path: Path, direction: str, queries: FeatureFile, items: FeatureFile, rows: np.ndarray) -> None:
-    lists = {query: [items.ids[item] for item in row] for query, row in zip(queries.ids, rows.tolist())}
-    write_lists(path, Lists(direction, path, lists))
+    """Like `write_lists`, but each item id is converted to JSON only once."""
+    query_key, items_key = KEYS[direction]
+    texts: Sequence[str] = [json.dumps(item) for item in items.ids]
+    write_lines(
+        path,
+        (
+            f'{{"{query_key}": {json.dumps(query)}, "{items_key}": [{", ".join([texts[item] for item in row])}]}}'
+            for query, row in zip(queries.ids, rows.tolist())
+        ),
+    )

@@ -127,3 +127,17 @@ def test_a_plain_entry_of_a_later_version_is_ignored(checkpoint, tmp_path):
 def test_another_file_is_none(tmp_path):
     torch.save(small_clip().state_dict(), tmp_path / "weights.pt")
     assert Checkpoint.load_if_ours(tmp_path / "weights.pt") is None
+
+
+def other_weights(model):
+    return {name: value + 1 if value.is_floating_point() else value for name, value in model.items()}
+
+
+@pytest.mark.parametrize(
+    "change", [other_weights, lambda model: {}, lambda model: model | {"more": torch.ones(1)}, lambda model: 1]
+)
+def test_other_weights_for_open_clip_are_refused(checkpoint, tmp_path, change):
+    checkpoint.save(tmp_path / "best.pt")
+    rewrite(tmp_path / "best.pt", state_dict=change(checkpoint.model))
+    with pytest.raises(UserError, match=r"best\.pt is a damaged checkpoint: state_dict"):
+        Checkpoint.load(tmp_path / "best.pt")

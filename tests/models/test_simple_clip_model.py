@@ -124,6 +124,8 @@ def test_infonce_clamps_the_logit_scale_at_100(loss, highest):
     "changes, words",
     [
         ({"vision_cfg": {"torchvision_model_name": "vgg11"}}, "vgg11, not one of resnet18"),
+        ({"vision_cfg": {"torchvision_model_name": "resnet18", "layers": 3}}, "DistilBERT tower: layers"),
+        ({"text_cfg": {"width": 3}}, "DistilBERT tower: width"),
         ({"text_cfg": {}}, "model_type distilbert"),
         ({"text_cfg": {"hf_config": {"model_type": "bert"}}}, "model_type distilbert"),
         ({"text_cfg": small_simple_config()["text_cfg"] | {"context_length": 33}}, "more than the 32 positions"),

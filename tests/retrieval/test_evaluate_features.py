@@ -76,7 +76,7 @@ def test_pairs_take_precedence_with_the_text_row_first(run, files):
 def test_normalize_option(run, files):
     pairs = [[text % 6, text] for text in range(10)]
     normalized = expected(files, pairs, scale=True)
-    np.save(files / "a.npy", np.load(files / "a.npy") * 2.0 ** np.array([[0], [9], [64], [-3], [-64], [1]]))
+    np.save(files / "a.npy", np.load(files / "a.npy") * 2.0 ** np.array([[0], [9], [664], [-3], [-664], [1]]))
     assert run(*BOTH, "--text-to-image", "m.npy", "--normalize")[0] == 0
     assert json.loads((files / "out.json").read_text()) == normalized
     assert run(*BOTH, "--text-to-image", "m.npy")[0] == 0
